@@ -1,0 +1,94 @@
+"""How long an action takes and how many bytes a message has. Shared by order, simulator and planner."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.plan import GradientFlowPlan
+
+PerStage = float | Sequence[float]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Costs of one micro-batch on one stage, in any unit of time (seconds, or multiples of a forward).
+
+    A value is one number for all stages or a sequence with one for each stage. Work on part of a
+    stage (up to a head inside it) costs its share of the layers.
+
+    Attributes:
+        forward: Forward through the stage.
+        input_gradient: Gradient with respect to the stage's input. A relay is this alone.
+        weight_gradient: Gradient with respect to the weights, on top of the gradients between the
+            layers: a backward pass for the weights costs ``input_gradient + weight_gradient``.
+        head: Forward and backward of one auxiliary head.
+        final_head: The same of the model's own loss (its unembedding is a layer like any other).
+        optimizer: Optimizer step, once a batch.
+        latency: Time a message takes however small it is.
+        bandwidth: Bytes per unit of time of one link, in one direction.
+        forward_bytes: Size of the activations and labels sent to the next stage.
+        gradient_bytes: Size of one relayed gradient.
+    """
+
+    forward: PerStage = 1.0
+    input_gradient: PerStage = 1.0
+    weight_gradient: PerStage = 1.0
+    head: PerStage = 0.3
+    final_head: float = 0.0
+    optimizer: PerStage = 0.0
+    latency: float = 0.0
+    bandwidth: float = float("inf")
+    forward_bytes: float = 0.0
+    gradient_bytes: float = 0.0
+
+    def seconds(self, plan: GradientFlowPlan, action: Action) -> float:
+        """Time ``action`` keeps its stage busy. Communication keeps no stage busy."""
+        stage = action.stage
+        match action.kind:
+            case Kind.FORWARD:
+                return _at(self.forward, stage) * _forward_share(plan, action)
+            case Kind.HEAD:
+                return self.final_head if action.losses[0] == plan.final else _at(self.head, stage)
+            case Kind.INPUT_GRADIENT:
+                return _at(self.input_gradient, stage) * _relay_share(plan, action)
+            case Kind.WEIGHT_GRADIENT | Kind.BACKWARD:
+                return _at(self.input_gradient, stage) + _at(self.weight_gradient, stage)
+            case Kind.STEP:
+                return _at(self.optimizer, stage)
+            case _:
+                return 0.0
+
+    def message_bytes(self, action: Action) -> float:
+        """Size of the message that the send ``action`` puts on its link."""
+        return self.forward_bytes if action.kind is Kind.SEND_FORWARD else self.gradient_bytes
+
+    def message_seconds(self, action: Action) -> float:
+        """Time from the start of the send ``action``, both sides being ready, to its arrival."""
+        return self.latency + self.message_bytes(action) / self.bandwidth
+
+
+def _at(value: PerStage, stage: int) -> float:
+    return value if isinstance(value, int | float) else value[stage]
+
+
+def _share(plan: GradientFlowPlan, stage: int, start: int, stop: int) -> float:
+    return (stop - start) / len(plan.layers(stage))
+
+
+def _forward_share(plan: GradientFlowPlan, action: Action) -> float:
+    """The share of the stage's layers that this part of its forward runs."""
+    first, end = plan.stage_bounds[action.stage], plan.stage_bounds[action.stage + 1]
+    cuts = [plan.heads[loss].after_layer for loss in plan.losses_at(action.stage) if plan.is_inner(loss)]
+    stop = plan.heads[action.losses[0]].after_layer if action.losses else end
+    start = max((cut for cut in cuts if cut < stop), default=first)
+    return _share(plan, action.stage, start, stop)
+
+
+def _relay_share(plan: GradientFlowPlan, action: Action) -> float:
+    """A gradient from behind crosses the whole stage, one from a head inside it only its front."""
+    heads = [plan.heads[loss] for loss in action.losses]
+    if any(head.stage != action.stage for head in heads):
+        return 1.0
+    return _share(
+        plan, action.stage, plan.stage_bounds[action.stage], max(head.after_layer for head in heads)
+    )

@@ -1,0 +1,126 @@
+"""The order of things: what must be done before an action. Stated here and nowhere else.
+
+The compute order, the lowering, the verifier, the simulator and the renderer all ask
+``dependencies``. For micro-batch 0 of four stages under window 2 (``sum``; losses 0, 1, 2):
+
+    stage 0   0F0 ────────────────────────────┐                  0W0
+               └──► 1F0 ─► 1H0@0 ─► 1I0@0 ────┼───────────────────┘ needs loss 0
+    stage 1              │    └───────────────┼──────► 1W0          needs losses 0 and 1
+                         └──► 2F0 ─► 2H0@1 ─► 2I0@1 ────┘
+"""
+
+from ds_interlock.errors import ScheduleError
+from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.plan import GradientFlowPlan
+
+
+def stage_actions(plan: GradientFlowPlan, stage: int, micro_batch: int) -> tuple[Action, ...]:
+    """All the work ``stage`` does for ``micro_batch``, in no particular order."""
+    losses = plan.losses_at(stage)
+    forward = [Action(stage, Kind.FORWARD, micro_batch, (loss,)) for loss in losses if plan.is_inner(loss)]
+    heads = [Action(stage, Kind.HEAD, micro_batch, (loss,)) for loss in losses]
+    return (
+        *forward,
+        Action(stage, Kind.FORWARD, micro_batch),
+        *heads,
+        *backward_actions(plan, stage, micro_batch),
+    )
+
+
+def backward_actions(plan: GradientFlowPlan, stage: int, micro_batch: int) -> tuple[Action, ...]:
+    """The passes back through ``stage``: relays and weight gradient, or both in one.
+
+    The first needs the activations that the forward left, the last lets go of them.
+    """
+    if relays_all_in_one(plan, stage):
+        return (Action(stage, Kind.BACKWARD, micro_batch),)
+    relays = [Action(stage, Kind.INPUT_GRADIENT, micro_batch, bundle) for bundle in plan.bundles(stage)]
+    return (*relays, Action(stage, Kind.WEIGHT_GRADIENT, micro_batch))
+
+
+def relays_all_in_one(plan: GradientFlowPlan, stage: int) -> bool:
+    """True if what trains ``stage`` is exactly what it relays, as one sum: one pass does both."""
+    bundles = plan.bundles(stage)
+    return len(bundles) == 1 and frozenset(bundles[0]) == plan.trained_by[stage]
+
+
+def gradient_producer(plan: GradientFlowPlan, stage: int, micro_batch: int, bundle: tuple[int, ...]) -> Action:
+    """The action of ``stage`` that makes the gradient of ``bundle`` for the stage in front of it."""
+    if relays_all_in_one(plan, stage):
+        return Action(stage, Kind.BACKWARD, micro_batch)
+    return Action(stage, Kind.INPUT_GRADIENT, micro_batch, bundle)
+
+
+def received_bundles(plan: GradientFlowPlan, stage: int, losses: frozenset[int]) -> tuple[tuple[int, ...], ...]:
+    """The bundles from the next stage that carry the gradients of those ``losses`` that lie behind.
+
+    A bundle is never torn apart: what travels together trains the same stages.
+    """
+    if stage + 1 == plan.num_stages:
+        return ()
+    return tuple(bundle for bundle in plan.bundles(stage + 1) if losses.issuperset(bundle))
+
+
+def dependencies(plan: GradientFlowPlan, action: Action) -> tuple[Action, ...]:
+    """The actions that must be done before ``action`` may start.
+
+    Within a stage, micro-batches go forward, and gradients accumulate, in their own order: results
+    then never depend on timing.
+
+    Raises:
+        ScheduleError: If ``action`` is not work that ``plan`` asks for.
+    """
+    if action.kind in (Kind.STEP, Kind.REDUCE):
+        done = [
+            needed
+            for micro_batch in range(action.micro_batch)
+            for needed in stage_actions(plan, action.stage, micro_batch)
+        ]
+        if action.kind is Kind.STEP:
+            done.append(Action(action.stage, Kind.REDUCE, action.micro_batch))
+        return tuple(done)
+    if action not in stage_actions(plan, action.stage, action.micro_batch):
+        raise ScheduleError(f"{action} is not work that the plan asks of stage {action.stage}")
+    before = _previous_micro_batch(action)
+    match action.kind:
+        case Kind.FORWARD:
+            return (*_forward_needs(plan, action), *before)
+        case Kind.HEAD:
+            return (_forward_to(plan, action.stage, action.micro_batch, action.losses[0]), *before)
+        case Kind.INPUT_GRADIENT:
+            return _gradients(plan, action, frozenset(action.losses))
+        case _:
+            return (*_gradients(plan, action, plan.trained_by[action.stage]), *before)
+
+
+def _previous_micro_batch(action: Action) -> tuple[Action, ...]:
+    if action.micro_batch == 0:
+        return ()
+    return (Action(action.stage, action.kind, action.micro_batch - 1, action.losses),)
+
+
+def _forward_needs(plan: GradientFlowPlan, action: Action) -> tuple[Action, ...]:
+    """A forward goes on where the last head inside the stage cut it, or starts from the last stage."""
+    stage, micro_batch = action.stage, action.micro_batch
+    inner = [loss for loss in plan.losses_at(stage) if plan.is_inner(loss)]
+    earlier = [loss for loss in inner if not action.losses or loss < action.losses[0]]
+    if earlier:
+        return (Action(stage, Kind.FORWARD, micro_batch, (earlier[-1],)),)
+    return (Action(stage - 1, Kind.FORWARD, micro_batch),) if stage else ()
+
+
+def _forward_to(plan: GradientFlowPlan, stage: int, micro_batch: int, loss: int) -> Action:
+    return Action(stage, Kind.FORWARD, micro_batch, (loss,) if plan.is_inner(loss) else ())
+
+
+def _gradients(plan: GradientFlowPlan, action: Action, losses: frozenset[int]) -> tuple[Action, ...]:
+    """What makes the gradients of ``losses`` at this stage: its own heads and the stage behind it."""
+    stage, micro_batch = action.stage, action.micro_batch
+    own = [
+        Action(stage, Kind.HEAD, micro_batch, (loss,)) for loss in plan.losses_at(stage) if loss in losses
+    ]
+    behind = [
+        gradient_producer(plan, stage + 1, micro_batch, bundle)
+        for bundle in received_bundles(plan, stage, losses)
+    ]
+    return (*own, *behind)

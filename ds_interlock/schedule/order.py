@@ -1,0 +1,141 @@
+"""The order in which every stage does its work for one batch.
+
+A stage takes, whenever it is free, the most urgent action that is ready: first what somebody
+upstream waits for (a relay, and the head that starts one), then what frees activations (the weight
+gradient), then the next forward, of which it never has more in flight than the plan says. Played
+through with costs in the proportions of a real stage, this gives every stage a fixed order, the
+same on every run: local learning becomes F H B, F H B, ...; global becomes 1F1B.
+"""
+
+import heapq
+from collections import defaultdict
+from collections.abc import Sequence
+
+from ds_interlock.errors import ScheduleError
+from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.cost import CostModel
+from ds_interlock.schedule.dependency import backward_actions, dependencies, stage_actions
+from ds_interlock.schedule.plan import GradientFlowPlan
+
+_URGENCY = {
+    Kind.INPUT_GRADIENT: 0,
+    Kind.HEAD: 1,
+    Kind.BACKWARD: 2,
+    Kind.WEIGHT_GRADIENT: 3,
+    Kind.FORWARD: 4,
+}
+
+
+def compute_order(
+    plan: GradientFlowPlan,
+    num_micro_batches: int,
+    *,
+    extra_in_flight: int = 0,
+    costs: CostModel | None = None,
+) -> tuple[tuple[Action, ...], ...]:
+    """The compute actions of one batch for every stage, in order.
+
+    Args:
+        plan: The gradient flow.
+        num_micro_batches: Micro-batches a batch is made of, at least 1.
+        extra_in_flight: Micro-batches a stage may hold beyond ``plan.in_flight``.
+        costs: Proportions by which ties of readiness are decided; the order is valid for any.
+
+    Raises:
+        ScheduleError: If ``num_micro_batches`` is below 1 or ``extra_in_flight`` below 0.
+    """
+    if num_micro_batches < 1:
+        raise ScheduleError(f"a batch needs at least 1 micro-batch, got {num_micro_batches}")
+    if extra_in_flight < 0:
+        raise ScheduleError(f"extra_in_flight is {extra_in_flight}: expected 0 or more")
+    return _Dispatcher(plan, num_micro_batches, extra_in_flight, costs or CostModel()).run()
+
+
+class _Dispatcher:
+    """Plays one batch through, event by event."""
+
+    def __init__(
+        self, plan: GradientFlowPlan, num_micro_batches: int, extra_in_flight: int, costs: CostModel
+    ) -> None:
+        self.plan = plan
+        self.costs = costs
+        self.waiting: dict[Action, int] = {}
+        self.unblocks: dict[Action, list[Action]] = defaultdict(list)
+        self.ready: list[list[tuple[int, int, Action]]] = [[] for _ in range(plan.num_stages)]
+        self.order: list[list[Action]] = [[] for _ in range(plan.num_stages)]
+        self.free_slots = [plan.in_flight(s) + extra_in_flight for s in range(plan.num_stages)]
+        self.passes_left: dict[tuple[int, int], int] = {}
+        self.events: list[tuple[float, Action]] = []
+        self.busy = [False] * plan.num_stages
+        for stage in range(plan.num_stages):
+            for micro_batch in range(num_micro_batches):
+                self.passes_left[stage, micro_batch] = len(backward_actions(plan, stage, micro_batch))
+                for action in stage_actions(plan, stage, micro_batch):
+                    needs = dependencies(plan, action)
+                    self.waiting[action] = len(needs)
+                    for needed in needs:
+                        self.unblocks[needed].append(action)
+
+    def run(self) -> tuple[tuple[Action, ...], ...]:
+        for action, count in self.waiting.items():
+            if count == 0:
+                self._make_ready(action)
+        now = 0.0
+        self._start(range(self.plan.num_stages), now)
+        while self.events:
+            # Everything that ends now is taken in before a stage chooses what comes next.
+            now = self.events[0][0]
+            while self.events and self.events[0][0] == now:
+                self._finish(heapq.heappop(self.events)[1])
+            self._start(range(self.plan.num_stages), now)
+        assert sum(map(len, self.order)) == len(self.waiting), "every action of a plan can run"
+        return tuple(tuple(actions) for actions in self.order)
+
+    def _make_ready(self, action: Action) -> None:
+        heapq.heappush(self.ready[action.stage], (_URGENCY[action.kind], action.micro_batch, action))
+
+    def _opens(self, action: Action) -> bool:
+        """True if ``action`` is the first of its micro-batch on its stage, so that it takes a slot."""
+        return action.kind is Kind.FORWARD and all(
+            needed.kind is not Kind.FORWARD or (needed.stage, needed.micro_batch) != (action.stage, action.micro_batch)
+            for needed in dependencies(self.plan, action)
+        )
+
+    def _start(self, stages: Sequence[int], now: float) -> None:
+        for stage in stages:
+            if self.busy[stage] or not self.ready[stage]:
+                continue
+            action = self._choose(stage)
+            if action is None:
+                continue
+            self.busy[stage] = True
+            self.order[stage].append(action)
+            heapq.heappush(self.events, (now + self.costs.seconds(self.plan, action), action))
+
+    def _choose(self, stage: int) -> Action | None:
+        put_back = []
+        chosen = None
+        while self.ready[stage]:
+            entry = heapq.heappop(self.ready[stage])
+            if self._opens(entry[2]):
+                if self.free_slots[stage] == 0:
+                    put_back.append(entry)
+                    continue
+                self.free_slots[stage] -= 1
+            chosen = entry[2]
+            break
+        for entry in put_back:
+            heapq.heappush(self.ready[stage], entry)
+        return chosen
+
+    def _finish(self, action: Action) -> None:
+        self.busy[action.stage] = False
+        if action.kind in (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT, Kind.BACKWARD):
+            slot = action.stage, action.micro_batch
+            self.passes_left[slot] -= 1
+            if self.passes_left[slot] == 0:
+                self.free_slots[action.stage] += 1
+        for unblocked in self.unblocks[action]:
+            self.waiting[unblocked] -= 1
+            if self.waiting[unblocked] == 0:
+                self._make_ready(unblocked)

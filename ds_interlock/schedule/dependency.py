@@ -32,21 +32,27 @@ def backward_actions(plan: GradientFlowPlan, stage: int, micro_batch: int) -> tu
 
     The first needs the activations that the forward left, the last lets go of them.
     """
-    if relays_all_in_one(plan, stage):
+    if stage > 0 and relays_all_in_one(plan):
         return (Action(stage, Kind.BACKWARD, micro_batch),)
     relays = [Action(stage, Kind.INPUT_GRADIENT, micro_batch, bundle) for bundle in plan.bundles(stage)]
     return (*relays, Action(stage, Kind.WEIGHT_GRADIENT, micro_batch))
 
 
-def relays_all_in_one(plan: GradientFlowPlan, stage: int) -> bool:
-    """True if what trains ``stage`` is exactly what it relays, as one sum: one pass does both."""
-    bundles = plan.bundles(stage)
-    return len(bundles) == 1 and frozenset(bundles[0]) == plan.trained_by[stage]
+def relays_all_in_one(plan: GradientFlowPlan) -> bool:
+    """True if every stage relays exactly what trains it, as one sum: one pass then does both.
+
+    So it is under global backpropagation. Where some stage has to relay apart from its weight
+    gradient, all do: a pass for both would make the relay late, and the neighbours no busier.
+    """
+    return all(
+        [frozenset(bundle) for bundle in plan.bundles(stage)] == [plan.trained_by[stage]]
+        for stage in range(1, plan.num_stages)
+    )
 
 
 def gradient_producer(plan: GradientFlowPlan, stage: int, micro_batch: int, bundle: tuple[int, ...]) -> Action:
     """The action of ``stage`` that makes the gradient of ``bundle`` for the stage in front of it."""
-    if relays_all_in_one(plan, stage):
+    if relays_all_in_one(plan):
         return Action(stage, Kind.BACKWARD, micro_batch)
     return Action(stage, Kind.INPUT_GRADIENT, micro_batch, bundle)
 

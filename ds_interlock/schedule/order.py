@@ -1,10 +1,11 @@
 """The order in which every stage does its work for one batch.
 
 A stage takes, whenever it is free, the most urgent action that is ready: first what somebody
-upstream waits for (a relay, and the head that starts one), then what frees activations (the weight
-gradient), then the next forward, of which it never has more in flight than the plan says. Played
-through with costs in the proportions of a real stage, this gives every stage a fixed order, the
-same on every run: local learning becomes F H B, F H B, ...; global becomes 1F1B.
+upstream waits for (a relay, and the head that starts one), then the next forward, which somebody
+downstream waits for and of which the plan bounds how many are in flight, and the weight gradient,
+which nobody waits for, where the others leave room. Played through with costs in the proportions of
+a real stage, this gives every stage a fixed order, the same on every run: local learning becomes
+F H W, F H W, ...; global becomes 1F1B.
 """
 
 import heapq
@@ -20,9 +21,9 @@ from ds_interlock.schedule.plan import GradientFlowPlan
 _URGENCY = {
     Kind.INPUT_GRADIENT: 0,
     Kind.HEAD: 1,
-    Kind.BACKWARD: 2,
+    Kind.FORWARD: 2,
+    Kind.BACKWARD: 3,
     Kind.WEIGHT_GRADIENT: 3,
-    Kind.FORWARD: 4,
 }
 
 
@@ -63,7 +64,7 @@ class _Dispatcher:
         self.unblocks: dict[Action, list[Action]] = defaultdict(list)
         self.ready: list[list[tuple[int, int, Action]]] = [[] for _ in range(plan.num_stages)]
         self.order: list[list[Action]] = [[] for _ in range(plan.num_stages)]
-        self.free_slots = [plan.in_flight(s) + extra_in_flight for s in range(plan.num_stages)]
+        self.slots = [plan.in_flight(stage) + extra_in_flight for stage in range(plan.num_stages)]
         self.passes_left: dict[tuple[int, int], int] = {}
         self.events: list[tuple[float, Action]] = []
         self.busy = [False] * plan.num_stages
@@ -113,28 +114,24 @@ class _Dispatcher:
             heapq.heappush(self.events, (now + self.costs.seconds(self.plan, action), action))
 
     def _choose(self, stage: int) -> Action | None:
-        put_back = []
+        """The most urgent ready action, except a forward that finds its buffer still in use."""
+        held_back = []
         chosen = None
-        while self.ready[stage]:
+        while self.ready[stage] and chosen is None:
             entry = heapq.heappop(self.ready[stage])
-            if self._opens(entry[2]):
-                if self.free_slots[stage] == 0:
-                    put_back.append(entry)
-                    continue
-                self.free_slots[stage] -= 1
-            chosen = entry[2]
-            break
-        for entry in put_back:
+            before = stage, entry[2].micro_batch - self.slots[stage]
+            if self._opens(entry[2]) and self.passes_left.get(before, 0):
+                held_back.append(entry)
+            else:
+                chosen = entry[2]
+        for entry in held_back:
             heapq.heappush(self.ready[stage], entry)
         return chosen
 
     def _finish(self, action: Action) -> None:
         self.busy[action.stage] = False
         if action.kind in (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT, Kind.BACKWARD):
-            slot = action.stage, action.micro_batch
-            self.passes_left[slot] -= 1
-            if self.passes_left[slot] == 0:
-                self.free_slots[action.stage] += 1
+            self.passes_left[action.stage, action.micro_batch] -= 1
         for unblocked in self.unblocks[action]:
             self.waiting[unblocked] -= 1
             if self.waiting[unblocked] == 0:

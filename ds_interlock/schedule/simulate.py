@@ -1,0 +1,203 @@
+"""Plays a program through under a cost model: how long a batch takes, and where the time goes.
+
+Every stage runs its actions in order. A compute action starts when its stage has reached it and the
+receives it needs are complete. A message starts once it is sent, its receive is posted and the link
+is free, and takes ``latency + bytes / bandwidth``. A send does not keep its stage, unless
+``send_ahead`` earlier messages are still on their way; with ``send_ahead=0`` every send waits for
+its own arrival (rendezvous), the hardest test of whether a program can come to a standstill.
+
+Several batches are played one after the other. When streaming, a stage goes on with the next batch
+as soon as it has stepped; otherwise all stages wait for the last at the end of every batch.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from ds_interlock.errors import ScheduleError
+from ds_interlock.schedule.action import COMPUTE_KINDS, RECV_KINDS, SEND_KINDS, Action, Kind
+from ds_interlock.schedule.cost import CostModel
+from ds_interlock.schedule.dependency import backward_actions
+from ds_interlock.schedule.lower import Program, receive_of, receives_needed
+
+SEND_AHEAD = 2
+"""Messages of one link that may be on their way before the sending stage waits."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """One action, when it ran.
+
+    Attributes:
+        action: What ran.
+        batch: In which batch.
+        start: Time it started.
+        end: Time it was done.
+    """
+
+    action: Action
+    batch: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What came out.
+
+    Attributes:
+        spans: For each stage its compute actions with their times, over all batches.
+        batch_seconds: Time a batch takes once the pipeline is running.
+        bubble_fraction: Share of the stages' time, over those batches, in which they wait.
+        peak_in_flight: For each stage the most micro-batches it held activations of at once.
+        bytes_sent: For each stage the bytes it sends for one batch.
+    """
+
+    spans: tuple[tuple[Span, ...], ...]
+    batch_seconds: float
+    bubble_fraction: float
+    peak_in_flight: tuple[int, ...]
+    bytes_sent: tuple[float, ...]
+
+
+def simulate(
+    program: Program,
+    costs: CostModel | None = None,
+    *,
+    num_batches: int = 4,
+    streaming: bool = True,
+    send_ahead: int = SEND_AHEAD,
+) -> Simulation:
+    """Plays ``num_batches`` batches of ``program`` through.
+
+    Args:
+        program: What the stages do.
+        costs: How long it takes them; by default a forward is 1.
+        num_batches: Batches to play, at least 1. The first fills the pipeline; times are taken from
+            the rest, or from the first if it is the only one.
+        streaming: Whether stages may run ahead into the next batch.
+        send_ahead: See above.
+
+    Raises:
+        ScheduleError: If the stages come to a standstill, saying who waits for what.
+    """
+    player = _Player(program, costs or CostModel(), send_ahead)
+    ends = [[0.0] * program.plan.num_stages]
+    for batch in range(num_batches):
+        player.play(batch)
+        if not streaming:
+            player.clocks = [max(player.clocks)] * len(player.clocks)
+        ends.append(list(player.clocks))
+    # The slowest stage sets the pace; the first batch only fills the pipeline.
+    first = 1 if num_batches > 1 else 0
+    seconds = max(
+        (end - start) / (num_batches - first) for start, end in zip(ends[first], ends[-1], strict=True)
+    )
+    busy = sum(span.end - span.start for spans in player.spans for span in spans) / num_batches
+    total = seconds * program.plan.num_stages
+    return Simulation(
+        spans=tuple(map(tuple, player.spans)),
+        batch_seconds=seconds,
+        bubble_fraction=max(0.0, 1.0 - busy / total) if total else 0.0,
+        peak_in_flight=tuple(_peak_in_flight(program, stage) for stage in range(program.plan.num_stages)),
+        bytes_sent=tuple(
+            sum(player.costs.message_bytes(action) for action in actions if action.kind in SEND_KINDS)
+            for actions in program.stages
+        ),
+    )
+
+
+class _Player:
+    """The state of all stages and links while a program is played through."""
+
+    def __init__(self, program: Program, costs: CostModel, send_ahead: int) -> None:
+        self.program = program
+        self.costs = costs
+        self.send_ahead = send_ahead
+        self.clocks = [0.0] * program.plan.num_stages
+        self.spans: list[list[Span]] = [[] for _ in program.stages]
+        self.needs = [
+            [receives_needed(program.plan, action) for action in actions] for actions in program.stages
+        ]
+        # When a link is free again and, message by message, when what was sent has arrived.
+        self.link_free: dict[tuple[int, Kind], float] = defaultdict(float)
+        self.arrivals: dict[tuple[int, Kind], list[float | None]] = defaultdict(list)
+
+    def play(self, batch: int) -> None:
+        """One batch: every stage runs until it is blocked, as long as anything moves."""
+        self.sent: dict[Action, tuple[float, int]] = {}
+        self.posted: dict[Action, float] = {}
+        self.arrived: dict[Action, float] = {}
+        next_up = [0] * len(self.clocks)
+        moved = True
+        while moved:
+            moved = False
+            for stage, actions in enumerate(self.program.stages):
+                while next_up[stage] < len(actions) and self._run(stage, next_up[stage], batch):
+                    next_up[stage] += 1
+                    moved = True
+        stuck = [stage for stage, at in enumerate(next_up) if at < len(self.program.stages[stage])]
+        if stuck:
+            waiting = ", ".join(f"{self.program.stages[stage][next_up[stage]]}" for stage in stuck)
+            raise ScheduleError(f"the stages wait for each other: none of {waiting} can start")
+
+    def _run(self, stage: int, position: int, batch: int) -> bool:
+        """Runs one action if it can start; says whether it did."""
+        action = self.program.stages[stage][position]
+        if action.kind in SEND_KINDS:
+            return self._send(action)
+        if action.kind in RECV_KINDS:
+            self.posted[action] = self.clocks[stage]
+            self._deliver(action)
+            return True
+        needs = self.needs[stage][position]
+        if any(receive not in self.arrived for receive in needs):
+            return False
+        start = max([self.clocks[stage], *(self.arrived[receive] for receive in needs)])
+        self.clocks[stage] = start + self.costs.seconds(self.program.plan, action)
+        if action.kind in COMPUTE_KINDS:
+            self.spans[stage].append(Span(action, batch, start, self.clocks[stage]))
+        return True
+
+    def _send(self, action: Action) -> bool:
+        link = action.stage, action.kind
+        receive = receive_of(action)
+        if receive not in self.sent:
+            self.sent[receive] = self.clocks[action.stage], len(self.arrivals[link])
+            self.arrivals[link].append(None)
+            self._deliver(receive)
+        waits_for = self.sent[receive][1] - self.send_ahead
+        if waits_for >= 0:
+            arrival = self.arrivals[link][waits_for]
+            if arrival is None:
+                return False
+            self.clocks[action.stage] = max(self.clocks[action.stage], arrival)
+        return True
+
+    def _deliver(self, receive: Action) -> None:
+        """Once a message is both sent and waited for, it takes its time on the link."""
+        if receive not in self.sent or receive not in self.posted:
+            return
+        forward = receive.kind is Kind.RECV_FORWARD
+        sender = receive.stage + (-1 if forward else 1)
+        kind = Kind.SEND_FORWARD if forward else Kind.SEND_GRADIENT
+        send = Action(sender, kind, receive.micro_batch, receive.losses)
+        sent, number = self.sent[receive]
+        start = max(sent, self.posted[receive], self.link_free[sender, kind])
+        arrival = start + self.costs.message_seconds(send)
+        # The latency of one message overlaps with the next; its bytes do not.
+        self.link_free[sender, kind] = arrival - self.costs.latency
+        self.arrivals[sender, kind][number] = arrival
+        self.arrived[receive] = arrival
+
+
+def _peak_in_flight(program: Program, stage: int) -> int:
+    """Most micro-batches between their first forward and their last backward pass on ``stage``."""
+    passes_left: dict[int, int] = {}
+    peak = 0
+    for action in program.stages[stage]:
+        if action.kind is Kind.FORWARD and action.micro_batch not in passes_left:
+            passes_left[action.micro_batch] = len(backward_actions(program.plan, stage, action.micro_batch))
+        elif action.kind in (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT, Kind.BACKWARD):
+            passes_left[action.micro_batch] -= 1
+        peak = max(peak, sum(1 for left in passes_left.values() if left))
+    return peak

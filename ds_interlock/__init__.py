@@ -1,0 +1,67 @@
+"""Interlocking backpropagation on DeepSpeed pipelines: windows of stages instead of a flush.
+
+    import ds_interlock
+
+    interlock = ds_interlock.InterlockConfig.from_deepspeed("configs/interlock.json")
+    net = ds_interlock.InterlockPipelineModule(layers, loss_fn=loss_fn, num_stages=4, interlock=interlock)
+    engine, *_ = ds_interlock.initialize(model=net, config="configs/interlock.json", training_data=data)
+    loss = engine.train_batch()
+
+Names are imported when they are first used: planning needs neither torch nor DeepSpeed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ds_interlock.config import HeadConfig, InterlockConfig
+    from ds_interlock.errors import ConfigError, DataError, PeerError, PlanError, ScheduleError
+    from ds_interlock.pipe.engine import InterlockEngine
+    from ds_interlock.pipe.in_process import InProcessPipeline
+    from ds_interlock.pipe.initialize import initialize
+    from ds_interlock.pipe.module import InterlockPipelineModule
+    from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
+
+_HOME = {
+    "HeadConfig": "config",
+    "InterlockConfig": "config",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "PeerError": "errors",
+    "PlanError": "errors",
+    "ScheduleError": "errors",
+    "InterlockEngine": "pipe.engine",
+    "InProcessPipeline": "pipe.in_process",
+    "initialize": "pipe.initialize",
+    "InterlockPipelineModule": "pipe.module",
+    "GradientFlowPlan": "schedule.plan",
+    "LossHead": "schedule.plan",
+}
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "GradientFlowPlan",
+    "HeadConfig",
+    "InProcessPipeline",
+    "InterlockConfig",
+    "InterlockEngine",
+    "InterlockPipelineModule",
+    "LossHead",
+    "PeerError",
+    "PlanError",
+    "ScheduleError",
+    "initialize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -50,14 +50,18 @@ def relays_all_in_one(plan: GradientFlowPlan) -> bool:
     )
 
 
-def gradient_producer(plan: GradientFlowPlan, stage: int, micro_batch: int, bundle: tuple[int, ...]) -> Action:
+def gradient_producer(
+    plan: GradientFlowPlan, stage: int, micro_batch: int, bundle: tuple[int, ...]
+) -> Action:
     """The action of ``stage`` that makes the gradient of ``bundle`` for the stage in front of it."""
     if relays_all_in_one(plan):
         return Action(stage, Kind.BACKWARD, micro_batch)
     return Action(stage, Kind.INPUT_GRADIENT, micro_batch, bundle)
 
 
-def received_bundles(plan: GradientFlowPlan, stage: int, losses: frozenset[int]) -> tuple[tuple[int, ...], ...]:
+def received_bundles(
+    plan: GradientFlowPlan, stage: int, losses: frozenset[int]
+) -> tuple[tuple[int, ...], ...]:
     """The bundles from the next stage that carry the gradients of those ``losses`` that lie behind.
 
     A bundle is never torn apart: what travels together trains the same stages.
@@ -76,6 +80,10 @@ def dependencies(plan: GradientFlowPlan, action: Action) -> tuple[Action, ...]:
     Raises:
         ScheduleError: If ``action`` is not work that ``plan`` asks for.
     """
+    if not 0 <= action.stage < plan.num_stages:
+        raise ScheduleError(
+            f"{action}: the plan has no stage {action.stage}, only 0 to {plan.num_stages - 1}"
+        )
     if action.kind in (Kind.STEP, Kind.REDUCE):
         done = [
             needed
@@ -122,9 +130,7 @@ def _forward_to(plan: GradientFlowPlan, stage: int, micro_batch: int, loss: int)
 def _gradients(plan: GradientFlowPlan, action: Action, losses: frozenset[int]) -> tuple[Action, ...]:
     """What makes the gradients of ``losses`` at this stage: its own heads and the stage behind it."""
     stage, micro_batch = action.stage, action.micro_batch
-    own = [
-        Action(stage, Kind.HEAD, micro_batch, (loss,)) for loss in plan.losses_at(stage) if loss in losses
-    ]
+    own = [Action(stage, Kind.HEAD, micro_batch, (loss,)) for loss in plan.losses_at(stage) if loss in losses]
     behind = [
         gradient_producer(plan, stage + 1, micro_batch, bundle)
         for bundle in received_bundles(plan, stage, losses)

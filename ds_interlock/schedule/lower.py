@@ -43,9 +43,7 @@ class Program:
         return action.micro_batch % self.slots[action.stage]
 
 
-def training_program(
-    plan: GradientFlowPlan, num_micro_batches: int, *, extra_in_flight: int = 0
-) -> Program:
+def training_program(plan: GradientFlowPlan, num_micro_batches: int, *, extra_in_flight: int = 0) -> Program:
     """The program of one training batch: ordered, lowered, ready to run.
 
     Raises:

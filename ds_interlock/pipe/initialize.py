@@ -1,0 +1,122 @@
+"""``ds_interlock.initialize``: what ``deepspeed.initialize`` is for DeepSpeed."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from deepspeed import comm as deepspeed_comm
+from deepspeed.runtime.config import DeepSpeedConfig
+from torch import nn
+
+from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
+from ds_interlock.errors import ConfigError
+from ds_interlock.pipe.agreement import agree
+from ds_interlock.pipe.engine import InterlockEngine
+from ds_interlock.pipe.module import InterlockPipelineModule
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+) -> tuple[InterlockEngine, Any, Any, Any]:
+    """Makes the engine for an ``InterlockPipelineModule``. Takes what ``deepspeed.initialize`` takes.
+
+    The mode comes from the ``"interlock"`` section of the config; without one it is global.
+
+    Returns:
+        ``(engine, optimizer, training_dataloader, lr_scheduler)``, as DeepSpeed does.
+
+    Raises:
+        ConfigError: If the config, the model or the ranks of the job do not fit together.
+    """
+    if not isinstance(model, InterlockPipelineModule):
+        raise ConfigError(
+            f"ds_interlock.initialize needs a ds_interlock.InterlockPipelineModule, got {type(model).__name__}: "
+            "use it in place of deepspeed.pipe.PipelineModule; it takes the same arguments"
+        )
+    if mpu is not None:
+        raise ConfigError("mpu must be None: the process groups of a pipeline come from its module")
+    if mesh_param is not None:
+        raise ConfigError("mesh_param is not supported with pipelines: use topology= of the module")
+    config = config or config_params or getattr(args, "deepspeed_config", None)
+    if config is None:
+        raise ConfigError("no DeepSpeed config: pass config= (a path or a dict) or --deepspeed_config")
+    config = dict(config) if isinstance(config, Mapping) else read_deepspeed(config)
+    check_deepspeed(config)
+    deepspeed_comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    agree({"config": config, "layers": len(model._layer_specs), "stage_bounds": list(model.parts)})
+    model.bind(InterlockConfig.from_deepspeed(config))
+    scale = model.interlock.head.learning_rate_scale if model.interlock else 1.0
+    if model_parameters is None and optimizer is None:
+        model_parameters, config = _parameter_groups(model, config, scale)
+    elif scale != 1.0:
+        raise ConfigError(
+            "interlock.head.learning_rate_scale works with the optimizer of the JSON config; with an optimizer "
+            "or parameters of your own, make a group of model.head_parameters() with the rate you want"
+        )
+    grid = model.mpu()
+    engine = InterlockEngine(
+        args=args,
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        mpu=grid,
+        dist_init_required=False,
+        collate_fn=collate_fn,
+        config=config,
+        config_class=DeepSpeedConfig(config, grid),
+    )
+    _check_optimizer_has_heads(engine)
+    engine._configure_python_gc()
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _parameter_groups(
+    model: InterlockPipelineModule, config: dict[str, Any], scale: float
+) -> tuple[list[Any], dict[str, Any]]:
+    """The parameters to train; the heads in a group of their own if they have their own rate.
+
+    DeepSpeed's schedulers set a rate for each group from scalars or from lists with one number a
+    group, so the scalars of a stage with such a group become lists.
+    """
+    heads = model.head_parameters()
+    if scale == 1.0 or not heads:
+        return [p for p in model.parameters() if p.requires_grad], config
+    config = copy.deepcopy(config)
+    rate = config.get("optimizer", {}).get("params", {}).get("lr", 1e-3)
+    params = config.get("scheduler", {}).get("params", {})
+    for name, value in params.items():
+        if name.endswith("_lr") and isinstance(value, int | float):
+            params[name] = [value, value * scale]
+    return [{"params": model.layer_parameters()}, {"params": heads, "lr": rate * scale}], config
+
+
+def _check_optimizer_has_heads(engine: InterlockEngine) -> None:
+    """Parameters collected before ``initialize`` bound the heads would leave them untrained."""
+    if engine.optimizer is None or engine.using_bf16_optimizer or engine.zero_optimization():
+        return
+    trained = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
+    missing = [
+        name
+        for name, p in engine.module.heads.named_parameters()
+        if isinstance(p, torch.nn.Parameter) and p.requires_grad and id(p) not in trained
+    ]
+    if missing:
+        raise ConfigError(
+            f"the optimizer does not train the heads ({', '.join(missing)}): pass interlock= to "
+            "InterlockPipelineModule, so that its parameters() include them, or leave out model_parameters"
+        )

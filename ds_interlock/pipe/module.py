@@ -1,0 +1,205 @@
+"""``InterlockPipelineModule``: a ``PipelineModule`` with a gradient-flow plan and loss heads.
+
+Layers, partitioning and parameter names are DeepSpeed's. Added are the plan, made from the
+configuration and DeepSpeed's own partition; the heads of this stage, under ``heads.``; a forward
+over a range of layers, so that a head can sit inside a stage; and what becomes of tied weights and
+of process groups that span the pipe when stages step on their own.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.utils import set_random_seed
+from deepspeed.utils import logger
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ds_interlock.config import InterlockConfig
+from ds_interlock.errors import ConfigError
+from ds_interlock.pipe.heads import head_factory
+from ds_interlock.pipe.in_process import MakeHead, build_head
+from ds_interlock.pipe.stage import Hidden
+from ds_interlock.schedule.plan import GradientFlowPlan
+
+
+class StageGrid:
+    """DeepSpeed's grid of process groups, as seen by a stage that steps on its own.
+
+    DeepSpeed clips gradients and looks for overflow over ``get_model_parallel_group()``, which
+    spans the pipe. Here it spans the tensor-parallel ranks of this stage; all else is unchanged.
+    """
+
+    def __init__(self, grid: Any) -> None:
+        self._grid = grid
+
+    def get_model_parallel_group(self) -> Any:
+        """The ranks that hold other parts of this stage's layers."""
+        return self._grid.get_slice_parallel_group()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+
+class InterlockPipelineModule(PipelineModule):  # type: ignore[misc]
+    """A model as a sequence of layers, cut into pipeline stages with losses of their own.
+
+    Args:
+        layers: As ``PipelineModule``: ``LayerSpec``, ``TiedLayerSpec``, modules, callables.
+        interlock: The mode. If None, ``ds_interlock.initialize`` takes it from its config.
+        head: Builds an auxiliary head, a module that maps the hidden state to what the last layer
+            would output. If None, heads are made as ``interlock.head`` says, with the sizes of the
+            model's last layers.
+        plan: Makes the plan from the stage bounds, in place of the one that ``interlock`` means:
+            for gradient flows that the configuration has no words for, as deep supervision.
+        **pipeline: The other keyword arguments of ``PipelineModule``.
+
+    Raises:
+        ConfigError: If stages, layers and configuration do not fit together.
+    """
+
+    def __init__(
+        self,
+        layers: Any,
+        *,
+        interlock: InterlockConfig | None = None,
+        head: MakeHead | None = None,
+        plan: Callable[[list[int]], GradientFlowPlan] | None = None,
+        **pipeline: Any,
+    ) -> None:
+        layers = list(layers)
+        topology = pipeline.get("topology")
+        num_stages = topology.get_dim("pipe") if topology else pipeline.get("num_stages")
+        if num_stages and num_stages > len(layers):
+            raise ConfigError(
+                f"{num_stages} stages for {len(layers)} layers: every stage needs at least one; use at "
+                f"most num_stages={len(layers)}, or more layers"
+            )
+        super().__init__(layers, **pipeline)
+        self._make_head = head
+        self._make_plan = plan
+        self.interlock: InterlockConfig | None = None
+        if any(start >= stop for start, stop in zip(self.parts, self.parts[1:], strict=False)):
+            raise ConfigError(
+                f'partition_method "{pipeline.get("partition_method", "parameters")}" leaves a stage without '
+                f'layers: {list(self.parts)}; use partition_method="uniform" or fewer stages'
+            )
+        self.heads = nn.ModuleDict()
+        if interlock is not None:
+            self.bind(interlock)
+
+    def bind(self, interlock: InterlockConfig) -> None:
+        """Makes the plan and builds this stage's heads. Happens once; the mode is then fixed.
+
+        Raises:
+            ConfigError: If another configuration was bound before, or the plan is impossible.
+        """
+        if self.interlock is not None:
+            if self.interlock != interlock:
+                raise ConfigError(
+                    'the "interlock" section given to ds_interlock.initialize differs from the one that '
+                    f"InterlockPipelineModule was built with: {interlock!r} is not {self.interlock!r}; "
+                    "read both from the same file"
+                )
+            return
+        bounds = [int(bound) for bound in self.parts]
+        self.plan = self._make_plan(bounds) if self._make_plan else interlock.plan(bounds)
+        self.interlock = interlock
+        losses = [loss for loss in self.plan.losses_at(self.stage_id) if loss != self.plan.final]
+        make_head = self._make_head
+        if losses and make_head is None:
+            make_head = head_factory(interlock.head, self._layer_specs)
+        for loss in losses:
+            assert make_head is not None
+            built = build_head(make_head, loss, self.plan.heads[loss], self.base_seed)
+            self.heads[str(loss)] = built.to(get_accelerator().device_name(self.local_rank))
+        self.activation_checkpoint_func = partial(checkpoint, use_reentrant=False)
+        self._settle_tied_weights(interlock)
+
+    @property
+    def steps_alone(self) -> bool:
+        """True if this stage's update depends on its window only, not on the whole pipeline."""
+        return not self.plan.is_end_to_end and not self.tied_comms
+
+    def mpu(self) -> Any:
+        """The process groups, as DeepSpeed's optimizers use them."""
+        return self._grid if self.plan.is_end_to_end else StageGrid(self._grid)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of this stage's heads."""
+        return [parameter for parameter in self.heads.parameters() if parameter.requires_grad]
+
+    def layer_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of this stage's layers."""
+        of_heads = set(map(id, self.heads.parameters()))
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in of_heads]
+
+    def begin_micro_batch(self) -> None:
+        """Moves the offset from which ``seed_layers`` seeds the layers, as DeepSpeed does."""
+        self.micro_offset += 1
+
+    def run_layers(self, hidden: Hidden, start: int, stop: int) -> Hidden:
+        """Applies the layers ``start .. stop - 1``, counted over the whole model.
+
+        As ``PipelineModule.forward``, which knows no ranges: with ``activation_checkpoint_interval``
+        the layers are recomputed in the backward pass, in groups of that many.
+        """
+        first = start - self._local_start
+        last = stop - self._local_start
+        interval = self.activation_checkpoint_interval
+        if interval == 0 or not torch.is_grad_enabled():
+            return self._run_local(first, last, self.micro_offset + 1, hidden)
+        for begin in range(first, last, interval):
+            end = min(begin + interval, last)
+            run = partial(self._run_local, begin, end, self.micro_offset + 1)
+            if self._is_checkpointable(self.forward_funcs[begin:end]):
+                hidden = self.activation_checkpoint_func(run, hidden)
+            else:
+                hidden = run(hidden)
+        return hidden
+
+    def _run_local(self, begin: int, end: int, micro_offset: int, hidden: Hidden) -> Hidden:
+        """Local layers ``begin .. end - 1``; a recomputation must see the offset of its forward."""
+        for index in range(begin, end):
+            self.curr_layer = index + self._local_start
+            if self.seed_layers:
+                seed = self.base_seed * micro_offset + self.curr_layer
+                (self.seed_fn or set_random_seed)(seed)
+            hidden = self.forward_funcs[index](hidden)
+        return hidden
+
+    def _settle_tied_weights(self, interlock: InterlockConfig) -> None:
+        """Ties across stages need an all-reduce over the pipe at every step: keep it, or cut them."""
+        keys = sorted({spec.key for spec in self._layer_specs if isinstance(spec, TiedLayerSpec)})
+        across = [key for key in keys if self._num_stages_of(key) > 1]
+        if not across or self.plan.is_end_to_end:
+            return
+        names = ", ".join(map(repr, across))
+        if interlock.tied_weights == "error":
+            raise ConfigError(
+                f"weights {names} are tied across stages, and interlock.tied_weights is \"error\": use "
+                '"untie" (each stage trains its own copy) or "sync" (all-reduce at every step, no streaming)'
+            )
+        if interlock.tied_weights == "sync":
+            message = f"tied weights {names} stay tied: their all-reduce makes stages wait; no streaming across batches"
+        else:
+            message = f"tied weights {names} are untied: stages start from the same values and train copies of their own"
+            self.tied_comms = {}
+            for parameter in self.tied_modules.parameters():
+                parameter.ds_pipe_replicated = False
+        if self.global_rank == 0:
+            logger.info("interlock: %s (interlock.tied_weights)", message)
+
+    def _num_stages_of(self, key: str) -> int:
+        layers = [
+            number
+            for number, spec in enumerate(self._layer_specs)
+            if isinstance(spec, TiedLayerSpec) and spec.key == key
+        ]
+        return len({self.stage_owner(number) for number in layers})
+
+
+__all__ = ["InterlockPipelineModule", "LayerSpec", "TiedLayerSpec"]

@@ -1,0 +1,136 @@
+"""Reports that travel on their own: losses, gradient norms and learning rates, late but never mixed up.
+
+A training batch under local or interlock has no collective over the pipe, so nobody can hand the
+final loss to stage 0. Instead every stage posts what it has measured for a batch to the job's
+key-value store, in a thread of its own, and reads there which batch the last stage has got to:
+
+    stage k    ── post(batch 7, loss, norm, lr) ──►  "metrics/k/7"
+    last stage ── post(batch 5, final loss) ──────►  "final" = (5, 2.314)  ──► newest() everywhere
+    rank 0     ◄─ collected() ── "metrics/0/5", "metrics/1/5", ... ──► DeepSpeed's monitor
+
+No stage ever waits for this: ``newest`` and ``collected`` return what has arrived.
+"""
+
+import json
+import math
+import queue
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What one stage measured for one batch.
+
+    Attributes:
+        batch: Number of the batch since the engine was made.
+        values: Numbers by name; tensors are read in the reporting thread.
+        final_loss: The final loss of the batch, from the last stage; None from the others.
+    """
+
+    batch: int
+    values: Mapping[str, float | Tensor | None]
+    final_loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """A report as it arrives on the rank that collects them.
+
+    Attributes:
+        stage: Who measured it.
+        batch: Number of the batch since the engine was made.
+        values: Numbers by name.
+    """
+
+    stage: int
+    batch: int
+    values: dict[str, float]
+
+
+class Reporter:
+    """Posts this stage's reports, and reads how far the others have got.
+
+    Args:
+        stage: This stage.
+        num_stages: Stages of the pipeline.
+        posts: Whether this rank speaks for its stage: one data-parallel replica does.
+        collects: Whether this rank gathers everybody's reports: rank 0 does.
+    """
+
+    def __init__(self, stage: int, num_stages: int, *, posts: bool, collects: bool) -> None:
+        self.stage = stage
+        self.posts = posts
+        self.collects = collects
+        self._next_batch = [0] * num_stages
+        self._store = dist.PrefixStore("ds_interlock", _own_connection())
+        self._newest: tuple[int, float] = -1, math.nan
+        self._collected: queue.SimpleQueue[StageReport] = queue.SimpleQueue()
+        self._jobs: queue.Queue[BatchReport | None] = queue.Queue()
+        self._failure: Exception | None = None
+        threading.Thread(target=self._work, name="interlock reports", daemon=True).start()
+
+    def post(self, report: BatchReport) -> None:
+        """Sends a report off; returns at once."""
+        self._jobs.put(report)
+
+    def newest(self) -> tuple[int, float]:
+        """Batch and value of the newest final loss that has reached this stage; (-1, nan) at first."""
+        return self._newest
+
+    def collected(self) -> list[StageReport]:
+        """Takes the reports that have arrived here since the last call, in order within a stage."""
+        return [self._collected.get() for _ in range(self._collected.qsize())]
+
+    def flush(self) -> None:
+        """Waits until this stage's reports are posted and those of the others, as far as posted, read.
+
+        Raises:
+            RuntimeError: If the store could not be reached.
+        """
+        self._jobs.put(None)
+        self._jobs.join()
+        if self._failure is not None:
+            raise RuntimeError("reports could not be posted: the job's store is gone") from self._failure
+
+    def _work(self) -> None:
+        while True:
+            report = self._jobs.get()
+            try:
+                if self._failure is None:
+                    self._exchange(report)
+            except Exception as error:  # kept for flush(): a report must not end the training
+                self._failure = error
+            finally:
+                self._jobs.task_done()
+
+    def _exchange(self, report: BatchReport | None) -> None:
+        if report is not None and self.posts:
+            if report.final_loss is not None:
+                self._store.set("final", json.dumps([report.batch, float(report.final_loss)]))
+            values = {name: float(value) for name, value in report.values.items() if value is not None}
+            self._store.set(f"metrics/{self.stage}/{report.batch}", json.dumps(values))
+        if self._store.check(["final"]):
+            batch, loss = json.loads(self._store.get("final"))
+            self._newest = batch, loss
+        if self.collects:
+            self._collect()
+
+    def _collect(self) -> None:
+        for stage in range(len(self._next_batch)):
+            while self._store.check([key := f"metrics/{stage}/{self._next_batch[stage]}"]):
+                values = json.loads(self._store.get(key))
+                self._collected.put(StageReport(stage, self._next_batch[stage], values))
+                self._store.delete_key(key)
+                self._next_batch[stage] += 1
+
+
+def _own_connection() -> Any:
+    """The job's store, over a connection that no collective's set-up can keep busy."""
+    store = dist.distributed_c10d._get_default_store()
+    return store.clone() if hasattr(store, "clone") else store

@@ -1,0 +1,260 @@
+"""The verifier: a program carries out its plan, or here is everything that is wrong with it.
+
+It restates no rule. What work there must be comes from ``stage_actions``, its order from
+``dependencies``, its messages from ``send_of``, ``receive_of`` and ``receives_needed``; what is left
+to say here is how a list of actions can fail them. All faults are collected and raised once, below
+the grid of the program with the faulty actions marked:
+
+    stage 0 | F0      F1      >0W1< W0      S2
+    stage 1 |    F0 B0     F1 B1         S2
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from ds_interlock.errors import ScheduleError, list_faults
+from ds_interlock.schedule.action import COMPUTE_KINDS, SEND_KINDS, Action, Kind
+from ds_interlock.schedule.dependency import dependencies, stage_actions
+from ds_interlock.schedule.lower import Program, receive_of, receives_needed, send_of
+from ds_interlock.schedule.render import Place, render_text
+from ds_interlock.schedule.simulate import StandstillError, simulate
+
+
+def verify(program: Program, *, extra_in_flight: int = 0) -> None:
+    """Accepts ``program`` as one training batch of its plan.
+
+    Args:
+        program: What to check.
+        extra_in_flight: Micro-batches a stage may hold beyond ``plan.in_flight``.
+
+    Raises:
+        ScheduleError: Listing every fault, with the grid. A standstill is looked for only in a
+            program that has no other fault.
+    """
+    plan, num = program.plan, program.num_micro_batches
+    _check_shape(program)
+    ends = [[Action(s, kind, num) for kind in (Kind.REDUCE, Kind.STEP)] for s in range(plan.num_stages)]
+    work = [
+        [action for micro_batch in range(num) for action in stage_actions(plan, stage, micro_batch)]
+        for stage in range(plan.num_stages)
+    ]
+    verifier = _Verifier(program, work, ends)
+    verifier.check_slots(extra_in_flight)
+    verifier.check()
+
+
+def verify_evaluation(program: Program, *, all_heads: bool) -> None:
+    """Accepts ``program`` as one evaluation batch: forward only, with the final loss or all losses.
+
+    Raises:
+        ScheduleError: Like ``verify``.
+    """
+    plan = program.plan
+    _check_shape(program)
+    work = [
+        [
+            action
+            for micro_batch in range(program.num_micro_batches)
+            for action in stage_actions(plan, stage, micro_batch)
+            if action.kind is Kind.FORWARD
+            or (action.kind is Kind.HEAD and (all_heads or action.losses == (plan.final,)))
+        ]
+        for stage in range(plan.num_stages)
+    ]
+    verifier = _Verifier(program, work, [[] for _ in work])
+    verifier.check_slots(0)
+    verifier.check()
+
+
+def _check_shape(program: Program) -> None:
+    """What must hold before the program can be looked at, or drawn."""
+    num_stages = program.plan.num_stages
+    faults = []
+    if program.num_micro_batches < 1:
+        faults.append(f"a batch needs at least 1 micro-batch, got {program.num_micro_batches}")
+    for name, value in (("slots", program.slots), ("stages", program.stages)):
+        if len(value) != num_stages:
+            faults.append(f"{name} has {len(value)} entries for {num_stages} stages")
+    faults += [f"stage {s} has {n} slots, it needs at least 1" for s, n in enumerate(program.slots) if n < 1]
+    if faults:
+        raise ScheduleError(list_faults("program", faults))
+
+
+class _Verifier:
+    """Collects the faults of one program.
+
+    Attributes:
+        expected: For each stage all actions it must carry out, communication included.
+        made_by: For each send the action that makes its message.
+        at: Where every expected action is that is on its own stage (the first, if several).
+        order: For each stage those actions in the order of their places.
+    """
+
+    def __init__(
+        self, program: Program, work: Sequence[Sequence[Action]], ends: Sequence[Sequence[Action]]
+    ) -> None:
+        self.program = program
+        self.plan = program.plan
+        self.ends = ends
+        self.faults: list[str] = []
+        self.faulty: set[Place] = set()
+        self.missing: list[Action] = []
+        self.made_by: dict[Action, Action] = {}
+        self.expected = self._with_communication(work)
+        self.at = {
+            action: (stage, position)
+            for stage, actions in enumerate(program.stages)
+            for position, action in reversed(list(enumerate(actions)))
+            if action in self.expected[stage]
+        }
+        self.order: list[list[Action]] = [[] for _ in work]
+        for action in sorted(self.at, key=self.at.__getitem__):
+            self.order[action.stage].append(action)
+
+    def _with_communication(self, work: Sequence[Sequence[Action]]) -> list[set[Action]]:
+        expected = [{*actions, *end} for actions, end in zip(work, self.ends, strict=True)]
+        expected[0].update(Action(0, Kind.LOAD, number) for number in range(self.program.num_micro_batches))
+        for action in (action for actions in work for action in actions):
+            send = send_of(self.plan, action)
+            if send is not None:
+                self.made_by[send] = action
+                expected[send.stage].add(send)
+                expected[receive_of(send).stage].add(receive_of(send))
+        return expected
+
+    def check(self) -> None:
+        self._check_presence()
+        self._check_order()
+        self._check_ends()
+        self._check_links()
+        self._check_buffers()
+        if not self.faults:
+            self._check_standstill()
+        if self.faults:
+            self._fail()
+
+    def _fail(self) -> NoReturn:
+        grid = render_text(self.program, faulty=self.faulty, missing=self.missing)
+        raise ScheduleError(f"{list_faults('program', self.faults)}\n{grid}")
+
+    def _fault(self, text: str, places: Iterable[Place]) -> None:
+        self.faults.append(text)
+        self.faulty.update(places)
+
+    def check_slots(self, extra_in_flight: int) -> None:
+        for stage, slots in enumerate(self.program.slots):
+            most = self.plan.in_flight(stage) + extra_in_flight
+            if slots > most:
+                self._fault(
+                    f"stage {stage} has slots for {slots} micro-batches; {self.plan.in_flight(stage)} by the "
+                    f"plan and extra_in_flight {extra_in_flight} allow {most}",
+                    [],
+                )
+
+    def _check_presence(self) -> None:
+        """Every action that is asked for is there once, on its own stage, and no other is."""
+        places: dict[Action, list[Place]] = {}
+        for stage, actions in enumerate(self.program.stages):
+            for position, action in enumerate(actions):
+                places.setdefault(action, []).append((stage, position))
+        asked_for = set().union(*self.expected)
+        for action, found in places.items():
+            astray = [place for place in found if place[0] != action.stage]
+            if action not in asked_for:
+                self._fault(f"{action} is not asked for by the plan; leave it out", found)
+            elif astray:
+                self._fault(f"{action} is in the list of stage {astray[0][0]}, not of its own stage", astray)
+            elif len(found) > 1:
+                self._fault(f"{action} appears {len(found)} times, expected once", found)
+        for action in sorted(asked_for - places.keys()):
+            self._fault(f"{action} is missing", [])
+            self.missing.append(action)
+
+    def _check_order(self) -> None:
+        """What an action needs is earlier in its stage's list, and so is what it sends."""
+        for action, place in self.at.items():
+            for needed in self._needed_before(action):
+                if self._after(needed, action):
+                    self._fault(f"{action} comes before {needed}, which it needs", [place, self.at[needed]])
+
+    def _needed_before(self, action: Action) -> tuple[Action, ...]:
+        """What must be earlier in the list of ``action``'s own stage. The ends are a check of their own."""
+        if action.kind in SEND_KINDS:
+            return (self.made_by[action],)
+        if action.kind not in COMPUTE_KINDS or action.kind is Kind.STEP:
+            return ()
+        own = tuple(needed for needed in dependencies(self.plan, action) if needed.stage == action.stage)
+        if action.kind is Kind.FORWARD and action.stage == 0:
+            own = (*own, Action(0, Kind.LOAD, action.micro_batch))
+        return (*own, *receives_needed(self.plan, action))
+
+    def _after(self, needed: Action, action: Action) -> bool:
+        """True if ``needed`` is behind ``action``; one that is missing is reported as missing."""
+        return needed in self.at and self.at[needed] > self.at[action]
+
+    def _check_ends(self) -> None:
+        """A stage ends with its reduce and its step; nothing of the batch is left to do then."""
+        for stage, end in enumerate(self.ends):
+            actions = self.program.stages[stage]
+            if end and list(actions[-len(end) :]) != end and all(action in self.at for action in end):
+                self._fault(
+                    f"stage {stage} must end with {' '.join(map(str, end))}, "
+                    f"it ends with {' '.join(map(str, actions[-len(end) :]))}",
+                    [self.at[action] for action in end],
+                )
+
+    def _check_links(self) -> None:
+        """A link hands messages over in the order they are sent: both its ends agree on it."""
+        for stage, actions in enumerate(self.order):
+            for kind in sorted(SEND_KINDS):
+                sends = {receive_of(a): a for a in actions if a.kind is kind and receive_of(a) in self.at}
+                if sends:
+                    other = next(iter(sends)).stage
+                    taken = [sends[action] for action in self.order[other] if action in sends]
+                    self._compare([*sends.values()], taken, f"stage {stage} sends", f"stage {other} receives")
+        loads = [action for action in self.order[0] if action.kind is Kind.LOAD]
+        self._compare(loads, sorted(loads), "stage 0 loads", "the data set has")
+
+    def _compare(self, ours: Sequence[Action], theirs: Sequence[Action], we: str, they: str) -> None:
+        wrong = [(mine, other) for mine, other in zip(ours, theirs, strict=False) if mine != other]
+        if wrong:
+            sent, taken = (", ".join(map(str, actions)) for actions in zip(*wrong, strict=True))
+            places = [self.at[action] for action, _ in wrong]
+            places += [self.at[receive_of(a)] for a, _ in wrong if a.kind in SEND_KINDS]
+            self._fault(f"{we} {sent} where {they} {taken}, in this order", places)
+
+    def _check_buffers(self) -> None:
+        """No more micro-batches at once than slots, and no two of them in one buffer."""
+        for actions in self.order:
+            work = [action for action in actions if action.kind in COMPUTE_KINDS - {Kind.STEP}]
+            last = {action.micro_batch: action for action in work}
+            live: dict[int, Action] = {}
+            for action in work:
+                if action.micro_batch not in live:
+                    self._check_opening(action, [*live.values()])
+                    live[action.micro_batch] = action
+                if last[action.micro_batch] == action:
+                    del live[action.micro_batch]
+
+    def _check_opening(self, action: Action, live: Sequence[Action]) -> None:
+        """``action`` is the first of its micro-batch on its stage, the first of ``live`` are not done."""
+        slots = self.program.slots[action.stage]
+        clash = [other for other in live if self.program.buffer(other) == self.program.buffer(action)]
+        if len(live) >= slots:
+            self._fault(
+                f"{action} begins micro-batch {len(live) + 1} at once on stage {action.stage}, "
+                f"which has slots for {slots}",
+                [self.at[action]],
+            )
+        elif clash:
+            self._fault(
+                f"{action} takes the buffer that {clash[0]} filled and that is still in use",
+                [self.at[action], self.at[clash[0]]],
+            )
+
+    def _check_standstill(self) -> None:
+        """Even if every send waits for its receiver, all stages get to their end, and on to a next batch."""
+        try:
+            simulate(self.program, num_batches=2, send_ahead=0)
+        except StandstillError as error:
+            self._fault(str(error), error.places)

@@ -1,0 +1,13 @@
+"""Set-up for all tests: one thread for each process, so that ranks do not fight over cores.
+
+Must run before torch is first imported: it reads these variables once.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What a test needs is on this machine; a hub must not be asked for it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")

@@ -1,0 +1,271 @@
+"""The "interlock" section: what it means, and that each fault is named by its JSON key."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from ds_interlock import config as config_module
+from ds_interlock.config import InterlockConfig, check_deepspeed
+from ds_interlock.errors import ConfigError, PlanError
+from ds_interlock.schedule.plan import GradientFlowPlan
+
+BOUNDS = [0, 2, 5, 7, 9]
+
+EVERYTHING = {
+    "mode": "interlock",
+    "window": 3,
+    "combine": "farthest",
+    "head_stride": 2,
+    "streaming": False,
+    "tied_weights": "error",
+    "timeout_seconds": 12.5,
+    "extra_in_flight": 4,
+    "head": {
+        "type": "low_rank",
+        "token_fraction": 0.25,
+        "learning_rate_scale": 2.0,
+        "weight": 0.5,
+        "rank": 7,
+    },
+}
+
+
+def section(**keys: object) -> dict[str, object]:
+    return {"train_batch_size": 8, "interlock": keys}
+
+
+def error_of(config: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        InterlockConfig.from_deepspeed(config)
+    return str(caught.value)
+
+
+# What the section means.
+
+
+def test_every_key_is_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "interlock.json"
+    path.write_text(json.dumps(section(**EVERYTHING)))
+    assert InterlockConfig.from_deepspeed(path).model_dump() == EVERYTHING
+    assert InterlockConfig.from_deepspeed(str(path)) == InterlockConfig.from_deepspeed(section(**EVERYTHING))
+
+
+def test_every_key_of_the_section_is_covered_above() -> None:
+    assert EVERYTHING.keys() == InterlockConfig.model_fields.keys()
+    for name, field in InterlockConfig.model_fields.items():
+        assert EVERYTHING[name] != field.default, f"{name} is tested at its default"
+
+
+def test_no_section_is_global() -> None:
+    config = InterlockConfig.from_deepspeed({"train_batch_size": 8})
+    assert config == InterlockConfig()
+    assert config.is_global
+    assert config.window is None
+    assert config.plan(BOUNDS) == GradientFlowPlan.end_to_end(stage_bounds=BOUNDS)
+
+
+def test_comments_are_allowed_as_deepspeed_allows_them(tmp_path: Path) -> None:
+    path = tmp_path / "commented.json"
+    path.write_text('{\n  // how gradients flow\n  "interlock": {"mode": "local"}  # every stage alone\n}')
+    assert InterlockConfig.from_deepspeed(path).mode == "local"
+
+
+def test_the_window_of_mode_interlock_is_2_if_not_given() -> None:
+    assert InterlockConfig(mode="interlock").window == 2
+    assert InterlockConfig(mode="interlock", window=1.5).window == 1.5
+    assert repr(InterlockConfig(mode="interlock", window=3.0).window) == "3"
+
+
+def test_local_plan_has_weighted_heads() -> None:
+    config = InterlockConfig.from_deepspeed(section(mode="local", head={"weight": 0.5}))
+    expected = GradientFlowPlan.n_wise(None, 1, stage_bounds=BOUNDS, head_weight=0.5)
+    assert config.plan(BOUNDS) == expected
+    assert [head.weight for head in config.plan(BOUNDS).heads] == [0.5, 0.5, 0.5, 1.0]
+    assert not config.is_global
+
+
+def test_interlock_plan_takes_every_key_that_shapes_it() -> None:
+    plan = InterlockConfig.from_deepspeed(section(**EVERYTHING)).plan(BOUNDS)
+    expected = GradientFlowPlan.n_wise(
+        None, 3, "farthest", head_stride=2, stage_bounds=BOUNDS, head_weight=0.5
+    )
+    assert plan == expected
+    assert plan != GradientFlowPlan.n_wise(None, 3, "sum", stage_bounds=BOUNDS, head_weight=0.5)
+
+
+def test_a_config_does_not_change() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        InterlockConfig().mode = "local"  # type: ignore[misc]
+
+
+# What is wrong with it.
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (
+            {"head": {"typ": "linear"}},
+            'interlock.head.typ: unknown key; did you mean "type"?  valid keys: type,',
+        ),
+        ({"Window": 2}, 'interlock.Window: unknown key; did you mean "window"?  valid keys: mode, window,'),
+        ({"zzz": 2}, "interlock.zzz: unknown key; valid keys: mode, window,"),
+        ({"mode": "lokal"}, 'interlock.mode: got "lokal", expected "global", "local" or "interlock"'),
+        ({"mode": "interlock", "window": "2"}, 'interlock.window: got "2", expected a valid number'),
+        (
+            {"mode": "interlock", "window": 0.5},
+            "interlock.window: got 0.5, expected greater than or equal to 1",
+        ),
+        ({"mode": "interlock", "window": True}, "interlock.window: got true, expected a valid number"),
+        ({"mode": "local", "window": 2}, 'interlock.window: got 2, but mode is "local", which has no window'),
+        ({"window": 2}, 'interlock.window: got 2, but mode is "global", which has no window'),
+        ({"head_stride": 1.5}, "interlock.head_stride: got 1.5, expected a valid integer"),
+        ({"head_stride": 0}, "interlock.head_stride: got 0, expected greater than or equal to 1"),
+        ({"streaming": "yes"}, 'interlock.streaming: got "yes", expected a valid boolean'),
+        ({"tied_weights": "tie"}, 'interlock.tied_weights: got "tie", expected "untie", "sync" or "error"'),
+        ({"timeout_seconds": 0}, "interlock.timeout_seconds: got 0, expected greater than 0"),
+        ({"extra_in_flight": -1}, "interlock.extra_in_flight: got -1, expected greater than or equal to 0"),
+        ({"head": "linear"}, 'interlock.head: got "linear", expected an object with some of the keys type,'),
+        ({"head": {"token_fraction": 0}}, "interlock.head.token_fraction: got 0, expected greater than 0"),
+        ({"head": {"token_fraction": 1.5}}, "interlock.head.token_fraction: got 1.5, expected less than or"),
+        ({"head": {"weight": float("nan")}}, "interlock.head.weight: got NaN, expected"),
+        ({"head": {"rank": 0}}, "interlock.head.rank: got 0, expected greater than or equal to 1"),
+    ],
+)
+def test_a_fault_is_named_by_its_key(keys: dict[str, object], expected: str) -> None:
+    assert expected in error_of(section(**keys))
+
+
+def test_all_faults_come_at_once() -> None:
+    message = error_of(
+        {"interlok": {}, "interlock": {"mode": "lokal", "head": {"typ": 1, "rank": 0}, "head_stride": 0}}
+    )
+    assert message.startswith("DeepSpeed config: 5 faults\n")
+    keys = (
+        "interlok",
+        "interlock.mode",
+        "interlock.head.typ",
+        "interlock.head.rank",
+        "interlock.head_stride",
+    )
+    for key in keys:
+        assert f"\n  - {key}: " in message
+
+
+@pytest.mark.parametrize("name", ["interlok", "Interlock", "inter_lock", "interlocks"])
+def test_a_misspelt_section_is_not_passed_over(name: str) -> None:
+    assert error_of({name: {"mode": "local"}}).endswith(f'{name}: unknown section; did you mean "interlock"?')
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(None, "null"), (True, "true"), ([], "[]"), ("local", '"local"')]
+)
+def test_a_section_that_is_no_object(value: object, shown: str) -> None:
+    message = error_of({"interlock": value})
+    assert f"interlock: got {shown}, expected an object with some of the keys mode, window," in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{\n  "interlock": {"mode": "local"\n', "line 3"),
+        ('{"interlock": }', "line 1, column 15: not valid JSON"),
+        ("[1, 2]", "got [1, 2], expected a JSON object"),
+        ("  \n", "expected a JSON object"),
+        ('{"interlock": {"mode": "local", "mode": "global"}}', 'the same object has "mode" more than once'),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    message = error_of(path)
+    assert message.startswith(f"{path}: ")
+    assert expected in message
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.json"
+    assert error_of(missing).startswith(f"{missing}: cannot read the DeepSpeed config:")
+    assert "cannot read" in error_of(tmp_path)
+    (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
+    assert "cannot read" in error_of(tmp_path / "latin.json")
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"mode": "interlock", "window": 9}, "interlock.window 9"),
+        ({"mode": "interlock", "window": 2, "head_stride": 3}, "interlock.head_stride 3"),
+        ({"mode": "local", "head_stride": 2}, "interlock.head_stride 2"),
+    ],
+)
+def test_a_plan_that_does_not_fit_names_the_keys(keys: dict[str, object], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        InterlockConfig.from_deepspeed(section(**keys)).plan(BOUNDS)
+    assert expected in str(caught.value)
+    assert "do not fit a model of 4 stages" in str(caught.value)
+
+
+def test_bad_bounds_are_not_blamed_on_the_section() -> None:
+    with pytest.raises(PlanError, match="stage_bounds"):
+        InterlockConfig(mode="local").plan([0, 3, 3])
+
+
+# DeepSpeed's own keys.
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"fp16": {"enabled": True}}, "fp16.enabled: true works only in mode global: "),
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage: 2 works only in mode global: "),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: 3 works only in mode global: "),
+        ({"pipeline": {"use_reentrant": True}}, "pipeline.use_reentrant: true works only in mode global: "),
+    ],
+)
+def test_deepspeed_settings_refused(config: dict[str, object], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_deepspeed(config)
+    assert key in str(caught.value)
+
+
+def test_deepspeed_settings_refused_together() -> None:
+    with pytest.raises(ConfigError, match="3 faults") as caught:
+        check_deepspeed(
+            {
+                "fp16": {"enabled": True},
+                "zero_optimization": {"stage": 3},
+                "pipeline": {"use_reentrant": True},
+            }
+        )
+    assert "bf16" in str(caught.value)
+
+
+def test_deepspeed_settings_that_work() -> None:
+    check_deepspeed({})
+    check_deepspeed(
+        {
+            "bf16": {"enabled": True},
+            "fp16": {"enabled": False},
+            "zero_optimization": {"stage": 1},
+            "pipeline": {"use_reentrant": False},
+        }
+    )
+
+
+# The reference.
+
+
+def test_every_key_is_described() -> None:
+    for model in (InterlockConfig, config_module.HeadConfig):
+        for name, field in model.model_fields.items():
+            assert field.description, name
+
+
+def test_the_committed_reference_is_up_to_date() -> None:
+    committed = Path(__file__).parents[1] / "docs" / "config.md"
+    assert committed.read_text(encoding="utf-8") == config_module.reference(), (
+        "docs/config.md is out of date: run `make docs`"
+    )

@@ -64,8 +64,8 @@ def finish(
     folder = output_dir / "hf"
     export_gpt2(read_layer_states(outcome.checkpoint), lm, folder, tokenizer.to_hf())
     # From here on only what a user of the checkpoint has: names of folders.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    exported_tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    exported_tokenizer: Any = AutoTokenizer.from_pretrained(folder)
 
     blocks = outcome.validation_blocks
     validated = blocks.tokens[1 : outcome.num_validated * blocks.seq_length + 1]
@@ -86,7 +86,7 @@ def finish(
     }
     write_json(output_dir / "metrics.json", metrics)
     print(summary(metrics, output_dir))
-    beginning = exported_tokenizer.decode(blocks.tokens[:2000], skip_special_tokens=True)
+    beginning: str = exported_tokenizer.decode(blocks.tokens[:2000], skip_special_tokens=True)
     if not same_ids(tokenizer, exported_tokenizer, beginning):
         print(
             "warning: the exported tokenizer gives other ids than training saw, see ds_interlock.hf.tokenizer"

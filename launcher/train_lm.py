@@ -239,7 +239,7 @@ class Run:
         return math.fsum(losses) / len(losses)
 
     def save(self) -> None:
-        """Writes a checkpoint, which holds all that a resumed run needs, its position in the data included."""
+        """Writes a checkpoint. It holds all that a resumed run needs, its position in the data, too."""
         self.engine.save_checkpoint(self.checkpoints, tag=f"global_step{self.step}")
         self.saved_step = self.step
 
@@ -288,7 +288,7 @@ class Run:
 
     def _train_step(self) -> float:
         started = time.perf_counter()
-        loss = self.engine.train_batch().item()
+        loss: float = self.engine.train_batch().item()
         self.seconds += time.perf_counter() - started
         self.trained_tokens += self.blocks_per_batch * self.args.seq_length
         self.step += 1

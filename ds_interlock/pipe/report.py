@@ -11,6 +11,7 @@ key-value store, in a thread of its own, and reads there which batch the last st
 No stage ever waits for this: ``newest`` and ``collected`` return what has arrived.
 """
 
+import itertools
 import json
 import math
 import queue
@@ -21,6 +22,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+
+
+_engines = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Reporter:
         self.posts = posts
         self.collects = collects
         self._next_batch = [0] * num_stages
-        self._store = dist.PrefixStore("ds_interlock", _own_connection())
+        # Every rank makes its engines in the same order; their reports must not be mixed up.
+        self._store = dist.PrefixStore(f"ds_interlock/{next(_engines)}", _own_connection())
         self._newest: tuple[int, float] = -1, math.nan
         self._collected: queue.SimpleQueue[StageReport] = queue.SimpleQueue()
         self._jobs: queue.Queue[BatchReport | None] = queue.Queue()

@@ -269,7 +269,7 @@ def _check_window(window: float, combine: str, head_stride: int, num_stages: int
         )
     if combine not in ("sum", "farthest"):
         faults.append(f'combine is {combine!r}: expected "sum" or "farthest"')
-    if head_stride < 1 or int(head_stride) != head_stride:
+    if not (head_stride >= 1 and head_stride % 1 == 0):
         faults.append(f"head_stride is {head_stride}: expected a whole number of at least 1")
     if faults:
         raise PlanError(list_faults("gradient-flow plan", faults))

@@ -227,9 +227,7 @@ _REFUSALS = (
 
 
 def check_deepspeed(config: Mapping[str, Any]) -> None:
-    """Refuses DeepSpeed settings that local and interlock training cannot work with.
-
-    Mode ``global`` leaves DeepSpeed alone and needs no such check. A missing key is not refused.
+    """Refuses DeepSpeed settings that this engine cannot work with, in any mode.
 
     Args:
         config: The whole DeepSpeed config.
@@ -243,7 +241,7 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
         for key in refusal.key.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         if value in refusal.values:
-            faults.append(f"{refusal.key}: {_shown(value)} works only in mode global: {refusal.reason}")
+            faults.append(f"{refusal.key}: {_shown(value)} is not supported: {refusal.reason}")
     if faults:
         raise ConfigError(list_faults("DeepSpeed config", faults))
 

@@ -97,7 +97,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--num_stages", type=int, help="pipeline stages (default: one for each rank)")
 
     run = parser.add_argument_group("run")
-    run.add_argument("--max_steps", type=int, default=500, help="optimizer steps (%(default)s)")
+    run.add_argument("--max_steps", type=int, default=400, help="optimizer steps (%(default)s)")
     run.add_argument("--eval_steps", type=int, default=100, help="0: only at the end (%(default)s)")
     run.add_argument("--max_eval_samples", type=int, default=256, help="blocks; 0: all (%(default)s)")
     run.add_argument("--save_steps", type=int, default=0, help="0: only at the end (%(default)s)")
@@ -162,20 +162,36 @@ def start_process(args: argparse.Namespace) -> None:
 
 
 def load_text_and_tokenizer(args: argparse.Namespace) -> tuple[TextData, Tokenizer]:
-    """The documents, and what cuts them into tokens."""
-    with local_rank_zero_first(args.local_rank):
-        text = load_text(args.train_file, args.validation_file, args.dataset, args.dataset_config, args.seed)
-        return text, load_tokenizer(args.tokenizer, text.train, args.vocab_size)
+    """The documents, and what cuts them into tokens.
+
+    One rank of a machine goes first, and the others find its work in the caches.
+    """
+    for is_first_turn in (True, False):
+        with errors_told_to_all():
+            if (args.local_rank == 0) == is_first_turn:
+                files = args.train_file, args.validation_file
+                text = load_text(*files, args.dataset, args.dataset_config, args.seed)
+                tokenizer = load_tokenizer(args.tokenizer, text.train, args.vocab_size)
+    return text, tokenizer
 
 
 @contextmanager
-def local_rank_zero_first(local_rank: int) -> Iterator[None]:
-    """Lets one rank of a machine do the work, and say what is wrong; the others find it in the caches."""
-    if local_rank != 0:
-        dist.barrier()
-    yield
-    if local_rank == 0:
-        dist.barrier()
+def errors_told_to_all() -> Iterator[None]:
+    """A rank whose input is wrong says so; the others, which cannot know, leave without a word.
+
+    All ranks must come here. Without it they would wait for the one that left, and fail in their turn.
+    """
+    error = None
+    try:
+        yield
+    except (ConfigError, DataError) as raised:
+        error = raised
+    failed = [False] * dist.get_world_size()
+    dist.all_gather_object(failed, error is not None)
+    if error is not None:
+        raise error
+    if any(failed):
+        sys.exit(1)
 
 
 def build_pipeline(lm: LMConfig, interlock: InterlockConfig, num_stages: int) -> InterlockPipelineModule:
@@ -205,8 +221,9 @@ class Run:
         self.saved_step: int | None = None
         self.seconds = 0.0
         self.trained_tokens = 0
-        self.train_blocks = self._blocks(text.train, tokenizer, "training")
-        self.validation_blocks = self._blocks(text.validation, tokenizer, "validation")
+        with errors_told_to_all():
+            self.train_blocks = self._blocks(text.train, tokenizer, "training")
+            self.validation_blocks = self._blocks(text.validation, tokenizer, "validation")
         self.train_data = self._iterator(self.train_blocks, shuffle=True)
         if self.train_data is not None:
             engine.set_dataiterator(self.train_data)  # its position is saved and restored with the engine
@@ -295,8 +312,11 @@ class Run:
         return loss
 
     def _progress(self, loss: float) -> dict[str, str]:
-        """What the bar shows: newest final loss, speed, and the newest loss of every stage."""
-        stages = {name: f"{value:.3f}" for name, value in self.engine.stage_losses().items()}
+        """What the bar shows: newest final loss, speed, and the newest loss of every stage with a head."""
+        losses = self.engine.stage_losses().items()  # by names such as "stage_1/loss_after_layer_6"
+        stages = {
+            name.partition("/")[0]: f"{x:.3f}" for name, x in losses if not name.endswith("/final_loss")
+        }
         return {"loss": f"{loss:.3f}", "tokens/s": f"{self.trained_tokens / self.seconds:.0f}", **stages}
 
     def _blocks(self, documents: Any, tokenizer: Tokenizer, what: str) -> TokenBlocks | None:

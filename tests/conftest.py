@@ -11,3 +11,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What a test needs is on this machine; a hub must not be asked for it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+from collections.abc import Iterator  # noqa: E402 - the variables above come first
+
+import pytest  # noqa: E402
+from ranks import RankPool  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def ranks4() -> Iterator[RankPool]:
+    """Four ranks that stay up over all tests."""
+    with RankPool(4) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def ranks5() -> Iterator[RankPool]:
+    """Five ranks that stay up over all tests."""
+    with RankPool(5) as pool:
+        yield pool

@@ -213,9 +213,9 @@ def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Pa
         except RuntimeError as error:
             num_characters = sum(map(len, lines))
             raise DataError(
-                f"the training text ({num_characters} characters) is too small to train a tokenizer of "
-                f"{vocab_size} ids: give more text, a smaller --vocab_size, or an existing --tokenizer "
-                f"(sentencepiece says: {error})"
+                f"no tokenizer of {vocab_size} ids can be trained on the training text ({num_characters} "
+                "characters): give a --vocab_size between the number of its characters + 258 and what so "
+                f"little text can fill, or more text, or an existing --tokenizer (sentencepiece says: {error})"
             ) from error
         os.replace(f"{folder}/bpe.model", path)
     return SentencePieceTokenizer(path)

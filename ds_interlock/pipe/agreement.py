@@ -24,7 +24,7 @@ def agree(about: Mapping[str, Any]) -> None:
     for rank, other in enumerate(gathered[1:], start=1):
         assert other is not None
         faults += [
-            f"{name} is {first.get(name, 'missing')} on rank 0 and {other.get(name, 'missing')} on rank {rank}"
+            f"{name} is {first.get(name, 'missing')} on rank 0, {other.get(name, 'missing')} on rank {rank}"
             for name in sorted(first.keys() | other.keys())
             if first.get(name) != other.get(name)
         ]

@@ -89,7 +89,9 @@ class CheckpointMixin:
         if tag is None:
             latest = Path(load_dir) / "latest"
             if not latest.is_file():
-                logger.warning(f"no checkpoint in {load_dir}: there is no file 'latest', and no tag was given")
+                logger.warning(
+                    f"no checkpoint in {load_dir}: there is no file 'latest', and no tag was given"
+                )
                 return None, None
             tag = latest.read_text().strip()
         folder = Path(load_dir) / str(tag)
@@ -143,18 +145,18 @@ class CheckpointMixin:
 
 def _stage_state(engine: Any) -> dict[str, Any]:
     """What belongs to a stage and is the same on all its replicas."""
-    untied = engine.module.tied_modules if not engine.module.tied_comms else {}
+    module = engine.module
     return {
-        "heads": engine.module.heads.state_dict(),
-        "tied_modules": untied.state_dict() if untied else {},
+        "heads": module.heads.state_dict(),
+        "tied_modules": {} if module.tied_comms else module.tied_modules.state_dict(),
         "plan": _describe(engine.plan),
-        "micro_offset": engine.module.micro_offset,
+        "micro_offset": module.micro_offset,
     }
 
 
 def _rank_state(engine: Any) -> dict[str, Any]:
     """What belongs to one rank."""
-    iterator = engine.data_iterator if engine.is_first_stage() else None
+    iterator: Any = engine.data_iterator if engine.is_first_stage() else None
     return {
         "consumed_micro_batches": engine._consumed,
         "data_iterator": iterator.state_dict() if hasattr(iterator, "state_dict") else None,
@@ -195,9 +197,9 @@ def _check_plan(state: dict[str, Any], engine: Any, folder: Path) -> None:
     if saved != now:
         different = ", ".join(key for key in now if saved[key] != now[key])
         raise ConfigError(
-            f"{folder} was saved under another gradient-flow plan ({different} differ): optimizer state cannot "
-            'be carried over. Use the same "interlock" section and number of stages, or take the weights '
-            "alone with load_checkpoint(..., load_module_only=True)"
+            f"{folder} was saved under another gradient-flow plan ({different} differ): optimizer state "
+            'cannot be carried over. Use the same "interlock" section and number of stages, or take the '
+            "weights alone with load_checkpoint(..., load_module_only=True)"
         )
 
 

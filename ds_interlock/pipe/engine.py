@@ -14,12 +14,10 @@ import math
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.pipe import schedule as deepspeed_schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
@@ -27,8 +25,10 @@ from torch import distributed as dist
 
 from ds_interlock.errors import DataError
 from ds_interlock.pipe.checkpoint import CheckpointMixin
+from ds_interlock.pipe.evaluation import EvaluationMixin
 from ds_interlock.pipe.instructions import HeadPass, InterlockSchedule, RelayPass, WeightGradPass
 from ds_interlock.pipe.module import InterlockPipelineModule
+from ds_interlock.pipe.optimize import OptimizerMixin
 from ds_interlock.pipe.p2p import Links
 from ds_interlock.pipe.report import BatchReport, Reporter
 from ds_interlock.pipe.stage import Gradients, StageWork
@@ -38,7 +38,7 @@ from ds_interlock.schedule.lower import evaluation_program, training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
 
 
-class InterlockEngine(CheckpointMixin, PipelineEngine):  # type: ignore[misc]
+class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, PipelineEngine):
     """Trains an ``InterlockPipelineModule``. Made by ``ds_interlock.initialize``."""
 
     module: InterlockPipelineModule
@@ -61,7 +61,7 @@ class InterlockEngine(CheckpointMixin, PipelineEngine):  # type: ignore[misc]
         )
         self._links = Links(self.grid.pp_group, self.stage_id, self.device, interlock.timeout_seconds)
         self._gradients: dict[Action, Gradients] = {}
-        self._outputs: list[Any] | None = None
+        self._outputs = None
         self._recorder = Recorder(get_accelerator().synchronize)
         self._reporter = Reporter(
             self.stage_id,
@@ -136,57 +136,6 @@ class InterlockEngine(CheckpointMixin, PipelineEngine):  # type: ignore[misc]
             if "loss" in name
         }
 
-    def eval_batch(
-        self,
-        data_iter: Iterator[Any],
-        return_logits: bool = False,
-        compute_loss: bool = True,
-        reduce_output: str | None = "avg",
-        bcast_loss: bool = True,
-        num_micro_batches: int | None = None,
-        return_head_losses: bool = False,
-    ) -> Any:
-        """Evaluates one batch, as DeepSpeed's ``eval_batch``. All ranks must call it.
-
-        Args:
-            data_iter: Iterator over ``(inputs, labels)``. Only stage 0 reads it.
-            return_logits: Also return the outputs of the last micro-batch (None but on the last stage).
-            compute_loss: If false, return the model's outputs, a list over micro-batches, on the last
-                stage, and None elsewhere.
-            reduce_output: ``"avg"``, the mean over micro-batches and replicas; DeepSpeed has no other.
-            bcast_loss: Accepted for compatibility; every rank gets the loss.
-            num_micro_batches: Micro-batches to read; by default as many as in training.
-            return_head_losses: Also return every head's loss, by name (see ``loss_name``).
-
-        Returns:
-            The final loss, a float32 scalar, the same on every rank; with ``return_logits`` or
-            ``return_head_losses`` a tuple with those after it.
-        """
-        if compute_loss and reduce_output != "avg":
-            raise NotImplementedError(f'reduce_output={reduce_output!r}: losses can only be averaged, "avg"')
-        self.module.eval()
-        training_data, self.data_iterator = self.data_iterator, data_iter
-        self._outputs = [] if return_logits or not compute_loss else None
-        try:
-            with torch.no_grad():
-                self._run(self._evaluation_schedule(num_micro_batches or self.micro_batches, return_head_losses))
-        finally:
-            self.data_iterator = training_data
-            outputs, self._outputs = self._outputs, None
-        self.module.train()
-        if not compute_loss:
-            return outputs if self.is_last_stage() else None
-        losses = self._losses_of_all_stages()
-        loss = losses[self.plan.final]
-        if self.global_rank == 0 and self.monitor.enabled:
-            self.monitor.write_events([("Train/Samples/eval_loss", loss.item(), self.global_samples)])
-        result: list[Any] = [loss]
-        if return_logits:
-            result.append(outputs[-1] if outputs else None)
-        if return_head_losses:
-            result.append({self.loss_name(index): value.item() for index, value in enumerate(losses)})
-        return result[0] if len(result) == 1 else tuple(result)
-
     def loss_name(self, loss: int) -> str:
         """How the loss with this index in ``plan.heads`` is called in reports."""
         head = self.plan.heads[loss]
@@ -240,7 +189,9 @@ class InterlockEngine(CheckpointMixin, PipelineEngine):  # type: ignore[misc]
 
     def _next_batch(self) -> Any:
         if self.data_iterator is None:
-            raise DataError("stage 0 has no data: pass data_iter to train_batch, or training_data to initialize")
+            raise DataError(
+                "stage 0 has no data: pass data_iter to train_batch, or training_data to initialize"
+            )
         try:
             batch = next(self.data_iterator)
         except StopIteration:
@@ -270,7 +221,12 @@ class InterlockEngine(CheckpointMixin, PipelineEngine):  # type: ignore[misc]
         if gradients is not None:
             bundle = action.losses or self.plan.bundles(action.stage)[0]
             self._gradients[Action(action.stage, Kind.SEND_GRADIENT, action.micro_batch, bundle)] = gradients
-        if self._outputs is not None and self.is_last_stage() and action.kind is Kind.FORWARD and not action.losses:
+        if (
+            self._outputs is not None
+            and self.is_last_stage()
+            and action.kind is Kind.FORWARD
+            and not action.losses
+        ):
             self._outputs.append(self._work.output(action.micro_batch)[0])
 
     def _take(self, receive: Action) -> None:
@@ -294,60 +250,13 @@ class InterlockEngine(CheckpointMixin, PipelineEngine):  # type: ignore[misc]
             super()._exec_optimizer_step(lr_kwargs)
         if self._gradient_norm is None:
             self._gradient_norm = getattr(self.optimizer, "_global_grad_norm", None)
-        values = {self.loss_name(loss): value for loss, value in self._losses.items()}
-        values |= {
+        values: dict[str, float | Tensor | None] = {
+            **{self.loss_name(loss): value for loss, value in self._losses.items()},
             "gradient_norm": self._gradient_norm,
             "learning_rate": learning_rate,
             "samples": self.global_samples,
         }
         self._reporter.post(BatchReport(self._batches, values, self._losses.get(self.plan.final)))
-
-    def clip_fp32_gradients(self) -> None:
-        """Clips by the norm of this stage's gradients; under global by that of the whole model."""
-        if self.plan.is_end_to_end:
-            super().clip_fp32_gradients()
-            return
-        assert isinstance(self._gradient_norm, Tensor)
-        parameters = list(self.module.parameters())
-        torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), self._gradient_norm)
-
-    def _stage_gradient_norm(self) -> Tensor | None:
-        """The norm of this stage's gradients, its tensor-parallel ranks' included.
-
-        None if nobody needs it, or if the optimizer keeps gradients to itself and tells the norm
-        after the step.
-        """
-        if hasattr(self.optimizer, "_global_grad_norm") or isinstance(self.optimizer, ZeROOptimizer):
-            return None
-        if not (self.monitor.enabled or self.gradient_clipping() > 0):
-            return None
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.is_model_parallel:
-            squared = norm.square()
-            dist.all_reduce(squared, group=self.grid.get_slice_parallel_group())
-            norm = squared.sqrt()
-        return norm
-
-    @contextmanager
-    def _weight_pass(self) -> Iterator[None]:
-        """What DeepSpeed's optimizers need to know about a backward pass that they do not start."""
-        bf16 = self.using_bf16_optimizer
-        zero = isinstance(self.optimizer, ZeROOptimizer) and not bf16
-        if bf16:
-            self.optimizer.clear_lp_grads()
-        elif zero:
-            self.optimizer.enter_backward()
-        self._running_engine_backward = True
-        try:
-            yield
-        finally:
-            self._running_engine_backward = False
-        if bf16 and not self._config.bfloat16_config.immediate_grad_update:
-            self.optimizer.update_hp_grads(clear_lp_grads=False)
-        elif zero:
-            self.optimizer.backward_epilogue()
-            self.optimizer.exit_backward()
 
     # Losses and reports.
 
@@ -372,16 +281,6 @@ class InterlockEngine(CheckpointMixin, PipelineEngine):  # type: ignore[misc]
         if self.is_pipe_parallel:
             dist.broadcast(shared, self._loss_stage_global_rank(), group=self.grid.get_pipe_parallel_group())
         return shared
-
-    def _losses_of_all_stages(self) -> Tensor:
-        """Every head's mean loss in the batch just evaluated, in the plan's order, on all ranks."""
-        own = self._average_over_replicas(self._work.mean_losses())
-        losses = torch.zeros(len(self.plan.heads), device=self.device)
-        for loss, value in own.items():
-            losses[loss] = value
-        if self.is_pipe_parallel:
-            dist.all_reduce(losses, group=self.grid.get_pipe_parallel_group())
-        return losses
 
     def _write_reports(self) -> None:
         """On rank 0, hands what has arrived from all stages to DeepSpeed's monitor."""

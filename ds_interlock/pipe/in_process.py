@@ -78,7 +78,9 @@ class InProcessPipeline(nn.Module):
         if len(self.layers_in_order) != plan.num_layers:
             raise ConfigError(f"the plan is for {plan.num_layers} layers, got {len(self.layers_in_order)}")
         if head is None and not plan.is_end_to_end:
-            raise ConfigError("the plan has auxiliary losses: pass head=, a callable LossHead -> torch.nn.Module")
+            raise ConfigError(
+                "the plan has auxiliary losses: pass head=, a callable LossHead -> torch.nn.Module"
+            )
         for number, layer in enumerate(self.layers_in_order):
             if isinstance(layer, nn.Module):
                 self.add_module(str(number), layer)
@@ -134,7 +136,9 @@ class InProcessPipeline(nn.Module):
         while any(at < len(actions) for at, actions in zip(next_up, program.stages, strict=True)):
             before = list(next_up)
             for stage, actions in enumerate(program.stages):
-                while next_up[stage] < len(actions) and self._run_action(actions[next_up[stage]], micro_batches):
+                while next_up[stage] < len(actions) and self._run_action(
+                    actions[next_up[stage]], micro_batches
+                ):
                     next_up[stage] += 1
             if next_up == before:
                 raise ScheduleError("the stages wait for each other: this program cannot be carried out")

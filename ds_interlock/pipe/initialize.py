@@ -43,8 +43,9 @@ def initialize(
     """
     if not isinstance(model, InterlockPipelineModule):
         raise ConfigError(
-            f"ds_interlock.initialize needs a ds_interlock.InterlockPipelineModule, got {type(model).__name__}: "
-            "use it in place of deepspeed.pipe.PipelineModule; it takes the same arguments"
+            f"ds_interlock.initialize needs a ds_interlock.InterlockPipelineModule, got "
+            f"{type(model).__name__}: use it in place of deepspeed.pipe.PipelineModule; it takes the same "
+            "arguments"
         )
     if mpu is not None:
         raise ConfigError("mpu must be None: the process groups of a pipeline come from its module")
@@ -63,8 +64,9 @@ def initialize(
         model_parameters, config = _parameter_groups(model, config, scale)
     elif scale != 1.0:
         raise ConfigError(
-            "interlock.head.learning_rate_scale works with the optimizer of the JSON config; with an optimizer "
-            "or parameters of your own, make a group of model.head_parameters() with the rate you want"
+            "interlock.head.learning_rate_scale works with the optimizer of the JSON config; with an "
+            "optimizer or parameters of your own, make a group of model.head_parameters() with the rate "
+            "you want"
         )
     grid = model.mpu()
     engine = InterlockEngine(

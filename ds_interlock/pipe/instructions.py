@@ -14,15 +14,15 @@ from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.lower import Program, receives_needed
 
 
-class HeadPass(BufferOpInstruction):  # type: ignore[misc]
+class HeadPass(BufferOpInstruction):
     """Forward and backward of a loss head; its input counts as a constant."""
 
 
-class RelayPass(BufferOpInstruction):  # type: ignore[misc]
+class RelayPass(BufferOpInstruction):
     """Input gradient of the stage, without weight gradients, for one loss or a sum of losses."""
 
 
-class WeightGradPass(BufferOpInstruction):  # type: ignore[misc]
+class WeightGradPass(BufferOpInstruction):
     """Weight gradient of the stage for all losses that train it."""
 
 
@@ -42,7 +42,7 @@ AROUND: dict[Kind, type[BufferOpInstruction]] = {
 }
 
 
-class InterlockSchedule(PipeSchedule):  # type: ignore[misc]
+class InterlockSchedule(PipeSchedule):
     """What one stage does for one batch, a step an action."""
 
     def __init__(self, program: Program, stage: int) -> None:

@@ -44,7 +44,7 @@ class StageGrid:
         return getattr(self._grid, name)
 
 
-class InterlockPipelineModule(PipelineModule):  # type: ignore[misc]
+class InterlockPipelineModule(PipelineModule):
     """A model as a sequence of layers, cut into pipeline stages with losses of their own.
 
     Args:
@@ -180,14 +180,14 @@ class InterlockPipelineModule(PipelineModule):  # type: ignore[misc]
         names = ", ".join(map(repr, across))
         if interlock.tied_weights == "error":
             raise ConfigError(
-                f"weights {names} are tied across stages, and interlock.tied_weights is \"error\": use "
+                f'weights {names} are tied across stages, and interlock.tied_weights is "error": use '
                 '"untie" (each stage trains its own copy) or "sync" (all-reduce at every step, no streaming)'
             )
         if interlock.tied_weights == "sync":
-            message = f"tied weights {names} stay tied: their all-reduce makes stages wait; no streaming across batches"
+            message = f"tied weights {names} stay tied: their all-reduce ends streaming across batches"
         else:
-            message = f"tied weights {names} are untied: stages start from the same values and train copies of their own"
-            self.tied_comms = {}
+            message = f"tied weights {names} are untied: equal at first, then each stage trains its own copy"
+            self.tied_comms: dict[str, Any] = {}
             for parameter in self.tied_modules.parameters():
                 parameter.ds_pipe_replicated = False
         if self.global_rank == 0:

@@ -187,7 +187,9 @@ class Receiver:
                 for shape, dtype in zip(shapes, dtypes, strict=True)
             ]
             works = [
-                dist.irecv(tensor, self.peer.rank, group=self.group.payload) for tensor in tensors if tensor.numel()
+                dist.irecv(tensor, self.peer.rank, group=self.group.payload)
+                for tensor in tensors
+                if tensor.numel()
             ]
             for work in works:
                 _wait(work)
@@ -212,7 +214,9 @@ class Links:
         timeout_seconds: After how long a silent neighbour is given up.
     """
 
-    def __init__(self, ranks: Sequence[int], stage: int, device: torch.device, timeout_seconds: float) -> None:
+    def __init__(
+        self, ranks: Sequence[int], stage: int, device: torch.device, timeout_seconds: float
+    ) -> None:
         forward, gradient = new_groups(device, timeout_seconds)
         self._senders: dict[Kind, Sender] = {}
         self._receivers: dict[Kind, Receiver] = {}
@@ -271,13 +275,18 @@ def _encode(receive: Action, batch: int, structures: Sequence[Any]) -> tuple[Ten
     layout: list[int] = [len(structures)]
     for structure in structures:
         parts = [structure] if isinstance(structure, Tensor) else list(structure or ())
-        layout += [_NOTHING if structure is None else _ALONE if isinstance(structure, Tensor) else _TUPLE, len(parts)]
+        layout += [
+            _NOTHING if structure is None else _ALONE if isinstance(structure, Tensor) else _TUPLE,
+            len(parts),
+        ]
         tensors += [part.detach().contiguous() for part in parts]
     words = [*_tag(receive, batch), *layout]
     for tensor in tensors:
         words += [_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape]
     if len(words) > _HEADER_LENGTH:
-        raise ValueError(f"a message of {len(tensors)} tensors does not fit its header: send fewer, larger ones")
+        raise ValueError(
+            f"a message of {len(tensors)} tensors does not fit its header: send fewer, larger ones"
+        )
     return torch.tensor(words + [0] * (_HEADER_LENGTH - len(words)), dtype=torch.int64), tensors
 
 
@@ -294,8 +303,8 @@ def _decode(
     if words[: len(expected)] != expected:
         sent = Action(receive.stage, _KINDS[words[1]], words[2], tuple(words[4 : 4 + words[3]]))
         raise PeerError(
-            f"{peer} sent {sent} of batch {words[0]} where {receive} of batch {batch} was expected: the ranks "
-            "run different schedules. Do all have the same configuration and call train_batch and "
+            f"{peer} sent {sent} of batch {words[0]} where {receive} of batch {batch} was expected: the "
+            "ranks run different schedules. Do all have the same configuration and call train_batch and "
             "eval_batch in the same order?"
         )
     reader = iter(words[len(expected) :])

@@ -23,7 +23,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-
 _engines = itertools.count()
 
 
@@ -73,7 +72,7 @@ class Reporter:
         self.collects = collects
         self._next_batch = [0] * num_stages
         # Every rank makes its engines in the same order; their reports must not be mixed up.
-        self._store = dist.PrefixStore(f"ds_interlock/{next(_engines)}", _own_connection())
+        self._store = dist.distributed_c10d.PrefixStore(f"ds_interlock/{next(_engines)}", _own_connection())
         self._newest: tuple[int, float] = -1, math.nan
         self._collected: queue.SimpleQueue[StageReport] = queue.SimpleQueue()
         self._jobs: queue.Queue[BatchReport | None] = queue.Queue()
@@ -109,7 +108,7 @@ class Reporter:
             try:
                 if self._failure is None:
                     self._exchange(report)
-            except Exception as error:  # kept for flush(): a report must not end the training
+            except Exception as error:  # noqa: BLE001 - kept for flush(): it must not end the training
                 self._failure = error
             finally:
                 self._jobs.task_done()

@@ -18,6 +18,7 @@ lets go of it.
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -173,7 +174,7 @@ class StageWork:
         entry.of_heads[loss] = _gradients_of(_floats(hidden))
 
     def _loss_at(self, loss: int, hidden: Hidden, labels: Any) -> Tensor:
-        head = self.heads.get(loss)
+        head: Any = self.heads.get(loss)
         try:
             if head is not None and hasattr(head, "loss"):
                 value = head.loss(hidden, labels, self.loss_fn)
@@ -189,7 +190,9 @@ class StageWork:
                 "returns, and loss_fn(outputs, labels) a scalar"
             ) from error
         if not isinstance(value, Tensor) or value.numel() != 1:
-            raise ConfigError(f"{self._name(loss)} gave {_shapes(value)}: expected one number, a scalar tensor")
+            raise ConfigError(
+                f"{self._name(loss)} gave {_shapes(value)}: expected one number, a scalar tensor"
+            )
         return value
 
     def _name(self, loss: int) -> str:
@@ -246,7 +249,7 @@ class StageWork:
         outputs, cotangents = [], []
         for position, arrived in at.items():
             tensors = _floats(entry.hidden[position])
-            summed = [sum(parts[1:], start=parts[0]) for parts in zip(*arrived, strict=True)]
+            summed = [reduce(torch.add, parts) for parts in zip(*arrived, strict=True)]
             for tensor, cotangent in zip(tensors, summed, strict=True):
                 if tensor.requires_grad:
                     outputs.append(tensor)

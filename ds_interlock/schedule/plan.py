@@ -252,6 +252,10 @@ def _bounds(num_stages: int | None, stage_bounds: Sequence[int] | None) -> tuple
         bounds = tuple(int(bound) for bound in stage_bounds)
         if len(bounds) < 2:
             raise PlanError(f"stage_bounds {list(bounds)}: at least two numbers are needed: [0, num_layers]")
+        if bounds[0] != 0 or not _rises(bounds):
+            raise PlanError(
+                f"stage_bounds {list(bounds)} must start at 0 and rise: every stage needs a layer"
+            )
         return bounds
     assert num_stages is not None
     if num_stages < 1:
@@ -297,7 +301,7 @@ def _head_at(
 def _faults(plan: GradientFlowPlan) -> list[str]:
     """Everything that is wrong with ``plan``, empty if nothing is."""
     bounds, num = plan.stage_bounds, plan.num_stages
-    if bounds[0] != 0 or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or not _rises(bounds):
         return [f"stage_bounds {list(bounds)} must start at 0 and rise: every stage needs a layer"]
     if not plan.heads:
         return ["heads is empty: the last head must be the final loss"]
@@ -316,7 +320,7 @@ def _faults(plan: GradientFlowPlan) -> list[str]:
     if plan.heads[-1].after_layer != plan.num_layers:
         faults.append(f"the last head must be the final loss, after layer {plan.num_layers}")
     positions = [head.after_layer for head in plan.heads]
-    if any(a >= b for a, b in zip(positions, positions[1:], strict=False)):
+    if not _rises(positions):
         faults.append(f"heads must be in the order of their layers, one a layer, not {positions}")
     if len(plan.trained_by) != num:
         faults.append(f"trained_by has {len(plan.trained_by)} entries for {num} stages")
@@ -333,3 +337,7 @@ def _faults(plan: GradientFlowPlan) -> list[str]:
     if idle:
         faults.append(f"losses {idle} train no stage: leave their heads out")
     return faults
+
+
+def _rises(numbers: Sequence[int]) -> bool:
+    return all(a < b for a, b in zip(numbers, numbers[1:], strict=False))

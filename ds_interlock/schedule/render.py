@@ -1,10 +1,12 @@
 """Pictures of a program: a grid of text, and an SVG of when what ran.
 
 The grid shows the order of work. One row a stage, time to the right, every action one slot wide
-whatever it costs, and a blank where the stage waits. Two stages of a longer pipeline, window 2:
+whatever it costs, and a blank where the stage waits. Window 2, two micro-batches:
 
-    stage 1 | F0 H0 I0 F1 H1 I1 W0 W1
-    stage 2 |    F0 H0 I0 F1 H1 I1 W0 W1
+    stage 0 | F0 F1       W0       W1 S2
+    stage 1 |    F0 H0 I0 F1 H1 I1 W0 W1 S2
+    stage 2 |       F0 H0 I0 F1 H1 I1 W0    W1 S2
+    stage 3 |          F0 H0 I0 W0 F1 H1 I1 W1 S2
 
 The stage's number stands in front of its row; the losses of an action are left out where the stage
 has no choice. The SVG shows durations, measured or simulated, and any number of timelines under one

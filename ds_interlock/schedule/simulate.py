@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule.action import COMPUTE_KINDS, RECV_KINDS, SEND_KINDS, Action, Kind
 from ds_interlock.schedule.cost import CostModel
-from ds_interlock.schedule.dependency import backward_actions
 from ds_interlock.schedule.lower import Program, receive_of, receives_needed
 
 SEND_AHEAD = 2
@@ -207,13 +206,14 @@ class _Player:
 
 
 def _peak_in_flight(program: Program, stage: int) -> int:
-    """Most micro-batches between their first forward and their last backward pass on ``stage``."""
-    passes_left: dict[int, int] = {}
+    """Most micro-batches between the first and the last thing that ``stage`` does for them."""
+    work = [action for action in program.stages[stage] if action.kind in COMPUTE_KINDS - {Kind.STEP}]
+    last = {action.micro_batch: action for action in work}
+    live: set[int] = set()
     peak = 0
-    for action in program.stages[stage]:
-        if action.kind is Kind.FORWARD and action.micro_batch not in passes_left:
-            passes_left[action.micro_batch] = len(backward_actions(program.plan, stage, action.micro_batch))
-        elif action.kind in (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT, Kind.BACKWARD):
-            passes_left[action.micro_batch] -= 1
-        peak = max(peak, sum(1 for left in passes_left.values() if left))
+    for action in work:
+        live.add(action.micro_batch)
+        peak = max(peak, len(live))
+        if last[action.micro_batch] == action:
+            live.remove(action.micro_batch)
     return peak

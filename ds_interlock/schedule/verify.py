@@ -2,11 +2,12 @@
 
 It restates no rule. What work there must be comes from ``stage_actions``, its order from
 ``dependencies``, its messages from ``send_of``, ``receive_of`` and ``receives_needed``; what is left
-to say here is how a list of actions can fail them. All faults are collected and raised once, below
-the grid of the program with the faulty actions marked:
+to say here is how a list of actions can fail them. All faults are collected and raised once, with
+the grid of the program and the faulty actions marked in it:
 
-    stage 0 | F0      F1      >0W1< W0      S2
-    stage 1 |    F0 B0     F1 B1         S2
+    program: 0W1 comes before 0W0, which it needs
+    stage 0 | F0 F1                >0W1< >0W0< S2
+    stage 1 |    F0 H0 B0 F1 H1 B1 S2
 """
 
 from collections.abc import Iterable, Sequence

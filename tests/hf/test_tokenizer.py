@@ -88,9 +88,10 @@ def test_hugging_face_tokenizers_are_taken_as_they_are(trained, speeches, tmp_pa
     assert tokenizer.encode(speeches[1][0]) == trained.encode(speeches[1][0])
 
 
-def test_too_little_text_for_the_vocabulary(tmp_path):
-    with pytest.raises(DataError, match=r"too small to train a tokenizer of 5000 ids.*--vocab_size"):
-        train_sentencepiece(["a few words only"], 5000, tmp_path)
+@pytest.mark.parametrize("vocab_size", [260, 5000])
+def test_vocabularies_that_do_not_fit_the_text(vocab_size, tmp_path):
+    with pytest.raises(DataError, match=rf"no tokenizer of {vocab_size} ids.*16 characters.*--vocab_size"):
+        train_sentencepiece(["a few words only"], vocab_size, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -46,7 +46,22 @@ def test_what_prints_parses(stage, kind, micro_batch, losses):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "F0", "2F", "2X0", "2f0", "-1F0", "2F0@", "2F0@1+", "2F0@+1", "2F0 ", " 2F0", "2F0\n", "2SEND0", "2F0F1"],
+    [
+        "",
+        "F0",
+        "2F",
+        "2X0",
+        "2f0",
+        "-1F0",
+        "2F0@",
+        "2F0@1+",
+        "2F0@+1",
+        "2F0 ",
+        " 2F0",
+        "2F0\n",
+        "2SEND0",
+        "2F0F1",
+    ],
 )
 def test_other_text_is_refused(text):
     with pytest.raises(ScheduleError) as error:

@@ -82,7 +82,9 @@ def test_work_that_the_plan_does_not_ask_for_has_no_needs(action):
 @given(plans())
 def test_needs_are_work_of_the_plan_and_nothing_needs_itself(plan):
     """What is needed exists, on the stage or next to it; and there is an order that serves all needs."""
-    actions = {action for k in range(plan.num_stages) for m in range(2) for action in stage_actions(plan, k, m)}
+    actions = {
+        action for k in range(plan.num_stages) for m in range(2) for action in stage_actions(plan, k, m)
+    }
     waiting = {action: set(dependencies(plan, action)) for action in actions}
     for action, needs in waiting.items():
         assert needs <= actions
@@ -99,7 +101,9 @@ def test_needs_are_work_of_the_plan_and_nothing_needs_itself(plan):
 def test_every_loss_gets_to_every_stage_it_trains(plan):
     """Walking back from a weight gradient meets the heads of exactly the losses that train the stage."""
     for stage in range(plan.num_stages):
-        last = next(a for a in stage_actions(plan, stage, 0) if a.kind in (Kind.WEIGHT_GRADIENT, Kind.BACKWARD))
+        last = next(
+            a for a in stage_actions(plan, stage, 0) if a.kind in (Kind.WEIGHT_GRADIENT, Kind.BACKWARD)
+        )
         seen: set[Action] = set()
         front = {last}
         while front:

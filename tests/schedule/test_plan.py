@@ -269,7 +269,7 @@ def test_faults_of_the_arguments_are_told_at_once():
     message = str(error.value)
     assert "3 faults" in message
     assert "window is 9" in message
-    assert "combine is 'mean': expected \"sum\" or \"farthest\"" in message
+    assert 'combine is \'mean\': expected "sum" or "farthest"' in message
     assert "head_stride is 0" in message
 
 

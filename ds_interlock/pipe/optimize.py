@@ -1,0 +1,61 @@
+"""What DeepSpeed's optimizers must be told when a stage clips and steps on its own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from torch import Tensor
+from torch import distributed as dist
+
+
+class OptimizerMixin:
+    """Gradient norms, clipping, and backward passes that the optimizer does not start itself."""
+
+    def clip_fp32_gradients(self: Any) -> None:
+        """Clips by the norm of this stage's gradients; under global by that of the whole model."""
+        if self.plan.is_end_to_end:
+            super().clip_fp32_gradients()  # type: ignore[misc]
+            return
+        assert isinstance(self._gradient_norm, Tensor)
+        parameters = list(self.module.parameters())
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), self._gradient_norm)
+
+    def _stage_gradient_norm(self: Any) -> Tensor | None:
+        """The norm of this stage's gradients, its tensor-parallel ranks' included.
+
+        None if nobody needs it, or if the optimizer keeps gradients to itself and tells the norm
+        after the step.
+        """
+        if hasattr(self.optimizer, "_global_grad_norm") or isinstance(self.optimizer, ZeROOptimizer):
+            return None
+        if not (self.monitor.enabled or self.gradient_clipping() > 0):
+            return None
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.is_model_parallel:
+            squared = norm.square()
+            dist.all_reduce(squared, group=self.grid.get_slice_parallel_group())
+            norm = squared.sqrt()
+        return norm
+
+    @contextmanager
+    def _weight_pass(self: Any) -> Iterator[None]:
+        """What DeepSpeed's optimizers need to know about a backward pass that they do not start."""
+        bf16 = self.using_bf16_optimizer
+        zero = isinstance(self.optimizer, ZeROOptimizer) and not bf16
+        if bf16:
+            self.optimizer.clear_lp_grads()
+        elif zero:
+            self.optimizer.enter_backward()
+        self._running_engine_backward = True
+        try:
+            yield
+        finally:
+            self._running_engine_backward = False
+        if bf16 and not self._config.bfloat16_config.immediate_grad_update:
+            self.optimizer.update_hp_grads(clear_lp_grads=False)
+        elif zero:
+            self.optimizer.backward_epilogue()
+            self.optimizer.exit_backward()

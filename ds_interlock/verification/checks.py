@@ -1,0 +1,281 @@
+"""What a verification compares with what, and how closely the two must agree."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_interlock.config import InterlockConfig
+from ds_interlock.errors import ConfigError
+from ds_interlock.pipe.heads import head_factory
+from ds_interlock.pipe.in_process import InProcessPipeline
+from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.verification.rank import Outcome, Run
+from ds_interlock.verification.ranks import run_job
+from ds_interlock.verification.reference import (
+    Batch,
+    loss_fn,
+    micro_batches,
+    random_batches,
+    small_model,
+    stage_of,
+    truncated_gradients,
+)
+
+FLOAT64_LIMIT = 1e-10
+FLOAT32_LIMIT = 1e-4
+"""Of float32 gradients through a few dozen operations; what is wrong is off by far more."""
+
+NUM_MICRO_BATCHES = 4
+OTHER_NUM_MICRO_BATCHES = (1, 2, 8)
+NUM_BATCHES = 3
+"""Batches of the runs that are compared after training: the stages stream over their borders."""
+
+_BIT_FOR_BIT = 0.0
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        name: What was compared with what.
+        num_parameters: Tensors compared.
+        error: The worst of their errors, as ``worst_error`` has it.
+        limit: The largest error allowed.
+    """
+
+    name: str
+    num_parameters: int
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """False too if the error is not a number."""
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a verification found.
+
+    Attributes:
+        plan: The plan that was carried out.
+        checks: In the order in which they are to be read.
+        notes: Where the verification is not the configuration to the letter.
+    """
+
+    plan: GradientFlowPlan
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True if every check passed."""
+        return all(check.passed for check in self.checks)
+
+
+def worst_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest difference between two sets of tensors, each relative to the largest entry expected.
+
+    Infinite if one has a tensor that the other lacks, or of another shape; 0 only if all are equal.
+    """
+    if found.keys() != expected.keys():
+        return math.inf
+    return max((_error(found[name], expected[name]) for name in expected), default=math.inf)
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
+        return math.inf
+    difference = (found.double() - expected.double()).abs().max().item()
+    scale = expected.double().abs().max().item()
+    return difference / scale if scale else (math.inf if difference else 0.0)
+
+
+def stage_bounds(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Stages as even as can be, the first ones a layer longer, as DeepSpeed cuts "uniform".
+
+    Raises:
+        ConfigError: If there are more stages than layers.
+    """
+    if num_stages > num_layers:
+        raise ConfigError(
+            f"{num_stages} stages for {num_layers} layers: every stage needs at least one; use --layers "
+            f"{num_stages} or more, or fewer --stages"
+        )
+    each, longer = divmod(num_layers, num_stages)
+    return tuple(stage * each + min(stage, longer) for stage in range(num_stages + 1))
+
+
+def verify(
+    interlock: InterlockConfig,
+    *,
+    num_stages: int,
+    num_layers: int,
+    seed: int,
+    timeout_seconds: float,
+    progress: Progress = lambda _: None,
+) -> Report:
+    """Carries out the plan of ``interlock`` on a small model and compares what comes out.
+
+    Args:
+        interlock: What to verify.
+        num_stages: Stages, and processes.
+        num_layers: Layers of the small model.
+        seed: Of its weights and data.
+        timeout_seconds: Limit for the processes.
+        progress: Is told in a few words what goes on.
+
+    Raises:
+        ConfigError: If ``interlock`` does not fit so many stages and layers.
+        PeerError: If a process fails or the time is up.
+    """
+    interlock, notes = _repeatable(interlock, timeout_seconds)
+    bounds = stage_bounds(num_layers, num_stages)
+    plan = interlock.plan(bounds)
+    progress("one process, float64")
+    in_process, expected = gradients_in_process(interlock, plan, seed)
+    runs = _Runs.of(interlock, num_stages, plan)
+    outcomes = run_job(bounds, runs.all, seed=seed, timeout_seconds=timeout_seconds, progress=progress)
+    checks = [
+        _compare("one process, float64: gradients == autograd", in_process, expected, FLOAT64_LIMIT),
+        *_checks_by_stage(plan, outcomes[runs.configured].gradients, expected),
+        *_checks_between(runs, outcomes),
+    ]
+    if runs.streaming_switched is None:
+        notes.append(
+            "streaming on and off are the same thing here: no stage steps before the whole pipeline is done"
+        )
+    return Report(plan, tuple(checks), tuple(notes))
+
+
+def gradients_in_process(
+    interlock: InterlockConfig, plan: GradientFlowPlan, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The gradients of the first batch in float64: of ``InProcessPipeline``, and by plain autograd."""
+    layers = small_model(plan.num_layers, seed)
+    head = None if plan.is_end_to_end else head_factory(interlock.head, layers)
+    net = InProcessPipeline(layers, loss_fn, plan, head).double()
+    batch = _double(random_batches(1, seed)[0])
+    net.accumulate_gradients(micro_batches(batch, NUM_MICRO_BATCHES))
+    found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return found, truncated_gradients(net, batch)
+
+
+def _double(batch: Batch) -> Batch:
+    return batch[0].double(), batch[1]
+
+
+def _repeatable(interlock: InterlockConfig, timeout_seconds: float) -> tuple[InterlockConfig, list[str]]:
+    """The configuration without what makes losses random, and what was changed for that."""
+    notes = []
+    if interlock.head.token_fraction < 1:
+        notes.append(
+            f"interlock.head.token_fraction {interlock.head.token_fraction:g} makes the losses random: "
+            "verified with 1"
+        )
+    interlock = _changed(
+        interlock,
+        head=interlock.head.model_dump() | {"token_fraction": 1.0},
+        timeout_seconds=min(interlock.timeout_seconds, timeout_seconds),
+    )
+    return interlock, notes
+
+
+def _changed(interlock: InterlockConfig, **keys: Any) -> InterlockConfig:
+    return InterlockConfig.model_validate(interlock.model_dump() | keys)
+
+
+# The processes' runs, and what is compared among them.
+
+
+@dataclass(frozen=True)
+class _Runs:
+    configured: Run
+    streaming_switched: Run | None
+    """None where the plan leaves nothing to stream."""
+    cut_otherwise: tuple[Run, ...]
+    whole_window: Run
+    ordinary: Run
+
+    @classmethod
+    def of(cls, interlock: InterlockConfig, num_stages: int, plan: GradientFlowPlan) -> "_Runs":
+        switched = _changed(interlock, streaming=not interlock.streaming)
+        whole = _changed(interlock, mode="interlock", window=num_stages)
+        ordinary = _changed(interlock, mode="global", window=None)
+        return cls(
+            configured=Run(interlock, NUM_MICRO_BATCHES, NUM_BATCHES),
+            streaming_switched=None if plan.is_end_to_end else Run(switched, NUM_MICRO_BATCHES, NUM_BATCHES),
+            cut_otherwise=tuple(Run(interlock, num, 1) for num in OTHER_NUM_MICRO_BATCHES),
+            whole_window=Run(whole, NUM_MICRO_BATCHES, NUM_BATCHES),
+            ordinary=Run(ordinary, NUM_MICRO_BATCHES, NUM_BATCHES),
+        )
+
+    @property
+    def all(self) -> tuple[Run, ...]:
+        """All runs, one that serves two purposes once."""
+        runs = (
+            self.configured,
+            self.streaming_switched,
+            *self.cut_otherwise,
+            self.whole_window,
+            self.ordinary,
+        )
+        return tuple(dict.fromkeys(run for run in runs if run is not None))
+
+
+def _checks_by_stage(
+    plan: GradientFlowPlan, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> list[Check]:
+    def part(gradients: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
+        return {name: value for name, value in gradients.items() if stage_of(plan, name) == stage}
+
+    return [
+        _compare(
+            f"{plan.num_stages} processes, stage {stage}: gradients == autograd",
+            part(found, stage),
+            part(expected, stage),
+            FLOAT32_LIMIT,
+        )
+        for stage in range(plan.num_stages)
+    ]
+
+
+def _checks_between(runs: _Runs, outcomes: Mapping[Run, Outcome]) -> list[Check]:
+    configured = outcomes[runs.configured]
+    checks = [
+        _compare(
+            f"{run.num_micro_batches} micro-batches == {NUM_MICRO_BATCHES}: gradients",
+            outcomes[run].gradients,
+            configured.gradients,
+            FLOAT32_LIMIT,
+        )
+        for run in runs.cut_otherwise
+    ]
+    if runs.streaming_switched is not None:
+        switched = outcomes[runs.streaming_switched]
+        checks.append(_same_training("streaming on == off", switched, configured))
+    whole, ordinary = outcomes[runs.whole_window], outcomes[runs.ordinary]
+    name = f"window {runs.whole_window.interlock.window:g} == global"
+    return [*checks, _same_training(name, whole, ordinary)]
+
+
+def _same_training(name: str, found: Outcome, expected: Outcome) -> Check:
+    """Weights and loss after a few batches must be the same to the last bit."""
+    check = _compare(
+        f"{name}: weights after {NUM_BATCHES} batches", found.weights, expected.weights, _BIT_FOR_BIT
+    )
+    if torch.equal(found.loss, expected.loss):
+        return check
+    return Check(check.name, check.num_parameters, math.inf, check.limit)
+
+
+def _compare(name: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float) -> Check:
+    return Check(name, len(expected), worst_error(found, expected), limit)

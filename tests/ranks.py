@@ -1,0 +1,246 @@
+"""A pool of ranks: processes of one job that stay up over many tests.
+
+Importing DeepSpeed and meeting in a process group takes longer than most tests. So that is done
+once, and the ranks then carry out one function after another:
+
+    pytest ── run(function, **kwargs) ──►  rank 0 ─┐
+           ── the same ─────────────────►  rank 1 ─┼─ one gloo job, DeepSpeed imported
+           ── the same ─────────────────►  rank 2 ─┘
+           ◄── [result, result, result]
+
+The function must be importable: defined at the top of a module. What it prints (DeepSpeed prints a
+lot) goes to a log a rank, of which a failure shows the end. A rank that raises, dies or does not
+answer in time makes ``run`` raise; the ranks may then be out of step with each other, so the next
+``run`` starts new ones.
+"""
+
+import faulthandler
+import gc
+import os
+import pickle
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any
+
+START_SECONDS = 400.0
+"""For processes to start and import DeepSpeed, which may compile an op first, on a busy machine."""
+
+GRACE_SECONDS = 5.0
+"""How long the other ranks may take to answer once one has failed: they may be waiting for it."""
+
+_LOG_LINES = 40
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank gave no result.
+
+    Attributes:
+        type_name: Name of the exception's class; "Died" or "NoAnswer" if there was no exception.
+        message: The exception's message.
+        traceback: The rank's traceback, as text.
+    """
+
+    type_name: str
+    message: str
+    traceback: str = ""
+
+
+class RankError(AssertionError):
+    """A function failed on some rank. ``failures`` says on which, and why."""
+
+    def __init__(self, failures: dict[int, Failure], logs: dict[int, str]) -> None:
+        self.failures = failures
+        parts = [f"rank {rank}: {f.type_name}: {f.message}\n{f.traceback}" for rank, f in failures.items()]
+        parts += [f"--- end of the log of rank {rank}\n{log}" for rank, log in logs.items() if log]
+        super().__init__("\n".join(parts))
+
+
+class RankPool:
+    """Ranks of one gloo job. They start with the first ``run`` and end with ``close``.
+
+    Args:
+        num_ranks: World size.
+        deepspeed: Whether the ranks import DeepSpeed and initialise its communication too.
+    """
+
+    def __init__(self, num_ranks: int, *, deepspeed: bool = True) -> None:
+        self.num_ranks = num_ranks
+        self.deepspeed = deepspeed
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._connections: list[Connection] = []
+        self._logs: Path | None = None
+
+    def __enter__(self) -> "RankPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, function: Callable[..., Any], *, timeout_seconds: float = 90.0, **kwargs: Any) -> list[Any]:
+        """Calls ``function(**kwargs)`` on every rank.
+
+        Returns:
+            What it returned, by rank.
+
+        Raises:
+            RankError: If it failed on some rank.
+        """
+        if not self._processes:
+            self._start()
+        return self._call(function, timeout_seconds, kwargs)
+
+    def close(self) -> None:
+        """Ends all processes."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+        for connection in self._connections:
+            connection.close()
+        self._processes, self._connections = [], []
+        if self._logs is not None:
+            shutil.rmtree(self._logs)
+            self._logs = None
+
+    def _start(self) -> None:
+        self._logs = Path(tempfile.mkdtemp(prefix="ranks"))
+        job = {
+            "WORLD_SIZE": str(self.num_ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        }
+        for rank in range(self.num_ranks):
+            ours, theirs = Pipe()
+            with self._log(rank).open("wb") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-c", f"import ranks; ranks.serve({theirs.fileno()})"],
+                    env={**os.environ, **job, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[theirs.fileno()],
+                )
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+        self._call(_join_job, START_SECONDS, {"deepspeed": self.deepspeed})
+
+    def _call(self, function: Callable[..., Any], timeout_seconds: float, kwargs: dict[str, Any]) -> list[Any]:
+        request = pickle.dumps((function, kwargs))
+        failures: dict[int, Failure] = {}
+        for rank, connection in enumerate(self._connections):
+            try:
+                connection.send_bytes(request)
+            except OSError:
+                failures[rank] = Failure("Died", "before the call")
+        results = self._collect(time.monotonic() + timeout_seconds, failures)
+        if failures:
+            logs = {rank: self._end_of_log(rank) for rank in failures}
+            self.close()
+            raise RankError(dict(sorted(failures.items())), logs)
+        return [results[rank] for rank in range(self.num_ranks)]
+
+    def _collect(self, deadline: float, failures: dict[int, Failure]) -> dict[int, Any]:
+        """One answer a rank; whoever gives none is added to ``failures``, with its stacks in its log."""
+        results: dict[int, Any] = {}
+        while waiting := {
+            connection: rank
+            for rank, connection in enumerate(self._connections)
+            if rank not in results and rank not in failures
+        }:
+            if failures:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            ready = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0.0))
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = waiting[connection]
+                try:
+                    answer = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    answer = Failure("Died", f"exit status {self._processes[rank].wait()}")
+                (failures if isinstance(answer, Failure) else results)[rank] = answer
+            if not ready:
+                self._dump_stacks(list(waiting.values()))
+                failures |= {rank: Failure("NoAnswer", "in time; see its stacks") for rank in waiting.values()}
+        return results
+
+    def _dump_stacks(self, ranks: list[int]) -> None:
+        for rank in ranks:
+            self._processes[rank].send_signal(signal.SIGUSR1)
+        time.sleep(0.5)
+
+    def _log(self, rank: int) -> Path:
+        assert self._logs is not None
+        return self._logs / f"rank_{rank}.log"
+
+    def _end_of_log(self, rank: int) -> str:
+        return "\n".join(self._log(rank).read_text(errors="replace").splitlines()[-_LOG_LINES:])
+
+
+def caught(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Exception | None:
+    """What ``function`` raises, None if it raises nothing: for tests of errors on ranks."""
+    try:
+        function(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 - to be looked at by the test
+        return error
+    return None
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# On the ranks.
+
+
+def serve(file_descriptor: int) -> None:
+    """Calls what the pool asks for until it closes the connection."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    # Every engine makes process groups, every group connections; all stay open.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    connection = Connection(file_descriptor)
+    while True:
+        try:
+            request = connection.recv_bytes()
+        except EOFError:
+            os._exit(0)  # engines left by failed tests must not drain at exit
+        connection.send_bytes(_answer(request))
+        gc.collect()
+
+
+def _answer(request: bytes) -> bytes:
+    try:
+        function, kwargs = pickle.loads(request)
+        return pickle.dumps(function(**kwargs))
+    except Exception as error:  # noqa: BLE001 - raised again where the test runs
+        return pickle.dumps(Failure(type(error).__name__, str(error), traceback.format_exc()))
+
+
+def _join_job(deepspeed: bool) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    if deepspeed:
+        import deepspeed as ds
+
+        ds.init_distributed(dist_backend="gloo")
+    else:
+        torch.distributed.init_process_group("gloo")

@@ -58,7 +58,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
-    deepspeed.init_distributed(dist_backend="gloo")
+    ds_interlock.init_distributed(dist_backend="gloo")
     stages, seconds = dist.get_world_size(), args.milliseconds / 1000
     timed = {("DeepSpeed", m): s for m, s in time_engine(deepspeed_engine(stages, seconds), args).items()}
     predicted = {}

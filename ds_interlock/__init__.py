@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ds_interlock.pipe.in_process import InProcessPipeline
     from ds_interlock.pipe.initialize import initialize
     from ds_interlock.pipe.module import InterlockPipelineModule
+    from ds_interlock.pipe.start import init_distributed
     from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
 
 _HOME = {
@@ -34,6 +35,7 @@ _HOME = {
     "ScheduleError": "errors",
     "InterlockEngine": "pipe.engine",
     "InProcessPipeline": "pipe.in_process",
+    "init_distributed": "pipe.start",
     "initialize": "pipe.initialize",
     "InterlockPipelineModule": "pipe.module",
     "GradientFlowPlan": "schedule.plan",
@@ -53,6 +55,7 @@ __all__ = [
     "PeerError",
     "PlanError",
     "ScheduleError",
+    "init_distributed",
     "initialize",
 ]
 

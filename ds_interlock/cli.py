@@ -11,8 +11,10 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ds_interlock import __version__
@@ -133,17 +135,17 @@ def _verify(options: argparse.Namespace) -> int:
     if not interlock.is_global:
         check_deepspeed(contents)
     num_layers = options.layers or 2 * options.stages + 1
+    plan = interlock.plan(_stage_bounds(num_layers, options.stages))
     # The small model runs on the CPU, whatever else there is. DeepSpeed looks when it is imported.
     os.environ["DS_ACCELERATOR"] = "cpu"
     from rich.console import Console
 
-    with Console(stderr=True).status("importing DeepSpeed") as status:
+    with _leaving_on_sigterm(), Console(stderr=True).status("importing DeepSpeed") as status:
         from ds_interlock.verification.checks import verify
 
         report = verify(
             interlock,
-            num_stages=options.stages,
-            num_layers=num_layers,
+            plan,
             seed=options.seed,
             timeout_seconds=options.timeout,
             progress=status.update,
@@ -153,6 +155,31 @@ def _verify(options: argparse.Namespace) -> int:
     else:
         _print_report(report)
     return OK if report.passed else FAILED
+
+
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Lets a termination unwind as Ctrl-C does, so that processes started are stopped too."""
+
+    def leave(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stage_bounds(num_layers: int, num_stages: int) -> list[int]:
+    """Stages as even as can be, the first ones a layer longer, as DeepSpeed cuts "uniform"."""
+    if num_stages > num_layers:
+        raise ConfigError(
+            f"{num_stages} stages for {num_layers} layers: every stage needs at least one; use --layers "
+            f"{num_stages} or more, or fewer --stages"
+        )
+    each, longer = divmod(num_layers, num_stages)
+    return [stage * each + min(stage, longer) for stage in range(num_stages + 1)]
 
 
 def _print_report(report: "Report") -> None:

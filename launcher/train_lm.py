@@ -146,7 +146,7 @@ def start_process(args: argparse.Namespace) -> None:
     """Joins the process group; checks and completes the arguments that depend on it."""
     if not any(variable in os.environ for variable in _RANK_VARIABLES):
         raise ConfigError(f"start this through the launcher: deepspeed --num_gpus 4 {' '.join(sys.argv)}")
-    deepspeed.init_distributed()
+    ds_interlock.init_distributed()
     args.local_rank = int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0)))
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":

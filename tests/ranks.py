@@ -9,9 +9,9 @@ once, and the ranks then carry out one function after another:
            ◄── [result, result, result]
 
 The function must be importable: defined at the top of a module. What it prints (DeepSpeed prints a
-lot) goes to a log a rank, of which a failure shows the end. A rank that raises, dies or does not
-answer in time makes ``run`` raise; the ranks may then be out of step with each other, so the next
-``run`` starts new ones.
+lot) goes to a log a rank, of which a rank that dies or hangs shows the end. A rank that raises, dies
+or does not answer in time makes ``run`` raise; the ranks may then be out of step with each other, so
+the next ``run`` starts new ones.
 """
 
 import faulthandler
@@ -25,6 +25,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -49,7 +50,7 @@ class Failure:
     Attributes:
         type_name: Name of the exception's class; "Died" or "NoAnswer" if there was no exception.
         message: The exception's message.
-        traceback: The rank's traceback, as text.
+        traceback: The rank's traceback, as text; empty if there was no exception.
     """
 
     type_name: str
@@ -62,8 +63,13 @@ class RankError(AssertionError):
 
     def __init__(self, failures: dict[int, Failure], logs: dict[int, str]) -> None:
         self.failures = failures
-        parts = [f"rank {rank}: {f.type_name}: {f.message}\n{f.traceback}" for rank, f in failures.items()]
-        parts += [f"--- end of the log of rank {rank}\n{log}" for rank, log in logs.items() if log]
+        parts = []
+        shown: dict[tuple[str, str], int] = {}
+        for rank, failure in failures.items():
+            first = shown.setdefault((failure.type_name, failure.message), rank)
+            text = f"{failure.message}\n{failure.traceback}" if first == rank else f"as rank {first}"
+            parts.append(f"rank {rank}: {failure.type_name}: {text}")
+        parts += [f"--- end of the log of rank {rank}\n{log}" for rank, log in logs.items()]
         super().__init__("\n".join(parts))
 
 
@@ -139,7 +145,9 @@ class RankPool:
             self._connections.append(ours)
         self._call(_join_job, START_SECONDS, {"deepspeed": self.deepspeed})
 
-    def _call(self, function: Callable[..., Any], timeout_seconds: float, kwargs: dict[str, Any]) -> list[Any]:
+    def _call(
+        self, function: Callable[..., Any], timeout_seconds: float, kwargs: dict[str, Any]
+    ) -> list[Any]:
         request = pickle.dumps((function, kwargs))
         failures: dict[int, Failure] = {}
         for rank, connection in enumerate(self._connections):
@@ -149,7 +157,7 @@ class RankPool:
                 failures[rank] = Failure("Died", "before the call")
         results = self._collect(time.monotonic() + timeout_seconds, failures)
         if failures:
-            logs = {rank: self._end_of_log(rank) for rank in failures}
+            logs = {rank: self._end_of_log(rank) for rank, f in failures.items() if not f.traceback}
             self.close()
             raise RankError(dict(sorted(failures.items())), logs)
         return [results[rank] for rank in range(self.num_ranks)]
@@ -175,7 +183,8 @@ class RankPool:
                 (failures if isinstance(answer, Failure) else results)[rank] = answer
             if not ready:
                 self._dump_stacks(list(waiting.values()))
-                failures |= {rank: Failure("NoAnswer", "in time; see its stacks") for rank in waiting.values()}
+                silent = Failure("NoAnswer", "in time; see its stacks")
+                failures.update(dict.fromkeys(waiting.values(), silent))
         return results
 
     def _dump_stacks(self, ranks: list[int]) -> None:
@@ -213,6 +222,7 @@ def free_port() -> int:
 def serve(file_descriptor: int) -> None:
     """Calls what the pool asks for until it closes the connection."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
     # Every engine makes process groups, every group connections; all stay open.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -224,6 +234,13 @@ def serve(file_descriptor: int) -> None:
             os._exit(0)  # engines left by failed tests must not drain at exit
         connection.send_bytes(_answer(request))
         gc.collect()
+
+
+def _die_with(parent: int) -> None:
+    """A pool that was killed leaves no ranks behind, even if they hang."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _answer(request: bytes) -> bytes:
@@ -239,8 +256,8 @@ def _join_job(deepspeed: bool) -> None:
 
     torch.set_num_threads(1)
     if deepspeed:
-        import deepspeed as ds
+        import ds_interlock
 
-        ds.init_distributed(dist_backend="gloo")
+        ds_interlock.init_distributed(dist_backend="gloo")
     else:
         torch.distributed.init_process_group("gloo")

@@ -214,8 +214,8 @@ def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Pa
             num_characters = sum(map(len, lines))
             raise DataError(
                 f"no tokenizer of {vocab_size} ids can be trained on the training text ({num_characters} "
-                "characters): give a --vocab_size between the number of its characters + 258 and what so "
-                f"little text can fill, or more text, or an existing --tokenizer (sentencepiece says: {error})"
+                "characters): give a --vocab_size that fits, more text, or an existing --tokenizer "
+                f"(sentencepiece says: {error})"
             ) from error
         os.replace(f"{folder}/bpe.model", path)
     return SentencePieceTokenizer(path)

@@ -11,9 +11,12 @@ global it behaves as DeepSpeed's engine does, bit for bit.
 
 import atexit
 import math
+import os
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +35,7 @@ from ds_interlock.pipe.optimize import OptimizerMixin
 from ds_interlock.pipe.p2p import Links
 from ds_interlock.pipe.report import BatchReport, Reporter
 from ds_interlock.pipe.stage import Gradients, StageWork
-from ds_interlock.pipe.timeline import Recorder
+from ds_interlock.pipe.timeline import Recorder, Rows, draw
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.lower import evaluation_program, training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
@@ -74,7 +77,8 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
         self._batches = 0  # training batches
         self._losses: dict[int, Tensor] = {}
         self._gradient_norm: float | Tensor | None = None
-        atexit.register(_drain_at_exit, weakref.ref(self))
+        self._at_exit = partial(_drain_at_exit, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     @property
     def plan(self) -> GradientFlowPlan:
@@ -103,7 +107,6 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         self.module.train()
-        self._recorder.batch = self._batches
         self._run(self._train_schedule())
         self._batches += 1
         loss = self._newest_final_loss()
@@ -145,11 +148,30 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
 
     def record_timeline(self) -> None:
         """Notes what this stage does when, in the batches until ``timeline`` is called."""
-        self._recorder.start(self._batches)
+        self._recorder.start()
 
-    def timeline(self) -> Any:
+    def timeline(self) -> Rows:
         """What all stages did since ``record_timeline``: rows of spans. All ranks must call it."""
+        self._recorder.stop()
         return self._recorder.gather(self.stage_id, self.num_stages)
+
+    def write_timeline(self, path: str | os.PathLike[str]) -> None:
+        """Writes the last recorded batch as an SVG, beside what the simulator makes of it.
+
+        All ranks must call it; rank 0 writes.
+        """
+        rows = self.timeline()
+        if self.global_rank == 0:
+            newest = max(span.batch for row in rows for span in row)
+            batch = tuple(tuple(span for span in row if span.batch == newest) for row in rows)
+            Path(path).write_text(draw(self._train_schedule().program, batch, streaming=self.streaming))
+
+    def destroy(self) -> None:
+        """Frees threads, connections and DeepSpeed's own. All ranks must call it, after ``drain``."""
+        atexit.unregister(self._at_exit)
+        self._links.close()
+        self._reporter.close()
+        super().destroy()
 
     # DeepSpeed's seams.
 
@@ -216,7 +238,7 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
     def _exec_work(self, buffer_id: int, action: Action, takes: tuple[Action, ...]) -> None:
         for receive in takes:
             self._take(receive)
-        with self._recorder.span(action):
+        with self._recorder.span(action, self._batches):
             gradients = self._work.run(action)
         if gradients is not None:
             bundle = action.losses or self.plan.bundles(action.stage)[0]
@@ -246,7 +268,7 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         learning_rate = self.get_lr()[0]
         self._gradient_norm = self._stage_gradient_norm()
-        with self._recorder.span(Action(self.stage_id, Kind.STEP, self.micro_batches)):
+        with self._recorder.span(Action(self.stage_id, Kind.STEP, self.micro_batches), self._batches):
             super()._exec_optimizer_step(lr_kwargs)
         if self._gradient_norm is None:
             self._gradient_norm = getattr(self.optimizer, "_global_grad_norm", None)

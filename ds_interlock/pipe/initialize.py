@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from deepspeed import comm as deepspeed_comm
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 
@@ -14,6 +13,7 @@ from ds_interlock.errors import ConfigError
 from ds_interlock.pipe.agreement import agree
 from ds_interlock.pipe.engine import InterlockEngine
 from ds_interlock.pipe.module import InterlockPipelineModule
+from ds_interlock.pipe.start import init_distributed
 
 
 def initialize(
@@ -56,7 +56,7 @@ def initialize(
         raise ConfigError("no DeepSpeed config: pass config= (a path or a dict) or --deepspeed_config")
     config = dict(config) if isinstance(config, Mapping) else read_deepspeed(config)
     check_deepspeed(config)
-    deepspeed_comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     agree({"config": config, "layers": len(model._layer_specs), "stage_bounds": list(model.parts)})
     model.bind(InterlockConfig.from_deepspeed(config))
     scale = model.interlock.head.learning_rate_scale if model.interlock else 1.0

@@ -62,6 +62,11 @@ class Group:
     payload: Any
     header: Any
 
+    def destroy(self) -> None:
+        """Frees its connections and threads."""
+        for group in {id(group): group for group in (self.payload, self.header)}.values():
+            dist.destroy_process_group(group)
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -130,7 +135,7 @@ class Receiver:
         self.peer = peer
         self.device = device
         self.timeout_seconds = timeout_seconds
-        self._posted: queue.SimpleQueue[tuple[Action, int]] = queue.SimpleQueue()
+        self._posted: queue.SimpleQueue[tuple[Action, int] | None] = queue.SimpleQueue()
         self._arrived: queue.SimpleQueue[Callable[[], list[Any]] | BaseException] = queue.SimpleQueue()
         self._held: dict[Action, list[Any]] = {}
         self._order: deque[Action] = deque()
@@ -165,9 +170,13 @@ class Receiver:
                 self._held[self._order.popleft()] = arrived()
         return self._held.pop(receive)
 
+    def close(self) -> None:
+        """Ends the thread once all posted receives are complete."""
+        self._posted.put(None)
+
     def _listen(self) -> None:
-        while True:
-            receive, batch = self._posted.get()
+        while (posted := self._posted.get()) is not None:
+            receive, batch = posted
             try:
                 with _named(self.peer, "receiving from"):
                     self._arrived.put(self._receive(receive, batch))
@@ -217,7 +226,7 @@ class Links:
     def __init__(
         self, ranks: Sequence[int], stage: int, device: torch.device, timeout_seconds: float
     ) -> None:
-        forward, gradient = new_groups(device, timeout_seconds)
+        self._groups = forward, gradient = new_groups(device, timeout_seconds)
         self._senders: dict[Kind, Sender] = {}
         self._receivers: dict[Kind, Receiver] = {}
         if stage > 0:
@@ -245,6 +254,13 @@ class Links:
         """Waits until everything sent has been received."""
         for sender in self._senders.values():
             sender.flush()
+
+    def close(self) -> None:
+        """Ends the receiving threads and the process groups. Every rank must close its links."""
+        for receiver in self._receivers.values():
+            receiver.close()
+        for group in self._groups:
+            group.destroy()
 
 
 class _named:  # noqa: N801 - reads as a statement

@@ -76,6 +76,7 @@ class Reporter:
         self._newest: tuple[int, float] = -1, math.nan
         self._collected: queue.SimpleQueue[StageReport] = queue.SimpleQueue()
         self._jobs: queue.Queue[BatchReport | None] = queue.Queue()
+        self._closed = False
         self._failure: Exception | None = None
         threading.Thread(target=self._work, name="interlock reports", daemon=True).start()
 
@@ -102,8 +103,13 @@ class Reporter:
         if self._failure is not None:
             raise RuntimeError("reports could not be posted: the job's store is gone") from self._failure
 
+    def close(self) -> None:
+        """Ends the thread."""
+        self._closed = True
+        self._jobs.put(None)
+
     def _work(self) -> None:
-        while True:
+        while not self._closed:
             report = self._jobs.get()
             try:
                 if self._failure is None:

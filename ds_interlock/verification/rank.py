@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._C._distributed_c10d import TCPStore  # torch.distributed has it without a type
 
 from ds_interlock.config import SECTION, InterlockConfig
 from ds_interlock.verification.reference import (
@@ -132,14 +133,14 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _work(folder: Path, rank: int) -> None:
-    import deepspeed
+    import ds_interlock
 
     job: Job = pickle.loads((folder / "job.pickle").read_bytes())
     torch.set_num_threads(1)
     timeout = timedelta(seconds=job.timeout_seconds)
-    store = dist.TCPStore("127.0.0.1", job.port, is_master=False, timeout=timeout)
+    store = TCPStore("127.0.0.1", job.port, is_master=False, timeout=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=job.num_stages, timeout=timeout)
-    deepspeed.init_distributed("gloo")
+    ds_interlock.init_distributed("gloo")
     outcomes = []
     for run in job.runs:
         outcomes.append(vars(train(run, job)))

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import distributed as dist
+from torch._C._distributed_c10d import TCPStore  # torch.distributed has it without a type
 
 import ds_interlock
 from ds_interlock.errors import PeerError
@@ -56,7 +56,7 @@ def run_job(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ds_interlock_verify_")))
         # Port 0: the system chooses a free one, and it is taken from that moment on.
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         job = Job(store.port, tuple(stage_bounds), seed, timeout_seconds, tuple(runs))
         (folder / "job.pickle").write_bytes(pickle.dumps(job))
         processes: list[subprocess.Popen[bytes]] = []
@@ -94,7 +94,7 @@ def _start(folder: Path, rank: int, job: Job) -> subprocess.Popen[bytes]:
 def _wait(
     processes: Sequence[subprocess.Popen[bytes]],
     folder: Path,
-    store: dist.TCPStore,
+    store: TCPStore,
     job: Job,
     progress: Callable[[str], None],
 ) -> None:
@@ -107,12 +107,12 @@ def _wait(
         seconds_left = deadline - time.monotonic()
         if seconds_left <= 0:
             raise PeerError(
-                f"{job.num_stages} processes did not finish {len(job.runs)} runs within "
-                f"{job.timeout_seconds:g} seconds (finished: {done}); allow more with --timeout, or use "
+                f"{done} of {len(job.runs)} runs in {job.num_stages} processes were finished after "
+                f"{job.timeout_seconds:g} seconds; allow more with --timeout, or use "
                 "fewer --stages"
             )
-        started = f"{len(processes)} processes: starting" if done == 0 else f"{len(processes)} processes"
-        progress(f"{started}, run {min(done + 1, len(job.runs))} of {len(job.runs)}")
+        said = f"{done} of {len(job.runs)} runs done" if done else "starting; this takes some seconds"
+        progress(f"processes ({job.num_stages}): {said}")
         time.sleep(_POLL_SECONDS)
     if any(process.returncode != 0 for process in processes):
         raise PeerError(_why(processes, folder))

@@ -151,6 +151,7 @@ def make_module(job: Job, **module: Any) -> Any:
         **job.module,
         **module,
     }
+    torch.manual_seed(BASE_SEED)
     if job.section is None:
         net = PipelineModule(**arguments)
     else:

@@ -1,8 +1,7 @@
 # Everything a developer does. `make` lists the targets.
 
 PYTHON ?= python3.11
-# A CPU-only torch, on machines where pip would fetch one with CUDA:
-#   make install TORCH_INDEX=--index-url=https://download.pytorch.org/whl/cpu
+# Where pip finds another torch than its default, for example one without CUDA: --index-url=...
 TORCH_INDEX ?=
 
 VENV := .venv
@@ -50,7 +49,7 @@ types: $(INSTALLED)  ## mypy, strict, on the package
 	$(BIN)/mypy
 
 bench: $(INSTALLED)  ## throughput of all modes beside DeepSpeed's and the simulator's prediction
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python benchmarks/throughput.py
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 8 --module benchmarks.pipeline_peers
 
 docs: $(INSTALLED)  ## write docs/config.md from the config class
 	$(BIN)/python -m ds_interlock.config > docs/config.md

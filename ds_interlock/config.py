@@ -334,7 +334,7 @@ training is ordinary backpropagation. Unknown keys are errors.
 """
 
 _REFERENCE_REFUSALS = """\
-## DeepSpeed settings refused outside mode `global`
+## DeepSpeed settings that are refused
 
 """
 

@@ -1,15 +1,12 @@
-"""A plan as a picture in text: which loss trains which stage. The one of ``plan.py``, drawn from a plan.
+"""A plan as a picture in text: which loss trains which stage. Four stages, window 2, "farthest":
 
-           stage 0     stage 1     stage 2     stage 3
-         ==========  ==========  ==========  ==========
-           layers      layers      layers      layers
-             0-2         3-4         5-6         7-8
-         <----------------------o                        loss 0, after layer 5
-                     <----------------------o            loss 1, after layer 7
-                                 <----------------------o  the final loss
-
-An arrow is drawn ``---`` over the stages that its loss trains and ``...`` where it only passes
-through on its way to them.
+  stage 0     stage 1     stage 2     stage 3     stage
+=========== =========== =========== ===========
+    0-2         3-4         5-6         7-8       layers
+<-----------..........o                           loss 0, after layer 4
+            <-----------..........o               loss 1, after layer 6
+                        <---------------------o   the final loss
+--- trains the stage    ... passes through it
 """
 
 from ds_interlock.schedule.plan import GradientFlowPlan

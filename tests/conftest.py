@@ -12,10 +12,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
-from collections.abc import Iterator  # noqa: E402 - the variables above come first
+from collections.abc import Iterator
 
-import pytest  # noqa: E402
-from ranks import RankPool  # noqa: E402
+import pytest
+from ranks import RankPool
 
 
 @pytest.fixture(scope="session")

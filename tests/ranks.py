@@ -94,7 +94,7 @@ class RankPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, function: Callable[..., Any], *, timeout_seconds: float = 90.0, **kwargs: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], *, within_seconds: float = 90.0, **kwargs: Any) -> list[Any]:
         """Calls ``function(**kwargs)`` on every rank.
 
         Returns:
@@ -103,15 +103,15 @@ class RankPool:
         Raises:
             RankError: If it failed on some rank.
         """
-        results, failures = self._ask(function, timeout_seconds, kwargs)
+        results, failures = self._ask(function, within_seconds, kwargs)
         self._check(failures)
         return [results[rank] for rank in range(self.num_ranks)]
 
     def run_mortals(
-        self, function: Callable[..., Any], *, timeout_seconds: float = 90.0, **kwargs: Any
+        self, function: Callable[..., Any], *, within_seconds: float = 90.0, **kwargs: Any
     ) -> dict[int, Any]:
         """As ``run``, for functions in which ranks end themselves: results of the others, by rank."""
-        results, failures = self._ask(function, timeout_seconds, kwargs)
+        results, failures = self._ask(function, within_seconds, kwargs)
         self._check({rank: failure for rank, failure in failures.items() if failure.type_name != "Died"})
         self.close()
         return results
@@ -156,14 +156,14 @@ class RankPool:
         self._check(failures)
 
     def _ask(
-        self, function: Callable[..., Any], timeout_seconds: float, kwargs: dict[str, Any]
+        self, function: Callable[..., Any], within_seconds: float, kwargs: dict[str, Any]
     ) -> tuple[dict[int, Any], dict[int, Failure]]:
         if not self._processes:
             self._start()
-        return self._exchange(function, timeout_seconds, kwargs)
+        return self._exchange(function, within_seconds, kwargs)
 
     def _exchange(
-        self, function: Callable[..., Any], timeout_seconds: float, kwargs: dict[str, Any]
+        self, function: Callable[..., Any], within_seconds: float, kwargs: dict[str, Any]
     ) -> tuple[dict[int, Any], dict[int, Failure]]:
         """What every rank answers: a result or a failure."""
         request = pickle.dumps((function, kwargs))
@@ -173,7 +173,7 @@ class RankPool:
                 connection.send_bytes(request)
             except OSError:
                 failures[rank] = Failure("Died", "before the call")
-        return self._collect(time.monotonic() + timeout_seconds, failures), failures
+        return self._collect(time.monotonic() + within_seconds, failures), failures
 
     def _check(self, failures: dict[int, Failure]) -> None:
         """Raises if there are failures, and ends the ranks: they may be out of step with each other."""

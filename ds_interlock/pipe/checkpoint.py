@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.dataloader import RepeatingLoader
 from deepspeed.utils import logger
 from torch import distributed as dist
 
@@ -123,15 +124,18 @@ class CheckpointMixin:
     def _restore_data_position(self: Any, consumed: int, iterator_state: Any) -> None:
         """Goes on in the data where the saved run was."""
         self._consumed = consumed
-        if not self.is_first_stage() or consumed == 0:
+        if not self.is_first_stage():
             return
+        loader = self.training_dataloader
         if iterator_state is not None and hasattr(self.data_iterator, "load_state_dict"):
             self.data_iterator.load_state_dict(iterator_state)
-        elif self.training_dataloader is not None:
-            self.set_dataloader(self.training_dataloader)
+        elif loader is not None:
+            if isinstance(loader, RepeatingLoader):
+                loader.data_iter = iter(loader.loader)  # iter() alone goes on where it is
+            self.set_dataloader(loader)
             for _ in range(consumed):
                 next(self.data_iterator)
-        else:
+        elif consumed:
             logger.warning(
                 f"the data iterator cannot be put back: skip {consumed} micro-batches on stage 0 "
                 "(engine.consumed_micro_batches) before the next train_batch"

@@ -164,6 +164,7 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
         if self.global_rank == 0:
             newest = max(span.batch for row in rows for span in row)
             batch = tuple(tuple(span for span in row if span.batch == newest) for row in rows)
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(draw(self._train_schedule().program, batch, streaming=self.streaming))
 
     def destroy(self) -> None:

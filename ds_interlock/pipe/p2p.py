@@ -274,10 +274,11 @@ class _named:  # noqa: N801 - reads as a statement
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, RuntimeError) and not isinstance(error, PeerError):
-            detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            # The neighbour's own error is the one to read, not the way this one came about.
             raise PeerError(
                 f"{self.doing} {self.peer} failed; it has most likely stopped: see its own error ({detail})"
-            ) from error
+            ) from None
 
 
 def _wait(work: Any) -> None:

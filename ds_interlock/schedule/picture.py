@@ -1,12 +1,14 @@
-"""A plan as a picture in text: which loss trains which stage. Four stages, window 2, "farthest":
+"""A plan as a picture in text: which loss trains which stage.
 
-  stage 0     stage 1     stage 2     stage 3     stage
-=========== =========== =========== ===========
-    0-2         3-4         5-6         7-8       layers
-<-----------..........o                           loss 0, after layer 4
-            <-----------..........o               loss 1, after layer 6
-                        <---------------------o   the final loss
---- trains the stage    ... passes through it
+Four stages, window 2, ``combine="farthest"``:
+
+      stage 0     stage 1     stage 2     stage 3     stage
+    =========== =========== =========== ===========
+        0-2         3-4         5-6         7-8       layers
+    <-----------..........o                           loss 0, after layer 4
+                <-----------..........o               loss 1, after layer 6
+                            <---------------------o   the final loss
+    --- trains the stage    ... passes through it
 """
 
 from ds_interlock.schedule.plan import GradientFlowPlan

@@ -68,7 +68,7 @@ def undisturbed_and_resumed(job: Job, folder: str) -> tuple[Outcome, Outcome, Ou
 
 
 def assert_resumes(pool: RankPool, job: Job, folder: Path) -> None:
-    results = pool.run(undisturbed_and_resumed, job=job, folder=str(folder), timeout_seconds=120)
+    results = pool.run(undisturbed_and_resumed, job=job, folder=str(folder), within_seconds=120)
     undisturbed, resumed, half_way = ([result[part] for result in results] for part in range(3))
     assert_same(undisturbed, resumed)
     assert not is_same(undisturbed, half_way)
@@ -82,7 +82,9 @@ def test_resumed_run(ranks4: RankPool, tmp_path: Path, section, extra):
     assert_resumes(ranks4, Job(section, extra=extra | WARMUP, dropout=0.2), tmp_path)
 
 
-@pytest.mark.parametrize("extra", [FP32_ZERO_1, BF16, BF16_ZERO_1], ids=["fp32, ZeRO 1", "bf16", "bf16, ZeRO 1"])
+@pytest.mark.parametrize(
+    "extra", [FP32_ZERO_1, BF16, BF16_ZERO_1], ids=["fp32, ZeRO 1", "bf16", "bf16, ZeRO 1"]
+)
 def test_resumed_run_with_replicas(ranks4: RankPool, tmp_path: Path, extra):
     section = {"mode": "local", "streaming": False, "head": HEAD}
     assert_resumes(ranks4, Job(section, num_stages=2, extra=extra | WARMUP, dropout=0.2), tmp_path)
@@ -94,7 +96,7 @@ def test_resumed_run_with_tied_weights(ranks4: RankPool, tmp_path: Path, tied_we
     assert_resumes(ranks4, Job(section, tied=True, dropout=0.2), tmp_path)
 
 
-def test_resumed_run_with_layers_seeded_one_by_one_and_heads_at_their_own_rate(ranks4: RankPool, tmp_path: Path):
+def test_resumed_run_with_seeded_layers_and_heads_at_their_own_rate(ranks4: RankPool, tmp_path: Path):
     section = {**INTERLOCK, "window": 1.5, "head": {**HEAD, "learning_rate_scale": 0.3}}
     job = Job(section, extra=WARMUP, dropout=0.2, module={"seed_layers": True})
     assert_resumes(ranks4, job, tmp_path)

@@ -12,7 +12,6 @@ from jobs import (
     is_same,
     outcomes,
 )
-
 from ranks import RankPool
 
 PRECISIONS = {

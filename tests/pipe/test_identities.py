@@ -34,7 +34,9 @@ def interlock(window: float, **section: object) -> dict[str, object]:
 # The ends of the scale.
 
 
-@pytest.mark.parametrize("extra", [{}, FP32_ZERO_1, BF16_ZERO_1], ids=["fp32", "fp32, ZeRO 1", "bf16, ZeRO 1"])
+@pytest.mark.parametrize(
+    "extra", [{}, FP32_ZERO_1, BF16_ZERO_1], ids=["fp32", "fp32, ZeRO 1", "bf16, ZeRO 1"]
+)
 def test_the_widest_window_is_global(ranks4: RankPool, extra):
     job = Job(None, extra=extra, dropout=0.2, num_batches=3)
     widest, end_to_end = outcomes(

@@ -38,8 +38,8 @@ def test_it_is_a_pipe_schedule_of_pipe_instructions(stage, num_micro_batches):
 
 def test_the_words_of_a_stage_with_head_and_relay():
     assert words(InterlockSchedule(training_program(PLAN, 1), 1)) == [
-        "RecvActivation 1RECV_F0",
         "RecvGrad 1RECV_I0@1",
+        "RecvActivation 1RECV_F0",
         "ForwardPass 1F0",
         "SendActivation 1SEND_F0",
         "HeadPass 1H0@0",

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import RankPool, caught
 
 from ds_interlock import PeerError
 from ds_interlock.pipe.p2p import Links, Peer, Receiver, Sender, new_groups
 from ds_interlock.schedule.action import Action
 from ds_interlock.schedule.simulate import SEND_AHEAD
-from ranks import RankPool, caught
 
 CPU = torch.device("cpu")
 
@@ -176,10 +176,11 @@ def send_and_expect(send: str, expected: str, batches: tuple[int, int]) -> Excep
     rank, between = links()
     if rank == 0:
         between.send(Action.parse(send), batches[0], torch.zeros(2))
-        between.flush()
-        return None
-    between.post(Action.parse(expected), batches[1])
-    return caught(between.take, Action.parse(expected))
+    else:
+        between.post(Action.parse(expected), batches[1])
+    error = None if rank == 0 else caught(between.take, Action.parse(expected))
+    torch.distributed.barrier()
+    return error
 
 
 @pytest.mark.parametrize(
@@ -200,13 +201,14 @@ def test_a_message_that_is_not_the_one_expected(ranks2: RankPool, send, expected
 def send_other_relay() -> Exception | None:
     """Rank 1 relays the sum of losses 1 and 2 where rank 0 expects loss 1 alone."""
     rank, between = links()
+    expected = Action.parse("0RECV_I0@1")
     if rank == 1:
         between.send(Action.parse("1SEND_I0@1+2"), 0, (torch.zeros(2),))
-        between.flush()
-        return None
-    expected = Action.parse("0RECV_I0@1")
-    between.post(expected, 0)
-    return caught(between.take, expected)
+    else:
+        between.post(expected, 0)
+    error = None if rank == 1 else caught(between.take, expected)
+    torch.distributed.barrier()
+    return error
 
 
 def test_a_relay_of_other_losses(ranks2: RankPool):

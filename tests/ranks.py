@@ -34,8 +34,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-START_SECONDS = 400.0
-"""For processes to start and import DeepSpeed, which may compile an op first, on a busy machine."""
+START_SECONDS = 120.0
+"""For processes to start and import DeepSpeed, on a machine with more to do."""
 
 GRACE_SECONDS = 5.0
 """How long the other ranks may take to answer once one has failed: they may be waiting for it."""

@@ -156,16 +156,14 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
         return self._recorder.gather(self.stage_id, self.num_stages)
 
     def write_timeline(self, path: str | os.PathLike[str]) -> None:
-        """Writes the last recorded batch as an SVG, beside what the simulator makes of it.
+        """Writes the newest recorded batch as an SVG, beside what the simulator makes of it.
 
         All ranks must call it; rank 0 writes.
         """
         rows = self.timeline()
         if self.global_rank == 0:
-            newest = max(span.batch for row in rows for span in row)
-            batch = tuple(tuple(span for span in row if span.batch == newest) for row in rows)
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(draw(self._train_schedule().program, batch, streaming=self.streaming))
+            Path(path).write_text(draw(self._train_schedule().program, rows, streaming=self.streaming))
 
     def destroy(self) -> None:
         """Frees threads, connections and DeepSpeed's own. All ranks must call it, after ``drain``."""

@@ -81,6 +81,7 @@ class InterlockPipelineModule(PipelineModule):
         super().__init__(layers, **pipeline)
         self._make_head = head
         self._make_plan = plan
+        self._keeps_ties = False
         self.interlock: InterlockConfig | None = None
         if any(start >= stop for start, stop in zip(self.parts, self.parts[1:], strict=False)):
             raise ConfigError(
@@ -107,6 +108,11 @@ class InterlockPipelineModule(PipelineModule):
             return
         bounds = [int(bound) for bound in self.parts]
         self.plan = self._make_plan(bounds) if self._make_plan else interlock.plan(bounds)
+        if list(self.plan.stage_bounds) != bounds:
+            raise ConfigError(
+                f"plan({bounds}) returned a plan for stage_bounds {list(self.plan.stage_bounds)}: it must "
+                "keep the bounds it is given, which are those of partition_method"
+            )
         self.interlock = interlock
         losses = [loss for loss in self.plan.losses_at(self.stage_id) if loss != self.plan.final]
         make_head = self._make_head
@@ -121,12 +127,12 @@ class InterlockPipelineModule(PipelineModule):
 
     @property
     def steps_alone(self) -> bool:
-        """True if this stage's update depends on its window only, not on the whole pipeline."""
-        return not self.plan.is_end_to_end and not self.tied_comms
+        """True if a stage's update depends on its window only, not on the whole pipeline. Same on all."""
+        return not self.plan.is_end_to_end and not self._keeps_ties
 
     def mpu(self) -> Any:
         """The process groups, as DeepSpeed's optimizers use them."""
-        return self._grid if self.plan.is_end_to_end else StageGrid(self._grid)
+        return StageGrid(self._grid) if self.steps_alone else self._grid
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of this stage's heads."""
@@ -184,6 +190,7 @@ class InterlockPipelineModule(PipelineModule):
                 '"untie" (each stage trains its own copy) or "sync" (all-reduce at every step, no streaming)'
             )
         if interlock.tied_weights == "sync":
+            self._keeps_ties = True
             message = f"tied weights {names} stay tied: their all-reduce ends streaming across batches"
         else:
             message = f"tied weights {names} are untied: equal at first, then each stage trains its own copy"

@@ -14,8 +14,11 @@ class OptimizerMixin:
     """Gradient norms, clipping, and backward passes that the optimizer does not start itself."""
 
     def clip_fp32_gradients(self: Any) -> None:
-        """Clips by the norm of this stage's gradients; under global by that of the whole model."""
-        if self.plan.is_end_to_end:
+        """Clips by the norm of this stage's gradients, or of the whole model's if stages step together.
+
+        They do under global, and with weights kept tied: both copies must take the same step.
+        """
+        if not self.module.steps_alone:
             super().clip_fp32_gradients()  # type: ignore[misc]
             return
         assert isinstance(self._gradient_norm, Tensor)

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -87,21 +88,27 @@ def measured_costs(rows: Rows) -> CostModel:
 
 
 def draw(program: Program, rows: Rows, *, streaming: bool) -> str:
-    """An SVG of the measured ``rows`` above the same batch as simulated at the costs measured."""
-    simulation = simulate(program, measured_costs(rows), num_batches=3, streaming=streaming)
-    last = [[span for span in row if span.batch == 2] for row in simulation.spans]
+    """An SVG of the newest batch in ``rows`` above the same batch as simulated at the costs measured."""
+    newest = max((span.batch for row in rows for span in row), default=0)
+    measured = _batch(rows, newest)
+    simulation = simulate(program, measured_costs(measured), num_batches=3, streaming=streaming)
     return render_svg(
         [
-            Timeline("measured", "s", rows),
-            Timeline("simulated, at the costs measured", "s", _from_zero(last)),
+            Timeline("measured", "s", measured),
+            Timeline("simulated, at the costs measured", "s", _batch(simulation.spans, 2)),
         ],
         title=f"One batch: {program.num_micro_batches} micro-batches on {program.plan.num_stages} stages",
     )
 
 
+def _batch(rows: Rows, batch: int) -> Rows:
+    """One batch out of ``rows``, told as if it were the first."""
+    return _from_zero([[replace(span, batch=0) for span in row if span.batch == batch] for row in rows])
+
+
 def _from_zero(rows: list[list[Span]]) -> Rows:
     begin = min((span.start for row in rows for span in row), default=0.0)
-    return tuple(tuple(Span(s.action, s.batch, s.start - begin, s.end - begin) for s in row) for row in rows)
+    return tuple(tuple(replace(s, start=s.start - begin, end=s.end - begin) for s in row) for row in rows)
 
 
 def _median(by_micro_batch: dict[int, float]) -> float:

@@ -187,7 +187,9 @@ def train(job: Job) -> Outcome:
     data = data_for(engine, job)
     returned = [float(engine.train_batch(data)) for _ in range(job.num_batches)]
     final = returned[-1] if job.section is None else float(engine.drain())
-    return Outcome(returned, final, parameters_of(engine))
+    outcome = Outcome(returned, final, parameters_of(engine))
+    engine.destroy()
+    return outcome
 
 
 def train_all(jobs: Sequence[Job]) -> list[Outcome]:

@@ -43,32 +43,67 @@ class Sequences(Dataset[tuple[Tensor, Tensor]]):
         return self.samples[index]
 
 
+class Stream:
+    """Endless micro-batches, different for each replica, that know where they are."""
+
+    def __init__(self, replica: int) -> None:
+        self.micro_batches = micro_batches(9, replica=replica)
+        self.position = 0
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        self.position += 1
+        return self.micro_batches[self.position % len(self.micro_batches)]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def engine_with_data(job: Job, training_data: Any) -> Any:
+    engine = make_engine(job, training_data=training_data)
+    if training_data is None:
+        engine.set_dataiterator(Stream(engine.grid.get_data_parallel_rank()))
+    return engine
+
+
 def train_on(engine: Any, num_batches: int) -> Outcome:
     """Trains on the engine's own data."""
     returned = [float(engine.train_batch()) for _ in range(num_batches)]
     return Outcome(returned, float(engine.drain()), parameters_of(engine))
 
 
-def undisturbed_and_resumed(job: Job, folder: str) -> tuple[Outcome, Outcome, Outcome]:
+def undisturbed_and_resumed(
+    job: Job, folder: str, training_data: Any = None
+) -> tuple[Outcome, Outcome, Outcome]:
     """10 batches in one go, saved on the way; its second half again in a new engine; and half-way."""
-    engine = make_engine(job, training_data=Sequences())
+    engine = engine_with_data(job, training_data)
     half_way = train_on(engine, HALF)
     engine.save_checkpoint(folder, client_state={"note": 12})
     undisturbed = train_on(engine, HALF)
+    engine.destroy()
 
     torch.manual_seed(31)  # whatever the new process has drawn
-    engine = make_engine(job, training_data=Sequences())
+    engine = engine_with_data(job, training_data)
     engine.train_batch()  # not a fresh engine either
     _, client_state = engine.load_checkpoint(folder)
     assert client_state is not None
     assert client_state["note"] == 12
     assert engine.global_steps == HALF
     resumed = train_on(engine, HALF)
+    engine.destroy()
     return undisturbed, resumed, half_way
 
 
-def assert_resumes(pool: RankPool, job: Job, folder: Path) -> None:
-    results = pool.run(undisturbed_and_resumed, job=job, folder=str(folder), within_seconds=120)
+def assert_resumes(pool: RankPool, job: Job, folder: Path, training_data: Any = None) -> None:
+    results = pool.run(
+        undisturbed_and_resumed,
+        job=job,
+        folder=str(folder),
+        training_data=training_data,
+        within_seconds=120,
+    )
     undisturbed, resumed, half_way = ([result[part] for result in results] for part in range(3))
     assert_same(undisturbed, resumed)
     assert not is_same(undisturbed, half_way)
@@ -80,6 +115,11 @@ def assert_resumes(pool: RankPool, job: Job, folder: Path) -> None:
 @pytest.mark.parametrize("section", [INTERLOCK, {"mode": "global"}], ids=["interlock", "global"])
 def test_resumed_run(ranks4: RankPool, tmp_path: Path, section, extra):
     assert_resumes(ranks4, Job(section, extra=extra | WARMUP, dropout=0.2), tmp_path)
+
+
+@pytest.mark.parametrize("section", [INTERLOCK, {"mode": "global"}], ids=["interlock", "global"])
+def test_resumed_run_on_training_data_of_the_engine(ranks4: RankPool, tmp_path: Path, section):
+    assert_resumes(ranks4, Job(section, dropout=0.2), tmp_path, Sequences())
 
 
 @pytest.mark.parametrize(

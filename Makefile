@@ -49,7 +49,7 @@ types: $(INSTALLED)  ## mypy, strict, on the package
 	$(BIN)/mypy
 
 bench: $(INSTALLED)  ## throughput of all modes beside DeepSpeed's and the simulator's prediction
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 8 --module benchmarks.pipeline_peers
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline_peers
 
 docs: $(INSTALLED)  ## write docs/config.md from the config class
 	$(BIN)/python -m ds_interlock.config > docs/config.md

@@ -1,17 +1,23 @@
-"""Throughput of a pipeline of sleeping stages: DeepSpeed's engine and this one's modes, in one run.
+"""Throughput of a pipeline of sleeping stages: DeepSpeed's engine and this one's modes, side by side.
 
-    deepspeed --num_gpus 8 benchmarks/pipeline_peers.py --micro_batches 1 4 8 --output pipeline_peers.json
+    python -m benchmarks.pipeline_peers --stages 8 --micro_batches 1 4 8 --output pipeline_peers.json
 
 Every stage sleeps ``--milliseconds`` in the forward, for the input gradient and for the weight
-gradient; an auxiliary head sleeps 0.3 of that. Printed for each mode and number of micro-batches: the
-seconds a batch takes once the pipeline is running, how many times faster than DeepSpeed's engine
-that is, what the simulator predicts for it, and the floor (no bubble, no extra work: 3 t M).
+gradient; an auxiliary head sleeps 0.3 of that. Each engine runs in processes of its own, one after the
+other: DeepSpeed makes some ten process groups an engine, and those of gloo poll for as long as their
+process lives. Printed for each engine and number of micro-batches: the seconds a batch takes once the
+pipeline is running, how many times faster than DeepSpeed's engine that is, what the simulator predicts,
+and the distance to the floor (no bubble, no extra work: 3 t a micro-batch).
 """
 
 import argparse
 import json
 import os
 import platform
+import socket
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +39,7 @@ from ds_interlock.schedule.simulate import simulate
 LAYERS_PER_STAGE = 4
 WIDTH = 16
 HEAD_SHARE = 0.3
+DEEPSPEED = "DeepSpeed"
 MODES: dict[str, dict[str, Any]] = {
     "global": {"mode": "global"},
     "local": {"mode": "local"},
@@ -41,40 +48,77 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+def main() -> None:
+    args = arguments()
+    if args.engine:
+        time_one(args)
+        return
+    timed: dict[tuple[str, int], float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (DEEPSPEED, *MODES):
+            print(f"{name} ...", flush=True)
+            result = run_job(name, args, Path(folder) / "result.json")
+            timed |= {(name, int(micro_batches)): seconds for micro_batches, seconds in result.items()}
+    rows = table_rows(args, timed)
+    print_table(args, rows)
+    if args.output:
+        results = {"machine": machine(), "arguments": vars(args), "rows": rows}
+        args.output.write_text(json.dumps(results, indent=1, default=str))
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--micro_batches", type=int, nargs="+", default=[1, 4], help="micro-batches of a batch"
-    )
-    parser.add_argument("--milliseconds", type=float, default=40.0, help="length of one sleep of a stage")
-    parser.add_argument("--batches", type=int, default=8, help="batches timed, after two that are not")
+    parser.add_argument("--stages", type=int, default=8, help="pipeline stages, a process each (%(default)s)")
+    parser.add_argument("--micro_batches", type=int, nargs="+", default=[1, 4], help="of a batch (1 4)")
+    parser.add_argument("--milliseconds", type=float, default=40.0, help="one sleep of a stage (%(default)s)")
+    parser.add_argument("--batches", type=int, default=8, help="timed, after two that are not (%(default)s)")
     parser.add_argument("--output", type=Path, help="write the results here, as JSON")
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    parser.add_argument(
+        "--engine", choices=(DEEPSPEED, *MODES), help="in the processes of a job: what to time"
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def main() -> None:
-    args = arguments()
+def run_job(name: str, args: argparse.Namespace, output: Path) -> dict[str, float]:
+    """Times one engine in processes of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", args.stages]
+    job = [
+        "--master_port",
+        port,
+        "--module",
+        "benchmarks.pipeline_peers",
+        "--engine",
+        name,
+        "--output",
+        output,
+    ]
+    own = ["--milliseconds", args.milliseconds, "--batches", args.batches]
+    words = [*launcher, *job, *own, "--micro_batches", *args.micro_batches]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name}: the job failed\n{done.stdout}\n{done.stderr}")
+    result: dict[str, float] = json.loads(output.read_text())
+    return result
+
+
+def time_one(args: argparse.Namespace) -> None:
+    """What every process of a job does."""
     torch.set_num_threads(1)
     ds_interlock.init_distributed(dist_backend="gloo")
     stages, seconds = dist.get_world_size(), args.milliseconds / 1000
-    timed = {("DeepSpeed", m): s for m, s in time_engine(deepspeed_engine(stages, seconds), args).items()}
-    predicted = {}
-    for name, section in MODES.items():
-        engine = interlock_engine(stages, seconds, section)
-        timed |= {(name, m): s for m, s in time_engine(engine, args).items()}
-        predicted |= {(name, m): predict(engine, m, seconds) for m in args.micro_batches}
+    if args.engine == DEEPSPEED:
+        engine = deepspeed_engine(stages, seconds)
+    else:
+        engine = interlock_engine(stages, seconds, MODES[args.engine])
+    result = time_engine(engine, args)
     if dist.get_rank() == 0:
-        rows = table_rows(args, timed, predicted, seconds)
-        print_table(stages, args.milliseconds, rows)
-        if args.output:
-            args.output.write_text(
-                json.dumps(
-                    {"machine": machine(), "arguments": vars(args), "rows": rows}, indent=1, default=str
-                )
-            )
+        args.output.write_text(json.dumps(result))
     dist.barrier()
 
 
@@ -89,6 +133,7 @@ def config() -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "optimizer": {"type": "SGD", "params": {"lr": 1e-3}},
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1
         "steps_per_print": None,
     }
 
@@ -140,52 +185,55 @@ def time_engine(engine: Any, args: argparse.Namespace) -> dict[int, float]:
     return result
 
 
-def predict(engine: Any, micro_batches: int, seconds: float) -> float:
+def predict(section: dict[str, Any], args: argparse.Namespace, micro_batches: int) -> float:
     """What the simulator says a batch takes."""
+    bounds = [LAYERS_PER_STAGE * stage for stage in range(args.stages + 1)]
+    plan = ds_interlock.InterlockConfig(**section).plan(bounds)
+    seconds = args.milliseconds / 1000
     costs = CostModel(
         forward=seconds, input_gradient=seconds, weight_gradient=seconds, head=HEAD_SHARE * seconds
     )
-    program = training_program(engine.plan, micro_batches)
-    return simulate(program, costs, num_batches=10, streaming=engine.streaming).batch_seconds
+    program = training_program(plan, micro_batches)
+    return simulate(program, costs, num_batches=10, streaming=not plan.is_end_to_end).batch_seconds
 
 
-def table_rows(
-    args: argparse.Namespace,
-    timed: dict[tuple[str, int], float],
-    predicted: dict[tuple[str, int], float],
-    seconds: float,
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "mode": mode,
-            "micro_batches": micro_batches,
-            "seconds": measured,
-            "times_deepspeed": timed["DeepSpeed", micro_batches] / measured,
-            "predicted_seconds": predicted.get((mode, micro_batches)),
-            "measured_over_predicted_speed": predicted.get((mode, micro_batches), measured) / measured,
-            "times_floor": measured / (3 * seconds * micro_batches),
-        }
-        for (mode, micro_batches), measured in sorted(timed.items(), key=lambda item: item[0][1])
-    ]
-
-
-def print_table(stages: int, milliseconds: float, rows: list[dict[str, Any]]) -> None:
-    print(
-        f"\n{stages} stages, {milliseconds:g} ms each for forward, input and weight gradient; "
-        f"head {HEAD_SHARE:g} of that"
-    )
-    print(
-        f"{'M':>3}  {'mode':<12} {'s/batch':>8} {'x DeepSpeed':>12} {'predicted s':>12} "
-        f"{'% of predicted':>15} {'x floor':>8}"
-    )
-    for row in rows:
-        predicted = f"{row['predicted_seconds']:.3f}" if row["predicted_seconds"] else "-"
-        share = f"{100 * row['measured_over_predicted_speed']:.1f}" if row["predicted_seconds"] else "-"
-        print(
-            f"{row['micro_batches']:>3}  {row['mode']:<12} {row['seconds']:>8.3f} "
-            f"{row['times_deepspeed']:>11.2f}x {predicted:>12} {share:>15} {row['times_floor']:>8.2f}",
-            flush=True,
+def table_rows(args: argparse.Namespace, timed: dict[tuple[str, int], float]) -> list[dict[str, Any]]:
+    rows = []
+    for (name, micro_batches), measured in sorted(timed.items(), key=lambda item: item[0][1]):
+        predicted = predict(MODES[name], args, micro_batches) if name in MODES else None
+        rows.append(
+            {
+                "engine": name,
+                "micro_batches": micro_batches,
+                "seconds": measured,
+                "times_deepspeed": timed[DEEPSPEED, micro_batches] / measured,
+                "predicted_seconds": predicted,
+                "share_of_predicted_speed": predicted / measured if predicted else None,
+                "times_floor": measured / (3 * args.milliseconds / 1000 * micro_batches),
+            }
         )
+    return rows
+
+
+def print_table(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    print(
+        f"\n{args.stages} stages, {args.milliseconds:g} ms each for forward, input and weight gradient; "
+        f"head {HEAD_SHARE:g} of that\n"
+    )
+    print("| M | engine | s/batch | times DeepSpeed | predicted s | % of predicted speed | times floor |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        predicted, share = row["predicted_seconds"], row["share_of_predicted_speed"]
+        cells = [
+            f"{row['micro_batches']}",
+            row["engine"],
+            f"{row['seconds']:.3f}",
+            f"{row['times_deepspeed']:.2f}",
+            f"{predicted:.3f}" if predicted else "",
+            f"{100 * share:.1f}" if share else "",
+            f"{row['times_floor']:.2f}",
+        ]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def machine() -> dict[str, Any]:

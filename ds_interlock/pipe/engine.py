@@ -106,7 +106,8 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
             raise RuntimeError("train_batch() needs gradients enabled; use eval_batch() to evaluate")
         if data_iter is not None:
             self.set_dataiterator(data_iter)
-        self.module.train()
+        if not self.module.training:
+            self.module.train()
         self._run(self._train_schedule())
         self._batches += 1
         loss = self._newest_final_loss()

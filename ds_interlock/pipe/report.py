@@ -4,9 +4,9 @@ A training batch under local or interlock has no collective over the pipe, so no
 final loss to stage 0. Instead every stage posts what it has measured for a batch to the job's
 key-value store, in a thread of its own, and reads there which batch the last stage has got to:
 
-    stage k    ── post(batch 7, loss, norm, lr) ──►  "metrics/k/7"
     last stage ── post(batch 5, final loss) ──────►  "final" = (5, 2.314)  ──► newest() everywhere
-    rank 0     ◄─ collected() ── "metrics/0/5", "metrics/1/5", ... ──► DeepSpeed's monitor
+    stage k    ── post(batch 7, loss, norm, lr) ──►  "values/k/0": batches 5 to 7, a parcel
+    rank 0     ◄─ collected() ──────────────────────  "values/0/0", "values/1/0", ... ──► the monitor
 
 No stage ever waits for this: ``newest`` and ``collected`` return what has arrived.
 """
@@ -16,6 +16,7 @@ import json
 import math
 import queue
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 _engines = itertools.count()
+
+_EXCHANGE_SECONDS = 0.25
+"""Values travel in parcels, so that short batches do not pay for them one by one."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,10 @@ class Reporter:
         self.stage = stage
         self.posts = posts
         self.collects = collects
-        self._next_batch = [0] * num_stages
+        self._unsent: list[Any] = []
+        self._num_sent = 0
+        self._num_collected = [0] * num_stages
+        self._next_exchange = 0.0
         # Every rank makes its engines in the same order; their reports must not be mixed up.
         self._store = dist.distributed_c10d.PrefixStore(f"ds_interlock/{next(_engines)}", _own_connection())
         self._newest: tuple[int, float] = -1, math.nan
@@ -124,20 +131,29 @@ class Reporter:
             if report.final_loss is not None:
                 self._store.set("final", json.dumps([report.batch, float(report.final_loss)]))
             values = {name: float(value) for name, value in report.values.items() if value is not None}
-            self._store.set(f"metrics/{self.stage}/{report.batch}", json.dumps(values))
-        if self._store.check(["final"]):
+            self._unsent.append([report.batch, values])
+        if self._jobs.empty() and (self._newest[0] >= 0 or self._store.check(["final"])):
             batch, loss = json.loads(self._store.get("final"))
             self._newest = batch, loss
-        if self.collects:
-            self._collect()
+        if report is None or time.monotonic() > self._next_exchange:
+            self._next_exchange = time.monotonic() + _EXCHANGE_SECONDS
+            self._send_values()
+            if self.collects:
+                self._collect()
+
+    def _send_values(self) -> None:
+        if self._unsent:
+            self._store.set(f"values/{self.stage}/{self._num_sent}", json.dumps(self._unsent))
+            self._num_sent += 1
+            self._unsent = []
 
     def _collect(self) -> None:
-        for stage in range(len(self._next_batch)):
-            while self._store.check([key := f"metrics/{stage}/{self._next_batch[stage]}"]):
-                values = json.loads(self._store.get(key))
-                self._collected.put(StageReport(stage, self._next_batch[stage], values))
+        for stage in range(len(self._num_collected)):
+            while self._store.check([key := f"values/{stage}/{self._num_collected[stage]}"]):
+                for batch, values in json.loads(self._store.get(key)):
+                    self._collected.put(StageReport(stage, batch, values))
                 self._store.delete_key(key)
-                self._next_batch[stage] += 1
+                self._num_collected[stage] += 1
 
 
 def _own_connection() -> Any:

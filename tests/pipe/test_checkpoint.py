@@ -117,9 +117,8 @@ def test_resumed_run(ranks4: RankPool, tmp_path: Path, section, extra):
     assert_resumes(ranks4, Job(section, extra=extra | WARMUP, dropout=0.2), tmp_path)
 
 
-@pytest.mark.parametrize("section", [INTERLOCK, {"mode": "global"}], ids=["interlock", "global"])
-def test_resumed_run_on_training_data_of_the_engine(ranks4: RankPool, tmp_path: Path, section):
-    assert_resumes(ranks4, Job(section, dropout=0.2), tmp_path, Sequences())
+def test_resumed_run_on_training_data_of_the_engine(ranks4: RankPool, tmp_path: Path):
+    assert_resumes(ranks4, Job(INTERLOCK, dropout=0.2), tmp_path, Sequences())
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,7 @@ def interlock(window: float, **section: object) -> dict[str, object]:
 )
 def test_the_widest_window_is_global(ranks4: RankPool, extra):
     job = Job(None, extra=extra, dropout=0.2, num_batches=3)
-    widest, end_to_end = outcomes(
-        ranks4, job.but(section=interlock(4)), job.but(section={"mode": "global"})
-    )
+    widest, end_to_end = outcomes(ranks4, job.but(section=interlock(4)), job.but(section={"mode": "global"}))
     assert_same(widest, end_to_end)
     assert [o.returned for o in widest] == [o.returned for o in end_to_end]
 

@@ -34,8 +34,7 @@ def make_head(head: LossHead) -> nn.Module:
 
 def make_batch(num_micro_batches: int, size: int = 4) -> list[tuple[Tensor, Tensor]]:
     return [
-        (torch.randn(size, WIDTH), torch.randint(0, NUM_CLASSES, (size,)))
-        for _ in range(num_micro_batches)
+        (torch.randn(size, WIDTH), torch.randint(0, NUM_CLASSES, (size,))) for _ in range(num_micro_batches)
     ]
 
 
@@ -129,7 +128,11 @@ def plans() -> Iterator[Any]:
         yield pytest.param(plan, id=f"{num_stages} stages, deep supervision")
     for window, stride, combine in ((2, 2, "sum"), (3, 2, "sum"), (3, 3, "farthest"), (2.5, 2, "sum")):
         plan = GradientFlowPlan.n_wise(
-            window=window, combine=combine, head_stride=stride, stage_bounds=uneven_bounds(5), head_weight=WEIGHT
+            window=window,
+            combine=combine,
+            head_stride=stride,
+            stage_bounds=uneven_bounds(5),
+            head_weight=WEIGHT,
         )
         yield pytest.param(plan, id=f"5 stages, window {window}, stride {stride}, {combine}")
 
@@ -374,7 +377,7 @@ def test_bad_input():
         InProcessPipeline(make_layers(4), F.cross_entropy, local, make_head)
     with pytest.raises(ConfigError, match="auxiliary losses: pass head="):
         InProcessPipeline(make_layers(3), F.cross_entropy, local)
-    with pytest.raises(ConfigError, match="returned str: expected a torch.nn.Module"):
+    with pytest.raises(ConfigError, match=r"returned str: expected a torch\.nn\.Module"):
         InProcessPipeline(make_layers(3), F.cross_entropy, local, lambda head: "linear")
 
 
@@ -385,7 +388,8 @@ def test_a_head_whose_output_does_not_fit_the_loss():
     labels = torch.full((4,), NUM_CLASSES - 1)
     batch = [(torch.randn(4, WIDTH), labels)]
     net = InProcessPipeline(make_layers(3), F.cross_entropy, GradientFlowPlan.local(3), too_narrow)
-    with pytest.raises(ConfigError, match=r"head after layer 1 \(stage 0\).*shape \(4, 5\).*labels of shape \(4,\)"):
+    says = r"head after layer 1 \(stage 0\).*shape \(4, 5\).*labels of shape \(4,\)"
+    with pytest.raises(ConfigError, match=says):
         net.accumulate_gradients(batch)
     wide = InProcessPipeline(make_layers(3), lambda outputs, labels: outputs, GradientFlowPlan.end_to_end(3))
     with pytest.raises(ConfigError, match=r"final loss \(stage 2\) gave \(4, 3\): expected one number"):

@@ -110,9 +110,9 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
             self.module.train()
         self._run(self._train_schedule())
         self._batches += 1
-        loss = self._newest_final_loss()
+        batch, loss = self._newest_final_loss()
         self._write_reports()
-        self._print_progress(loss)
+        self._print_progress(batch, loss)
         return loss
 
     def drain(self) -> Tensor:
@@ -292,10 +292,12 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
             values /= self.dp_world_size
         return dict(zip(losses, values.unbind(), strict=True))
 
-    def _newest_final_loss(self) -> Tensor:
+    def _newest_final_loss(self) -> tuple[int, Tensor]:
+        """The newest final loss that is known here, and of which batch it is."""
         if not self.streaming:
-            return self._from_last_stage(self._losses.get(self.plan.final))
-        return torch.tensor(self._reporter.newest()[1], device=self.device)
+            return self._batches - 1, self._from_last_stage(self._losses.get(self.plan.final))
+        batch, loss = self._reporter.newest()
+        return batch, torch.tensor(loss, device=self.device)
 
     def _from_last_stage(self, value: Tensor | None) -> Tensor:
         """The last stage's ``value``, on all stages. A collective over the pipe."""
@@ -316,11 +318,11 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
                 names["Train/Samples/train_loss"] = report.values["final_loss"]
             self.monitor.write_events([(name, value, samples) for name, value in names.items()])
 
-    def _print_progress(self, loss: Tensor) -> None:
+    def _print_progress(self, batch: int, loss: Tensor) -> None:
         every = self.steps_per_print()
         if self.global_rank == 0 and every and self.global_steps % every == 0:
-            batch = self._reporter.newest()[0] if self.streaming else self._batches - 1
-            print(f"steps: {self.global_steps} loss: {loss.item():0.4f} (of batch {batch + 1})", flush=True)
+            step = self.global_steps - (self._batches - 1 - batch)
+            print(f"steps: {self.global_steps} loss: {loss.item():0.4f} (of step {step})", flush=True)
 
     _INSTRUCTION_MAP: Mapping[Any, Any] = {
         **PipelineEngine._INSTRUCTION_MAP,

@@ -21,7 +21,7 @@ from jobs import (
 )
 from ranks import RankPool, caught
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ds_interlock import ConfigError
 
@@ -61,7 +61,18 @@ class Stream:
         self.position = state["position"]
 
 
+def load_in_this_process() -> None:
+    """DeepSpeed gives every loader two worker processes, which take seconds to end."""
+    from deepspeed.runtime import dataloader
+
+    def without_workers(*args: Any, **kwargs: Any) -> Any:
+        return DataLoader(*args, **{**kwargs, "num_workers": 0})
+
+    dataloader.DataLoader = without_workers
+
+
 def engine_with_data(job: Job, training_data: Any) -> Any:
+    load_in_this_process()
     engine = make_engine(job, training_data=training_data)
     if training_data is None:
         engine.set_dataiterator(Stream(engine.grid.get_data_parallel_rank()))

@@ -1,18 +1,17 @@
 """Messages between neighbouring stages: one process group for each direction, asynchronous, bounded.
 
-    stage k                                                     stage k+1
-    Sender  ── forward group:  header, activations, labels ──►  Receiver
-    Receiver ◄── gradient group: header, gradients ───────────  Sender
+    stage k                                                  stage k+1
+    Sender   ── forward group: activations and labels ──►  Receiver
+    Receiver ◄── gradient group: gradients ──────────────  Sender
 
 Activations and gradients never queue behind each other. A send returns at once and is waited for
 only when ``SEND_AHEAD`` later ones have been started. A receive is *posted* when the program says so
 and *taken* when the work needs it; in between, a thread of the receiver waits for it while the stage
 computes, so that data moves during the work.
 
-Every message starts with a header that says what it is and which tensors follow. Shapes may
-therefore change from one micro-batch to the next, and a neighbour that runs another schedule is
-noticed at once. A neighbour that died closes its connection; one that does not answer within
-``interlock.timeout_seconds`` is given up. Either way the error names it.
+A neighbour that died closes its connection; one that does not answer within
+``interlock.timeout_seconds`` is given up; one that runs another schedule sends a message that is not
+the one expected (``message.py``). Either way the error names it.
 """
 
 import queue
@@ -28,26 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_interlock.errors import PeerError
+from ds_interlock.pipe.message import FRAME_BYTES, decode, encode
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.lower import receive_of
 from ds_interlock.schedule.simulate import SEND_AHEAD
-
-_HEADER_LENGTH = 256
-_DTYPES = [
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-]
-_KINDS = [Kind.RECV_FORWARD, Kind.RECV_GRADIENT]
-# A structure of tensors: how many, and whether they stand alone, in a tuple, or there are none.
-_NOTHING, _ALONE, _TUPLE = range(3)
 
 
 @dataclass(frozen=True)
@@ -55,17 +38,23 @@ class Group:
     """The process groups of one direction.
 
     Attributes:
-        payload: Moves tensors, on the backend of the device.
-        header: Moves headers, always on the CPU.
+        frame: Moves frames, always in the CPU's memory.
+        payload: Moves large tensors, on the backend of the device.
     """
 
+    frame: Any
     payload: Any
-    header: Any
+
+    @property
+    def is_one(self) -> bool:
+        """True if tensors are in the CPU's memory, as frames are."""
+        return self.frame is self.payload
 
     def destroy(self) -> None:
         """Frees its connections and threads."""
-        for group in {id(group): group for group in (self.payload, self.header)}.values():
-            dist.destroy_process_group(group)
+        dist.destroy_process_group(self.frame)
+        if not self.is_one:
+            dist.destroy_process_group(self.payload)
 
 
 @dataclass(frozen=True)
@@ -85,8 +74,8 @@ def new_groups(device: torch.device, timeout_seconds: float) -> tuple[Group, Gro
     timeout = timedelta(seconds=2 * timeout_seconds + 60)
 
     def group() -> Group:
-        header = dist.new_group(backend="gloo", timeout=timeout)
-        return Group(header if device.type == "cpu" else dist.new_group(timeout=timeout), header)
+        frame = dist.new_group(backend="gloo", timeout=timeout)
+        return Group(frame, frame if device.type == "cpu" else dist.new_group(timeout=timeout))
 
     return group(), group()
 
@@ -106,12 +95,12 @@ class Sender:
         Raises:
             PeerError: If the neighbour is gone, or has not taken an earlier message in time.
         """
-        header, tensors = _encode(receive, batch, structures)
+        frame, tensors = encode(receive, batch, structures, inline=self.group.is_one)
         with _named(self.peer, "sending to"):
-            works = [dist.isend(header, self.peer.rank, group=self.group.header)]
+            works = [dist.isend(frame, self.peer.rank, group=self.group.frame)]
             works += [dist.isend(t, self.peer.rank, group=self.group.payload) for t in tensors if t.numel()]
         # The buffers must live until they are on their way.
-        self._under_way.append((works, [header, *tensors]))
+        self._under_way.append((works, [frame, *tensors]))
         while len(self._under_way) > SEND_AHEAD:
             self._wait_for_oldest()
 
@@ -185,16 +174,13 @@ class Receiver:
                 return
 
     def _receive(self, receive: Action, batch: int) -> Callable[[], list[Any]]:
-        """Receives a header and what it announces; the result is fetched by whoever takes it."""
-        header = torch.empty(_HEADER_LENGTH, dtype=torch.int64)
-        _wait(dist.irecv(header, self.peer.rank, group=self.group.header))
-        shapes, dtypes, layout = _decode(header.tolist(), receive, batch, self.peer)
+        """Receives a frame and what it announces; the result is fetched by whoever takes it."""
+        frame = torch.empty(FRAME_BYTES, dtype=torch.uint8)
+        _wait(dist.irecv(frame, self.peer.rank, group=self.group.frame))
+        contents = decode(frame, receive, batch, str(self.peer))
 
-        def payload() -> list[Any]:
-            tensors = [
-                torch.empty(shape, dtype=dtype, device=self.device)
-                for shape, dtype in zip(shapes, dtypes, strict=True)
-            ]
+        def rest() -> list[Any]:
+            tensors = contents.empty(self.device)
             works = [
                 dist.irecv(tensor, self.peer.rank, group=self.group.payload)
                 for tensor in tensors
@@ -202,13 +188,13 @@ class Receiver:
             ]
             for work in works:
                 _wait(work)
-            return _arrange(tensors, layout)
+            return contents.structures(tensors)
 
-        if self.device.type == "cpu":
-            structures = payload()
+        if self.group.is_one:
+            structures = rest()
             return lambda: structures
         # An accelerator orders its transfers by the stream of the thread that asks for them.
-        return payload
+        return rest
 
 
 class Links:
@@ -284,60 +270,3 @@ class _named:  # noqa: N801 - reads as a statement
 def _wait(work: Any) -> None:
     assert work is not None, "a rank of the group always gets work to wait for"
     work.wait()
-
-
-def _encode(receive: Action, batch: int, structures: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
-    """The header, and the tensors in the order they follow it."""
-    tensors: list[Tensor] = []
-    layout: list[int] = [len(structures)]
-    for structure in structures:
-        parts = [structure] if isinstance(structure, Tensor) else list(structure or ())
-        layout += [
-            _NOTHING if structure is None else _ALONE if isinstance(structure, Tensor) else _TUPLE,
-            len(parts),
-        ]
-        tensors += [part.detach().contiguous() for part in parts]
-    words = [*_tag(receive, batch), *layout]
-    for tensor in tensors:
-        words += [_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape]
-    if len(words) > _HEADER_LENGTH:
-        raise ValueError(
-            f"a message of {len(tensors)} tensors does not fit its header: send fewer, larger ones"
-        )
-    return torch.tensor(words + [0] * (_HEADER_LENGTH - len(words)), dtype=torch.int64), tensors
-
-
-def _tag(receive: Action, batch: int) -> list[int]:
-    kind = _KINDS.index(receive.kind)
-    return [batch, kind, receive.micro_batch, len(receive.losses), *receive.losses]
-
-
-def _decode(
-    words: list[int], receive: Action, batch: int, peer: Peer
-) -> tuple[list[list[int]], list[torch.dtype], list[tuple[int, int]]]:
-    """Shapes, dtypes and structures; fails if the message is not the one expected."""
-    expected = _tag(receive, batch)
-    if words[: len(expected)] != expected:
-        sent = Action(receive.stage, _KINDS[words[1]], words[2], tuple(words[4 : 4 + words[3]]))
-        raise PeerError(
-            f"{peer} sent {sent} of batch {words[0]} where {receive} of batch {batch} was expected: the "
-            "ranks run different schedules. Do all have the same configuration and call train_batch and "
-            "eval_batch in the same order?"
-        )
-    reader = iter(words[len(expected) :])
-    layout = [(next(reader), next(reader)) for _ in range(next(reader))]
-    shapes, dtypes = [], []
-    for _ in range(sum(count for _, count in layout)):
-        dtypes.append(_DTYPES[next(reader)])
-        shapes.append([next(reader) for _ in range(next(reader))])
-    return shapes, dtypes, layout
-
-
-def _arrange(tensors: list[Tensor], layout: list[tuple[int, int]]) -> list[Any]:
-    """Puts the tensors back into the structures they were sent in."""
-    reader = iter(tensors)
-    structures: list[Any] = []
-    for form, count in layout:
-        parts = tuple(next(reader) for _ in range(count))
-        structures.append(None if form == _NOTHING else parts[0] if form == _ALONE else parts)
-    return structures

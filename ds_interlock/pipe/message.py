@@ -1,0 +1,159 @@
+"""What a message between stages looks like: a frame of fixed size, and the tensors too large for it.
+
+    frame   ┌ header ─────────────────────────────┬ small tensors ────────────────┐
+            │ batch, kind, micro-batch, losses,   │ labels, masks, small hidden   │
+            │ structures, and of every tensor     │ states, one behind the other  │
+            │ its dtype, place in here, and shape │                               │
+            └─────────────────────────────────────┴───────────────────────────────┘
+    then each large tensor by itself, straight from and into its own memory
+
+A receiver can wait for a frame before it knows what is in it. Shapes may therefore change from one
+micro-batch to the next, a neighbour that runs another schedule is noticed at once, and a small message
+costs one transfer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_interlock.errors import PeerError
+from ds_interlock.schedule.action import Action, Kind
+
+_HEADER_WORDS = 256
+_HEADER_BYTES = 8 * _HEADER_WORDS
+FRAME_BYTES = 16 * 1024
+_ALIGNMENT = 16
+
+_DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+]
+_KINDS = [Kind.RECV_FORWARD, Kind.RECV_GRADIENT]
+# A structure of tensors: how many, and whether they stand alone, in a tuple, or there are none.
+_NOTHING, _ALONE, _TUPLE = range(3)
+# Where a tensor is, if it is not in the frame.
+_BEHIND = -1
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a frame says, and holds, of its message.
+
+    Attributes:
+        tensors: Those in the frame; None for those that come behind it.
+        shapes: Of all tensors.
+        dtypes: Of all tensors.
+        layout: How the tensors make up structures.
+    """
+
+    tensors: list[Tensor | None]
+    shapes: list[list[int]]
+    dtypes: list[torch.dtype]
+    layout: list[tuple[int, int]]
+
+    def structures(self, behind: Sequence[Tensor]) -> list[Any]:
+        """The structures as they were sent, once the tensors ``behind`` the frame are there."""
+        rest = iter(behind)
+        reader = iter([next(rest) if tensor is None else tensor for tensor in self.tensors])
+        structures: list[Any] = []
+        for form, count in self.layout:
+            parts = tuple(next(reader) for _ in range(count))
+            structures.append(None if form == _NOTHING else parts[0] if form == _ALONE else parts)
+        return structures
+
+    def empty(self, device: torch.device) -> list[Tensor]:
+        """Memory for the tensors that come behind the frame."""
+        return [
+            torch.empty(shape, dtype=dtype, device=device)
+            for tensor, shape, dtype in zip(self.tensors, self.shapes, self.dtypes, strict=True)
+            if tensor is None
+        ]
+
+
+def encode(
+    receive: Action, batch: int, structures: Sequence[Any], *, inline: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The frame of a message, and the tensors to send behind it.
+
+    Args:
+        receive: The receive at the other end.
+        batch: The batch it belongs to.
+        structures: Tensors: alone, in a tuple, or None.
+        inline: Whether small tensors may travel in the frame: whether they are in the CPU's memory.
+
+    Raises:
+        ValueError: If there are more tensors than a header can describe.
+    """
+    layout: list[int] = [len(structures)]
+    tensors: list[Tensor] = []
+    for structure in structures:
+        is_tensor = isinstance(structure, Tensor)
+        parts = [structure] if is_tensor else list(structure or ())
+        layout += [_NOTHING if structure is None else _ALONE if is_tensor else _TUPLE, len(parts)]
+        tensors += [part.detach().contiguous() for part in parts]
+    words = [*_tag(receive, batch), *layout]
+    frame = torch.empty(FRAME_BYTES, dtype=torch.uint8)
+    end = _HEADER_BYTES
+    behind = []
+    for tensor in tensors:
+        num_bytes = tensor.numel() * tensor.element_size()
+        fits = inline and end + num_bytes <= FRAME_BYTES
+        words += [_DTYPES.index(tensor.dtype), end if fits else _BEHIND, tensor.dim(), *tensor.shape]
+        if fits:
+            frame[end : end + num_bytes] = tensor.reshape(-1).view(torch.uint8)
+            end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        else:
+            behind.append(tensor)
+    if len(words) > _HEADER_WORDS:
+        raise ValueError(
+            f"a message of {len(tensors)} tensors does not fit its header: send fewer, larger ones"
+        )
+    frame[: 8 * len(words)] = torch.tensor(words, dtype=torch.int64).view(torch.uint8)
+    return frame, behind
+
+
+def decode(frame: Tensor, receive: Action, batch: int, sender: str) -> Contents:
+    """What ``frame`` holds.
+
+    Raises:
+        PeerError: If it is not the message that ``receive`` of ``batch`` expects.
+    """
+    words = frame[:_HEADER_BYTES].view(torch.int64).tolist()
+    expected = _tag(receive, batch)
+    if words[: len(expected)] != expected:
+        sent = Action(receive.stage, _KINDS[words[1]], words[2], tuple(words[4 : 4 + words[3]]))
+        raise PeerError(
+            f"{sender} sent {sent} of batch {words[0]} where {receive} of batch {batch} was expected: the "
+            "ranks run different schedules. Do all have the same configuration and call train_batch and "
+            "eval_batch in the same order?"
+        )
+    reader = iter(words[len(expected) :])
+    contents = Contents([], [], [], [(next(reader), next(reader)) for _ in range(next(reader))])
+    for _ in range(sum(count for _, count in contents.layout)):
+        dtype, place = _DTYPES[next(reader)], next(reader)
+        shape = [next(reader) for _ in range(next(reader))]
+        contents.dtypes.append(dtype)
+        contents.shapes.append(shape)
+        contents.tensors.append(None if place == _BEHIND else _inside(frame, place, dtype, shape))
+    return contents
+
+
+def _tag(receive: Action, batch: int) -> list[int]:
+    kind = _KINDS.index(receive.kind)
+    return [batch, kind, receive.micro_batch, len(receive.losses), *receive.losses]
+
+
+def _inside(frame: Tensor, place: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    num_bytes = dtype.itemsize * torch.Size(shape).numel()
+    return frame[place : place + num_bytes].view(dtype).view(shape)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 _OVERSHOOT_SECONDS = 0.0003
 """How much longer than asked a sleep takes on an ordinary kernel; the last bit is waited for awake."""
 
@@ -54,13 +53,17 @@ class SleepingLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
+        start = time.perf_counter()
         # The weight has a path of its own, so that autograd walks it only where a weight gradient is
         # asked for, as inside torch's own operators; the input's path is part of every backward pass.
-        # The input counts as depending on a weight: a real stage of several layers computes gradients
-        # between its layers for a weight gradient too, even where nobody wants that of its input.
-        x = x + 0 * self.weight
-        slept: Tensor = _Sleep.apply(x, self.seconds, self.seconds)  # type: ignore[no-untyped-call]
+        if x.is_leaf:
+            # The input of a stage counts as depending on a weight: a backward pass for the weights then
+            # sleeps for every input gradient, this one included, even where nobody wants it.
+            x = x + 0 * self.weight
         weight: Tensor = _Sleep.apply(self.weight, 0.0, self.seconds)  # type: ignore[no-untyped-call]
+        # What torch itself took is part of the layer's time.
+        left = self.seconds - (time.perf_counter() - start)
+        slept: Tensor = _Sleep.apply(x, left, self.seconds)  # type: ignore[no-untyped-call]
         return slept + weight
 
 

@@ -114,11 +114,13 @@ class InterlockPipelineModule(PipelineModule):
                 "keep the bounds it is given, which are those of partition_method"
             )
         self.interlock = interlock
-        losses = [loss for loss in self.plan.losses_at(self.stage_id) if loss != self.plan.final]
         make_head = self._make_head
-        if losses and make_head is None:
+        if make_head is None and len(self.plan.heads) > 1:
+            # On every rank, also where there is no head: a model it cannot size one for is refused by all.
             make_head = head_factory(interlock.head, self._layer_specs)
-        for loss in losses:
+        for loss in self.plan.losses_at(self.stage_id):
+            if loss == self.plan.final:
+                continue
             assert make_head is not None
             built = build_head(make_head, loss, self.plan.heads[loss], self.base_seed)
             self.heads[str(loss)] = built.to(get_accelerator().device_name(self.local_rank))

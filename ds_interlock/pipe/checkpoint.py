@@ -95,7 +95,8 @@ class CheckpointMixin:
                 )
                 return None, None
             tag = latest.read_text().strip()
-        folder = Path(load_dir) / str(tag)
+        tag = _still_there(Path(load_dir), str(tag))
+        folder = Path(load_dir) / tag
         stage_state = _load(folder / f"interlock_stage_{self.stage_id:02d}.pt")
         if not load_module_only:
             _check_plan(stage_state, self, folder)
@@ -104,7 +105,7 @@ class CheckpointMixin:
         _load_stage_state(stage_state, self, strict=not load_module_only)
         path, client_state = super().load_checkpoint(  # type: ignore[misc]
             str(load_dir),
-            str(tag),
+            tag,
             load_module_strict,
             load_optimizer_states and not keeps_optimizer,
             load_lr_scheduler_states,
@@ -241,6 +242,12 @@ def _put_in_place(folder: Path, final: Path) -> None:
         final.rename(old)
     folder.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _still_there(save_dir: Path, tag: str) -> str:
+    """A save that replaces a checkpoint may have been cut off between its two renames."""
+    is_moved = not (save_dir / tag).is_dir() and (save_dir / (tag + _REPLACED)).is_dir()
+    return tag + _REPLACED if is_moved else tag
 
 
 def _replace_text(path: Path, text: str) -> None:

@@ -250,6 +250,23 @@ def test_a_checkpoint_that_is_not_there(ranks4: RankPool, tmp_path: Path):
 # Interrupted saves.
 
 
+def load_what_was_being_replaced(folder: str) -> bool:
+    engine = make_engine(Job(INTERLOCK))
+    engine.train_batch(iter(micro_batches(4)))
+    engine.save_checkpoint(folder, tag="only")
+    saved = parameters_of(engine)
+    if engine.global_rank == 0:
+        (Path(folder) / "only").rename(Path(folder) / "only.replaced")
+    torch.distributed.barrier()
+    engine = make_engine(Job(INTERLOCK))
+    engine.load_checkpoint(folder)
+    return all(torch.equal(saved[name], parameter) for name, parameter in parameters_of(engine).items())
+
+
+def test_a_replacement_cut_off_between_its_renames_loses_nothing(ranks4: RankPool, tmp_path: Path):
+    assert all(ranks4.run(load_what_was_being_replaced, folder=str(tmp_path)))
+
+
 class DiskFullError(OSError):
     """Raised by the test in the middle of a save."""
 

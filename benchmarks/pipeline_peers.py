@@ -48,6 +48,7 @@ MODES: dict[str, dict[str, Any]] = {
     "global": {"mode": "global"},
     "local": {"mode": "local"},
     "window 1.25": {"mode": "interlock", "window": 1.25},
+    "window 1.25, 1 extra": {"mode": "interlock", "window": 1.25, "extra_in_flight": 1},
     "window 2": {"mode": "interlock", "window": 2},
 }
 
@@ -222,9 +223,10 @@ def stage_costs(engine: Any, head_seconds: float, repeats: int = 5) -> dict[str,
 
 def predict(section: dict[str, Any], costs: list[dict[str, float]], micro_batches: int) -> float:
     """What the simulator says a batch takes."""
-    plan = ds_interlock.InterlockConfig(**section).plan([LAYERS_PER_STAGE * k for k in range(len(costs) + 1)])
+    interlock = ds_interlock.InterlockConfig(**section)
+    plan = interlock.plan([LAYERS_PER_STAGE * k for k in range(len(costs) + 1)])
     model = CostModel(**{name: [stage[name] for stage in costs] for name in costs[0]})
-    program = training_program(plan, micro_batches)
+    program = training_program(plan, micro_batches, extra_in_flight=interlock.extra_in_flight)
     return simulate(program, model, num_batches=10, streaming=not plan.is_end_to_end).batch_seconds
 
 

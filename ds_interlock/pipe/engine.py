@@ -37,7 +37,7 @@ from ds_interlock.pipe.report import BatchReport, Reporter
 from ds_interlock.pipe.stage import Gradients, StageWork
 from ds_interlock.pipe.timeline import Recorder, Rows, draw
 from ds_interlock.schedule.action import Action, Kind
-from ds_interlock.schedule.lower import evaluation_program, training_program
+from ds_interlock.schedule.lower import evaluation_program, send_of, training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
 
 
@@ -241,8 +241,9 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
         with self._recorder.span(action, self._batches):
             gradients = self._work.run(action)
         if gradients is not None:
-            bundle = action.losses or self.plan.bundles(action.stage)[0]
-            self._gradients[Action(action.stage, Kind.SEND_GRADIENT, action.micro_batch, bundle)] = gradients
+            send = send_of(self.plan, action)
+            assert send is not None, "gradients are made to be sent"
+            self._gradients[send] = gradients
         if (
             self._outputs is not None
             and self.is_last_stage()

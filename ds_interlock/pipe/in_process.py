@@ -24,6 +24,7 @@ from ds_interlock.schedule.lower import (
     evaluation_program,
     receive_of,
     receives_needed,
+    send_of,
     training_program,
 )
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
@@ -178,6 +179,6 @@ class InProcessPipeline(nn.Module):
 
     def _pass_on(self, action: Action, gradients: tuple[Tensor, ...] | None) -> None:
         if gradients is not None:
-            bundle = action.losses or self.plan.bundles(action.stage)[0]
-            receive = Action(action.stage - 1, Kind.RECV_GRADIENT, action.micro_batch, bundle)
-            self._messages[receive] = gradients
+            send = send_of(self.plan, action)
+            assert send is not None, "gradients are made to be sent"
+            self._messages[receive_of(send)] = gradients

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 
@@ -113,9 +112,7 @@ def _check_optimizer_has_heads(engine: InterlockEngine) -> None:
         return
     trained = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
     missing = [
-        name
-        for name, p in engine.module.heads.named_parameters()
-        if isinstance(p, torch.nn.Parameter) and p.requires_grad and id(p) not in trained
+        name for name, p in engine.module.heads.named_parameters() if p.requires_grad and id(p) not in trained
     ]
     if missing:
         raise ConfigError(

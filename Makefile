@@ -17,7 +17,7 @@ OUTPUT_DIR ?= runs/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint types bench docs clean
+.PHONY: help install demo test browser lint types bench docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
@@ -38,8 +38,16 @@ demo: $(INSTALLED)  ## train a small language model in 4 processes (CONFIG=confi
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 4 launcher/train_lm.py \
 		--deepspeed_config $(CONFIG) --dataset sotu --output_dir $(OUTPUT_DIR)
 
-test: lint types  ## what CI runs: lint, types and all tests
+test: lint types browser  ## what CI runs: lint, types and all tests
 	$(BIN)/python -m pytest
+
+# The planner's page is tested in a real one.
+CHROMIUM := apt-get install -y --no-install-recommends chromium fonts-dejavu-core
+browser:  ## make sure of a browser for the tests (Debian's Chromium)
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	if [ "$$(id -u)" = 0 ]; then apt-get update && $(CHROMIUM); \
+	elif sudo -n true 2>/dev/null; then sudo apt-get update && sudo $(CHROMIUM); \
+	else echo "no browser for the tests: run '$(CHROMIUM)' as root" >&2; exit 1; fi
 
 lint: $(INSTALLED)  ## ruff: rules and format
 	$(BIN)/ruff check .

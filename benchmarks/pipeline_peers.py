@@ -1,11 +1,11 @@
-"""Throughput of a pipeline of sleeping stages: DeepSpeed's engine and this one's modes, side by side.
+"""Throughput of a pipeline of sleeping stages: this package's modes beside DeepSpeed's engine and torch's.
 
-    python -m benchmarks.pipeline_peers --stages 8 --micro_batches 1 4 8 --output pipeline_peers.json
+    python -m benchmarks.pipeline_peers --output pipeline_peers.json
 
 Every stage sleeps ``--milliseconds`` in the forward, for the input gradient and for the weight
-gradient; an auxiliary head sleeps 0.3 of that. Each engine runs in processes of its own, one after the
-other: DeepSpeed makes some ten process groups an engine, and those of gloo poll for as long as their
-process lives. Printed for each engine and number of micro-batches: the seconds a batch takes once the
+gradient; an auxiliary head sleeps 0.3 of that. Torch's interleaved and zero-bubble schedules have two
+stages of half the length on every rank. Each engine runs in processes of its own, one after the other.
+For each engine, number of stages K and number of micro-batches M: the seconds a batch takes once the
 pipeline is running, how many times faster than DeepSpeed's engine that is, what the simulator predicts,
 and the distance to the floor (no bubble, no extra work: 3 t a micro-batch).
 
@@ -14,271 +14,185 @@ alone, and the prediction is the simulator's at those costs: what is missing to 
 """
 
 import argparse
-import json
-import os
-import platform
-import socket
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
-import torch
 import torch.distributed as dist
-from deepspeed.pipe import LayerSpec, PipelineModule
 
-import ds_interlock
-from benchmarks.sleeping import SleepingHead, SleepingLayer, sleeping_loss
-from ds_interlock.schedule.cost import CostModel
-from ds_interlock.schedule.lower import training_program
-from ds_interlock.schedule.simulate import simulate
+from benchmarks import results
+from benchmarks.engines import DEEPSPEED, MODES, make_engine, seconds_of_a_batch
+from benchmarks.ranks import run_ranks
+from benchmarks.sleeping_stages import HEAD_SHARE, predicted_seconds, sleeping_workload, stage_costs
+from benchmarks.torch_peers import TORCH_SCHEDULES
 
-LAYERS_PER_STAGE = 4
-WIDTH = 16
-HEAD_SHARE = 0.3
-DEEPSPEED = "DeepSpeed"
-MODES: dict[str, dict[str, Any]] = {
-    "global": {"mode": "global"},
-    "local": {"mode": "local"},
-    "window 1.25": {"mode": "interlock", "window": 1.25},
-    "window 1.25, 1 extra": {"mode": "interlock", "window": 1.25, "extra_in_flight": 1},
-    "window 2": {"mode": "interlock", "window": 2},
-}
+ENGINES = (*TORCH_SCHEDULES, "global", "local", "window 1.25", "window 1.25, 1 extra", "window 2")
+TOLERANCE = 0.05
+"""How far a measured figure may be from its prediction."""
 
 
-def main() -> None:
-    args = arguments()
-    if args.engine:
-        time_one(args)
-        return
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in (DEEPSPEED, *MODES):
-            print(f"{name} ...", flush=True)
-            results[name] = run_job(name, args, Path(folder) / "result.json")
-    rows = table_rows(args, results)
-    print_table(args, rows)
-    if args.output:
-        written = {"machine": machine(), "arguments": vars(args), "rows": rows}
-        args.output.write_text(json.dumps(written, indent=1, default=str))
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures, prints the table and returns the results."""
+    args = _arguments(argv)
+    rows = []
+    for num_stages in args.stages:
+        measured = {}
+        for engine in (DEEPSPEED, *args.engines):
+            print(f"{num_stages} stages: {engine} ...", flush=True)
+            measured[engine] = run_ranks(
+                measure,
+                num_stages,
+                engine_name=engine,
+                seconds=args.milliseconds / 1000,
+                num_batches={m: _num_batches(args, m) for m in args.micro_batches},
+            )
+        rows += _rows(num_stages, args, measured)
+    found = results.collect("pipeline_peers", args, rows, argv)
+    results.publish(found, args.output)
+    return found
 
 
-def arguments() -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stages", type=int, default=8, help="pipeline stages, a process each (%(default)s)")
-    parser.add_argument("--micro_batches", type=int, nargs="+", default=[1, 4], help="of a batch (1 4)")
-    parser.add_argument("--milliseconds", type=float, default=40.0, help="one sleep of a stage (%(default)s)")
-    parser.add_argument("--batches", type=int, default=8, help="timed, after two that are not (%(default)s)")
-    parser.add_argument("--output", type=Path, help="write the results here, as JSON")
     parser.add_argument(
-        "--engine", choices=(DEEPSPEED, *MODES), help="in the processes of a job: what to time"
+        "--stages", type=int, nargs="+", default=[2, 4, 8], help="pipeline stages, a process each (2 4 8)"
     )
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def run_job(name: str, args: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """Times one engine in processes of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", args.stages]
-    job = [
-        "--master_port",
-        port,
-        "--module",
-        "benchmarks.pipeline_peers",
-        "--engine",
-        name,
-        "--output",
-        output,
-    ]
-    own = ["--milliseconds", args.milliseconds, "--batches", args.batches]
-    words = [*launcher, *job, *own, "--micro_batches", *args.micro_batches]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{name}: the job failed\n{done.stdout}\n{done.stderr}")
-    result: dict[str, Any] = json.loads(output.read_text())
-    return result
-
-
-def time_one(args: argparse.Namespace) -> None:
-    """What every process of a job does."""
-    torch.set_num_threads(1)
-    ds_interlock.init_distributed(dist_backend="gloo")
-    stages, seconds = dist.get_world_size(), args.milliseconds / 1000
-    if args.engine == DEEPSPEED:
-        engine = deepspeed_engine(stages, seconds)
-    else:
-        engine = interlock_engine(stages, seconds, MODES[args.engine])
-    costs: list[Any] = [None] * stages
-    dist.all_gather_object(costs, stage_costs(engine, HEAD_SHARE * seconds))
-    result = {"seconds": time_engine(engine, args), "costs": costs}
-    if dist.get_rank() == 0:
-        args.output.write_text(json.dumps(result))
-    dist.barrier()
-
-
-def layers(stages: int, seconds: float) -> list[LayerSpec]:
-    return [
-        LayerSpec(SleepingLayer, WIDTH, seconds / LAYERS_PER_STAGE) for _ in range(LAYERS_PER_STAGE * stages)
-    ]
-
-
-def config() -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "optimizer": {"type": "SGD", "params": {"lr": 1e-3}},
-        "gradient_clipping": 0.0,  # DeepSpeed's default is 1
-        "steps_per_print": None,
-    }
-
-
-def pipeline(stages: int, seconds: float) -> dict[str, Any]:
-    return {
-        "layers": layers(stages, seconds),
-        "loss_fn": sleeping_loss,
-        "num_stages": stages,
-        "partition_method": "uniform",
-    }
-
-
-def deepspeed_engine(stages: int, seconds: float) -> Any:
-    return deepspeed.initialize(model=PipelineModule(**pipeline(stages, seconds)), config=config())[0]
-
-
-def interlock_engine(stages: int, seconds: float, section: dict[str, Any]) -> Any:
-    net = ds_interlock.InterlockPipelineModule(
-        **pipeline(stages, seconds),
-        interlock=ds_interlock.InterlockConfig(**section),
-        head=lambda place: SleepingHead(HEAD_SHARE * seconds),
+    parser.add_argument(
+        "--micro_batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="of a batch (1 2 4 8 16)"
     )
-    return ds_interlock.initialize(model=net, config=config() | {"interlock": section})[0]
+    results.add_choice(parser, "--engines", ENGINES, "measured beside DeepSpeed's")
+    parser.add_argument("--milliseconds", type=float, default=40.0, help="one sleep of a stage (%(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=2.0,
+        help="work of a stage that goes into each figure, as far as 2 to 8 batches make it (%(default)s)",
+    )
+    results.add_output(parser)
+    return parser.parse_args(argv)
 
 
-def data() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    while True:
-        yield torch.ones(1, WIDTH), torch.zeros(1, WIDTH)
+def _num_batches(args: argparse.Namespace, num_micro_batches: int) -> int:
+    batch_seconds = 3 * args.milliseconds / 1000 * num_micro_batches
+    return min(max(round(args.seconds / batch_seconds), 2), 8)
 
 
-def time_engine(engine: Any, args: argparse.Namespace) -> dict[int, float]:
-    """Seconds a batch takes on the slowest stage once the pipeline is running, by micro-batches."""
-    result = {}
-    for micro_batches in args.micro_batches:
-        engine.set_train_batch_size(micro_batches)
-        batches = data()
-        dist.barrier()
-        for _ in range(2):
-            engine.train_batch(batches)
-        start = time.perf_counter()
-        for _ in range(args.batches):
-            engine.train_batch(batches)
-        elapsed = torch.tensor((time.perf_counter() - start) / args.batches)
-        if hasattr(engine, "drain"):
-            engine.drain()
-        dist.all_reduce(elapsed, dist.ReduceOp.MAX)
-        result[micro_batches] = elapsed.item()
-    return result
+def measure(engine_name: str, seconds: float, num_batches: dict[int, int]) -> dict[str, Any]:
+    """On every rank of a job: times one engine.
+
+    Args:
+        engine_name: DeepSpeed's, or one of ``ENGINES``.
+        seconds: One sleep of a stage.
+        num_batches: For each number of micro-batches the batches to time.
+
+    Returns:
+        ``seconds``: by number of micro-batches those of a batch, or why the engine refuses;
+        ``costs``: of this stage, for the simulator.
+    """
+    work = sleeping_workload(dist.get_world_size(), seconds)
+    engine = make_engine(engine_name, work)
+    costs = stage_costs(engine, work, HEAD_SHARE * seconds) if engine_name in MODES else None
+    found: dict[int, float | str] = {}
+    for num_micro_batches, num in num_batches.items():
+        try:
+            found[num_micro_batches] = seconds_of_a_batch(engine, work, num_micro_batches, num)
+        except ValueError as error:
+            found[num_micro_batches] = " ".join(str(error).split())
+    return {"seconds": found, "costs": costs}
 
 
-def stage_costs(engine: Any, head_seconds: float, repeats: int = 5) -> dict[str, float]:
-    """Median seconds of this stage's passes, run alone, in the terms of the cost model."""
-    layers = torch.nn.Sequential(*engine.module.forward_funcs)
-    parameters, head = list(layers.parameters()), SleepingHead(head_seconds)
-    seconds: dict[str, list[float]] = {"forward": [], "input_gradient": [], "backward": [], "head": []}
-
-    def timed(name: str, work: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        result = work()
-        seconds[name].append(time.perf_counter() - start)
-        return result
-
-    def head_pass() -> None:
-        hidden = torch.ones(1, WIDTH, requires_grad=True)
-        sleeping_loss(head(hidden), hidden.detach()).backward()
-
-    dist.barrier()
-    for _ in range(repeats):
-        x = torch.ones(1, WIDTH, requires_grad=True)
-        y = timed("forward", lambda x=x: layers(x))
-        g = torch.ones_like(y)
-        timed("input_gradient", lambda x=x, y=y, g=g: torch.autograd.grad(y, x, g, retain_graph=True))
-        timed("backward", lambda y=y, g=g: torch.autograd.backward(y, g, inputs=parameters))
-        timed("head", head_pass)
-    engine.module.zero_grad()
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    median["weight_gradient"] = median.pop("backward") - median["input_gradient"]
-    return median
-
-
-def predict(section: dict[str, Any], costs: list[dict[str, float]], micro_batches: int) -> float:
-    """What the simulator says a batch takes."""
-    interlock = ds_interlock.InterlockConfig(**section)
-    plan = interlock.plan([LAYERS_PER_STAGE * k for k in range(len(costs) + 1)])
-    model = CostModel(**{name: [stage[name] for stage in costs] for name in costs[0]})
-    program = training_program(plan, micro_batches, extra_in_flight=interlock.extra_in_flight)
-    return simulate(program, model, num_batches=10, streaming=not plan.is_end_to_end).batch_seconds
-
-
-def table_rows(args: argparse.Namespace, results: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows(
+    num_stages: int, args: argparse.Namespace, measured: dict[str, list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
     rows = []
-    for micro_batches in args.micro_batches:
-        for name, result in results.items():
-            measured = result["seconds"][str(micro_batches)]
-            predicted = predict(MODES[name], result["costs"], micro_batches) if name in MODES else None
-            rows.append(
-                {
-                    "engine": name,
-                    "micro_batches": micro_batches,
-                    "seconds": measured,
-                    "times_deepspeed": results[DEEPSPEED]["seconds"][str(micro_batches)] / measured,
-                    "predicted_seconds": predicted,
-                    "share_of_predicted_speed": predicted / measured if predicted else None,
-                    "times_floor": measured / (3 * args.milliseconds / 1000 * micro_batches),
-                }
-            )
+    for num_micro_batches in args.micro_batches:
+        deepspeed_seconds = measured[DEEPSPEED][0]["seconds"][num_micro_batches]
+        floor_seconds = 3 * args.milliseconds / 1000 * num_micro_batches
+        for engine, ranks in measured.items():
+            row: dict[str, Any] = {"stages": num_stages, "micro_batches": num_micro_batches, "engine": engine}
+            seconds = ranks[0]["seconds"][num_micro_batches]
+            if isinstance(seconds, str):
+                row["refused"] = seconds
+            else:
+                row["seconds"] = seconds
+                row["times_deepspeed"] = deepspeed_seconds / seconds
+                row["times_floor"] = seconds / floor_seconds
+            if engine in MODES:
+                predicted = predicted_seconds(
+                    MODES[engine], [rank["costs"] for rank in ranks], num_micro_batches
+                )
+                row["predicted_seconds"] = predicted
+                row["share_of_predicted_speed"] = predicted / row["seconds"]
+            rows.append(row)
     return rows
 
 
-def print_table(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    print(
-        f"\n{args.stages} stages, {args.milliseconds:g} ms each for forward, input and weight gradient; "
-        f"head {HEAD_SHARE:g} of that\n"
-    )
-    print("| M | engine | s/batch | times DeepSpeed | predicted s | % of predicted speed | times floor |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        predicted, share = row["predicted_seconds"], row["share_of_predicted_speed"]
-        cells = [
-            f"{row['micro_batches']}",
+def table(found: dict[str, Any]) -> str:
+    """The measurements, and how far the farthest is from its prediction, as Markdown."""
+    rows = found["rows"]
+    header = [
+        "K",
+        "M",
+        "engine",
+        "s/batch",
+        "times DeepSpeed",
+        "predicted s",
+        "% of predicted",
+        "times floor",
+    ]
+    lines = [
+        (
+            row["stages"],
+            row["micro_batches"],
             row["engine"],
-            f"{row['seconds']:.3f}",
-            f"{row['times_deepspeed']:.2f}",
-            f"{predicted:.3f}" if predicted else "",
-            f"{100 * share:.1f}" if share else "",
-            f"{row['times_floor']:.2f}",
-        ]
-        print("| " + " | ".join(cells) + " |", flush=True)
+            row.get("seconds"),
+            row.get("times_deepspeed"),
+            row.get("predicted_seconds"),
+            100 * row["share_of_predicted_speed"] if "share_of_predicted_speed" in row else None,
+            row.get("times_floor"),
+        )
+        for row in rows
+    ]
+    reasons = sorted({f"{row['engine']}: {row['refused']}" for row in rows if "refused" in row})
+    notes = [f"Empty, since refused. {reason}" for reason in reasons]
+    return "\n\n".join([results.markdown(header, lines), *notes, _verdict(rows)])
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "ds_interlock": ds_interlock.__version__,
-    }
+def _verdict(rows: list[dict[str, Any]]) -> str:
+    predicted = [row for row in rows if "share_of_predicted_speed" in row]
+    if not predicted:
+        return "No engine with a prediction was measured."
+    outside = [row for row in predicted if abs(row["share_of_predicted_speed"] - 1) > TOLERANCE]
+    worst = max(predicted, key=lambda row: abs(row["share_of_predicted_speed"] - 1))
+    share = 100 * worst["share_of_predicted_speed"]
+    where = f"{worst['engine']}, K={worst['stages']}, M={worst['micro_batches']}"
+    return (
+        f"{len(predicted) - len(outside)} of {len(predicted)} figures are within {TOLERANCE:.0%} of their "
+        f"prediction; the farthest is {where} with {share:.1f} % of the predicted speed."
+    )
+
+
+def draw(found: dict[str, Any]) -> Any:
+    """Speed relative to DeepSpeed's engine over M, a plot for each K; dotted what is predicted."""
+    rows = found["rows"]
+    stages = sorted({row["stages"] for row in rows})
+    figure, axes = results.new_figure(len(stages), "Speed of a pipeline of sleeping stages")
+    for axis, num_stages in zip(axes[0], stages, strict=True):
+        here = [row for row in rows if row["stages"] == num_stages]
+        base = {row["micro_batches"]: row["seconds"] for row in here if row["engine"] == DEEPSPEED}
+        for number, engine in enumerate(dict.fromkeys(row["engine"] for row in here)):
+            for key, style, label in (("seconds", "o-", engine), ("predicted_seconds", ":", None)):
+                of_engine = [row for row in here if row["engine"] == engine and key in row]
+                speeds = [base[row["micro_batches"]] / row[key] for row in of_engine]
+                num_micro_batches = [row["micro_batches"] for row in of_engine]
+                axis.plot(num_micro_batches, speeds, style, color=f"C{number}", label=label)
+        axis.set(title=f"K = {num_stages}", xlabel="micro-batches a batch", xscale="log", ylim=(0, None))
+        axis.set_xticks(list(base), list(base))
+        axis.minorticks_off()
+    axes[0, 0].set_ylabel("times DeepSpeed's engine (dotted: predicted)")
+    results.add_legend(figure, axes[0, 0])
+    return figure
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ A config without the section is a config for ordinary (``global``) backpropagati
 with the section is collected and raised as one ``ConfigError`` that names the JSON key of every fault.
 
 The models below are the only description of the section: ``python -m ds_interlock.config`` prints
-the reference ``docs/config.md`` from them.
+the reference ``docs/config.md`` from them (``config_reference.py``).
 """
 
 import difflib
@@ -31,7 +31,7 @@ _DEFAULT_WINDOW = 2
 
 Mode = Literal["global", "local", "interlock"]
 TiedWeights = Literal["untie", "sync", "error"]
-HeadType = Literal["linear", "norm_linear", "low_rank", "block_linear"]
+HeadType = Literal["linear", "norm_linear", "low_rank", "block_linear", "lens"]
 
 
 class _Section(BaseModel):
@@ -48,7 +48,14 @@ class HeadConfig(_Section):
         description="What a head is, if the module is given no `head` of its own. `linear`: an unembedding. "
         "`norm_linear`: a norm of the model's kind, then an unembedding. `low_rank`: a norm, then an "
         "unembedding of rank `rank`. `block_linear`: one more layer of the kind in front of the head, "
-        "then a norm and an unembedding.",
+        "then a norm and an unembedding. `lens`: a trainable affine translator, then a frozen copy of the "
+        "model's own norm and unembedding. docs/heads.md says what each costs.",
+    )
+    fused: bool = Field(
+        True,
+        description="Compute unembedding and loss of a head in one, never holding all its logits, where the "
+        "loss function has a method `fused_linear`, as that of the language model has, and nothing follows "
+        "the unembedding. The numbers are the same to rounding.",
     )
     token_fraction: float = Field(
         1.0,
@@ -68,6 +75,27 @@ class HeadConfig(_Section):
         description="Factor of every auxiliary loss in the gradients it takes part in; the final loss has 1.",
     )
     rank: int = Field(64, ge=1, description="Rank of the unembedding of a `low_rank` head.")
+
+
+class TraceConfig(_Section):
+    """Which training batches to record, and where to: what every stage did, and when."""
+
+    path: str = Field(
+        min_length=1,
+        description="Where to write, without an ending: `path.json` is a trace for https://ui.perfetto.dev, "
+        "`path.svg` a picture, both with the measured batches above the same batches as simulated.",
+    )
+    batches: list[int] = Field(
+        [10, 12],
+        description="The first and the last training batch to record, counted from 1 in this run.",
+    )
+
+    @field_validator("batches", mode="after")
+    @classmethod
+    def _first_and_last(cls, batches: list[int]) -> list[int]:
+        if len(batches) != 2 or not 1 <= batches[0] <= batches[1]:
+            raise ValueError(f"got {shown_as_json(batches)}, expected [first, last] with 1 <= first <= last")
+        return batches
 
 
 class InterlockConfig(_Section):
@@ -119,6 +147,9 @@ class InterlockConfig(_Section):
         "network at the price of memory.",
     )
     head: HeadConfig = Field(HeadConfig(), description="The auxiliary heads; see below.")
+    trace: TraceConfig | None = Field(
+        None, description="Record some batches as a trace and a picture; see below. Nothing is, by default."
+    )
 
     @field_validator("window", mode="after")
     @classmethod
@@ -129,7 +160,7 @@ class InterlockConfig(_Section):
         window = int(window) if window.is_integer() else window  # messages say 2, not 2.0
         if mode in ("global", "local"):
             raise ValueError(
-                f'got {_shown(window)}, but mode is "{mode}", which has no window; '
+                f'got {shown_as_json(window)}, but mode is "{mode}", which has no window; '
                 'leave the key out, or set the mode to "interlock"'
             )
         return window
@@ -187,13 +218,13 @@ class InterlockConfig(_Section):
             )
         except PlanError as error:
             keys = {"mode": self.mode, "window": window, "head_stride": self.head_stride}
-            said = ", ".join(f"{SECTION}.{key} {_shown(value)}" for key, value in keys.items())
+            said = ", ".join(f"{SECTION}.{key} {shown_as_json(value)}" for key, value in keys.items())
             num = end_to_end.num_stages
             raise ConfigError(f"{said} do not fit a model of {num} stages: {error}") from error
 
 
 @dataclass(frozen=True)
-class _Refusal:
+class Refusal:
     """A DeepSpeed setting that no mode but ``global`` can work with."""
 
     key: str
@@ -201,8 +232,8 @@ class _Refusal:
     reason: str
 
 
-_REFUSALS = (
-    _Refusal(
+REFUSALS = (
+    Refusal(
         "fp16.enabled",
         (True,),
         "fp16 needs loss scaling: on an overflow anywhere every stage has to skip the same step and change "
@@ -210,14 +241,14 @@ _REFUSALS = (
         "stages that step on their own would soon relay gradients under scales that their neighbours do not "
         'have. Use "bf16": {"enabled": true}, which needs no scale',
     ),
-    _Refusal(
+    Refusal(
         "zero_optimization.stage",
         (2, 3),
         "ZeRO 2 and 3 reduce, partition and free gradients (3: weights too) during a backward pass as if it "
         "were the only one; here several go through a stage for each micro-batch, and gradients accumulate "
         "over all of them. DeepSpeed's own pipeline refuses these stages too. Use 0 or 1",
     ),
-    _Refusal(
+    Refusal(
         "pipeline.use_reentrant",
         (True,),
         "re-entrant activation checkpointing allows one backward pass for each forward and no gradient with "
@@ -236,12 +267,12 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
         ConfigError: Naming the JSON key of every such setting, and why.
     """
     faults = []
-    for refusal in _REFUSALS:
+    for refusal in REFUSALS:
         value: Any = config
         for key in refusal.key.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         if value in refusal.values:
-            faults.append(f"{refusal.key}: {_shown(value)} is not supported: {refusal.reason}")
+            faults.append(f"{refusal.key}: {shown_as_json(value)} is not supported: {refusal.reason}")
     if faults:
         raise ConfigError(list_faults("DeepSpeed config", faults))
 
@@ -266,7 +297,7 @@ def read_deepspeed(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(contents, dict):
         raise ConfigError(
-            f"{path}: got {_shown(contents)}, expected a JSON object: the keys of a DeepSpeed config "
+            f"{path}: got {shown_as_json(contents)}, expected a JSON object: the keys of a DeepSpeed config "
             "between { and }"
         )
     return contents
@@ -298,91 +329,32 @@ def _fault(root: type[BaseModel], detail: Mapping[str, Any]) -> str:
         near = difflib.get_close_matches(str(detail["loc"][-1]).lower(), valid, n=1, cutoff=0.5)
         hint = f'did you mean "{near[0]}"?  ' if near else ""
         return f"{path}: unknown key; {hint}valid keys: {', '.join(valid)}"
+    if detail["type"] == "missing":
+        return f"{path}: missing, expected a value: it has no default"
     if detail["type"] == "value_error":
         return f"{path}: {detail['ctx']['error']}"
     if detail["type"] == "model_type":
         expected = "an object with some of the keys " + ", ".join(_valid_keys(root, detail["loc"]))
     else:
         expected = detail["msg"].removeprefix("Input should be ").replace("'", '"')
-    return f"{path}: got {_shown(detail['input'])}, expected {expected}"
+    return f"{path}: got {shown_as_json(detail['input'])}, expected {expected}"
 
 
 def _valid_keys(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
     for key in path:
         annotation = model.model_fields[str(key)].annotation
-        assert isinstance(annotation, type), "only sections have keys"
-        assert issubclass(annotation, BaseModel), "only sections have keys"
-        model = annotation
+        choices = [annotation, *get_args(annotation)]  # a section that may be left out is one of two
+        model = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
     return list(model.model_fields)
 
 
-def _shown(value: object) -> str:
+def shown_as_json(value: object) -> str:
     """``value`` as JSON has it, cut short."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-# The reference, generated from the above.
-
-_REFERENCE_HEAD = """\
-# The `"interlock"` section
-
-<!-- Generated: python -m ds_interlock.config > docs/config.md -->
-
-A DeepSpeed config gets one more section, `"interlock"`, beside DeepSpeed's own keys. Without it
-training is ordinary backpropagation. Unknown keys are errors.
-"""
-
-_REFERENCE_REFUSALS = """\
-## DeepSpeed settings that are refused
-
-"""
-
-
-def reference() -> str:
-    """The text of ``docs/config.md``."""
-    tables = [
-        f"## `{name}`\n\n{_doc(model)}\n\n{_table(model)}"
-        for name, model in ((SECTION, InterlockConfig), (f"{SECTION}.head", HeadConfig))
-    ]
-    refusals = "".join(
-        f"- `{refusal.key}` {' or '.join(map(_shown, refusal.values))}: {refusal.reason}.\n"
-        for refusal in _REFUSALS
-    )
-    return "\n".join([_REFERENCE_HEAD, *tables, _REFERENCE_REFUSALS + refusals])
-
-
-def _doc(model: type[BaseModel]) -> str:
-    return (model.__doc__ or "").replace("``", "`")
-
-
-def _table(model: type[BaseModel]) -> str:
-    lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
-    for name, field in model.model_fields.items():
-        default = field.default
-        shown = "{}" if isinstance(default, BaseModel) else _shown(default)
-        lines.append(f"| `{name}` | {_value_text(model, name)} | `{shown}` | {field.description} |")
-    return "\n".join(lines) + "\n"
-
-
-def _value_text(model: type[BaseModel], name: str) -> str:
-    """What may stand there, in words: the choices, or the type and its bounds."""
-    field = model.model_fields[name]
-    annotation: Any = field.annotation
-    choices = get_args(annotation)
-    if choices and all(isinstance(choice, str) for choice in choices):
-        return ", ".join(f'`"{choice}"`' for choice in choices)
-    words = {bool: "`true` or `false`", int: "whole number", float: "number", float | None: "number"}
-    text = words.get(annotation, "object")
-    symbols = {"gt": ">", "ge": ">=", "le": "<="}
-    bounds = [
-        f"{symbol} {getattr(rule, bound)}"
-        for rule in field.metadata
-        for bound, symbol in symbols.items()
-        if hasattr(rule, bound)
-    ]
-    return ", ".join([text, *bounds])
-
-
 if __name__ == "__main__":
+    from ds_interlock.config_reference import reference
+
     print(reference(), end="")

@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from ds_interlock import config as config_module
+from ds_interlock import config_reference
 from ds_interlock.config import InterlockConfig, check_deepspeed
 from ds_interlock.errors import ConfigError, PlanError
 from ds_interlock.schedule.plan import GradientFlowPlan
@@ -24,11 +25,13 @@ EVERYTHING = {
     "extra_in_flight": 4,
     "head": {
         "type": "low_rank",
+        "fused": False,
         "token_fraction": 0.25,
         "learning_rate_scale": 2.0,
         "weight": 0.5,
         "rank": 7,
     },
+    "trace": {"path": "runs/trace", "batches": [3, 4]},
 }
 
 
@@ -132,6 +135,25 @@ def test_a_config_does_not_change() -> None:
         ({"head": {"token_fraction": 1.5}}, "interlock.head.token_fraction: got 1.5, expected less than or"),
         ({"head": {"weight": float("nan")}}, "interlock.head.weight: got NaN, expected"),
         ({"head": {"rank": 0}}, "interlock.head.rank: got 0, expected greater than or equal to 1"),
+        ({"trace": {"batches": [1, 2]}}, "interlock.trace.path: missing, expected"),
+        ({"trace": {"path": ""}}, 'interlock.trace.path: got "", expected'),
+        (
+            {"trace": {"path": "t", "batches": [3, 2]}},
+            "interlock.trace.batches: got [3, 2], expected [first, last]",
+        ),
+        (
+            {"trace": {"path": "t", "batches": [0, 2]}},
+            "interlock.trace.batches: got [0, 2], expected [first, last]",
+        ),
+        (
+            {"trace": {"path": "t", "batches": [1]}},
+            "interlock.trace.batches: got [1], expected [first, last]",
+        ),
+        ({"trace": {"path": "t", "file": 1}}, "interlock.trace.file: unknown key; valid keys: path, batches"),
+        (
+            {"trace": True},
+            "interlock.trace: got true, expected an object with some of the keys path, batches",
+        ),
     ],
 )
 def test_a_fault_is_named_by_its_key(keys: dict[str, object], expected: str) -> None:
@@ -259,13 +281,13 @@ def test_deepspeed_settings_that_work() -> None:
 
 
 def test_every_key_is_described() -> None:
-    for model in (InterlockConfig, config_module.HeadConfig):
+    for model in (InterlockConfig, config_module.HeadConfig, config_module.TraceConfig):
         for name, field in model.model_fields.items():
             assert field.description, name
 
 
 def test_the_committed_reference_is_up_to_date() -> None:
     committed = Path(__file__).parents[1] / "docs" / "config.md"
-    assert committed.read_text(encoding="utf-8") == config_module.reference(), (
+    assert committed.read_text(encoding="utf-8") == config_reference.reference(), (
         "docs/config.md is out of date: run `make docs`"
     )

@@ -19,6 +19,13 @@ FORBIDDEN = {
         "numpy",
         *(f"ds_interlock.{n}" for n in ("pipe", "hf")),
     ),
+    "planning": (
+        "torch",
+        "deepspeed",
+        "transformers",
+        "numpy",
+        *(f"ds_interlock.{n}" for n in ("pipe", "hf")),
+    ),
     "pipe": ("transformers", "ds_interlock.hf", "ds_interlock.models"),
     "models": ("ds_interlock.hf", "ds_interlock.pipe"),
 }
@@ -60,7 +67,9 @@ def test_imports_point_one_way(folder: str) -> None:
 
 def test_planning_needs_no_torch() -> None:
     modules = [
-        f"ds_interlock.schedule.{path.stem}" for path in sorted((PACKAGE / "schedule").glob("[!_]*.py"))
+        f"ds_interlock.{folder}.{path.stem}"
+        for folder in ("schedule", "planning")
+        for path in sorted((PACKAGE / folder).glob("[!_]*.py"))
     ]
     assert "ds_interlock.schedule.plan" in modules
     done = subprocess.run(

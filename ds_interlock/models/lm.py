@@ -28,10 +28,8 @@ import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
+from ds_interlock.cross_entropy import IGNORED_LABEL, cross_entropy_sum, linear_cross_entropy
 from ds_interlock.errors import ConfigError, list_faults
-
-IGNORED_LABEL = -100
-"""A label that takes no part in the loss."""
 
 _INIT_STD = 0.02
 _MAX_LAYERS = 2**16  # keeps the seeds of two runs apart: no layer of one starts as a layer of the other
@@ -227,16 +225,25 @@ class LMLoss(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits_btv: Tensor, labels_bt: Tensor) -> Tensor:
-        # Half precision is too coarse for a log-softmax over a vocabulary.
-        logits_nv = logits_btv.flatten(0, -2).to(torch.promote_types(logits_btv.dtype, torch.float32))
-        total = F.cross_entropy(
-            logits_nv,
-            labels_bt.flatten(),
-            ignore_index=IGNORED_LABEL,
-            reduction="sum",
-            label_smoothing=self.label_smoothing if self.training else 0.0,
+        total = cross_entropy_sum(logits_btv.flatten(0, -2), labels_bt.flatten(), self._smoothing)
+        return total / _num_counted(labels_bt)
+
+    def fused_linear(
+        self, hidden_btd: Tensor, weight_vd: Tensor, bias_v: Tensor | None, labels_bt: Tensor
+    ) -> Tensor:
+        """``self(F.linear(hidden_btd, weight_vd, bias_v), labels_bt)``, never holding all the logits."""
+        total = linear_cross_entropy(
+            hidden_btd.flatten(0, -2), weight_vd, bias_v, labels_bt.flatten(), self._smoothing
         )
-        return total / (labels_bt != IGNORED_LABEL).sum().clamp(min=1)
+        return total / _num_counted(labels_bt)
+
+    @property
+    def _smoothing(self) -> float:
+        return self.label_smoothing if self.training else 0.0
+
+
+def _num_counted(labels_bt: Tensor) -> Tensor:
+    return (labels_bt != IGNORED_LABEL).sum().clamp(min=1)
 
 
 def lm_loss(label_smoothing: float = 0.0) -> LMLoss:

@@ -35,10 +35,13 @@ from ds_interlock.pipe.optimize import OptimizerMixin
 from ds_interlock.pipe.p2p import Links
 from ds_interlock.pipe.report import BatchReport, Reporter
 from ds_interlock.pipe.stage import Gradients, StageWork
-from ds_interlock.pipe.timeline import Recorder, Rows, draw
+from ds_interlock.pipe.timeline import Recorder, Rows, draw, gather
+from ds_interlock.pipe.trace import Tracer
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.lower import evaluation_program, send_of, training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
+
+_TIMELINE = "timeline"
 
 
 class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, PipelineEngine):
@@ -66,12 +69,13 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
         self._gradients: dict[Action, Gradients] = {}
         self._outputs = None
         self._recorder = Recorder(get_accelerator().synchronize)
-        self._reporter = Reporter(
-            self.stage_id,
-            self.num_stages,
-            posts=self.grid.get_data_parallel_rank() == 0 and self.grid.get_slice_parallel_rank() == 0,
-            collects=self.global_rank == 0,
-        )
+        posts = self.grid.get_data_parallel_rank() == 0 and self.grid.get_slice_parallel_rank() == 0
+        who: dict[str, Any] = {"posts": posts, "collects": self.global_rank == 0}
+        self._reporter = Reporter(self.stage_id, self.num_stages, **who)
+        self._tracer: Tracer | None = None
+        if interlock.trace is not None:
+            who["timeout_seconds"] = interlock.timeout_seconds
+            self._tracer = Tracer(interlock.trace, self._recorder, self.stage_id, self.num_stages, **who)
         self._stage_values: dict[int, dict[str, float]] = {}
         self._issued = self._drained = 0  # programs run, training and evaluation
         self._batches = 0  # training batches
@@ -108,12 +112,20 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
             self.set_dataiterator(data_iter)
         if not self.module.training:
             self.module.train()
-        self._run(self._train_schedule())
-        self._batches += 1
+        self._run_training_batch(self._train_schedule())
         batch, loss = self._newest_final_loss()
         self._write_reports()
         self._print_progress(batch, loss)
         return loss
+
+    def _run_training_batch(self, schedule: InterlockSchedule) -> None:
+        if self._tracer:
+            self._tracer.batch_begins(self._batches + 1)
+        with self._backward_passes():
+            self._run(schedule)
+        self._batches += 1
+        if self._tracer:
+            self._tracer.batch_is_done(self._batches, schedule.program, streaming=self.streaming)
 
     def drain(self) -> Tensor:
         """Waits until all stages have finished every issued batch. All ranks must call it.
@@ -125,6 +137,8 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
         self._drained = self._issued
         loss = self._from_last_stage(self._losses.get(self.plan.final))
         self._reporter.flush()
+        if self._tracer:
+            self._tracer.flush()
         dist.barrier()
         if self.global_rank == 0:
             self._reporter.flush()  # now that everybody has posted
@@ -149,12 +163,11 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
 
     def record_timeline(self) -> None:
         """Notes what this stage does when, in the batches until ``timeline`` is called."""
-        self._recorder.start()
+        self._recorder.start(_TIMELINE)
 
     def timeline(self) -> Rows:
         """What all stages did since ``record_timeline``: rows of spans. All ranks must call it."""
-        self._recorder.stop()
-        return self._recorder.gather(self.stage_id, self.num_stages)
+        return gather(self._recorder.stop(_TIMELINE), self.stage_id, self.num_stages)
 
     def write_timeline(self, path: str | os.PathLike[str]) -> None:
         """Writes the newest recorded batch as an SVG, beside what the simulator makes of it.
@@ -171,6 +184,8 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
         atexit.unregister(self._at_exit)
         self._links.close()
         self._reporter.close()
+        if self._tracer:
+            self._tracer.close()
         super().destroy()
 
     # DeepSpeed's seams.

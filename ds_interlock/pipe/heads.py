@@ -9,49 +9,55 @@ A head repeats the end of the model it is for. That end is found by looking at t
     linear                          ├─►               unembedding ─► (the callable)
     norm_linear                     ├─►        norm ─► unembedding ─► ...
     low_rank                        ├─►        norm ─► down ─► unembedding ─► ...
-    block_linear                    └─► block ─► norm ─► unembedding ─► ...
+    block_linear                    ├─► block ─► norm ─► unembedding ─► ...
+    lens                            └─► translator ─► norm* ─► unembedding* ─► ...     (*: frozen copies)
 
 A head module may have a method ``loss(hidden, labels, loss_fn)``, which then computes its loss in
-place of ``loss_fn(head(hidden), labels)``. The heads built here use it for ``token_fraction``.
+place of ``loss_fn(head(hidden), labels)``. The heads built here use it for ``token_fraction``, and to
+compute the loss without all logits where the loss function knows how: where it has a method
+
+    fused_linear(hidden, weight, bias, labels)     the same as loss_fn(F.linear(hidden, weight, bias), labels)
 
 Shape suffixes: b batch, t position in the sequence, d hidden width, n chosen positions, v output
 (vocabulary) entry. Where a suffix ends in ``td``, any number of position dimensions is meant.
 """
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import chain
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
 from ds_interlock.config import HeadConfig
+from ds_interlock.cross_entropy import IGNORED_LABEL
 from ds_interlock.errors import ConfigError
+from ds_interlock.pipe.model_end import (
+    PASS_HEAD,
+    Layer,
+    ModelEnd,
+    built,
+    find_model_end,
+    has_weights,
+    look_at,
+)
 from ds_interlock.schedule.plan import LossHead
 
-Layer: TypeAlias = Any  # LayerSpec (which has no types), nn.Module, or a function
 LossFn = Callable[[Tensor, Tensor], Tensor]
 HeadFactory = Callable[[LossHead], nn.Module]
-
-IGNORED_LABEL = -100
-_DEFAULT_STD = 0.02
-
-_PASS_HEAD = (
-    "Pass heads of your own: InterlockPipelineModule(..., head=make_head), where "
-    "make_head(head: LossHead) -> nn.Module returns what turns the hidden state into what the model's last "
-    "layer would output"
-)
 
 
 def head_factory(config: HeadConfig, layers: Sequence[Layer]) -> HeadFactory:
     """The heads of a model whose user gave none. Looks at the model at once, builds heads when asked.
 
     Nothing is allocated for the look, and no random number is drawn.
+
+    The frozen copies of a ``lens`` are made by building the model's last layers once more, when the head
+    is built. Layers that draw their weights from a seed of their own, as those of ``ds_interlock.models``
+    do, and layers given as modules are thus copied exactly. One that draws from the global generator (a
+    plain ``LayerSpec(nn.Linear, ...)``) is drawn anew, from the head's seed: fixed, but another one than
+    the model's; ``AuxiliaryHead.load_model_end`` sets other values.
 
     Args:
         config: The section ``"interlock.head"``.
@@ -69,7 +75,7 @@ def head_factory(config: HeadConfig, layers: Sequence[Layer]) -> HeadFactory:
         block = None
         if config.type == "block_linear":
             block = _another(layers[head.after_layer - 1], f"layer {head.after_layer - 1}")
-        return AuxiliaryHead(_readout(config, end), end.width, config.token_fraction, block)
+        return AuxiliaryHead(_readout(config, end), end.width, config.token_fraction, config.fused, block)
 
     return make_head
 
@@ -81,17 +87,25 @@ class AuxiliaryHead(nn.Module):
         readout: From hidden states ``[..., d]`` to outputs ``[..., v]``, each position by itself.
         width: d.
         token_fraction: Share of the labelled positions a training loss is computed on.
+        fused: Let a loss function that can take unembedding and loss in one, where the readout ends in
+            the unembedding.
         block: From the layers' hidden state (whatever it is) to one of the same form.
     """
 
     def __init__(
-        self, readout: nn.Module, width: int, token_fraction: float = 1.0, block: nn.Module | None = None
+        self,
+        readout: nn.Sequential,
+        width: int,
+        token_fraction: float = 1.0,
+        fused: bool = True,
+        block: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.block = block
         self.readout = readout
         self.width = width
         self.token_fraction = token_fraction
+        self.fused = fused
 
     def forward(self, hidden: Any) -> Any:
         """What the model would output if it ended at ``hidden``: a tensor, or a tuple starting with it."""
@@ -111,9 +125,42 @@ class AuxiliaryHead(nn.Module):
         """
         hidden_btd = self._before_readout(hidden)
         if not self.training or self.token_fraction == 1:
-            return loss_fn(self.readout(hidden_btd), labels)
+            return self._readout_loss(hidden_btd, labels, loss_fn)
         hidden_1nd, labels_1n = _sample_positions(hidden_btd, labels, self.token_fraction)
-        return loss_fn(self.readout(hidden_1nd), labels_1n)
+        return self._readout_loss(hidden_1nd, labels_1n, loss_fn)
+
+    def load_model_end(self, tensors: Mapping[str, Tensor]) -> None:
+        """Sets norm and unembedding to the values of a model, for example a pretrained one.
+
+        Call it before ``ds_interlock.initialize``, whose optimizers copy the weights they find.
+
+        Args:
+            tensors: ``norm.weight``, ``norm.bias``, ``unembedding.weight``, ``unembedding.bias``: those
+                of them that the head has.
+
+        Raises:
+            ConfigError: If names or shapes differ from the head's.
+        """
+        own = {
+            name: tensor
+            for name, tensor in self.readout.state_dict().items()
+            if name.startswith(("norm.", "unembedding."))
+        }
+        expected, got = ({name: tuple(t.shape) for name, t in some.items()} for some in (own, tensors))
+        if expected != got:
+            raise ConfigError(f"load_model_end: got {got}, expected {expected}: pass just these tensors")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+    def _readout_loss(self, hidden_btd: Tensor, labels: Any, loss_fn: LossFn) -> Tensor:
+        *first, last = self.readout
+        fused_linear = getattr(loss_fn, "fused_linear", None)
+        if not (self.fused and fused_linear and isinstance(last, nn.Linear)):
+            return loss_fn(self.readout(hidden_btd), labels)
+        for part in first:
+            hidden_btd = part(hidden_btd)
+        loss: Tensor = fused_linear(hidden_btd, last.weight, last.bias, labels)
+        return loss
 
     def _before_readout(self, hidden: Any) -> Tensor:
         hidden_btd = _first(hidden)
@@ -121,7 +168,7 @@ class AuxiliaryHead(nn.Module):
             raise ConfigError(
                 f"interlock.head: the hidden state is {list(hidden_btd.shape)}, but the model's unembedding "
                 f"takes vectors of {self.width}, so this layer is no place for a head of type linear, "
-                f"norm_linear, low_rank or block_linear. {_PASS_HEAD}"
+                f"norm_linear, low_rank, block_linear or lens. {PASS_HEAD}"
             )
         if self.block is None:
             return hidden_btd
@@ -167,25 +214,23 @@ def _sample_positions(hidden_btd: Tensor, labels_bt: Any, fraction: float) -> tu
 # What a head is made of.
 
 
-@dataclass(frozen=True)
-class ModelEnd:
-    """The end of a model, as far as a head repeats it.
+class Translator(nn.Module):
+    """An affine map of the hidden state that starts as the identity: ``[..., d]`` to ``[..., d]``.
 
-    Attributes:
-        width: Width of the hidden state, d.
-        num_outputs: Number of entries of an output, v.
-        bias: Whether the unembedding has one.
-        init_std: Standard deviation of the unembedding's initial weights; None for torch's own default.
-        make_norm: Builds a norm like the one in front of the unembedding; None if there is none.
-        tail: What follows the unembedding. It has no weights.
+    It turns the hidden state of a layer into the basis that a frozen unembedding reads.
+
+    Source: Belrose et al.: Eliciting Latent Predictions from Transformers with the Tuned Lens,
+    arXiv 2303.08112, 2023, section 3.
     """
 
-    width: int
-    num_outputs: int
-    bias: bool
-    init_std: float | None
-    make_norm: Callable[[], nn.Module] | None
-    tail: tuple[Layer, ...]
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.change = nn.Linear(width, width)
+        nn.init.zeros_(self.change.weight)
+        nn.init.zeros_(self.change.bias)
+
+    def forward(self, hidden_btd: Tensor) -> Tensor:
+        return hidden_btd + self.change(hidden_btd)  # type: ignore[no-any-return]
 
 
 class _Function(nn.Module):
@@ -202,26 +247,36 @@ class _Function(nn.Module):
 def _readout(config: HeadConfig, end: ModelEnd) -> nn.Sequential:
     """Norm, unembedding and what follows it; the names of the parts are those of the checkpoint."""
     readout = nn.Sequential()
-    width = end.width
-    if end.make_norm is not None and config.type != "linear":
-        readout.add_module("norm", end.make_norm())
-    if config.type == "low_rank":
-        readout.add_module("down", nn.Linear(width, config.rank, bias=False))
-        width = config.rank
-    unembedding = nn.Linear(width, end.num_outputs, bias=end.bias)
-    if end.init_std is not None:
-        nn.init.normal_(unembedding.weight, std=end.init_std)
-        if unembedding.bias is not None:
-            nn.init.zeros_(unembedding.bias)
-    readout.add_module("unembedding", unembedding)
+    if config.type == "lens":
+        readout.add_module("translator", Translator(end.width))
+        if end.copy_norm is not None:
+            readout.add_module("norm", end.copy_norm())
+        readout.add_module("unembedding", end.copy_unembedding())
+    else:
+        width = end.width
+        if end.make_norm is not None and config.type != "linear":
+            readout.add_module("norm", end.make_norm())
+        if config.type == "low_rank":
+            readout.add_module("down", nn.Linear(width, config.rank, bias=False))
+            width = config.rank
+        readout.add_module("unembedding", _new_unembedding(width, end))
     for number, layer in enumerate(end.tail):
         readout.add_module(f"tail_{number}", _another_weightless(layer))
     return readout
 
 
+def _new_unembedding(width: int, end: ModelEnd) -> nn.Linear:
+    unembedding = nn.Linear(width, end.num_outputs, bias=end.bias)
+    if end.init_std is not None:
+        nn.init.normal_(unembedding.weight, std=end.init_std)
+        if end.bias:
+            nn.init.zeros_(unembedding.bias)
+    return unembedding
+
+
 def _another_weightless(layer: Layer) -> nn.Module:
     if isinstance(layer, LayerSpec):
-        return _built(layer)
+        return built(layer)
     return copy.deepcopy(layer) if isinstance(layer, nn.Module) else _Function(layer)
 
 
@@ -231,8 +286,8 @@ def _another(layer: Layer, name: str) -> nn.Module:
     Raises:
         ConfigError: If ``layer`` is no block: a function, an embedding, a layer without weights.
     """
-    module = _look(layer, name)
-    parts = [] if module is None else [part for part in module.modules() if _has_weights(part, recurse=False)]
+    module = look_at(layer, name)
+    parts = [] if module is None else [part for part in module.modules() if has_weights(part, recurse=False)]
     if module is None or not parts or isinstance(parts[0], nn.Embedding):
         what = getattr(layer, "__name__", repr(layer)) if module is None else type(module).__name__
         raise ConfigError(
@@ -241,137 +296,10 @@ def _another(layer: Layer, name: str) -> nn.Module:
             "elsewhere"
         )
     if isinstance(layer, LayerSpec):
-        return _built(layer)
+        return built(layer)
     another = copy.deepcopy(module)
     for part in another.modules():
         reset = getattr(part, "reset_parameters", None)
         if callable(reset):
             reset()
     return another
-
-
-def _built(spec: LayerSpec) -> nn.Module:
-    module = spec.build()
-    assert isinstance(module, nn.Module), "LayerSpec takes no other class"
-    return module
-
-
-def _has_weights(module: nn.Module, recurse: bool = True) -> bool:
-    return next(module.parameters(recurse), None) is not None
-
-
-# Finding the end of a model.
-
-
-def find_model_end(layers: Sequence[Layer]) -> ModelEnd:
-    """Looks for the unembedding and the norm in front of it, from the last layer forwards.
-
-    The unembedding is the last ``nn.Linear``, or the weight of a ``TiedLayerSpec`` with a ``forward_fn``
-    (an embedding used in reverse). The norm is the nearest one in front of it that is as wide.
-
-    Raises:
-        ConfigError: If there is no unembedding to be found.
-    """
-    tail: list[Layer] = []
-    seen = _from_the_end(layers)
-    for layer, module in seen:
-        if module is not None and _has_weights(module):
-            break
-        tail.insert(0, layer)
-    else:
-        raise ConfigError(f"no auxiliary head can be derived: no layer has weights. {_PASS_HEAD}")
-    weight, bias, parts = _unembedding(layer, module)
-    num_outputs, width = weight.shape
-    in_front = chain([parts], (list(other.modules()) for _, other in seen if other is not None))
-    norm = next((part for parts in in_front for part in reversed(parts) if _is_norm(part, width)), None)
-    return ModelEnd(
-        width=width,
-        num_outputs=num_outputs,
-        bias=bias,
-        init_std=_init_std(layer, weight),
-        make_norm=None if norm is None else partial(_like, norm, width),
-        tail=tuple(tail),
-    )
-
-
-def _from_the_end(layers: Sequence[Layer]) -> Iterator[tuple[Layer, nn.Module | None]]:
-    """Each layer, the last first, with what it builds, if it builds anything; a Sequential in its parts."""
-    for number in reversed(range(len(layers))):
-        layer = layers[number]
-        module = _look(layer, f"layer {number}")
-        if type(module) is nn.Sequential:
-            # The parts of a spec exist on the meta device only: as parts of the tail they have no weights,
-            # and so nothing that would have to be allocated.
-            yield from ((part, part) for part in reversed(module))
-        else:
-            yield layer, module
-
-
-def _look(layer: Layer, name: str) -> nn.Module | None:
-    """The module of ``layer``, built without memory if it is not there yet; None for a function."""
-    if isinstance(layer, nn.Module):
-        return layer
-    if not isinstance(layer, LayerSpec):
-        return None
-    try:
-        with torch.device("meta"):
-            return _built(layer)
-    except (RuntimeError, NotImplementedError) as error:
-        raise ConfigError(
-            f"no auxiliary head can be derived: {name}, {layer!r}, cannot be built on the meta device "
-            f"({error}). {_PASS_HEAD}"
-        ) from error
-
-
-def _unembedding(layer: Layer, module: nn.Module) -> tuple[Tensor, bool, list[nn.Module]]:
-    """Weight ``[v, d]``, presence of a bias, and the parts of ``module`` in front of the unembedding."""
-    if isinstance(layer, TiedLayerSpec) and layer.forward_fn is not None:
-        for attribute in layer.tied_weight_attr:
-            owner, _, name = attribute.rpartition(".")
-            weight = getattr(module.get_submodule(owner), name)
-            if weight.dim() == 2:
-                return weight, False, []
-    parts = list(module.modules())
-    for index in reversed(range(len(parts))):
-        part = parts[index]
-        if isinstance(part, nn.Linear):
-            return part.weight, part.bias is not None, parts[:index]
-    raise ConfigError(
-        "no auxiliary head can be derived: the last layer with weights is "
-        f"{type(module).__name__}, which has no nn.Linear to unembed with. {_PASS_HEAD}"
-    )
-
-
-def _is_norm(part: nn.Module, width: int) -> bool:
-    """True for a LayerNorm or RMSNorm, torch's or a model's own class, over the last ``width`` entries."""
-    if not type(part).__name__.endswith(("LayerNorm", "RMSNorm")):
-        return False
-    weight = getattr(part, "weight", None)
-    shape = weight.shape if isinstance(weight, Tensor) else ()
-    return tuple(getattr(part, "normalized_shape", shape)) == (width,)
-
-
-def _like(norm: nn.Module, width: int) -> nn.Module:
-    """A new norm of the class, width and eps of ``norm``, initialised as its class does it."""
-    options: dict[str, Any] = {}
-    takes = inspect.signature(type(norm)).parameters
-    if "eps" in takes:
-        options["eps"] = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
-    if "elementwise_affine" in takes:
-        options["elementwise_affine"] = getattr(norm, "weight", None) is not None
-    if "bias" in takes:
-        options["bias"] = getattr(norm, "bias", None) is not None
-    try:
-        return type(norm)(width, **options)
-    except TypeError as error:
-        raise ConfigError(
-            f"no auxiliary head can be derived: the model's norm, {type(norm).__name__}, cannot be built "
-            f"from a width and {options} ({error}). {_PASS_HEAD}"
-        ) from error
-
-
-def _init_std(layer: Layer, weight: Tensor) -> float | None:
-    """How the model initialises its unembedding, where that can be seen; see ``ModelEnd.init_std``."""
-    if isinstance(layer, LayerSpec):
-        return None if layer.typename is nn.Linear else _DEFAULT_STD
-    return _DEFAULT_STD if weight.is_meta else float(weight.detach().float().std())

@@ -172,8 +172,8 @@ class InterlockPipelineModule(PipelineModule):
     def _run_local(self, begin: int, end: int, micro_offset: int, hidden: Hidden) -> Hidden:
         """Local layers ``begin .. end - 1``; a recomputation must see the offset of its forward."""
         for index in range(begin, end):
-            self.curr_layer = index + self._local_start
             if self.seed_layers:
+                self.curr_layer = index + self._local_start
                 seed = self.base_seed * micro_offset + self.curr_layer
                 (self.seed_fn or set_random_seed)(seed)
             hidden = self.forward_funcs[index](hidden)

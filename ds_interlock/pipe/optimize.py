@@ -43,20 +43,36 @@ class OptimizerMixin:
             norm = squared.sqrt()
         return norm
 
+    def _reduce_non_expert_gradients(self: Any, grads: list[Tensor], elements_per_buffer: int) -> None:
+        """DeepSpeed's all-reduce over the replicas, unless this stage has only one and nothing would change.
+
+        It would copy every gradient into a buffer and back. What it would change is the rounding, if
+        gradients are to travel in another type or to be divided on the way.
+        """
+        alone = not self.is_data_parallel and self.gradient_predivide_factor() == 1.0
+        rounds = any(getattr(g, "dtype", None) != self.communication_data_type for g in grads)
+        if rounds or not alone:
+            super()._reduce_non_expert_gradients(grads, elements_per_buffer)  # type: ignore[misc]
+
+    @contextmanager
+    def _backward_passes(self: Any) -> Iterator[None]:
+        """DeepSpeed's hooks take a backward pass that the engine has not announced for the user's own."""
+        self._running_engine_backward = True
+        try:
+            yield
+        finally:
+            self._running_engine_backward = False
+
     @contextmanager
     def _weight_pass(self: Any) -> Iterator[None]:
-        """What DeepSpeed's optimizers need to know about a backward pass that they do not start."""
+        """What DeepSpeed's bf16 and ZeRO optimizers need to know about a pass that they do not start."""
         bf16 = self.using_bf16_optimizer
         zero = isinstance(self.optimizer, ZeROOptimizer) and not bf16
         if bf16:
             self.optimizer.clear_lp_grads()
         elif zero:
             self.optimizer.enter_backward()
-        self._running_engine_backward = True
-        try:
-            yield
-        finally:
-            self._running_engine_backward = False
+        yield
         if bf16 and not self._config.bfloat16_config.immediate_grad_update:
             self.optimizer.update_hp_grads(clear_lp_grads=False)
         elif zero:

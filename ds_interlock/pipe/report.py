@@ -24,7 +24,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-_engines = itertools.count()
+_purposes = itertools.count()
 
 _EXCHANGE_SECONDS = 0.25
 """Values travel in parcels, so that short batches do not pay for them one by one."""
@@ -78,8 +78,7 @@ class Reporter:
         self._num_sent = 0
         self._num_collected = [0] * num_stages
         self._next_exchange = 0.0
-        # Every rank makes its engines in the same order; their reports must not be mixed up.
-        self._store = dist.distributed_c10d.PrefixStore(f"ds_interlock/{next(_engines)}", _own_connection())
+        self._store = job_store()
         self._newest: tuple[int, float] = -1, math.nan
         self._collected: queue.SimpleQueue[StageReport] = queue.SimpleQueue()
         self._jobs: queue.Queue[BatchReport | None] = queue.Queue()
@@ -156,7 +155,9 @@ class Reporter:
                 self._num_collected[stage] += 1
 
 
-def _own_connection() -> Any:
-    """The job's store, over a connection that no collective's set-up can keep busy."""
+def job_store() -> Any:
+    """A part of the job's key-value store for one purpose. All ranks must call it in the same order."""
     store = dist.distributed_c10d._get_default_store()
-    return store.clone() if hasattr(store, "clone") else store
+    # A connection of its own, that no collective's set-up can keep busy.
+    own = store.clone() if hasattr(store, "clone") else store
+    return dist.distributed_c10d.PrefixStore(f"ds_interlock/{next(_purposes)}", own)

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,44 +20,45 @@ Rows = tuple[tuple[Span, ...], ...]
 
 
 class Recorder:
-    """Notes start and end of this stage's actions while it is switched on."""
+    """Notes start and end of this stage's actions for as many recordings as are under way."""
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
         self.synchronize = synchronize  # an accelerator works on after its calls have returned
-        self._on = False
-        self._spans: list[Span] = []
+        self._recordings: dict[str, list[Span]] = {}
 
-    def start(self) -> None:
-        """Forgets what was recorded and records from now on."""
-        self._spans = []
-        self._on = True
+    def start(self, name: str) -> None:
+        """Begins the recording ``name``, anew if there is one."""
+        self._recordings[name] = []
 
-    def stop(self) -> None:
-        """Records no more."""
-        self._on = False
+    def stop(self, name: str) -> list[Span]:
+        """Ends the recording ``name`` and returns it; empty if it was never begun."""
+        return self._recordings.pop(name, [])
 
     @contextmanager
     def span(self, action: Action, batch: int) -> Iterator[None]:
         """Records the time its body takes as the time of ``action``."""
-        if not self._on:
+        if not self._recordings:
             yield
             return
         # Wall-clock time, so that the rows of ranks on one machine can be laid over each other.
         start = time.time()
         yield
         self.synchronize()
-        self._spans.append(Span(action, batch, start, time.time()))
+        span = Span(action, batch, start, time.time())
+        for spans in self._recordings.values():
+            spans.append(span)
 
-    def gather(self, stage: int, num_stages: int) -> Rows:
-        """Everybody's spans, in seconds since the first began. A collective call."""
-        gathered: list[tuple[int, list[Span]] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (stage, self._spans))
-        rows: list[list[Span]] = [[] for _ in range(num_stages)]
-        for entry in gathered:
-            assert entry is not None
-            owner, spans = entry
-            rows[owner] = rows[owner] or spans  # one data-parallel replica stands for all
-        return _from_zero(rows)
+
+def gather(spans: list[Span], stage: int, num_stages: int) -> Rows:
+    """Everybody's spans, in seconds since the first began. A collective call."""
+    gathered: list[tuple[int, list[Span]] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (stage, spans))
+    rows: list[list[Span]] = [[] for _ in range(num_stages)]
+    for entry in gathered:
+        assert entry is not None
+        owner, recorded = entry
+        rows[owner] = rows[owner] or recorded  # one data-parallel replica stands for all
+    return from_zero(rows)
 
 
 def measured_costs(rows: Rows) -> CostModel:
@@ -68,10 +69,10 @@ def measured_costs(rows: Rows) -> CostModel:
     """
     forward, relay, backward, head, step = [], [], [], [], []
     for row in rows:
-        seconds: dict[Kind, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+        seconds: dict[Kind, dict[tuple[int, int], float]] = defaultdict(lambda: defaultdict(float))
         for span in row:
             # A forward may come in parts, and a stage may have two heads.
-            seconds[span.action.kind][span.action.micro_batch] += span.end - span.start
+            seconds[span.action.kind][span.batch, span.action.micro_batch] += span.end - span.start
         forward.append(_median(seconds[Kind.FORWARD]))
         backward.append(_median(seconds[Kind.WEIGHT_GRADIENT]) or _median(seconds[Kind.BACKWARD]))
         relay.append(min(_median(seconds[Kind.INPUT_GRADIENT]) or backward[-1] / 2, backward[-1]))
@@ -87,29 +88,43 @@ def measured_costs(rows: Rows) -> CostModel:
     )
 
 
+def measured_and_simulated(program: Program, rows: Rows, *, streaming: bool) -> list[Timeline]:
+    """The batches in ``rows``, and as many as simulated in the running pipeline at the costs measured."""
+    batches = sorted({span.batch for row in rows for span in row})
+    measured = _renumbered(rows, batches[0])
+    first = program.plan.num_stages if streaming else 1  # until then the pipeline fills
+    simulation = simulate(
+        program, measured_costs(rows), num_batches=first + len(batches), streaming=streaming
+    )
+    simulated = [[span for span in row if span.batch >= first] for row in simulation.spans]
+    return [
+        Timeline("measured", "s", measured),
+        Timeline("simulated, at the costs measured", "s", _renumbered(simulated, first)),
+    ]
+
+
+def title_of(program: Program) -> str:
+    """What a picture of ``program`` is called."""
+    return f"{program.num_micro_batches} micro-batches a batch on {program.plan.num_stages} stages"
+
+
 def draw(program: Program, rows: Rows, *, streaming: bool) -> str:
     """An SVG of the newest batch in ``rows`` above the same batch as simulated at the costs measured."""
     newest = max((span.batch for row in rows for span in row), default=0)
-    measured = _batch(rows, newest)
-    simulation = simulate(program, measured_costs(measured), num_batches=3, streaming=streaming)
-    return render_svg(
-        [
-            Timeline("measured", "s", measured),
-            Timeline("simulated, at the costs measured", "s", _batch(simulation.spans, 2)),
-        ],
-        title=f"One batch: {program.num_micro_batches} micro-batches on {program.plan.num_stages} stages",
-    )
+    one = tuple(tuple(span for span in row if span.batch == newest) for row in rows)
+    return render_svg(measured_and_simulated(program, one, streaming=streaming), title=title_of(program))
 
 
-def _batch(rows: Rows, batch: int) -> Rows:
-    """One batch out of ``rows``, told as if it were the first."""
-    return _from_zero([[replace(span, batch=0) for span in row if span.batch == batch] for row in rows])
-
-
-def _from_zero(rows: list[list[Span]]) -> Rows:
+def from_zero(rows: Sequence[Sequence[Span]]) -> Rows:
+    """``rows`` in seconds since the first span began."""
     begin = min((span.start for row in rows for span in row), default=0.0)
     return tuple(tuple(replace(s, start=s.start - begin, end=s.end - begin) for s in row) for row in rows)
 
 
-def _median(by_micro_batch: dict[int, float]) -> float:
+def _renumbered(rows: Sequence[Sequence[Span]], first: int) -> Rows:
+    """``rows`` told as if batch ``first`` were the first and began at zero."""
+    return from_zero([[replace(span, batch=span.batch - first) for span in row] for row in rows])
+
+
+def _median(by_micro_batch: dict[tuple[int, int], float]) -> float:
     return statistics.median(by_micro_batch.values()) if by_micro_batch else 0.0

@@ -12,6 +12,7 @@ which is also what keeps a fast stage from running away from a slow one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ds_interlock.schedule.action import COMPUTE_KINDS, Action, Kind
 from ds_interlock.schedule.dependency import dependencies
@@ -43,6 +44,7 @@ class Program:
         return action.micro_batch % self.slots[action.stage]
 
 
+@lru_cache(maxsize=128)  # asked for at every batch
 def training_program(plan: GradientFlowPlan, num_micro_batches: int, *, extra_in_flight: int = 0) -> Program:
     """The program of one training batch: ordered, lowered, ready to run.
 
@@ -59,6 +61,7 @@ def training_program(plan: GradientFlowPlan, num_micro_batches: int, *, extra_in
     return Program(plan, num_micro_batches, slots, lower(plan, work))
 
 
+@lru_cache(maxsize=128)
 def evaluation_program(plan: GradientFlowPlan, num_micro_batches: int, *, all_heads: bool) -> Program:
     """Forward only: the final loss of every micro-batch, or with ``all_heads`` every head's."""
     work = []

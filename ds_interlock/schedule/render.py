@@ -169,14 +169,18 @@ _GLYPH = 6.5
 _NARROWEST_GAP = 0.5
 _MOST_TICKS = 10
 
-_LOOKS = {
-    Kind.FORWARD: ("f", "forward"),
-    Kind.HEAD: ("h", "head"),
-    Kind.INPUT_GRADIENT: ("i", "relay (input gradient)"),
-    Kind.WEIGHT_GRADIENT: ("w", "weight gradient"),
-    Kind.BACKWARD: ("b", "backward, both gradients"),
-    Kind.STEP: ("s", "optimizer step"),
+LABELS = {
+    Kind.FORWARD: "forward",
+    Kind.HEAD: "head",
+    Kind.INPUT_GRADIENT: "relay (input gradient)",
+    Kind.WEIGHT_GRADIENT: "weight gradient",
+    Kind.BACKWARD: "backward, both gradients",
+    Kind.STEP: "optimizer step",
 }
+"""What pictures call the work."""
+
+# Classes of the style sheet: f, h, i, w, b, s.
+_LOOKS = {kind: kind.value.lower() for kind in LABELS}
 
 _STYLE = """
   .ground { fill: #ffffff } .ink { fill: #1f2430 } .soft { fill: #5b6472 }
@@ -246,7 +250,7 @@ def _extent(timeline: Timeline) -> float:
 def _legend_svg(kinds: Collection[Kind]) -> Iterator[str]:
     """The colours of those kinds of action that occur, and what waiting looks like."""
     x = float(_RIGHT)
-    entries = [(f'class="{look}"', label) for kind, (look, label) in _LOOKS.items() if kind in kinds]
+    entries = [(f'class="{_LOOKS[kind]}"', label) for kind, label in LABELS.items() if kind in kinds]
     for paint, label in [*entries, ('fill="url(#waiting)"', "waiting")]:
         yield f'<g class="legend"><rect {paint} x="{x:.1f}" y="43" width="14" height="14" rx="3"/>'
         yield f'<text class="soft" x="{x + 20:.1f}" y="54">{label}</text></g>'
@@ -265,7 +269,7 @@ def _timeline_svg(timeline: Timeline, extent: float, top: float) -> Iterator[str
     for stage, spans in enumerate(timeline.rows):
         y = top + stage * _ROW
         yield f'<text class="soft end" x="{_LEFT - 10}" y="{y + 16}">stage {stage}</text>'
-        for start, stop in _gaps(spans, origin, end):
+        for start, stop in waits(spans, origin, end):
             left, width = x_of(start), x_of(stop) - x_of(start)
             if width >= _NARROWEST_GAP:
                 area = f'x="{left:.2f}" y="{y}" width="{width:.2f}" height="{_BOX}"'
@@ -275,8 +279,8 @@ def _timeline_svg(timeline: Timeline, extent: float, top: float) -> Iterator[str
     yield from _axis_svg(timeline.unit, extent, top + _ROW * len(timeline.rows))
 
 
-def _gaps(spans: Sequence[Span], start: float, end: float) -> Iterator[tuple[float, float]]:
-    """The times between ``start`` and ``end`` that no span covers."""
+def waits(spans: Sequence[Span], start: float, end: float) -> Iterator[tuple[float, float]]:
+    """The times between ``start`` and ``end`` that no span covers: when a stage waits."""
     for span in sorted(spans, key=lambda span: span.start):
         if span.start > start:
             yield start, span.start
@@ -286,7 +290,7 @@ def _gaps(spans: Sequence[Span], start: float, end: float) -> Iterator[tuple[flo
 
 
 def _span_svg(span: Span, unit: str, origin: float, x_of: Callable[[float], float], y: float) -> str:
-    look, _ = _LOOKS.get(span.action.kind, ("s", ""))
+    look = _LOOKS[span.action.kind]
     shade = f"{look} odd" if span.batch % 2 else look
     left, width = x_of(span.start), x_of(span.end) - x_of(span.start)
     factor, shown_unit = _shown_unit(unit, span.end - span.start)

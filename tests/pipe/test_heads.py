@@ -1,195 +1,32 @@
-"""Auxiliary heads: what they find at the end of a model, what they compute, and what they refuse."""
+"""Auxiliary heads: what they compute, and what they refuse."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from deepspeed.pipe import LayerSpec
+from head_models import (
+    VOCABULARY,
+    WIDTH,
+    Block,
+    build,
+    cross_entropy,
+    hidden_and_labels,
+    language_model,
+)
 from torch import Tensor, nn
 
 from ds_interlock.config import HeadConfig
+from ds_interlock.cross_entropy import linear_cross_entropy
 from ds_interlock.errors import ConfigError
-from ds_interlock.pipe.heads import AuxiliaryHead, find_model_end, head_factory
+from ds_interlock.models.lm import LMLoss
+from ds_interlock.pipe.heads import AuxiliaryHead, head_factory
 from ds_interlock.schedule.plan import LossHead
 
-WIDTH, VOCABULARY = 12, 31
-
-
-class Block(nn.Module):
-    """A residual block; carries a mask along if it is given one."""
-
-    def __init__(self, width: int = WIDTH, eps: float = 1e-3) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, eps=eps)
-        self.grow = nn.Linear(width, 4 * width)
-        self.shrink = nn.Linear(4 * width, width)
-
-    def forward(self, hidden: Any) -> Any:
-        hidden_btd = hidden[0] if isinstance(hidden, tuple) else hidden
-        hidden_btd = hidden_btd + self.shrink(F.gelu(self.grow(self.norm(hidden_btd))))
-        return (hidden_btd, *hidden[1:]) if isinstance(hidden, tuple) else hidden_btd
-
-
-class ModelRMSNorm(nn.Module):
-    """A model's own norm, with a scale that starts at 0 and is added to 1."""
-
-    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_btd: Tensor) -> Tensor:
-        return F.rms_norm(hidden_btd, (hidden_btd.shape[-1],), 1 + self.weight, self.variance_epsilon)
-
-
-class NormAndUnembedding(nn.Module):
-    def __init__(self, bias: bool) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(WIDTH, eps=1e-2)
-        self.unembedding = nn.Linear(WIDTH, VOCABULARY, bias=bias)
-
-
-class Embeddings(nn.Module):
-    def __init__(self, num_tokens: int, width: int) -> None:
-        super().__init__()
-        self.positions = nn.Embedding(5, width)
-        self.tokens = nn.Embedding(num_tokens, width)
-
-
-def unembed(module: Embeddings, hidden_btd: Tensor) -> Tensor:
-    return hidden_btd @ module.tokens.weight.T
-
-
-def language_model(*, bias: bool = False) -> list[Any]:
-    return [
-        LayerSpec(nn.Embedding, VOCABULARY, WIDTH),
-        LayerSpec(Block),
-        LayerSpec(Block),
-        LayerSpec(nn.LayerNorm, WIDTH, eps=1e-4),
-        LayerSpec(nn.Linear, WIDTH, VOCABULARY, bias=bias),
-    ]
-
-
-def cross_entropy(logits_btv: Tensor, labels_bt: Tensor) -> Tensor:
-    return F.cross_entropy(logits_btv.flatten(0, -2), labels_bt.flatten(), ignore_index=-100)
-
-
-def build(layers: list[Any], after_layer: int = 2, **config: Any) -> nn.Module:
-    torch.manual_seed(5)
-    return head_factory(HeadConfig(**config), layers)(LossHead(stage=0, after_layer=after_layer))
-
-
-def hidden_and_labels(num_ignored: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(9)
-    hidden_btd = torch.randn(3, 7, WIDTH, generator=generator)
-    labels_bt = torch.randint(VOCABULARY, (3, 7), generator=generator)
-    labels_bt.view(-1)[:num_ignored] = -100
-    return hidden_btd, labels_bt
-
-
-# What is found at the end of a model.
-
-
-def test_a_norm_and_an_unembedding_in_layers_of_their_own() -> None:
-    end = find_model_end(language_model(bias=True))
-    assert (end.width, end.num_outputs, end.bias, end.init_std, end.tail) == (
-        WIDTH,
-        VOCABULARY,
-        True,
-        None,
-        (),
-    )
-    norm = end.make_norm()
-    assert isinstance(norm, nn.LayerNorm)
-    assert (norm.normalized_shape, norm.eps) == ((WIDTH,), 1e-4)
-    assert not norm.weight.is_meta
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_both_in_one_layer(bias: bool) -> None:
-    end = find_model_end([LayerSpec(Block), LayerSpec(NormAndUnembedding, bias)])
-    norm = end.make_norm()
-    assert isinstance(norm, nn.RMSNorm)
-    assert (norm.eps, end.bias, end.init_std) == (1e-2, bias, 0.02)
-
-
-def test_a_norm_of_the_models_own_class_starts_as_that_class_does() -> None:
-    norm = find_model_end([ModelRMSNorm(WIDTH, eps=1e-3), nn.Linear(WIDTH, 3)]).make_norm()
-    assert isinstance(norm, ModelRMSNorm)
-    assert norm.variance_epsilon == 1e-3
-    assert not norm.weight.any()
-
-
-def test_a_norm_without_weights_stays_without() -> None:
-    layers = [LayerSpec(nn.LayerNorm, WIDTH, elementwise_affine=False), LayerSpec(nn.Linear, WIDTH, 3)]
-    assert not list(find_model_end(layers).make_norm().parameters())
-
-
-def test_the_nearest_norm_that_is_as_wide() -> None:
-    layers = [Block(eps=1e-2), Block(eps=1e-3), nn.LayerNorm(2 * WIDTH), nn.Linear(WIDTH, 3)]
-    assert find_model_end(layers).make_norm().eps == 1e-3
-
-
-def test_a_model_without_norm_has_heads_without() -> None:
-    layers = [LayerSpec(nn.Linear, 4, 4), torch.tanh, LayerSpec(nn.Linear, 4, 3)]
-    assert find_model_end(layers).make_norm is None
-    assert [name for name, _ in build(layers, after_layer=1).named_parameters()] == [
-        "readout.unembedding.weight",
-        "readout.unembedding.bias",
-    ]
-
-
-def test_a_tied_embedding_used_in_reverse() -> None:
-    layers = [
-        TiedLayerSpec("embed", Embeddings, VOCABULARY, WIDTH, tied_weight_attr="tokens.weight"),
-        LayerSpec(Block, eps=1e-2),
-        TiedLayerSpec(
-            "embed", Embeddings, VOCABULARY, WIDTH, forward_fn=unembed, tied_weight_attr="tokens.weight"
-        ),
-    ]
-    end = find_model_end(layers)
-    assert (end.width, end.num_outputs, end.bias, end.init_std) == (WIDTH, VOCABULARY, False, 0.02)
-    assert end.make_norm().eps == 1e-2
-
-
-def test_the_unembedding_starts_as_the_models_own() -> None:
-    module = nn.Linear(WIDTH, 4000)
-    nn.init.normal_(module.weight, std=0.3)
-    given = build([Block(), module]).readout.unembedding.weight
-    assert given.std().item() == pytest.approx(0.3, rel=0.02)
-    default = build([Block(), LayerSpec(nn.Linear, WIDTH, 4000)]).readout.unembedding.weight
-    assert default.std().item() == pytest.approx((3 * WIDTH) ** -0.5, rel=0.02)
-
-
-@pytest.mark.parametrize("grouped", [False, True], ids=["layers", "sequential"])
-def test_what_follows_the_unembedding_is_kept(grouped: bool) -> None:
-    parts = [nn.Linear(WIDTH, VOCABULARY), nn.LogSoftmax(-1)]
-    layers = [Block(), *([nn.Sequential(*parts)] if grouped else parts), lambda outputs: 2 * outputs]
-    outputs_btv = build(layers, after_layer=1)(hidden_and_labels()[0])
-    torch.testing.assert_close((outputs_btv / 2).exp().sum(-1), torch.ones(3, 7))
-
-
-def test_looking_draws_no_random_numbers() -> None:
-    before = torch.get_rng_state()
-    head_factory(HeadConfig(), language_model())
-    assert torch.equal(before, torch.get_rng_state())
-
-
-@pytest.mark.parametrize(
-    "layers",
-    [
-        [torch.tanh],
-        [LayerSpec(nn.Linear, 4, 4), LayerSpec(nn.LayerNorm, 4)],
-        [LayerSpec(nn.Embedding, 4, 4)],
-    ],
-    ids=["no weights", "ends in a norm", "ends in an embedding"],
-)
-def test_a_model_without_unembedding_needs_heads_of_its_own(layers: list[Any]) -> None:
-    with pytest.raises(ConfigError, match=r"InterlockPipelineModule.*head=make_head"):
-        head_factory(HeadConfig(), layers)
-
+TYPES = ["linear", "norm_linear", "low_rank", "block_linear", "lens"]
 
 # What the heads compute.
 
@@ -237,7 +74,7 @@ def test_block_linear_repeats_the_layer_in_front(built: bool) -> None:
         assert not torch.equal(head.block.grow.weight, layers[1].grow.weight)
 
 
-@pytest.mark.parametrize("type", ["linear", "norm_linear", "low_rank", "block_linear"])
+@pytest.mark.parametrize("type", TYPES)
 def test_of_a_tuple_the_first_is_the_hidden_state(type: str) -> None:
     head = build(language_model(), type=type)
     hidden_btd, _ = hidden_and_labels()
@@ -335,6 +172,68 @@ def test_sampling_needs_a_label_for_each_position(labels: Any) -> None:
     head = build(language_model(), token_fraction=0.3).train()
     with pytest.raises(ConfigError, match=r"interlock\.head\.token_fraction: 0\.3 needs one label"):
         head.loss(hidden_and_labels()[0], labels, cross_entropy)
+
+
+# Unembedding and loss in one.
+
+
+class CountingLoss(LMLoss):
+    """The language model's loss; counts how it was asked for."""
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__(label_smoothing)
+        self.asked = {"logits": 0, "fused": 0}
+
+    def forward(self, logits_btv: Tensor, labels_bt: Tensor) -> Tensor:
+        self.asked["logits"] += 1
+        return super().forward(logits_btv, labels_bt)
+
+    def fused_linear(self, *args: Any) -> Tensor:
+        self.asked["fused"] += 1
+        return super().fused_linear(*args)
+
+
+def loss_and_gradients(head: nn.Module, loss_fn: LMLoss) -> list[Tensor]:
+    hidden_btd, labels_bt = hidden_and_labels(num_ignored=4)
+    hidden_btd = hidden_btd.double().requires_grad_()
+    torch.manual_seed(3)  # of the positions that are sampled
+    loss = head.double().loss(hidden_btd, labels_bt, loss_fn)
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    return [loss.detach(), *torch.autograd.grad(loss, [hidden_btd, *trained])]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("token_fraction", [1.0, 0.5])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("type", TYPES)
+def test_the_numbers_are_the_same_fused_or_not(
+    type: str, bias: bool, token_fraction: float, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_chunks = partial(linear_cross_entropy, chunk_bytes=3 * VOCABULARY * 8, backend="chunked")
+    monkeypatch.setattr("ds_interlock.models.lm.linear_cross_entropy", in_chunks)
+    found = {}
+    for fused in (False, True):
+        loss_fn = CountingLoss(label_smoothing=0.2).train(training)
+        head = build(language_model(bias=bias), type=type, token_fraction=token_fraction, fused=fused)
+        found[fused] = loss_and_gradients(head.train(training), loss_fn)
+        assert loss_fn.asked == {"logits": int(not fused), "fused": int(fused)}
+    torch.testing.assert_close(found[True], found[False], rtol=1e-12, atol=1e-14)
+
+
+def test_a_loss_function_that_cannot_fuse_gets_the_outputs() -> None:
+    hidden_btd, labels_bt = hidden_and_labels()
+    head = build(language_model())
+    loss = head.loss(hidden_btd, labels_bt, cross_entropy)
+    torch.testing.assert_close(loss, cross_entropy(head(hidden_btd), labels_bt))
+
+
+def test_what_follows_the_unembedding_is_never_skipped() -> None:
+    hidden_btd, labels_bt = hidden_and_labels()
+    head = build([*language_model(), lambda outputs: 5 * outputs])
+    loss_fn = CountingLoss()
+    loss = head.loss(hidden_btd, labels_bt, loss_fn)
+    assert loss_fn.asked == {"logits": 1, "fused": 0}
+    torch.testing.assert_close(loss, cross_entropy(head(hidden_btd), labels_bt))
 
 
 # What is refused.

@@ -1,0 +1,133 @@
+"""The engines that are compared, on one model: DeepSpeed's, torch's, and this package's modes.
+
+Each is an object with DeepSpeed's ``train_batch(data_iter)`` and ``set_train_batch_size(num_samples)``.
+All cut the model at the same places, train with plain SGD, and step once a batch.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.utils import partition_balanced
+from torch import Tensor
+
+import ds_interlock
+from benchmarks.torch_peers import TORCH_SCHEDULES, TorchPipeline
+from ds_interlock.errors import ConfigError
+from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
+
+LEARNING_RATE = 1e-3
+DEEPSPEED = "DeepSpeed"
+MODES: dict[str, dict[str, Any]] = {
+    "global": {"mode": "global"},
+    "local": {"mode": "local"},
+    "window 1.25": {"mode": "interlock", "window": 1.25},
+    "window 1.25, 1 extra": {"mode": "interlock", "window": 1.25, "extra_in_flight": 1},
+    "window 1.5": {"mode": "interlock", "window": 1.5},
+    "window 2": {"mode": "interlock", "window": 2},
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained.
+
+    Attributes:
+        layers: Specifications of all layers.
+        layer_seconds: What each layer takes, in any unit; stages are cut to take the same.
+        loss_fn: ``loss_fn(outputs, labels)``, a scalar.
+        micro_batch: ``(inputs, labels)``; every micro-batch is this one.
+        head: Builds an auxiliary head; None: as ``interlock.head`` says.
+        plan: Makes the plan in place of the configuration's; see ``InterlockPipelineModule``.
+    """
+
+    layers: list[LayerSpec]
+    layer_seconds: list[float]
+    loss_fn: Callable[[Tensor, Tensor], Tensor]
+    micro_batch: tuple[Tensor, Tensor]
+    head: Callable[[LossHead], torch.nn.Module] | None = None
+    plan: Callable[[list[int]], GradientFlowPlan] | None = None
+
+    def bounds(self, num_stages: int) -> list[int]:
+        """Where the layers are cut: ``num_stages + 1`` rising layer numbers."""
+        return [int(bound) for bound in partition_balanced(self.layer_seconds, num_stages)]
+
+
+def make_engine(name: str, work: Workload, section: dict[str, Any] | None = None) -> Any:
+    """The engine called ``name``, on this rank of a job that has a stage a rank.
+
+    Args:
+        name: DeepSpeed's, one of ``TORCH_SCHEDULES`` or of ``MODES``; any with a ``section``.
+        work: What it trains.
+        section: The ``"interlock"`` section; by default that of ``MODES``.
+
+    Raises:
+        ConfigError: If DeepSpeed does not cut the model into stages of the same time.
+    """
+    torch.manual_seed(0)
+    if name in TORCH_SCHEDULES:
+        return TorchPipeline(TORCH_SCHEDULES[name], work, LEARNING_RATE)
+    pipeline = {
+        "layers": work.layers,
+        "loss_fn": work.loss_fn,
+        "num_stages": dist.get_world_size(),
+        "partition_method": "uniform",
+    }
+    batch_size = len(work.micro_batch[0])
+    config = {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1
+        "steps_per_print": None,
+    }
+    if name == DEEPSPEED:
+        net = PipelineModule(**pipeline)
+        engine = deepspeed.initialize(model=net, config=config)[0]
+    else:
+        section = section or MODES[name]
+        interlock = ds_interlock.InterlockConfig.from_deepspeed({"interlock": section})
+        net = ds_interlock.InterlockPipelineModule(
+            **pipeline, interlock=interlock, head=work.head, plan=work.plan
+        )
+        engine = ds_interlock.initialize(model=net, config=config | {"interlock": section})[0]
+    bounds = work.bounds(dist.get_world_size())
+    if list(net.parts) != bounds:
+        raise ConfigError(
+            f"stages that take the same time end at layers {bounds}, but stages of as many layers, which is "
+            f"how DeepSpeed cuts, at {list(net.parts)}: choose another number of layers"
+        )
+    return engine
+
+
+def seconds_of_a_batch(engine: Any, work: Workload, num_micro_batches: int, num_batches: int) -> float:
+    """Seconds a batch takes on the slowest stage, once the pipeline is running. All ranks call it.
+
+    Args:
+        engine: From ``make_engine``.
+        work: What it was made for.
+        num_micro_batches: Micro-batches of a batch, M.
+        num_batches: Batches to time, after two that are not.
+
+    Raises:
+        ValueError: If the engine refuses this number of micro-batches.
+    """
+    engine.set_train_batch_size(num_micro_batches * len(work.micro_batch[0]))
+    batches: Iterator[Any] = repeat(work.micro_batch)
+    dist.barrier()
+    for _ in range(2):
+        engine.train_batch(batches)
+    start = time.perf_counter()
+    for _ in range(num_batches):
+        engine.train_batch(batches)
+    elapsed = torch.tensor((time.perf_counter() - start) / num_batches)
+    if hasattr(engine, "drain"):
+        engine.drain()
+    dist.all_reduce(elapsed, dist.ReduceOp.MAX)
+    return elapsed.item()

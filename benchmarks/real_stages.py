@@ -1,0 +1,231 @@
+"""Two stages of a real Transformer on two cores: this package's modes beside DeepSpeed's engine and torch's.
+
+    python -m benchmarks.real_stages --output real_stages.json
+
+Nothing sleeps. A language model (``ds_interlock/models/lm.py``) is cut into two stages of about the same
+work; each runs in a process of its own with one thread, in float32 on gloo, with SGD. Auxiliary heads are
+``norm_linear`` over the whole vocabulary, on ``--token_fraction`` of the positions. For each engine and
+number of micro-batches M: the seconds a batch takes, how many times faster than DeepSpeed's engine that
+is, and the distance to the floor: half the time in which a process trains the whole model on the same
+batch without any pipeline, while a second process does the same (so that both cores are busy, as they are
+under a pipeline without a bubble).
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import results
+from benchmarks.engines import (
+    DEEPSPEED,
+    LEARNING_RATE,
+    MODES,
+    Workload,
+    make_engine,
+    seconds_of_a_batch,
+)
+from benchmarks.ranks import run_ranks
+from benchmarks.torch_peers import TORCH_SCHEDULES
+from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
+
+NUM_STAGES = 2
+FLOOR = "floor"
+ENGINES = (
+    *TORCH_SCHEDULES,
+    *(name for name in MODES if name != "window 2"),
+)  # of two stages window 2 is global
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures, prints the table and returns the results."""
+    args = _arguments(argv)
+    sizes = {name: getattr(args, name) for name in ("width", "num_blocks", "vocab_size", "seq_length")}
+    how = {"sizes": sizes, "micro_batches": args.micro_batches, "num_batches": args.batches}
+    measured: dict[str, list[list[float | None]]] = {
+        engine: [] for engine in (FLOOR, DEEPSPEED, *args.engines)
+    }
+    for turn in range(args.rounds):
+        for engine, rounds in measured.items():
+            print(f"round {turn + 1} of {args.rounds}: {engine} ...", flush=True)
+            if engine == FLOOR:
+                ranks = run_ranks(measure_floor, NUM_STAGES, **how)
+            else:
+                head = {"type": "norm_linear", "token_fraction": args.token_fraction}
+                ranks = run_ranks(measure, NUM_STAGES, engine_name=engine, head=head, **how)
+            rounds.append(ranks[0])
+    rows = _rows(args.micro_batches, {engine: _medians(rounds) for engine, rounds in measured.items()})
+    found = results.collect("real_stages", args, rows, argv)
+    results.publish(found, args.output)
+    return found
+
+
+def _medians(rounds: list[list[float | None]]) -> list[float | None]:
+    """Of every figure over the rounds; an engine refuses in all of them or in none."""
+    return [
+        None if None in figures else statistics.median(filter(None, figures))
+        for figures in zip(*rounds, strict=True)
+    ]
+
+
+def _rows(micro_batches: list[int], measured: dict[str, list[float | None]]) -> list[dict[str, Any]]:
+    rows = []
+    for number, num_micro_batches in enumerate(micro_batches):
+        floor, deepspeed = measured[FLOOR][number], measured[DEEPSPEED][number]
+        assert floor is not None
+        assert deepspeed is not None
+        for engine, figures in measured.items():
+            row: dict[str, Any] = {"engine": engine, "micro_batches": num_micro_batches}
+            seconds = figures[number]
+            if seconds is not None:
+                row["seconds"] = seconds
+                row["times_deepspeed"] = deepspeed / seconds
+                row["times_floor"] = seconds / floor
+            rows.append(row)
+    return rows
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    results.add_choice(parser, "--engines", ENGINES, "measured beside DeepSpeed's")
+    parser.add_argument("--micro_batches", type=int, nargs="+", default=[1, 2, 4], help="of a batch (1 2 4)")
+    parser.add_argument("--batches", type=int, default=5, help="timed, after two that are not (%(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of all engines; the median counts (%(default)s)"
+    )
+    parser.add_argument("--width", type=int, default=384, help="of the hidden state (%(default)s)")
+    parser.add_argument("--num_blocks", type=int, default=15, help="of both stages together (%(default)s)")
+    parser.add_argument("--vocab_size", type=int, default=8192, help="(%(default)s)")
+    parser.add_argument("--seq_length", type=int, default=128, help="tokens of a micro-batch (%(default)s)")
+    parser.add_argument(
+        "--token_fraction", type=float, default=0.125, help="interlock.head.token_fraction (%(default)s)"
+    )
+    results.add_output(parser)
+    return parser.parse_args(argv)
+
+
+# In the processes of a job.
+
+
+def lm_config(sizes: dict[str, int]) -> LMConfig:
+    """The model: 64 entries of the hidden state for every attention head."""
+    return LMConfig(**sizes, num_heads=max(1, sizes["width"] // 64))
+
+
+def workload(sizes: dict[str, int]) -> Workload:
+    """The language model on one sequence of random tokens."""
+    config = lm_config(sizes)
+    torch.manual_seed(0)
+    ids_bt = torch.randint(config.vocab_size, (1, config.seq_length + 1))
+    # In multiplications of a position; a block also attends, to half of the positions on average.
+    block = 12 * config.width**2 + config.seq_length * config.width
+    unembedding = config.width * config.vocab_size
+    return Workload(
+        layers=lm_layers(config),
+        layer_seconds=[0, 0, *[block] * config.num_blocks, 0, unembedding],
+        loss_fn=lm_loss(),
+        micro_batch=(ids_bt[:, :-1].contiguous(), ids_bt[:, 1:].contiguous()),
+    )
+
+
+def measure(
+    engine_name: str,
+    sizes: dict[str, int],
+    micro_batches: list[int],
+    num_batches: int,
+    head: dict[str, Any],
+) -> list[float | None]:
+    """On every rank of a job: times one engine.
+
+    Args:
+        engine_name: DeepSpeed's, or one of ``ENGINES``.
+        sizes: Of the model, as ``LMConfig`` has them.
+        micro_batches: Numbers of micro-batches of a batch.
+        num_batches: Batches to time for each.
+        head: The section ``"interlock.head"``.
+
+    Returns:
+        Seconds of a batch, by number of micro-batches; None where the engine refuses.
+    """
+    work = workload(sizes)
+    section = MODES.get(engine_name)
+    if section is not None:
+        section = section | {"head": head}
+    engine = make_engine(engine_name, work, section)
+    found: list[float | None] = []
+    for num_micro_batches in micro_batches:
+        try:
+            found.append(seconds_of_a_batch(engine, work, num_micro_batches, num_batches))
+        except ValueError:  # torch's 1F1B, of fewer micro-batches than stages
+            found.append(None)
+    return found
+
+
+def measure_floor(sizes: dict[str, int], micro_batches: list[int], num_batches: int) -> list[float]:
+    """The floor: half the seconds in which this process trains the whole model on a batch."""
+    work = workload(sizes)
+    inputs, labels = work.micro_batch
+    net = build_lm(lm_config(sizes))
+    optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE)
+    found = []
+    for num_micro_batches in micro_batches:
+        seconds = []
+        dist.barrier()
+        for _ in range(num_batches + 1):
+            start = time.perf_counter()
+            for _ in range(num_micro_batches):
+                (work.loss_fn(net(inputs), labels) / num_micro_batches).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds.append(time.perf_counter() - start)
+        found.append(statistics.median(seconds[1:]) / NUM_STAGES)
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The measurements as Markdown."""
+    header = ["M", "engine", "s/batch", "times DeepSpeed", "times floor"]
+    lines = [
+        (
+            row["micro_batches"],
+            row["engine"],
+            row.get("seconds"),
+            row.get("times_deepspeed"),
+            row.get("times_floor"),
+        )
+        for row in found["rows"]
+    ]
+    note = (
+        "Floor: no bubble, no extra work. Empty: torch's 1F1B refuses M below the number of stages. Heads: "
+        f"norm_linear, {found['arguments']['vocab_size']} words, "
+        f"token_fraction {found['arguments']['token_fraction']}."
+    )
+    return "\n\n".join([results.markdown(header, lines), note])
+
+
+def draw(found: dict[str, Any]) -> Any:
+    """Distance to the floor, a group of bars for each number of micro-batches."""
+    rows = [row for row in found["rows"] if row["engine"] != FLOOR]
+    micro_batches = sorted({row["micro_batches"] for row in rows})
+    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    figure, axes = results.new_figure(1, "Two Transformer stages on two cores")
+    axis = axes[0, 0]
+    for number, engine in enumerate(engines):
+        heights = [row.get("times_floor", 0) for row in rows if row["engine"] == engine]
+        places = [group + (number - len(engines) / 2) * 0.8 / len(engines) for group in range(len(heights))]
+        axis.bar(places, heights, 0.8 / len(engines), align="edge", label=engine)
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(micro_batches)), [f"M = {number}" for number in micro_batches])
+    axis.set_ylabel("time of a batch / floor")
+    results.add_legend(figure, axis)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""What makes relays cheap, each measure with it and without, simulated and on sleeping stages.
+
+    python -m benchmarks.relays --output relays.json
+
+A relay passes the gradient of a loss on to the stage in front. The measures:
+
+input gradient only   a relay computes no weight gradients; without, it costs a whole backward pass
+summed losses         losses that train the same upstream stages travel as one tensor; without, each by itself
+one backward pass     where a stage relays exactly what trains it, relay and weight gradient are one pass;
+                      without, two
+relays first          a ready relay goes before a ready weight gradient; without, after it
+heads inside a stage  of a fractional window run when the layers in front of them are done; without, after
+                      the whole forward
+skipped relays        no input gradient where nobody upstream needs it; without, one for every loss that
+                      trains a stage (in the sleeping stages as a longer weight gradient)
+
+Times are in forwards of a stage, for each batch once the pipeline is running. Every stage sleeps as long
+for its forward, its input gradient and its weight gradient, a head 0.3 of that.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec
+
+from benchmarks import results
+from benchmarks.engines import make_engine, seconds_of_a_batch
+from benchmarks.ranks import run_ranks
+from benchmarks.sleeping import SleepingLayer
+from benchmarks.sleeping_stages import HEAD_SHARE, LAYERS_PER_STAGE, WIDTH, sleeping_workload
+from ds_interlock.schedule import dependency, order
+from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.cost import CostModel
+from ds_interlock.schedule.lower import training_program
+from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.schedule.simulate import simulate
+
+MakePlan = Callable[[list[int]], GradientFlowPlan]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A plan, carried out with or without a measure.
+
+    Attributes:
+        plan: Makes the plan from the stage bounds.
+        input_gradient: What an input gradient costs, in forwards.
+        weight_gradient: What a weight gradient costs each stage on top of that, in forwards.
+        patch: Context in which programs are made.
+    """
+
+    plan: MakePlan
+    input_gradient: float = 1.0
+    weight_gradient: Callable[[GradientFlowPlan], list[float]] = lambda plan: [1.0] * plan.num_stages
+    patch: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Programs of this process are made as this side makes them."""
+        training_program.cache_clear()
+        with self.patch():
+            yield
+        training_program.cache_clear()
+
+
+class _EachAlone(GradientFlowPlan):
+    """A plan in which no losses travel summed."""
+
+    def bundles(self, stage: int) -> tuple[tuple[int, ...], ...]:
+        return tuple((loss,) for bundle in super().bundles(stage) for loss in bundle)
+
+
+def _window(window: float) -> MakePlan:
+    return lambda bounds: GradientFlowPlan.n_wise(window=window, stage_bounds=bounds)
+
+
+def _relays_last() -> AbstractContextManager[Any]:
+    return mock.patch.dict(order._URGENCY, {Kind.INPUT_GRADIENT: max(order._URGENCY.values()) + 1})
+
+
+def _two_passes() -> AbstractContextManager[Any]:
+    return mock.patch.object(dependency, "relays_all_in_one", return_value=False)
+
+
+def _heads_after_the_forward() -> AbstractContextManager[Any]:
+    def whole_forward(plan: GradientFlowPlan, stage: int, micro_batch: int, loss: int) -> Action:
+        return Action(stage, Kind.FORWARD, micro_batch)
+
+    return mock.patch.object(dependency, "_forward_to", whole_forward)
+
+
+def _with_needless_relays(plan: GradientFlowPlan) -> list[float]:
+    """A weight gradient, and an input gradient for every loss that goes no further than its stage."""
+    return [1.0 + len(plan.trained_by[k].difference(plan.relays(k))) for k in range(plan.num_stages)]
+
+
+def _no_weight_gradient(plan: GradientFlowPlan) -> list[float]:
+    return [0.0] * plan.num_stages
+
+
+_TWO = Side(_window(2))
+_FRACTIONAL = Side(_window(1.25))
+_DEEP = Side(lambda bounds: GradientFlowPlan.deep_supervision(stage_bounds=bounds))
+_DEEP_IN_TWO = replace(_DEEP, patch=_two_passes)
+_DEEP_EACH_ALONE = Side(lambda bounds: _EachAlone.deep_supervision(stage_bounds=bounds))
+MEASURES: dict[str, tuple[str, Side, Side]] = {
+    "input gradient only": (
+        "window 2",
+        _TWO,
+        replace(_TWO, input_gradient=2.0, weight_gradient=_no_weight_gradient),
+    ),
+    "summed losses": ("deep supervision, two passes", _DEEP_IN_TWO, _DEEP_EACH_ALONE),
+    "one backward pass": ("deep supervision", _DEEP, _DEEP_IN_TWO),
+    "relays first": ("window 2", _TWO, replace(_TWO, patch=_relays_last)),
+    "heads inside a stage": (
+        "window 1.25",
+        _FRACTIONAL,
+        replace(_FRACTIONAL, patch=_heads_after_the_forward),
+    ),
+    "skipped relays": ("window 2", _TWO, replace(_TWO, weight_gradient=_with_needless_relays)),
+}
+"""For each measure the plan it is shown on, and that plan with it and without."""
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures, prints the table and returns the results."""
+    args = _arguments(argv)
+    rows = []
+    for name in args.measures:
+        plan_name, *sides = MEASURES[name]
+        print(f"{name} ...", flush=True)
+        measured = [
+            run_ranks(
+                measure,
+                args.stages,
+                name=name,
+                side_number=number,
+                seconds=args.milliseconds / 1000,
+                micro_batches=args.micro_batches,
+                num_batches=args.batches,
+            )[0]
+            for number in range(len(sides))
+        ]
+        for number, num_micro_batches in enumerate(args.micro_batches):
+            simulated = [simulated_forwards(side, args.stages, num_micro_batches) for side in sides]
+            rows.append(
+                {
+                    "measure": name,
+                    "plan": plan_name,
+                    "micro_batches": num_micro_batches,
+                    "simulated_with": simulated[0],
+                    "simulated_without": simulated[1],
+                    "measured_with": measured[0][number],
+                    "measured_without": measured[1][number],
+                }
+            )
+    found = results.collect("relays", args, rows, argv)
+    results.publish(found, args.output)
+    return found
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    results.add_choice(parser, "--measures", list(MEASURES), "what is measured")
+    parser.add_argument("--stages", type=int, default=4, help="pipeline stages, a process each (%(default)s)")
+    parser.add_argument("--micro_batches", type=int, nargs="+", default=[1, 4], help="of a batch (1 4)")
+    parser.add_argument("--milliseconds", type=float, default=40.0, help="one sleep of a stage (%(default)s)")
+    parser.add_argument("--batches", type=int, default=6, help="timed, after two that are not (%(default)s)")
+    results.add_output(parser)
+    return parser.parse_args(argv)
+
+
+def simulated_forwards(side: Side, num_stages: int, num_micro_batches: int) -> float:
+    """What the simulator says a batch takes, in forwards of a stage."""
+    plan = side.plan([LAYERS_PER_STAGE * stage for stage in range(num_stages + 1)])
+    costs = CostModel(
+        input_gradient=side.input_gradient, weight_gradient=side.weight_gradient(plan), head=HEAD_SHARE
+    )
+    with side.in_force():
+        program = training_program(plan, num_micro_batches)
+        return simulate(program, costs, num_batches=10).batch_seconds
+
+
+def measure(
+    name: str, side_number: int, seconds: float, micro_batches: list[int], num_batches: int
+) -> list[float]:
+    """On every rank of a job: times one side of a measure.
+
+    Args:
+        name: Of the measure.
+        side_number: 0 with it, 1 without.
+        seconds: One sleep of a stage.
+        micro_batches: Numbers of micro-batches of a batch.
+        num_batches: Batches to time for each.
+
+    Returns:
+        What a batch takes in forwards of a stage, by number of micro-batches.
+    """
+    side = MEASURES[name][1 + side_number]
+    work = sleeping_workload(dist.get_world_size(), seconds)
+    plan = side.plan(work.bounds(dist.get_world_size()))
+    share = seconds / LAYERS_PER_STAGE
+    layers = [
+        LayerSpec(SleepingLayer, WIDTH, share, side.input_gradient * share, weight_gradient * share)
+        for weight_gradient in side.weight_gradient(plan)
+        for _ in range(LAYERS_PER_STAGE)
+    ]
+    work = replace(work, layers=layers, plan=side.plan)
+    with side.in_force():
+        engine = make_engine(name, work, {"mode": "interlock", "window": 2})  # the plan is the side's
+        return [seconds_of_a_batch(engine, work, m, num_batches) / seconds for m in micro_batches]
+
+
+def table(found: dict[str, Any]) -> str:
+    """Every measure with and without, as Markdown."""
+    header = [
+        "measure",
+        "plan",
+        "M",
+        "simulated: with",
+        "without",
+        "gain",
+        "measured: with",
+        "without",
+        "gain",
+    ]
+    lines = [
+        (
+            row["measure"],
+            row["plan"],
+            row["micro_batches"],
+            row["simulated_with"],
+            row["simulated_without"],
+            row["simulated_without"] / row["simulated_with"],
+            row["measured_with"],
+            row["measured_without"],
+            row["measured_without"] / row["measured_with"],
+        )
+        for row in found["rows"]
+    ]
+    arguments = found["arguments"]
+    note = (
+        f"Time of a batch in forwards of a stage; {arguments['stages']} stages; "
+        f"a forward is {arguments['milliseconds']:g} ms."
+    )
+    return "\n\n".join([results.markdown(header, lines), note])
+
+
+def draw(found: dict[str, Any]) -> Any:
+    """How many times longer a batch takes without each measure."""
+    rows = found["rows"]
+    figure, axes = results.new_figure(1, "A batch without the measure, relative to with it")
+    axis = axes[0, 0]
+    labels = [f"{row['measure']}\n{row['plan']}, M = {row['micro_batches']}" for row in rows]
+    for offset, key in ((0.0, "simulated"), (0.4, "measured")):
+        gains = [row[f"{key}_without"] / row[f"{key}_with"] for row in rows]
+        axis.barh([number + offset for number in range(len(rows))], gains, 0.4, align="edge", label=key)
+    axis.set_yticks([number + 0.4 for number in range(len(rows))], labels, fontsize="x-small")
+    axis.axvline(1, linewidth=0.8, color="black")
+    axis.invert_yaxis()
+    results.add_legend(figure, axis)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

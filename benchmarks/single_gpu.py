@@ -1,0 +1,164 @@
+"""All stages of a pipeline on one device: tokens per second and peak memory of every mode.
+
+    python -m benchmarks.single_gpu --model_size 355M --output single_gpu.json
+
+A GPT-2-shaped language model (``ds_interlock/models/lm.py``) is trained with AdamW by
+``InProcessPipeline``: K virtual stages, one after the other on one device, random tokens. There is no
+bubble to save here; what is seen is the extra work of heads and relays, and how much memory the
+micro-batches in flight take. With CUDA weights and activations are bfloat16; on CPU the default is a
+small model in float32. Every mode runs in a process of its own, so that peak memory is its own: on CUDA
+what torch had allocated, on CPU the memory of the process.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks import results
+from ds_interlock import GradientFlowPlan, HeadConfig, InProcessPipeline
+from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
+from ds_interlock.pipe.heads import head_factory
+
+# The shapes of GPT-2 (Radford et al. 2019, table 2), between them one of 760 M, and a small one for CPUs.
+MODEL_SIZES: dict[str, dict[str, int]] = {
+    "3M": {"width": 128, "num_blocks": 8, "num_heads": 4, "vocab_size": 4096},
+    "125M": {"width": 768, "num_blocks": 12, "num_heads": 12, "vocab_size": 50257},
+    "355M": {"width": 1024, "num_blocks": 24, "num_heads": 16, "vocab_size": 50257},
+    "760M": {"width": 1280, "num_blocks": 36, "num_heads": 20, "vocab_size": 50257},
+    "1B": {"width": 1600, "num_blocks": 32, "num_heads": 25, "vocab_size": 50257},
+}
+GLOBAL = "global"
+WINDOWS = {"local": 1, "window 1.25": 1.25, "window 2": 2, "window 3": 3}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures, prints the table and returns the results."""
+    args = _arguments(argv)
+    context = multiprocessing.get_context("spawn")
+    rows = []
+    for mode in (GLOBAL, *args.modes):
+        print(f"{mode} ...", flush=True)
+        with context.Pool(1) as pool:
+            rows.append(pool.apply(measure, (mode, args)))
+    found = results.collect("single_gpu", args, rows, argv)
+    results.publish(found, args.output)
+    return found
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="(%(default)s)")
+    parser.add_argument(
+        "--model_size", choices=MODEL_SIZES, default="125M" if on_gpu else "3M", help="(%(default)s)"
+    )
+    results.add_choice(parser, "--modes", list(WINDOWS), "measured beside global")
+    parser.add_argument("--stages", type=int, default=4, help="virtual pipeline stages (%(default)s)")
+    parser.add_argument("--micro_batches", type=int, default=8, help="of a batch (%(default)s)")
+    parser.add_argument(
+        "--micro_batch_size",
+        type=int,
+        default=8 if on_gpu else 1,
+        help="sequences of a micro-batch (%(default)s)",
+    )
+    parser.add_argument(
+        "--seq_length", type=int, default=1024 if on_gpu else 64, help="tokens of a sequence (%(default)s)"
+    )
+    parser.add_argument(
+        "--token_fraction", type=float, default=0.125, help="interlock.head.token_fraction (%(default)s)"
+    )
+    parser.add_argument("--batches", type=int, default=5, help="timed, after one that is not (%(default)s)")
+    results.add_output(parser)
+    return parser.parse_args(argv)
+
+
+def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
+    """In a process of its own: trains some batches under ``mode``."""
+    torch.set_num_threads(1)  # on CPU: others may want the other cores
+    device = torch.device(args.device)
+    net = _model(mode, args).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    ids_mbt = torch.randint(
+        MODEL_SIZES[args.model_size]["vocab_size"],
+        (args.micro_batches, args.micro_batch_size, args.seq_length + 1),
+        device=device,
+    )
+    micro_batches = [(ids_bt[:, :-1], ids_bt[:, 1:]) for ids_bt in ids_mbt]
+    seconds = []
+    for _ in range(1 + args.batches):
+        start = time.perf_counter()
+        losses = net.accumulate_gradients(micro_batches)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses[net.plan.final].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    batch_seconds = statistics.median(seconds[1:])
+    return {
+        "mode": mode,
+        "layer_parameters": sum(p.numel() for name, p in net.named_parameters() if "heads." not in name),
+        "head_parameters": sum(p.numel() for p in net.heads.parameters()),
+        "seconds": batch_seconds,
+        "tokens_per_second": args.micro_batches * args.micro_batch_size * args.seq_length / batch_seconds,
+        "peak_bytes": _peak_bytes(device),
+    }
+
+
+def _model(mode: str, args: argparse.Namespace) -> InProcessPipeline:
+    torch.manual_seed(0)
+    config = LMConfig(**MODEL_SIZES[args.model_size], seq_length=args.seq_length)
+    # The embeddings belong to the first stage, norm and unembedding to the last.
+    inner = [2 + config.num_blocks * stage // args.stages for stage in range(1, args.stages)]
+    bounds = [0, *inner, config.num_layers]
+    if mode == GLOBAL:
+        plan = GradientFlowPlan.end_to_end(stage_bounds=bounds)
+    else:
+        plan = GradientFlowPlan.n_wise(window=WINDOWS[mode], stage_bounds=bounds)
+    head = HeadConfig(token_fraction=args.token_fraction)
+    return InProcessPipeline(build_lm(config), lm_loss(), plan, head_factory(head, lm_layers(config)))
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def table(found: dict[str, Any]) -> str:
+    """Speed and memory of every mode, as Markdown."""
+    rows = found["rows"]
+    header = ["mode", "tokens/s", "relative to global", "peak GiB", "parameters", "in heads"]
+    lines = [
+        (
+            row["mode"],
+            row["tokens_per_second"],
+            row["tokens_per_second"] / rows[0]["tokens_per_second"],
+            row["peak_bytes"] / 2**30,
+            row["layer_parameters"],
+            row["head_parameters"],
+        )
+        for row in rows
+    ]
+    return results.markdown(header, lines)
+
+
+def draw(found: dict[str, Any]) -> Any:
+    """Tokens per second and peak memory, a bar for each mode."""
+    figure, axes = results.new_figure(2, f"{found['arguments']['model_size']} parameters on one device")
+    modes = [row["mode"] for row in found["rows"]]
+    axes[0, 0].bar(modes, [row["tokens_per_second"] for row in found["rows"]])
+    axes[0, 0].set_ylabel("tokens per second")
+    axes[0, 1].bar(modes, [row["peak_bytes"] / 2**30 for row in found["rows"]])
+    axes[0, 1].set_ylabel("peak memory, GiB")
+    return figure
+
+
+if __name__ == "__main__":
+    main()

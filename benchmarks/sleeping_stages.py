@@ -1,0 +1,110 @@
+"""A pipeline of sleeping stages, what its passes really take, and what the simulator makes of that."""
+
+import statistics
+import time
+from collections.abc import Callable
+from itertools import repeat
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec
+
+from benchmarks.engines import Workload
+from benchmarks.sleeping import SleepingHead, SleepingLayer, sleeping_loss, use_exact_timers
+from ds_interlock import InterlockConfig
+from ds_interlock.schedule.action import Kind
+from ds_interlock.schedule.cost import CostModel
+from ds_interlock.schedule.lower import training_program
+from ds_interlock.schedule.simulate import simulate
+
+LAYERS_PER_STAGE = 4
+WIDTH = 16
+HEAD_SHARE = 0.3
+"""What an auxiliary head takes for forward and backward, relative to the forward of a stage."""
+
+
+def sleeping_workload(num_stages: int, seconds: float) -> Workload:
+    """Stages that sleep ``seconds`` in the forward, for the input and for the weight gradient.
+
+    This process's timers are made exact for it.
+    """
+    use_exact_timers()
+    layer_seconds = seconds / LAYERS_PER_STAGE
+    num_layers = LAYERS_PER_STAGE * num_stages
+    return Workload(
+        layers=[LayerSpec(SleepingLayer, WIDTH, layer_seconds) for _ in range(num_layers)],
+        layer_seconds=[layer_seconds] * num_layers,
+        loss_fn=sleeping_loss,
+        micro_batch=(torch.ones(1, WIDTH), torch.zeros(1, WIDTH)),
+        head=lambda place: SleepingHead(HEAD_SHARE * seconds),
+    )
+
+
+def stage_costs(engine: Any, work: Workload, head_seconds: float) -> dict[str, float]:
+    """Median seconds of what this stage does, in the terms of ``CostModel``. All ranks call it.
+
+    The passes are run by themselves, outside of the engine; the optimizer step is the engine's own.
+
+    Args:
+        engine: Of one of our modes, from ``make_engine``.
+        work: The sleeping workload that it was made for.
+        head_seconds: How long a head sleeps.
+    """
+    return {**_passes(engine, head_seconds), "optimizer": _optimizer_seconds(engine, work)}
+
+
+def _passes(engine: Any, head_seconds: float, repeats: int = 5) -> dict[str, float]:
+    layers = torch.nn.Sequential(*engine.module.forward_funcs)
+    parameters, head = list(layers.parameters()), SleepingHead(head_seconds)
+    seconds: dict[str, list[float]] = {"forward": [], "input_gradient": [], "backward": [], "head": []}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        seconds[name].append(time.perf_counter() - start)
+        return result
+
+    def head_pass() -> None:
+        hidden = torch.ones(1, WIDTH, requires_grad=True)
+        sleeping_loss(head(hidden), hidden.detach()).backward()  # type: ignore[no-untyped-call]
+
+    dist.barrier()
+    for _ in range(repeats):
+        x = torch.ones(1, WIDTH, requires_grad=True)
+        y = timed("forward", lambda x=x: layers(x))
+        g = torch.ones_like(y)
+        timed("input_gradient", lambda x=x, y=y, g=g: torch.autograd.grad(y, x, g, retain_graph=True))
+        timed("backward", lambda y=y, g=g: torch.autograd.backward(y, g, inputs=parameters))
+        timed("head", head_pass)
+    engine.module.zero_grad()
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    median["weight_gradient"] = median.pop("backward") - median["input_gradient"]
+    return median
+
+
+def _optimizer_seconds(engine: Any, work: Workload, num_batches: int = 3) -> float:
+    engine.set_train_batch_size(1)
+    engine.record_timeline()
+    for _ in range(num_batches):
+        engine.train_batch(repeat(work.micro_batch))
+    own = engine.timeline()[dist.get_rank()]
+    engine.drain()
+    return statistics.median(span.end - span.start for span in own if span.action.kind is Kind.STEP)
+
+
+def predicted_seconds(
+    section: dict[str, Any], costs: list[dict[str, float]], num_micro_batches: int
+) -> float:
+    """What the simulator says a batch takes.
+
+    Args:
+        section: The ``"interlock"`` section.
+        costs: Of each stage, from ``stage_costs``.
+        num_micro_batches: Micro-batches of a batch.
+    """
+    interlock = InterlockConfig(**section)
+    plan = interlock.plan([LAYERS_PER_STAGE * stage for stage in range(len(costs) + 1)])
+    model = CostModel(**{name: [stage[name] for stage in costs] for name in costs[0]})
+    program = training_program(plan, num_micro_batches, extra_in_flight=interlock.extra_in_flight)
+    return simulate(program, model, num_batches=10, streaming=not plan.is_end_to_end).batch_seconds

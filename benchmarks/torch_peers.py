@@ -1,0 +1,92 @@
+"""torch.distributed.pipelining behind the interface of DeepSpeed's engine.
+
+The interleaved and the zero-bubble schedule put two stages on every rank: the model is then cut into
+twice as many stages of half the work each.
+
+    K = 2   1F1B          rank 0: stage 0       rank 1: stage 1
+            interleaved   rank 0: stages 0, 2   rank 1: stages 1, 3
+            ZBV           rank 0: stages 0, 3   rank 1: stages 1, 2
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import pipelining
+
+if TYPE_CHECKING:
+    from benchmarks.engines import Workload
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A schedule and which stages it wants on which rank."""
+
+    schedule: type
+    stages_per_rank: int = 1
+    v_shaped: bool = False
+
+    def stages(self, rank: int, num_ranks: int) -> list[int]:
+        """The stages of ``rank``."""
+        if self.v_shaped:
+            return [rank, 2 * num_ranks - 1 - rank]
+        return [rank + turn * num_ranks for turn in range(self.stages_per_rank)]
+
+
+TORCH_SCHEDULES = {
+    "torch 1F1B": _Layout(pipelining.Schedule1F1B),
+    "torch interleaved 1F1B": _Layout(pipelining.ScheduleInterleaved1F1B, 2),
+    "torch ZBV": _Layout(pipelining.ScheduleZBVZeroBubble, 2, v_shaped=True),
+}
+
+
+class TorchPipeline:
+    """This rank's part of a model under one of torch's schedules, with SGD.
+
+    Args:
+        layout: One of ``TORCH_SCHEDULES``.
+        work: What is trained.
+        learning_rate: Of SGD.
+    """
+
+    def __init__(self, layout: _Layout, work: "Workload", learning_rate: float) -> None:
+        self.layout = layout
+        self.work = work
+        self.num_stages = layout.stages_per_rank * dist.get_world_size()
+        bounds = work.bounds(self.num_stages)
+        self.parts = {
+            stage: nn.Sequential(*(spec.build() for spec in work.layers[bounds[stage] : bounds[stage + 1]]))
+            for stage in layout.stages(dist.get_rank(), dist.get_world_size())
+        }
+        parameters = [parameter for part in self.parts.values() for parameter in part.parameters()]
+        self.optimizer = torch.optim.SGD(parameters, learning_rate)
+
+    def set_train_batch_size(self, num_samples: int) -> None:
+        """Sets the number of micro-batches to what ``num_samples`` make.
+
+        Raises:
+            ValueError: If torch's schedule refuses it.
+        """
+        self.num_micro_batches = num_samples // len(self.work.micro_batch[0])
+        stages = [
+            pipelining.PipelineStage(part, number, self.num_stages, torch.device("cpu"))
+            for number, part in self.parts.items()
+        ]
+        one_a_rank = self.layout.stages_per_rank == 1
+        self.schedule = self.layout.schedule(
+            stages[0] if one_a_rank else stages, self.num_micro_batches, loss_fn=self.work.loss_fn
+        )
+
+    def train_batch(self, data_iter: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Trains on one batch; every rank reads it."""
+        micro_batches = [next(data_iter) for _ in range(self.num_micro_batches)]
+        inputs, labels = (torch.cat(parts) for parts in zip(*micro_batches, strict=True))
+        arguments: dict[str, Any] = {"return_outputs": False}
+        if self.num_stages - 1 in self.parts:
+            arguments |= {"target": labels, "losses": []}
+        self.schedule.step(*([inputs] if 0 in self.parts else []), **arguments)
+        self.optimizer.step()
+        self.optimizer.zero_grad()

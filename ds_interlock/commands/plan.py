@@ -1,0 +1,172 @@
+"""``ds-interlock plan``: what a configuration would cost, beside what else one might choose."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_interlock.commands.arguments import at_least_one, positive
+from ds_interlock.commands.profile import DEFAULT_SEQ_LENGTH, micro_batch_size_of
+from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
+from ds_interlock.errors import ConfigError
+from ds_interlock.planning.forecast import Comparison, Forecast, compare
+from ds_interlock.planning.profile import Profile, unit_profile
+from ds_interlock.planning.report import as_json, print_report, write_svg, write_trace
+from ds_interlock.schedule.picture import draw_plan
+
+_DEFAULT_STAGES = 4
+_UNIT_LAYERS_PER_STAGE = 4
+_WIDTH = 130  # of tables that do not go to a terminal
+
+_PLAN = """\
+Plays CONFIG's plan through and prints the time of a batch, the bubble, the micro-batches in flight and
+their activations, the gradients relayed, the share of the auxiliary heads, and the speed relative to
+global backpropagation (1F1B, as DeepSpeed runs it); then says whether interlocking pays here.
+
+Costs come from --profile (measured by `ds-interlock profile`), from --model (estimated from the sizes in
+a Hugging Face configuration; no weights are loaded, no GPU is needed), or, with neither, are those of
+equal layers: a stage's forward, input gradient and weight gradient 1 each, a head 0.3.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds ``plan`` to the subcommands."""
+    parser = commands.add_parser(
+        "plan",
+        help="predict a config's speed and memory, and whether interlocking pays",
+        description=_PLAN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="DeepSpeed JSON config")
+    parser.add_argument(
+        "--stages", type=at_least_one, metavar="K", help=f"pipeline stages (default: {_DEFAULT_STAGES})"
+    )
+    parser.add_argument(
+        "--micro-batches",
+        type=at_least_one,
+        metavar="M",
+        help="in a batch (default: CONFIG's gradient_accumulation_steps)",
+    )
+    parser.add_argument(
+        "--bounds",
+        type=_bounds,
+        metavar="0,3,...",
+        help="first layer of each stage; number of layers",
+    )
+    costs = parser.add_mutually_exclusive_group()
+    costs.add_argument("--profile", metavar="FILE", help="measured costs, from `ds-interlock profile`")
+    costs.add_argument("--model", metavar="NAME_OR_PATH", help="estimate from this Hugging Face config")
+    assumed = parser.add_argument_group("assumptions of --model")
+    assumed.add_argument("--seq-length", type=at_least_one, default=DEFAULT_SEQ_LENGTH, metavar="T")
+    assumed.add_argument("--tflops", type=positive, default=150.0, help="of a device (default: %(default)g)")
+    assumed.add_argument(
+        "--bandwidth", type=positive, default=25.0, metavar="GB/S", help="of a link (default: %(default)g)"
+    )
+    assumed.add_argument(
+        "--latency", type=positive, default=20.0, metavar="US", help="of a message (default: %(default)g)"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--compare", action="store_true", help="show every setting, not CONFIG's alone")
+    output.add_argument("--json", action="store_true", help="print JSON")
+    output.add_argument("--svg", type=Path, metavar="FILE", help="write the timelines as a picture")
+    output.add_argument("--trace", type=Path, metavar="FILE", help="write the timelines for ui.perfetto.dev")
+    output.add_argument("--html", type=Path, metavar="FILE", help="write a page with sliders for M and K")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints and writes what was asked for."""
+    contents = read_deepspeed(options.config)
+    interlock = InterlockConfig.from_deepspeed(options.config)
+    check_deepspeed(contents)
+    if options.bounds and options.stages and options.stages != len(options.bounds) - 1:
+        raise ConfigError(f"--bounds has {len(options.bounds) - 1} stages and --stages is {options.stages}")
+    num_stages = len(options.bounds) - 1 if options.bounds else options.stages or _DEFAULT_STAGES
+    num_micro_batches = options.micro_batches or _micro_batches_of(contents)
+    profile = _profile(options, interlock, contents, num_stages)
+    comparison = compare(
+        interlock, profile, num_micro_batches, num_stages=num_stages, stage_bounds=options.bounds
+    )
+    shown = comparison.all if options.compare else _without_others(comparison)
+    if options.json:
+        print(json.dumps(as_json(comparison, shown), indent=2))
+    else:
+        _print(interlock, comparison, shown)
+    if options.svg:
+        write_svg(options.svg, comparison, shown)
+    if options.trace:
+        write_trace(options.trace, comparison, shown)
+    if options.html:
+        from ds_interlock.planning.page import write_page
+
+        write_page(options.html, interlock, profile, num_stages, num_micro_batches)
+    return 0
+
+
+def _print(interlock: InterlockConfig, comparison: Comparison, shown: Sequence[Forecast]) -> None:
+    from rich.console import Console
+
+    print(draw_plan(interlock.plan(comparison.reference.stage_bounds)), end="\n\n")
+    width = None if sys.stdout.isatty() else _WIDTH
+    print_report(comparison, shown, Console(width=width, highlight=False))
+
+
+def _without_others(comparison: Comparison) -> tuple[Forecast, ...]:
+    """The configured setting and global, once if they are the same."""
+    configured, reference = comparison.configured, comparison.reference
+    return (configured,) if configured.name == reference.name else (configured, reference)
+
+
+def _profile(
+    options: argparse.Namespace, interlock: InterlockConfig, contents: dict[str, Any], num_stages: int
+) -> Profile:
+    if options.profile:
+        return Profile.load(options.profile)
+    if not options.model:
+        num_layers = options.bounds[-1] if options.bounds else _UNIT_LAYERS_PER_STAGE * num_stages
+        return unit_profile(num_layers, num_layers / num_stages)
+    from rich.console import Console
+
+    with Console(stderr=True).status("importing transformers"):
+        from ds_interlock.hf.layers import load_config
+        from ds_interlock.hf.profile import estimate_profile
+
+        return estimate_profile(
+            options.model,
+            load_config(options.model),
+            interlock.head,
+            micro_batch_size=micro_batch_size_of(contents),
+            seq_length=options.seq_length,
+            flops_per_second=options.tflops * 1e12,
+            link=(options.latency * 1e-6, options.bandwidth * 1e9),
+        )
+
+
+def _micro_batches_of(contents: dict[str, Any]) -> int:
+    """The config's number of micro-batches.
+
+    Raises:
+        ConfigError: If it does not say.
+    """
+    value = contents.get("gradient_accumulation_steps")
+    batch, micro = contents.get("train_batch_size"), contents.get("train_micro_batch_size_per_gpu")
+    if value is None and isinstance(batch, int) and isinstance(micro, int):
+        value = batch // micro  # one data-parallel replica
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(
+            f"gradient_accumulation_steps: got {value!r}, expected a whole number of at least 1; or say "
+            "--micro-batches"
+        )
+    return value
+
+
+def _bounds(text: str) -> list[int]:
+    try:
+        bounds = [int(part) for part in text.split(",")]
+    except ValueError:
+        bounds = []
+    if len(bounds) < 2 or bounds[0] != 0 or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected rising numbers from 0, like 0,4,8,12")
+    return bounds

@@ -1,0 +1,177 @@
+"""``ds-interlock verify``: a config's gradients on a small model against plain autograd."""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ds_interlock.commands.arguments import at_least_one, positive
+from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
+from ds_interlock.errors import ConfigError
+from ds_interlock.schedule.picture import draw_plan
+
+if TYPE_CHECKING:
+    from ds_interlock.verification.checks import Report
+
+_OK, _FAILED = 0, 1
+
+_DEFAULT_STAGES = 4
+_DEFAULT_TIMEOUT_SECONDS = 300.0
+_WIDTH = 100  # of tables that do not go to a terminal
+
+_VERIFY = """\
+Carries out the plan of CONFIG's "interlock" section (mode, window, combine, head_stride, head, ...) on a
+small random model, with the real engine in as many processes on CPU as there are stages, and compares:
+
+  - the gradient of every parameter, layers and heads, with float64 autograd on truncated graphs;
+  - the gradients of the same samples in other numbers of micro-batches;
+  - training with streaming on and off, bit for bit;
+  - a window as long as the pipeline with ordinary backpropagation, bit for bit.
+
+The rest of CONFIG (optimizer, batch sizes, clipping, precision) is ignored: gradients are compared
+before any of it applies. No launcher and no GPU are needed.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds ``verify`` to the subcommands."""
+    parser = commands.add_parser(
+        "verify",
+        help="check a config's gradients on a small model against plain autograd",
+        description=_VERIFY,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="DeepSpeed JSON config")
+    parser.add_argument(
+        "--stages",
+        type=at_least_one,
+        default=_DEFAULT_STAGES,
+        metavar="K",
+        help="stages, and processes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layers",
+        type=at_least_one,
+        metavar="L",
+        help="layers of the small model (default: 2 K + 1, room for a head inside every stage)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of weights and data (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        default=_DEFAULT_TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help="give up after this long (default: %(default)g)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a picture and a table")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the checks and reports on them; 0 if all passed."""
+    contents = read_deepspeed(options.config)
+    interlock = InterlockConfig.from_deepspeed(options.config)
+    check_deepspeed(contents)
+    num_layers = options.layers or 2 * options.stages + 1
+    plan = interlock.plan(_uniform_bounds(num_layers, options.stages))
+    # The small model runs on the CPU, whatever else there is. DeepSpeed looks when it is imported.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from rich.console import Console
+
+    with _leaving_on_sigterm(), Console(stderr=True).status("importing DeepSpeed") as status:
+        from ds_interlock.verification.checks import verify
+
+        report = verify(
+            interlock,
+            plan,
+            seed=options.seed,
+            timeout_seconds=options.timeout,
+            progress=status.update,
+        )
+    if options.json:
+        print(json.dumps(_as_json(report), indent=2))
+    else:
+        _print_report(report)
+    return _OK if report.passed else _FAILED
+
+
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Lets a termination unwind as Ctrl-C does, so that processes started are stopped too."""
+
+    def leave(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _uniform_bounds(num_layers: int, num_stages: int) -> list[int]:
+    """Stages as even as can be, the first ones a layer longer, as DeepSpeed cuts "uniform"."""
+    if num_stages > num_layers:
+        raise ConfigError(
+            f"{num_stages} stages for {num_layers} layers: every stage needs at least one; use --layers "
+            f"{num_stages} or more, or fewer --stages"
+        )
+    each, longer = divmod(num_layers, num_stages)
+    return [stage * each + min(stage, longer) for stage in range(num_stages + 1)]
+
+
+def _print_report(report: "Report") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("check", overflow="fold")
+    for name in ("parameters", "worst error", "limit", "result"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for check in report.checks:
+        table.add_row(
+            check.name,
+            str(check.num_parameters),
+            f"{check.error:.1e}",
+            f"{check.limit:.0e}" if check.limit else "none",
+            "[green]pass[/green]" if check.passed else "[bold red]FAIL[/bold red]",
+        )
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    print(draw_plan(report.plan), end="\n\n")
+    console.print(table)
+    for note in report.notes:
+        print(f"note: {note}")
+    num_failed = sum(not check.passed for check in report.checks)
+    total = f"{len(report.checks)} checks"
+    print(f"{num_failed} of {total} failed" if num_failed else f"all {total} passed")
+
+
+def _as_json(report: "Report") -> dict[str, Any]:
+    """What ``--json`` prints. An error that is no number is null: JSON has no infinity."""
+    return {
+        "passed": report.passed,
+        "plan": {
+            "stage_bounds": list(report.plan.stage_bounds),
+            "heads": [vars(head) for head in report.plan.heads],
+            "trained_by": [sorted(losses) for losses in report.plan.trained_by],
+        },
+        "checks": [
+            {
+                "name": check.name,
+                "num_parameters": check.num_parameters,
+                "error": check.error if math.isfinite(check.error) else None,
+                "limit": check.limit,
+                "passed": check.passed,
+            }
+            for check in report.checks
+        ],
+        "notes": list(report.notes),
+    }

@@ -1,0 +1,255 @@
+"""Finds the end of a model, which auxiliary heads repeat: norm, unembedding, and what follows it.
+
+    layers of the model    ... ─► block ─► block ─► norm ─► unembedding ─► (a callable)
+                                                    └──────────┬────────────────┘
+                                                           ModelEnd
+
+The layers are looked at from the last one forwards. Those that are specifications are built on the meta
+device, so the look allocates nothing and draws no random number.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from torch import Tensor, nn
+
+from ds_interlock.errors import ConfigError
+
+Layer: TypeAlias = Any  # LayerSpec (which has no types), nn.Module, or a function
+
+_DEFAULT_STD = 0.02
+
+PASS_HEAD = (
+    "Pass heads of your own: InterlockPipelineModule(..., head=make_head), where "
+    "make_head(head: LossHead) -> nn.Module returns what turns the hidden state into what the model's last "
+    "layer would output"
+)
+
+
+@dataclass(frozen=True)
+class ModelEnd:
+    """The end of a model, as far as a head repeats it.
+
+    Attributes:
+        width: Width of the hidden state, d.
+        num_outputs: Number of entries of an output, v.
+        bias: Whether the unembedding has one.
+        init_std: Standard deviation of the unembedding's initial weights; None for torch's own default.
+        make_norm: Builds a norm like the one in front of the unembedding; None if there is none.
+        copy_norm: A copy of that norm with the model's values, frozen; None if there is none.
+        copy_unembedding: A copy of the unembedding with the model's values, frozen.
+        tail: What follows the unembedding. It has no weights.
+    """
+
+    width: int
+    num_outputs: int
+    bias: bool
+    init_std: float | None
+    make_norm: Callable[[], nn.Module] | None
+    copy_norm: Callable[[], nn.Module] | None
+    copy_unembedding: Callable[[], nn.Linear]
+    tail: tuple[Layer, ...]
+
+
+def find_model_end(layers: Sequence[Layer]) -> ModelEnd:
+    """Looks for the unembedding and the norm in front of it, from the last layer forwards.
+
+    The unembedding is the last ``nn.Linear``, or the weight of a ``TiedLayerSpec`` with a ``forward_fn``
+    (an embedding used in reverse). The norm is the nearest one in front of it that is as wide.
+
+    Raises:
+        ConfigError: If there is no unembedding to be found.
+    """
+    tail: list[Layer] = []
+    seen = _from_the_end(layers)
+    for last in seen:
+        if last.module is not None and has_weights(last.module):
+            break
+        tail.insert(0, last.layer)
+    else:
+        raise ConfigError(f"no auxiliary head can be derived: no layer has weights. {PASS_HEAD}")
+    found = _unembedding(last)
+    num_outputs, width = found.weight.shape
+    in_front = chain(found.in_front, (place for piece in seen for place in reversed(_places(piece))))
+    norm = next((place for place in in_front if _is_norm(place.module, width)), None)
+    return ModelEnd(
+        width=width,
+        num_outputs=num_outputs,
+        bias=found.bias_name is not None,
+        init_std=_init_std(last.layer, found.weight),
+        make_norm=None if norm is None else partial(_like, norm.module, width),
+        copy_norm=None if norm is None else partial(_frozen_copy, norm),
+        copy_unembedding=partial(_frozen_linear, last.given, found.weight_name, found.bias_name),
+        tail=tuple(tail),
+    )
+
+
+class _Piece(NamedTuple):
+    """A layer, or a part of a layer that is a Sequential.
+
+    ``given`` is the layer as the model has it, in which ``module`` is at ``path``.
+    """
+
+    layer: Layer
+    module: nn.Module | None
+    given: Layer
+    path: str = ""
+
+
+class _Place(NamedTuple):
+    """A module, and where to find it with its weights: at ``path`` in the layer ``given``."""
+
+    module: nn.Module
+    given: Layer
+    path: str
+
+
+class _Unembedding(NamedTuple):
+    """What unembeds: weight ``[v, d]``, the names in the layer, and the modules in front, nearest first."""
+
+    weight: Tensor
+    weight_name: str
+    bias_name: str | None
+    in_front: list[_Place]
+
+
+def _from_the_end(layers: Sequence[Layer]) -> Iterator[_Piece]:
+    """Each layer, the last first, with what it builds, if it builds anything; a Sequential in its parts."""
+    for number in reversed(range(len(layers))):
+        layer = layers[number]
+        module = look_at(layer, f"layer {number}")
+        if type(module) is nn.Sequential:
+            # The parts of a spec exist on the meta device only: as parts of the tail they have no weights,
+            # and so nothing that would have to be allocated.
+            yield from (_Piece(part, part, layer, name) for name, part in reversed(module._modules.items()))
+        else:
+            yield _Piece(layer, module, layer)
+
+
+def _places(piece: _Piece) -> list[_Place]:
+    if piece.module is None:
+        return []
+    return [_Place(part, piece.given, name) for name, part in piece.module.named_modules(prefix=piece.path)]
+
+
+def look_at(layer: Layer, name: str) -> nn.Module | None:
+    """The module of ``layer``, built without memory if it is not there yet; None for a function.
+
+    Raises:
+        ConfigError: If a specification cannot be built on the meta device; ``name`` says which.
+    """
+    if isinstance(layer, nn.Module):
+        return layer
+    if not isinstance(layer, LayerSpec):
+        return None
+    try:
+        with torch.device("meta"):
+            return built(layer)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"no auxiliary head can be derived: {name}, {layer!r}, cannot be built on the meta device "
+            f"({error}). {PASS_HEAD}"
+        ) from error
+
+
+def built(spec: LayerSpec) -> nn.Module:
+    """The module of ``spec``, with weights of its own."""
+    module = spec.build()
+    assert isinstance(module, nn.Module), "LayerSpec takes no other class"
+    return module
+
+
+def has_weights(module: nn.Module, recurse: bool = True) -> bool:
+    """Whether ``module`` has parameters."""
+    return next(module.parameters(recurse), None) is not None
+
+
+def _unembedding(last: _Piece) -> _Unembedding:
+    assert last.module is not None
+    if isinstance(last.layer, TiedLayerSpec) and last.layer.forward_fn is not None:
+        for attribute in last.layer.tied_weight_attr:
+            weight = _at(last.module, attribute)
+            if weight.dim() == 2:
+                return _Unembedding(weight, attribute, None, [])
+    places = _places(last)
+    while places:
+        part, _, path = places.pop()
+        if isinstance(part, nn.Linear):
+            prefix = f"{path}." if path else ""
+            bias_name = None if part.bias is None else f"{prefix}bias"
+            return _Unembedding(part.weight, f"{prefix}weight", bias_name, places[::-1])
+    raise ConfigError(
+        "no auxiliary head can be derived: the last layer with weights is "
+        f"{type(last.module).__name__}, which has no nn.Linear to unembed with. {PASS_HEAD}"
+    )
+
+
+def _at(module: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    tensor = getattr(module.get_submodule(owner), attribute)
+    assert isinstance(tensor, Tensor), f"{name} is a {type(tensor).__name__}"
+    return tensor
+
+
+def _is_norm(part: nn.Module, width: int) -> bool:
+    """True for a LayerNorm or RMSNorm, torch's or a model's own class, over the last ``width`` entries."""
+    if not type(part).__name__.endswith(("LayerNorm", "RMSNorm")):
+        return False
+    weight = getattr(part, "weight", None)
+    shape = weight.shape if isinstance(weight, Tensor) else ()
+    return tuple(getattr(part, "normalized_shape", shape)) == (width,)
+
+
+def _like(norm: nn.Module, width: int) -> nn.Module:
+    """A new norm of the class, width and eps of ``norm``, initialised as its class does it."""
+    options: dict[str, Any] = {}
+    takes = inspect.signature(type(norm)).parameters
+    if "eps" in takes:
+        options["eps"] = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
+    if "elementwise_affine" in takes:
+        options["elementwise_affine"] = getattr(norm, "weight", None) is not None
+    if "bias" in takes:
+        options["bias"] = getattr(norm, "bias", None) is not None
+    try:
+        return type(norm)(width, **options)
+    except TypeError as error:
+        raise ConfigError(
+            f"no auxiliary head can be derived: the model's norm, {type(norm).__name__}, cannot be built "
+            f"from a width and {options} ({error}). {PASS_HEAD}"
+        ) from error
+
+
+def _init_std(layer: Layer, weight: Tensor) -> float | None:
+    """How the model initialises its unembedding, where that can be seen; see ``ModelEnd.init_std``."""
+    if isinstance(layer, LayerSpec):
+        return None if layer.typename is nn.Linear else _DEFAULT_STD
+    return _DEFAULT_STD if weight.is_meta else float(weight.detach().float().std())
+
+
+# Copies by value. A specification is built once more: a layer that seeds itself then has the values that
+# it has in the model; one that draws from the global generator has others of the same kind.
+
+
+def _with_values(layer: Layer) -> nn.Module:
+    return built(layer) if isinstance(layer, LayerSpec) else layer
+
+
+def _frozen_copy(place: _Place) -> nn.Module:
+    return copy.deepcopy(_with_values(place.given).get_submodule(place.path)).requires_grad_(False)
+
+
+def _frozen_linear(layer: Layer, weight_name: str, bias_name: str | None) -> nn.Linear:
+    module = _with_values(layer)
+    weight = _at(module, weight_name).detach().clone()
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias_name is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias_name is not None:
+        linear.bias = nn.Parameter(_at(module, bias_name).detach().clone(), requires_grad=False)
+    return linear

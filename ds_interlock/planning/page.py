@@ -1,0 +1,275 @@
+"""The forecasts as one HTML page: timelines of all settings, with a slider for M and one for K.
+
+    write_page("plan.html", interlock, profile, num_stages=8, num_micro_batches=4)
+
+Everything is played through here, once for every position of the sliders, and written into the page
+as JSON; the page only draws (``page.html``). It is one file that needs no network. Times become
+integers: ticks, of which the longest timeline of a view has ``_TICKS``.
+
+    view       one position of the sliders: K, M, seconds of a tick, the verdict, the forecasts
+    forecast   the figures of one setting; for each stage a row; ``end``, where the shown batches end
+    row        the number of the first batch, then four numbers a span:
+               what (see ``actions``), micro-batch, ticks of waiting before it, ticks it takes
+"""
+
+import html
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ds_interlock.config import InterlockConfig
+from ds_interlock.errors import ConfigError
+from ds_interlock.planning.forecast import (
+    GLOBAL,
+    ZERO_BUBBLE,
+    Comparison,
+    Forecast,
+    compare,
+    setting_name,
+    settings_to_compare,
+)
+from ds_interlock.planning.partition import balanced_bounds
+from ds_interlock.planning.profile import Profile
+from ds_interlock.planning.verdict import verdict
+from ds_interlock.schedule.action import Action
+from ds_interlock.schedule.lower import training_program
+from ds_interlock.schedule.render import LABELS
+from ds_interlock.schedule.simulate import Span, simulate
+
+Progress = Callable[[int, int], None]
+"""Called with the work done and the work there is, in micro-batches on stages."""
+
+Rows = Sequence[Sequence[Span]]
+
+_NUM_STAGES = (2, 4, 8, 16)
+_NUM_MICRO_BATCHES = (1, 2, 4, 8, 16)
+_TICKS = 100_000
+
+_MOST_PLAYED = 96
+"""Micro-batches after which stages are taken to have found their pace."""
+
+_SLACK = 0.03
+"""What a batch may differ from its steady time, as a share of it."""
+
+_MOST_FOR_TWO = 16
+"""A batch of more micro-batches than this is drawn once, not twice: the page stays small and readable."""
+
+
+def write_page(
+    path: str | os.PathLike[str],
+    interlock: InterlockConfig,
+    profile: Profile,
+    num_stages: int,
+    num_micro_batches: int,
+    *,
+    title: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes what ``render_page`` makes; an interrupted write leaves an earlier file as it was."""
+    page = render_page(interlock, profile, num_stages, num_micro_batches, title=title, progress=progress)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(page, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def render_page(
+    interlock: InterlockConfig,
+    profile: Profile,
+    num_stages: int,
+    num_micro_batches: int,
+    *,
+    title: str | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """The page, as HTML.
+
+    Args:
+        interlock: The configured setting; its timeline comes first.
+        profile: What the layers cost. Times of device "none" count in forwards of a stage.
+        num_stages: Where the slider for K stands at first. Others are 2, 4, 8, 16, as far as there are
+            layers and the configured setting exists.
+        num_micro_batches: Where the slider for M stands at first. Others are 1, 2, 4, 8, 16.
+        title: Heading of the page; by default the profile's model.
+        progress: Told how far the work is, after every view.
+
+    Raises:
+        ConfigError: If the configured setting, the stages and the profile do not fit together.
+    """
+    stages, left_out = _stage_choices(interlock, profile, num_stages)
+    micro_batches = sorted({*_NUM_MICRO_BATCHES, num_micro_batches})
+    settings = {setting_name(setting): setting for setting in (interlock, *settings_to_compare(interlock))}
+    maker = _Views(settings, profile)
+    views: list[dict[str, Any]] = []
+    for k, m in itertools.product(stages, micro_batches):
+        views.append(maker.view(compare(interlock, profile, m, num_stages=k)))
+        if progress is not None:
+            progress(sum(view["K"] * view["M"] for view in views), sum(stages) * sum(micro_batches))
+    names = dict.fromkeys([setting_name(interlock), GLOBAL, ZERO_BUBBLE, *settings])
+    data = {
+        "isUnit": profile.is_unit,
+        "profile": profile.model_dump(mode="json", exclude={"layers", "head", "versions"}),
+        "numLayers": len(profile.layers),
+        "K": stages,
+        "leftOut": left_out,
+        "M": micro_batches,
+        "configured": {"K": num_stages, "M": num_micro_batches, "name": setting_name(interlock)},
+        "names": [name for name in names if any(name in view["forecasts"] for view in views)],
+        "kinds": {kind.value: label for kind, label in LABELS.items()},
+        "actions": maker.actions,
+        "views": views,
+    }
+    return _fill_in(title or f"Pipeline plan: {profile.model}", data)
+
+
+def _stage_choices(
+    interlock: InterlockConfig, profile: Profile, num_stages: int
+) -> tuple[list[int], list[int]]:
+    """Numbers of stages that the configured setting exists for, and those it does not.
+
+    Raises:
+        ConfigError: If the configured ``num_stages`` is among the latter.
+    """
+    choices, left_out = [], []
+    for number in sorted({*_NUM_STAGES, num_stages}):
+        try:
+            interlock.plan(balanced_bounds(profile.layer_seconds, number))
+        except ConfigError:
+            if number == num_stages:
+                raise
+            left_out.append(number)
+        else:
+            choices.append(number)
+    return choices, left_out
+
+
+class _Views:
+    """Turns comparisons into views.
+
+    Attributes:
+        actions: What the first number of a span refers to: actions without stage and micro-batch, in
+            their text form ("F", "I@3").
+    """
+
+    def __init__(self, settings: Mapping[str, InterlockConfig], profile: Profile) -> None:
+        self.actions: list[str] = []
+        self._settings = settings
+        self._profile = profile
+
+    def view(self, comparison: Comparison) -> dict[str, Any]:
+        """One position of the sliders."""
+        configured = comparison.configured
+        excerpts = [self._excerpt(each) for each in comparison.all]
+        tick = max(end - start for _, start, end in excerpts) / _TICKS or 1.0
+        return {
+            "K": configured.num_stages,
+            "M": configured.num_micro_batches,
+            "numBatches": _num_batches(configured),
+            "tick": tick,
+            "verdict": verdict(comparison),
+            "skipped": dict(text.split(": ", 1) for text in comparison.skipped),
+            "forecasts": {
+                each.name: {
+                    **_figures(each),
+                    "end": round((end - start) / tick),
+                    "rows": [self._row(row, start, end, tick) for row in rows],
+                }
+                for each, (rows, start, end) in zip(comparison.all, excerpts, strict=True)
+            },
+        }
+
+    def _excerpt(self, forecast: Forecast) -> tuple[Rows, float, float]:
+        """Spans that cover some batches of the running pipeline, and the times these begin and end.
+
+        Until the stages in front are held up by those behind, they run ahead; where a forecast is not
+        played for long enough to get past that, more of it is played here.
+        """
+        num_batches = _num_batches(forecast)
+        length = num_batches * forecast.batch_seconds
+        for rows in self._longer(forecast):
+            start = _steady_start(rows, num_batches, length)
+            if min(row[-1].end for row in rows) >= (start + length) * (1 - _SLACK):
+                return rows, start, start + length
+        # Not held up yet: between many stages there is room for many micro-batches.
+        end = min(row[-1].end for row in rows)
+        return rows, end - length, end
+
+    def _longer(self, forecast: Forecast) -> Iterator[Rows]:
+        """Its rows, and then ever more batches of them."""
+        yield forecast.rows
+        setting = self._settings[forecast.name]
+        plan = setting.plan(forecast.stage_bounds)
+        program = training_program(plan, forecast.num_micro_batches, extra_in_flight=setting.extra_in_flight)
+        costs = self._profile.cost_model(forecast.stage_bounds)
+        streaming = setting.streaming and not plan.is_end_to_end
+        num_played = 1 + forecast.rows[0][-1].batch
+        while num_played * forecast.num_micro_batches < _MOST_PLAYED:
+            num_played *= 2
+            yield simulate(program, costs, num_batches=num_played, streaming=streaming).spans
+
+    def _row(self, row: Sequence[Span], start: float, end: float, tick: float) -> list[int]:
+        """The spans between ``start`` and ``end``; times are rounded once, so that errors do not add up."""
+        shown = [span for span in row if span.end > start and span.start < end]
+        numbers = [shown[0].batch if shown else 0]
+        now = 0
+        for span in shown:
+            begins, ends = round((span.start - start) / tick), round((span.end - start) / tick)
+            numbers += [self._code(span.action), span.action.micro_batch, begins - now, ends - begins]
+            now = ends
+        return numbers
+
+    def _code(self, action: Action) -> int:
+        losses = "+".join(map(str, action.losses))
+        text = f"{action.kind.value}@{losses}" if losses else action.kind.value
+        if text not in self.actions:
+            self.actions.append(text)
+        return self.actions.index(text)
+
+
+def _steady_start(rows: Rows, num_batches: int, length: float) -> float:
+    """When the first batch starts on stage 0 from which on ``num_batches`` take their ``length``.
+
+    Stage 0 is the last to be held up. Infinity if the rows end before.
+    """
+    running = max(row[0].start for row in rows)
+    first: dict[int, float] = {}
+    for span in rows[0]:
+        first.setdefault(span.batch, span.start)
+    starts = list(first.values())
+    for start, later in zip(starts[1:], starts[1 + num_batches :], strict=False):
+        if start >= running and later - start >= length * (1 - _SLACK):
+            return start
+    return math.inf
+
+
+def _num_batches(forecast: Forecast) -> int:
+    return 2 if forecast.num_micro_batches <= _MOST_FOR_TWO else 1
+
+
+def _figures(forecast: Forecast) -> dict[str, float | bool]:
+    """The table's row, in seconds, bytes and shares."""
+    return {
+        "seconds": forecast.batch_seconds,
+        "speed": forecast.speed,
+        "bubble": forecast.bubble_fraction,
+        "inFlight": forecast.in_flight[0],
+        "activationBytes": max(forecast.activation_bytes),
+        "relayBytes": max(forecast.relay_bytes),
+        "headShare": forecast.head_share,
+        "isReference": forecast.is_reference,
+    }
+
+
+def _fill_in(title: str, data: Mapping[str, Any]) -> str:
+    """The template with its two places filled; in JSON no "<" is left that could end the script."""
+    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    places = {"{{title}}": html.escape(title), "{{data}}": content}
+    return re.sub(r"\{\{\w+\}\}", lambda place: places[place.group()], template)

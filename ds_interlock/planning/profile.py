@@ -1,0 +1,160 @@
+"""What each layer of a model costs on one device: the file between measuring and planning.
+
+    ds-interlock profile ... -o profile.json   measures one (``pipe/measure.py``)
+    ds-interlock plan ... --model NAME         estimates one from sizes (``hf/estimate.py``)
+    ds-interlock plan ... --profile FILE       reads one
+
+All times are for one micro-batch of ``micro_batch_size`` samples.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ds_interlock.errors import ConfigError, list_faults
+from ds_interlock.schedule.cost import CostModel
+
+_NO_DEVICE = "none"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LayerProfile(_Record):
+    """One layer: seconds of its passes, bytes of what it keeps and hands on."""
+
+    name: str
+    forward_seconds: float = Field(ge=0)
+    input_gradient_seconds: float = Field(ge=0, description="Of a relay through this layer.")
+    weight_gradient_seconds: float = Field(
+        ge=0, description="What a backward pass for the weights costs on top of the input gradient."
+    )
+    optimizer_seconds: float = Field(0.0, ge=0)
+    num_parameters: int = Field(0, ge=0)
+    activation_bytes: float = Field(0.0, ge=0, description="Kept until the last backward pass.")
+    output_bytes: float = Field(0.0, ge=0, description="Of the hidden state behind it.")
+
+
+class HeadProfile(_Record):
+    """One auxiliary head: forward and backward together."""
+
+    type: str
+    seconds: float = Field(ge=0)
+    optimizer_seconds: float = Field(0.0, ge=0)
+    num_parameters: int = Field(0, ge=0)
+
+
+class Profile(_Record):
+    """A model's layers on one device, and the link between two devices."""
+
+    format: Literal[1] = 1
+    model: str
+    device: str
+    source: str = Field(description='"measured", or the assumptions it was estimated under.')
+    dtype: str = "float32"
+    micro_batch_size: int = Field(1, ge=1)
+    seq_length: int | None = None
+    layers: tuple[LayerProfile, ...] = Field(min_length=1)
+    head: HeadProfile
+    loss_seconds: float = Field(0.0, ge=0, description="The model's own loss, both passes.")
+    label_bytes: float = Field(0.0, ge=0)
+    latency_seconds: float = Field(0.0, ge=0)
+    bandwidth_bytes_per_second: float | None = Field(None, gt=0, description="None: not known; no limit.")
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Profile":
+        """Reads a profile.
+
+        Raises:
+            ConfigError: If there is none at ``path``, saying what is wrong with the file.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{path}: cannot read the profile: {error}; make one with `ds-interlock profile`"
+            ) from error
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            faults = [
+                f"{'.'.join(map(str, detail['loc'])) or 'the file'}: {detail['msg']}"
+                for detail in error.errors()
+            ]
+            subject = f"{path} is not a profile of `ds-interlock profile` (format 1)"
+            raise ConfigError(list_faults(subject, faults[:10])) from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the profile as JSON; an interrupted write leaves an earlier file as it was."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        unfinished.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+
+    @property
+    def is_unit(self) -> bool:
+        """True if times are multiples of a stage's forward, and sizes unknown: see ``unit_profile``."""
+        return self.device == _NO_DEVICE
+
+    @property
+    def layer_seconds(self) -> list[float]:
+        """For each layer the time of one micro-batch under ordinary backpropagation."""
+        return [
+            layer.forward_seconds + layer.input_gradient_seconds + layer.weight_gradient_seconds
+            for layer in self.layers
+        ]
+
+    def cost_model(self, stage_bounds: Sequence[int]) -> CostModel:
+        """The costs, in seconds, of stages cut at ``stage_bounds``."""
+        stages = [self.layers[a:b] for a, b in zip(stage_bounds, stage_bounds[1:], strict=False)]
+        last = [stage[-1].output_bytes for stage in stages]
+        return CostModel(
+            forward=[sum(layer.forward_seconds for layer in stage) for stage in stages],
+            input_gradient=[sum(layer.input_gradient_seconds for layer in stage) for stage in stages],
+            weight_gradient=[sum(layer.weight_gradient_seconds for layer in stage) for stage in stages],
+            head=self.head.seconds,
+            final_head=self.loss_seconds,
+            optimizer=[sum(layer.optimizer_seconds for layer in stage) for stage in stages],
+            head_optimizer=self.head.optimizer_seconds,
+            latency=self.latency_seconds,
+            bandwidth=self.bandwidth_bytes_per_second or float("inf"),
+            forward_bytes=[size + self.label_bytes for size in last],
+            # A gradient has the size of the hidden state in front of its sender.
+            gradient_bytes=[0.0, *last[:-1]],
+            layer_weights=[layer.forward_seconds for layer in self.layers],
+        )
+
+    def activation_bytes(self, stage_bounds: Sequence[int]) -> list[float]:
+        """For each stage what one micro-batch in flight keeps, its input included."""
+        result = []
+        for start, stop in zip(stage_bounds, stage_bounds[1:], strict=False):
+            inputs = self.layers[start - 1].output_bytes if start else 0.0
+            result.append(inputs + sum(layer.activation_bytes for layer in self.layers[start:stop]))
+        return result
+
+
+def unit_profile(num_layers: int, layers_per_stage: float, head_share: float = 0.3) -> Profile:
+    """Layers that are all alike, a stage's forward, input and weight gradient taking 1 s each.
+
+    For plans made without a model: all results are then multiples of a stage's forward.
+    """
+    share = 1.0 / layers_per_stage
+    layer = LayerProfile(
+        name="layer",
+        forward_seconds=share,
+        input_gradient_seconds=share,
+        weight_gradient_seconds=share,
+    )
+    return Profile(
+        model="equal layers",
+        device=_NO_DEVICE,
+        source=f"a stage's forward, input and weight gradient 1 each, a head {head_share:g}",
+        layers=(layer,) * num_layers,
+        head=HeadProfile(type="any", seconds=head_share),
+    )

@@ -1,0 +1,89 @@
+"""One honest sentence: which setting is fastest, and whether interlocking pays here at all."""
+
+from ds_interlock.planning.forecast import ZERO_BUBBLE, Comparison, Forecast
+
+_WORTHWHILE = 1.05
+"""A gain below 5 % is within what a prediction is worth: it does not pay for inexact gradients."""
+
+
+_DEAR_HEADS = 0.15
+"""A share of the work from which cheaper heads are worth a word."""
+
+
+def best_interlock(comparison: Comparison) -> Forecast | None:
+    """The fastest setting whose stages still talk to each other; None if there is none."""
+    return max(
+        (each for each in comparison.all if _interlocks(each)),
+        key=lambda each: each.speed,
+        default=None,
+    )
+
+
+def pays(comparison: Comparison) -> bool:
+    """True if some interlocking setting is worth its inexact gradients: 5 % faster than global or more."""
+    best = best_interlock(comparison)
+    return best is not None and best.speed >= _WORTHWHILE
+
+
+def verdict(comparison: Comparison) -> str:
+    """Says what is fastest, whether interlocking pays, and what the configured setting is worth.
+
+    Local learning is named where it is fastest, but it never counts as interlocking: no loss crosses
+    a stage's border there.
+    """
+    runnable = [each for each in comparison.all if not each.is_reference]
+    fastest = max(runnable, key=lambda each: each.speed)
+    num_micro_batches, num_stages = comparison.reference.num_micro_batches, comparison.reference.num_stages
+    where = (
+        f"{num_micro_batches} micro-batch{'es' * (num_micro_batches > 1)} on {num_stages} "
+        f"stage{'s' * (num_stages > 1)}"
+    )
+    best = best_interlock(comparison)
+    if best is None:
+        text = f"With {where} there is nothing to interlock: fastest is {_told(fastest)}"
+    elif pays(comparison):
+        text = f"Interlocking pays with {where}: {_told(best)}"
+        if fastest is not best:
+            text += f"; only {_told(fastest)} is faster, with gradients that stop at every border"
+    elif best.speed >= 1:
+        text = f"Interlocking hardly pays with {where}: {_told(best)}, too small a gain for inexact gradients"
+    else:
+        text = f"Interlocking does not pay with {where}: its fastest setting, {_told(best)}, is slower"
+        text += " than global, whose gradients are exact besides"
+    remarks = (_about_zero_bubble, _about_heads, _about_configured)
+    return "".join([text, *(remark(comparison, best) for remark in remarks), "."])
+
+
+def _interlocks(each: Forecast) -> bool:
+    return not each.is_reference and 1 < each.window < each.num_stages
+
+
+def _told(each: Forecast) -> str:
+    return f"{each.name} ({each.speed:.2f} times the speed of global)"
+
+
+def _about_zero_bubble(comparison: Comparison, best: Forecast | None) -> str:
+    """Global gradients without most of the bubble are the better bargain where they are as fast."""
+    line = next((each for each in comparison.others if each.name == ZERO_BUBBLE), None)
+    if line is None or best is None or line.speed < best.speed:
+        return ""
+    return f". A zero-bubble schedule (ZB-H1, which DeepSpeed does not have) would do {line.speed:.2f} times"
+
+
+def _about_heads(comparison: Comparison, best: Forecast | None) -> str:
+    dearest = max((each.head_share for each in (best, comparison.configured) if each), default=0.0)
+    if dearest < _DEAR_HEADS:
+        return ""
+    return (
+        f". Auxiliary heads are {dearest:.0%} of the work: lower interlock.head.token_fraction, or choose "
+        "a cheaper interlock.head.type"
+    )
+
+
+def _about_configured(comparison: Comparison, best: Forecast | None) -> str:
+    configured = comparison.configured
+    if configured.name in {comparison.reference.name, best.name if best else ""}:
+        return ""
+    if f"{configured.speed:.2f}" == "1.00":
+        return f". The configured setting, {configured.name}, is as fast as global"
+    return f". The configured setting, {configured.name}, has {configured.speed:.2f} times its speed"

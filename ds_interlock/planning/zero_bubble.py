@@ -1,0 +1,78 @@
+"""ZB-H1: the zero-bubble schedule at 1F1B's memory, as the line to beat with global gradients.
+
+Global gradients need no auxiliary head, and yet most of the bubble goes if the backward pass is split
+and weight gradients fill the waits. What interlocking saves must be held against that, not only
+against 1F1B. DeepSpeed does not run this schedule; it is played through here for comparison.
+
+Source: Qi, Wan, Huang, Lin: Zero Bubble Pipeline Parallelism. ICLR 2024, section 2.1.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.cost import CostModel
+from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.schedule.simulate import Span
+
+
+def zero_bubble_batch(
+    stage_bounds: Sequence[int], num_micro_batches: int, costs: CostModel
+) -> tuple[tuple[Span, ...], ...]:
+    """One batch under ZB-H1, from the first forward to the last weight gradient; no optimizer step.
+
+    At equal costs and M >= K it takes M (TF + TB + TW) + (K - 1) (TF + TB - TW), as in the paper.
+
+    Returns:
+        For each stage its spans.
+    """
+    plan = GradientFlowPlan.end_to_end(stage_bounds=stage_bounds)
+    orders = [_order(plan, stage, num_micro_batches) for stage in range(plan.num_stages)]
+    rows: list[list[Span]] = [[] for _ in orders]
+    done: dict[Action, float] = {}
+    while any(len(row) < len(order) for row, order in zip(rows, orders, strict=True)):
+        for row, order in zip(rows, orders, strict=True):
+            while len(row) < len(order):
+                action = order[len(row)]
+                needs = _from_neighbour(plan, action)
+                if needs is not None and needs not in done:
+                    break
+                arrival = 0.0 if needs is None else done[needs] + costs.latency
+                start = max(row[-1].end if row else 0.0, arrival)
+                done[action] = start + _seconds(plan, costs, action)
+                row.append(Span(action, 0, start, done[action]))
+    return tuple(map(tuple, rows))
+
+
+def _order(plan: GradientFlowPlan, stage: int, num_micro_batches: int) -> list[Action]:
+    """1F1B, its backward split: weight gradients follow ``stage`` micro-batches behind.
+
+    Every stage then holds K micro-batches, as the first stage does under 1F1B.
+    """
+    forwards = [Action(stage, Kind.FORWARD, number) for number in range(num_micro_batches)]
+    weights = [Action(stage, Kind.WEIGHT_GRADIENT, number) for number in range(num_micro_batches)]
+    ahead = plan.num_stages - stage
+    order = forwards[:ahead]
+    for number in range(num_micro_batches):
+        order.append(Action(stage, Kind.INPUT_GRADIENT, number, (plan.final,)))
+        order += weights[number - stage : number - stage + 1] if number >= stage else []
+        order += forwards[number + ahead : number + ahead + 1]
+    return order + weights[max(0, num_micro_batches - stage) :]
+
+
+def _from_neighbour(plan: GradientFlowPlan, action: Action) -> Action | None:
+    """The action of another stage that ``action`` waits for."""
+    step = {Kind.FORWARD: -1, Kind.INPUT_GRADIENT: 1}.get(action.kind)
+    if step is None or not 0 <= action.stage + step < plan.num_stages:
+        return None
+    return replace(action, stage=action.stage + step)
+
+
+def _seconds(plan: GradientFlowPlan, costs: CostModel, action: Action) -> float:
+    """As the cost model, with the weight gradient by itself and the final loss in the last forward."""
+    seconds = costs.seconds(plan, action)
+    if action.kind is Kind.WEIGHT_GRADIENT:
+        return seconds - costs.seconds(plan, Action(action.stage, Kind.INPUT_GRADIENT, 0, (plan.final,)))
+    if action.kind is Kind.FORWARD and action.stage == plan.num_stages - 1:
+        return seconds + costs.final_head
+    return seconds

@@ -1,0 +1,124 @@
+"""The benchmarks of heads: their formulas, and that a small run of each leaves what it should."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import head_cost, head_quality
+from benchmarks.results import show
+from ds_interlock.config import HeadConfig
+
+SIZES = {
+    "width": 24,
+    "num_heads": 2,
+    "num_blocks": 2,
+    "vocab_size": 300,
+    "seq_length": 16,
+    "micro_batch_size": 2,
+    "repeats": 1,
+}
+
+
+def command_line(monkeypatch: pytest.MonkeyPatch, name: str, **options: object) -> None:
+    words = [word for key, value in options.items() for word in (f"--{key}", *str(value).split(","))]
+    monkeypatch.setattr(sys, "argv", [name, *words])
+
+
+@pytest.mark.parametrize("setting", head_cost.SETTINGS)
+def test_the_formulas_count_what_runs(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    command_line(monkeypatch, "head_cost", **SIZES)
+    bench = head_cost.Bench.build(head_cost.arguments())
+    config = HeadConfig(**head_cost.SETTINGS[setting])
+    head = bench.head(config)
+    with FlopCounterMode(display=False) as counter:
+        bench.run_head(head)
+    assert counter.get_total_flops() == head_cost.head_flops(config, 32, 24, 300)
+
+
+def test_the_formula_of_the_stage_is_that_of_its_linear_layers_and_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command_line(monkeypatch, "head_cost", **SIZES)
+    bench = head_cost.Bench.build(head_cost.arguments())
+    with FlopCounterMode(display=False) as counter:
+        bench.run_stage()
+    counted = counter.get_flop_counts()["Global"]
+    linear = 6 * 32 * sum(p.numel() for p in bench.stage.parameters() if p.dim() == 2)
+    assert sum(n for op, n in counted.items() if "attention" not in str(op)) == linear
+    attention = (
+        6 * 32 * 2 * 2 * 16 * 24
+    )  # two blocks; scores and mixture, 2 t d each, and twice in the backward
+    assert head_cost.stage_flops(bench.lm, 32) == linear + attention
+
+
+def test_peak_memory_is_the_most_that_is_there_at_once() -> None:
+    def work() -> torch.Tensor:
+        first = torch.ones(1000)
+        del first
+        return torch.ones(3000)
+
+    assert head_cost.peak_memory(work, "cpu") == pytest.approx(12_000, abs=500)
+
+
+def test_head_cost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output = tmp_path / "head_cost.json"
+    command_line(monkeypatch, "head_cost", **SIZES, dtype="bfloat16", threads=2, device="cpu", output=output)
+    threads = torch.get_num_threads()
+    head_cost.main()
+    torch.set_num_threads(threads)
+    results = json.loads(output.read_text())
+    heads = {row["setting"]: row for row in results["rows"] if row["part"] == "head"}
+    assert list(heads) == list(head_cost.SETTINGS)
+    assert heads["lens"]["optimizer_bytes"] < heads["norm_linear"]["optimizer_bytes"] / 5
+    assert heads["norm_linear, 1/8 of tokens"]["peak_bytes"] < heads["norm_linear"]["peak_bytes"]
+    assert output.with_suffix(".svg").read_text().count("lens") >= 3
+
+
+def test_head_quality(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "head_quality.json"
+    command_line(
+        monkeypatch,
+        "head_quality",
+        max_steps=2,
+        seeds=3,
+        windows=2,
+        settings="lens",
+        width=16,
+        seq_length=8,
+        vocab_size=512,
+        batch_size=2,
+        num_blocks=4,
+        stages=2,
+        learning_rate=1e-3,
+        max_eval_samples=4,
+        output=output,
+    )
+    threads = torch.get_num_threads()
+    head_quality.main()
+    torch.set_num_threads(threads)
+    results = json.loads(output.read_text())
+    assert [(row["setting"], row["window"], row["seed"]) for row in results["rows"]] == [
+        (head_quality.GLOBAL, 2, 3),
+        ("lens", 2, 3),
+    ]
+    # A window as long as the model is ordinary backpropagation: no head is there to make a difference.
+    assert results["rows"][0]["validation_loss"] == results["rows"][1]["validation_loss"] < 6.5
+    capsys.readouterr()
+    show(results, None)
+    assert "| lens | 6." in capsys.readouterr().out
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    share = head_quality.warmup_then_cosine(100)
+    shares = [share(step) for step in range(100)]
+    assert shares[0] == pytest.approx(0.1)
+    assert max(shares) == shares[10] == 1
+    assert shares[:10] == sorted(shares[:10])
+    assert shares[10:] == sorted(shares[10:], reverse=True)
+    assert shares[-1] == pytest.approx(0.1, abs=0.01)

@@ -1,0 +1,62 @@
+"""The peers do the same work: every engine takes the same step on the same model."""
+
+from itertools import repeat
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.engines import DEEPSPEED, LEARNING_RATE, make_engine
+from benchmarks.ranks import run_ranks
+from benchmarks.real_stages import lm_config, workload
+from benchmarks.torch_peers import TORCH_SCHEDULES
+from ds_interlock.errors import ConfigError
+from ds_interlock.models.lm import build_lm
+
+SIZES = {"width": 64, "num_blocks": 5, "vocab_size": 768, "seq_length": 16}
+NUM_BATCHES = 2
+
+
+def trained(name: str) -> dict[str, torch.Tensor]:
+    """On a rank: its parameters after some batches of 2 micro-batches, by their name in the whole model."""
+    work = workload(SIZES)
+    engine = make_engine(name, work)
+    engine.set_train_batch_size(2)
+    for _ in range(NUM_BATCHES):
+        engine.train_batch(repeat(work.micro_batch))
+    if name == DEEPSPEED:
+        return {name: value.detach() for name, value in engine.module.named_parameters()}
+    bounds = work.bounds(engine.num_stages)
+    return {
+        f"{bounds[stage] + layer}.{parameter_name}": value.detach()
+        for stage, part in engine.parts.items()
+        for layer, module in enumerate(part)
+        for parameter_name, value in module.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("name", [DEEPSPEED, *TORCH_SCHEDULES])
+def test_an_engine_trains_as_one_process_does(name: str) -> None:
+    found: dict[str, Any] = {}
+    for of_rank in run_ranks(trained, 2, name=name):
+        found |= of_rank
+    work = workload(SIZES)
+    net = build_lm(lm_config(SIZES))
+    start = {name: value.detach().clone() for name, value in net.named_parameters()}
+    optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE)
+    for _ in range(NUM_BATCHES):
+        work.loss_fn(net(work.micro_batch[0]), work.micro_batch[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert found.keys() == start.keys()
+    for parameter, value in net.named_parameters():
+        torch.testing.assert_close(found[parameter] - start[parameter], value.detach() - start[parameter])
+
+
+def build_unbalanced() -> None:
+    make_engine("global", workload(SIZES | {"vocab_size": 4096}))
+
+
+def test_a_model_that_is_cut_unevenly_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=rf"{ConfigError.__name__}: stages that take the same time"):
+        run_ranks(build_unbalanced, 2)

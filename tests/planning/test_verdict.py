@@ -1,0 +1,81 @@
+"""The honest sentence, held to the simulator."""
+
+import pytest
+
+from ds_interlock.config import InterlockConfig
+from ds_interlock.planning.forecast import compare
+from ds_interlock.planning.profile import unit_profile
+from ds_interlock.planning.verdict import best_interlock, pays, verdict
+from ds_interlock.schedule import GradientFlowPlan, simulate, training_program
+
+WINDOWS = (1.25, 1.5, 2, 3)
+NUM_STAGES, LAYERS = 4, 4
+
+
+def units(window: float | None, num_micro_batches: int) -> float:
+    """Straight from the simulator, past the planner: None is global."""
+    bounds = [LAYERS * stage for stage in range(NUM_STAGES + 1)]
+    if window is None:
+        plan = GradientFlowPlan.end_to_end(stage_bounds=bounds)
+    else:
+        plan = GradientFlowPlan.n_wise(None, window, stage_bounds=bounds)
+    return min(
+        simulate(
+            training_program(plan, num_micro_batches, extra_in_flight=n), streaming=window is not None
+        ).batch_seconds
+        for n in (0, 1)
+    )
+
+
+def compared(num_micro_batches: int, **section):
+    interlock = InterlockConfig(mode="interlock", **section)
+    return compare(
+        interlock, unit_profile(LAYERS * NUM_STAGES, LAYERS), num_micro_batches, num_stages=NUM_STAGES
+    )
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 4, 8, 16, 32])
+def test_it_says_what_the_simulator_says(num_micro_batches):
+    gain = units(None, num_micro_batches) / min(units(window, num_micro_batches) for window in WINDOWS)
+    comparison = compared(num_micro_batches, window=2)
+    assert pays(comparison) == (gain >= 1.05)
+    assert best_interlock(comparison).speed == pytest.approx(gain, rel=0.01)
+    text = verdict(comparison)
+    assert text.startswith("Interlocking pays") == (gain >= 1.05)
+    assert ("does not pay" in text) == (gain < 1)
+
+
+def test_window_3_with_many_micro_batches_does_not_pay_and_it_says_so():
+    assert units(3, 32) > units(None, 32)  # the simulator
+    comparison = compared(32, window=3)
+    assert not pays(comparison)
+    text = verdict(comparison)
+    assert text.startswith("Interlocking does not pay with 32 micro-batches on 4 stages")
+    assert (
+        f"The configured setting, window 3, has {units(None, 32) / units(3, 32):.2f} times its speed" in text
+    )
+
+
+def test_a_zero_bubble_schedule_that_would_be_better_is_named():
+    assert "ZB-H1" in verdict(compared(16, window=2))
+    assert "ZB-H1" not in verdict(compared(1, window=2))
+
+
+def test_local_is_never_sold_as_interlocking():
+    interlock = InterlockConfig(mode="local")
+    comparison = compare(interlock, unit_profile(16, 4), 4, num_stages=4)
+    assert best_interlock(comparison).window > 1
+    assert "only local" in verdict(comparison)
+
+
+def test_dear_heads_are_named():
+    interlock = InterlockConfig(mode="interlock", window=2)
+    dear = compare(interlock, unit_profile(16, 4, head_share=3.0), 4, num_stages=4)
+    assert "interlock.head.token_fraction" in verdict(dear)
+    assert "interlock.head.token_fraction" not in verdict(compared(4, window=2))
+
+
+def test_one_stage_has_nothing_to_interlock():
+    comparison = compare(InterlockConfig(), unit_profile(4, 4), 1, num_stages=1)
+    assert best_interlock(comparison) is None
+    assert verdict(comparison).startswith("With 1 micro-batch on 1 stage there is nothing to interlock")

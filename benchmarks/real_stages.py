@@ -6,9 +6,10 @@ Nothing sleeps. A language model (``ds_interlock/models/lm.py``) is cut into two
 work; each runs in a process of its own with one thread, in float32 on gloo, with SGD. Auxiliary heads are
 ``norm_linear`` over the whole vocabulary, on ``--token_fraction`` of the positions. For each engine and
 number of micro-batches M: the seconds a batch takes, how many times faster than DeepSpeed's engine that
-is, and the distance to the floor: half the time in which a process trains the whole model on the same
-batch without any pipeline, while a second process does the same (so that both cores are busy, as they are
-under a pipeline without a bubble).
+is, what ``ds-interlock plan`` predicts from the profile of these layers, and the distance to the floor:
+half the time in which a process trains the whole model on the same batch without any pipeline. Profile
+and floor are measured while a second process does the same, so that both cores are busy, as they are
+under a pipeline without a bubble.
 """
 
 import argparse
@@ -31,7 +32,13 @@ from benchmarks.engines import (
 )
 from benchmarks.ranks import run_ranks
 from benchmarks.torch_peers import TORCH_SCHEDULES
+from ds_interlock.config import HeadConfig, InterlockConfig
 from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
+from ds_interlock.pipe.measure import Stopwatch
+from ds_interlock.pipe.measure_link import measure_link
+from ds_interlock.pipe.profile_model import calls_in_sequence, device_name, profile_model
+from ds_interlock.planning.forecast import forecast
+from ds_interlock.planning.profile import Profile
 
 NUM_STAGES = 2
 FLOOR = "floor"
@@ -46,20 +53,32 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = _arguments(argv)
     sizes = {name: getattr(args, name) for name in ("width", "num_blocks", "vocab_size", "seq_length")}
     how = {"sizes": sizes, "micro_batches": args.micro_batches, "num_batches": args.batches}
+    head = {"type": "norm_linear", "token_fraction": args.token_fraction}
     measured: dict[str, list[list[float | None]]] = {
         engine: [] for engine in (FLOOR, DEEPSPEED, *args.engines)
     }
+    link = measure_link(4 * args.width * args.seq_length)
+    profile = Profile.model_validate_json(
+        run_ranks(measure_profile, NUM_STAGES, sizes=sizes, head=head, link=link)[0]
+    )
     for turn in range(args.rounds):
         for engine, rounds in measured.items():
             print(f"round {turn + 1} of {args.rounds}: {engine} ...", flush=True)
             if engine == FLOOR:
                 ranks = run_ranks(measure_floor, NUM_STAGES, **how)
             else:
-                head = {"type": "norm_linear", "token_fraction": args.token_fraction}
                 ranks = run_ranks(measure, NUM_STAGES, engine_name=engine, head=head, **how)
             rounds.append(ranks[0])
     rows = _rows(args.micro_batches, {engine: _medians(rounds) for engine, rounds in measured.items()})
+    bounds = workload(sizes).bounds(NUM_STAGES)
+    for row in rows:
+        if row["engine"] in MODES and "seconds" in row:
+            interlock = InterlockConfig.model_validate({**MODES[row["engine"]], "head": head})
+            predicted = forecast(interlock, profile, bounds, row["micro_batches"]).batch_seconds
+            row["predicted_seconds"] = predicted
+            row["of_predicted_speed"] = predicted / row["seconds"]
     found = results.collect("real_stages", args, rows, argv)
+    found["profile"] = profile.model_dump()
     results.publish(found, args.output)
     return found
 
@@ -167,6 +186,25 @@ def measure(
     return found
 
 
+def measure_profile(sizes: dict[str, int], head: dict[str, Any], link: tuple[float, float] | None) -> str:
+    """The profile of the model, as JSON; both ranks measure at once."""
+    work = workload(sizes)
+    inputs, labels = work.micro_batch
+    dist.barrier()
+    return profile_model(
+        calls_in_sequence(build_lm(lm_config(sizes)), inputs),
+        HeadConfig.model_validate(head),
+        work.loss_fn,
+        labels,
+        Stopwatch(lambda: None, num_runs=7),
+        lambda parameters: torch.optim.SGD(parameters, LEARNING_RATE),
+        model="language model",
+        device=device_name(torch.device("cpu")),
+        source="measured on two cores at once",
+        link=link,
+    ).model_dump_json()
+
+
 def measure_floor(sizes: dict[str, int], micro_batches: list[int], num_batches: int) -> list[float]:
     """The floor: half the seconds in which this process trains the whole model on a batch."""
     work = workload(sizes)
@@ -190,13 +228,23 @@ def measure_floor(sizes: dict[str, int], micro_batches: list[int], num_batches: 
 
 def table(found: dict[str, Any]) -> str:
     """The measurements as Markdown."""
-    header = ["M", "engine", "s/batch", "times DeepSpeed", "times floor"]
+    header = [
+        "M",
+        "engine",
+        "s/batch",
+        "times DeepSpeed",
+        "predicted s",
+        "% of predicted speed",
+        "times floor",
+    ]
     lines = [
         (
             row["micro_batches"],
             row["engine"],
             row.get("seconds"),
             row.get("times_deepspeed"),
+            row.get("predicted_seconds"),
+            100 * row["of_predicted_speed"] if "of_predicted_speed" in row else None,
             row.get("times_floor"),
         )
         for row in found["rows"]

@@ -8,6 +8,9 @@ bubble to save here; what is seen is the extra work of heads and relays, and how
 micro-batches in flight take. With CUDA weights and activations are bfloat16; on CPU the default is a
 small model in float32. Every mode runs in a process of its own, so that peak memory is its own: on CUDA
 what torch had allocated, on CPU the memory of the process.
+
+The same device's profile of the model then feeds the planner: what each mode would do on as many such
+devices as ``--predict_stages`` says, over links of ``--bandwidth``.
 """
 
 import argparse
@@ -21,9 +24,13 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from ds_interlock import GradientFlowPlan, HeadConfig, InProcessPipeline
+from ds_interlock import GradientFlowPlan, HeadConfig, InProcessPipeline, InterlockConfig
 from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
 from ds_interlock.pipe.heads import head_factory
+from ds_interlock.pipe.measure import Stopwatch
+from ds_interlock.pipe.profile_model import calls_in_sequence, device_name, profile_model
+from ds_interlock.planning.forecast import compare
+from ds_interlock.planning.profile import Profile
 
 # The shapes of GPT-2 (Radford et al. 2019, table 2), between them one of 760 M, and a small one for CPUs.
 MODEL_SIZES: dict[str, dict[str, int]] = {
@@ -34,6 +41,7 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
     "1B": {"width": 1600, "num_blocks": 32, "num_heads": 25, "vocab_size": 50257},
 }
 GLOBAL = "global"
+_LATENCY_SECONDS = 20e-6
 WINDOWS = {"local": 1, "window 1.25": 1.25, "window 2": 2, "window 3": 3}
 
 
@@ -46,7 +54,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(f"{mode} ...", flush=True)
         with context.Pool(1) as pool:
             rows.append(pool.apply(measure, (mode, args)))
+    print("profile ...", flush=True)
+    with context.Pool(1) as pool:
+        profile = Profile.model_validate_json(pool.apply(measure_profile, (args,)))
     found = results.collect("single_gpu", args, rows, argv)
+    found["profile"] = profile.model_dump()
+    found["predictions"] = [
+        prediction for num_stages in args.predict_stages for prediction in predict(profile, args, num_stages)
+    ]
     results.publish(found, args.output)
     return found
 
@@ -74,6 +89,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--token_fraction", type=float, default=0.125, help="interlock.head.token_fraction (%(default)s)"
+    )
+    parser.add_argument(
+        "--predict_stages", type=int, nargs="+", default=[4, 8, 16], help="devices to predict for (4 8 16)"
+    )
+    parser.add_argument(
+        "--bandwidth", type=float, default=25.0, help="of a link, GB/s, in predictions (%(default)s)"
     )
     parser.add_argument("--batches", type=int, default=5, help="timed, after one that is not (%(default)s)")
     results.add_output(parser)
@@ -111,6 +132,47 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def measure_profile(args: argparse.Namespace) -> str:
+    """In a process of its own: the profile of the model on the device, as JSON."""
+    torch.set_num_threads(1)
+    device = torch.device(args.device)
+    config = LMConfig(**MODEL_SIZES[args.model_size], seq_length=args.seq_length)
+    net = build_lm(config).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    ids_bt = torch.randint(config.vocab_size, (args.micro_batch_size, args.seq_length + 1), device=device)
+    return profile_model(
+        calls_in_sequence(net, ids_bt[:, :-1]),
+        HeadConfig(token_fraction=args.token_fraction),
+        lm_loss(),
+        ids_bt[:, 1:],
+        Stopwatch(torch.cuda.synchronize if device.type == "cuda" else lambda: None),
+        lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, fused=True),
+        model=args.model_size,
+        device=device_name(device),
+        source=f"measured on {device_name(device)}; links of {args.bandwidth:g} GB/s assumed",
+        link=(_LATENCY_SECONDS, 1e9 * args.bandwidth),
+    ).model_dump_json()
+
+
+def predict(profile: Profile, args: argparse.Namespace, num_stages: int) -> list[dict[str, Any]]:
+    """What the planner says of ``num_stages`` such devices; none if the model has too few layers."""
+    if num_stages > len(profile.layers):
+        return []
+    configured = InterlockConfig(mode="local", head=HeadConfig(token_fraction=args.token_fraction))
+    comparison = compare(configured, profile, args.micro_batches, num_stages=num_stages)
+    return [
+        {
+            "stages": num_stages,
+            "setting": each.name,
+            "seconds": each.batch_seconds,
+            "times_global": each.speed,
+            "bubble_fraction": each.bubble_fraction,
+            "head_share": each.head_share,
+            "activation_bytes": max(each.activation_bytes),
+        }
+        for each in comparison.others
+    ]
+
+
 def _model(mode: str, args: argparse.Namespace) -> InProcessPipeline:
     torch.manual_seed(0)
     config = LMConfig(**MODEL_SIZES[args.model_size], seq_length=args.seq_length)
@@ -134,7 +196,7 @@ def _peak_bytes(device: torch.device) -> int:
 def table(found: dict[str, Any]) -> str:
     """Speed and memory of every mode, as Markdown."""
     rows = found["rows"]
-    header = ["mode", "tokens/s", "relative to global", "peak GiB", "parameters", "in heads"]
+    header_measured = ["mode", "tokens/s", "relative to global", "peak GiB", "parameters", "in heads"]
     lines = [
         (
             row["mode"],
@@ -146,7 +208,28 @@ def table(found: dict[str, Any]) -> str:
         )
         for row in rows
     ]
-    return results.markdown(header, lines)
+    header = [
+        "stages",
+        "setting",
+        "predicted s/batch",
+        "times global",
+        "bubble %",
+        "heads %",
+        "activations GiB",
+    ]
+    predictions = [
+        (
+            row["stages"],
+            row["setting"],
+            row["seconds"],
+            row["times_global"],
+            100 * row["bubble_fraction"],
+            100 * row["head_share"],
+            row["activation_bytes"] / 2**30,
+        )
+        for row in found["predictions"]
+    ]
+    return "\n\n".join([results.markdown(header_measured, lines), results.markdown(header, predictions)])
 
 
 def draw(found: dict[str, Any]) -> Any:

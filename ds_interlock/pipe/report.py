@@ -29,6 +29,9 @@ _purposes = itertools.count()
 _EXCHANGE_SECONDS = 0.25
 """Values travel in parcels, so that short batches do not pay for them one by one."""
 
+_PAUSE_SECONDS = 0.02
+"""A report is posted when its stage turns to the next batch, and this thread would be in the way."""
+
 
 @dataclass(frozen=True)
 class BatchReport:
@@ -83,6 +86,7 @@ class Reporter:
         self._collected: queue.SimpleQueue[StageReport] = queue.SimpleQueue()
         self._jobs: queue.Queue[BatchReport | None] = queue.Queue()
         self._closed = False
+        self._flushing = threading.Event()
         self._failure: Exception | None = None
         threading.Thread(target=self._work, name="interlock reports", daemon=True).start()
 
@@ -104,19 +108,24 @@ class Reporter:
         Raises:
             RuntimeError: If the store could not be reached.
         """
+        self._flushing.set()
         self._jobs.put(None)
         self._jobs.join()
+        self._flushing.clear()
         if self._failure is not None:
             raise RuntimeError("reports could not be posted: the job's store is gone") from self._failure
 
     def close(self) -> None:
         """Ends the thread."""
         self._closed = True
+        self._flushing.set()
         self._jobs.put(None)
 
     def _work(self) -> None:
         while not self._closed:
             report = self._jobs.get()
+            if report is not None:
+                self._flushing.wait(_PAUSE_SECONDS)
             try:
                 if self._failure is None:
                     self._exchange(report)

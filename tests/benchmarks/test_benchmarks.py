@@ -22,7 +22,7 @@ def run(benchmark: Any, folder: Path, *options: str) -> list[dict[str, Any]]:
     assert output.with_suffix(".svg").read_text().startswith("<?xml")
     rows: list[dict[str, Any]] = found["rows"]
     table = benchmark.table(found)
-    assert sum(line.startswith("| ") for line in table.splitlines()) == 2 + len(rows)
+    assert sum(line.startswith("| ") for line in table.split("\n\n")[0].splitlines()) == 2 + len(rows)
     return rows
 
 
@@ -71,8 +71,10 @@ def test_real_stages(tmp_path: Path) -> None:
     assert [row["engine"] for row in rows] == ["floor", "DeepSpeed", "torch 1F1B", "window 1.5"] * 2
     assert [row["times_floor"] for row in rows if row["engine"] == "floor"] == [1, 1]
     assert [("seconds" in row) for row in rows if row["engine"] == "torch 1F1B"] == [False, True]
+    assert all(row["predicted_seconds"] > 0 for row in rows if row["engine"] == "window 1.5")
     found = json.loads((tmp_path / "found.json").read_text())
     assert "768 words, token_fraction 0.5" in real_stages.table(found)
+    assert len(found["profile"]["layers"]) == 5 + 4
 
 
 def test_relays_on_real_processes(tmp_path: Path) -> None:
@@ -96,20 +98,26 @@ def test_no_measure_makes_a_batch_slower(name: str, num_micro_batches: int) -> N
 def test_single_gpu(tmp_path: Path) -> None:
     how = ["--device", "cpu", "--model_size", "3M", "--stages", "2", "--micro_batches", "2"]
     sizes = ["--micro_batch_size", "2", "--seq_length", "8", "--batches", "1", "--token_fraction", "0.5"]
-    rows = run(single_gpu, tmp_path, *how, *sizes, "--modes", "window 1.25")
+    rows = run(single_gpu, tmp_path, *how, *sizes, "--modes", "window 1.25", "--predict_stages", "2", "99")
     assert [row["mode"] for row in rows] == ["global", "window 1.25"]
     assert rows[0]["head_parameters"] == 0 < rows[1]["head_parameters"]
     assert rows[0]["layer_parameters"] == rows[1]["layer_parameters"] > 2e6
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(2 * 2 * 8 / row["seconds"])
         assert row["peak_bytes"] > 4 * row["layer_parameters"]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["profile"]["micro_batch_size"] == 2
+    predicted = {row["setting"]: row for row in found["predictions"]}
+    assert {row["stages"] for row in found["predictions"]} == {2}  # of 99 the model has too few layers
+    assert predicted["global (1F1B)"]["times_global"] == 1
+    assert predicted["local"]["seconds"] > 0
 
 
 def test_the_plot_needs_nothing_but_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"mode": mode, "tokens_per_second": 10.0, "peak_bytes": 2**31} for mode in ("global", "local")]
     rows = [row | {"layer_parameters": 7, "head_parameters": 0, "seconds": 1.0} for row in rows]
     output = tmp_path / "found.json"
-    found = {"benchmark": "single_gpu", "arguments": {"model_size": "9M"}, "rows": rows}
+    found = {"benchmark": "single_gpu", "arguments": {"model_size": "9M"}, "rows": rows, "predictions": []}
     output.write_text(json.dumps(found))
     results.main([str(output)])
     assert "| local | 10 | 1 | 2 | 7 | 0 |" in capsys.readouterr().out

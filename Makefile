@@ -56,8 +56,11 @@ lint: $(INSTALLED)  ## ruff: rules and format
 types: $(INSTALLED)  ## mypy, strict, on the package
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## throughput of all modes beside DeepSpeed's and the simulator's prediction
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline_peers
+BENCHMARKS := pipeline_peers overhead real_stages activation_memory relays head_cost single_gpu
+bench: $(INSTALLED)  ## all benchmarks, half an hour on a quiet machine, into docs/benchmarks
+	for name in $(BENCHMARKS); do \
+		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name --output docs/benchmarks/$$name.json || exit 1; \
+	done
 
 docs: $(INSTALLED)  ## write docs/config.md from the config class
 	$(BIN)/python -m ds_interlock.config > docs/config.md

@@ -196,7 +196,7 @@ def measure_profile(sizes: dict[str, int], head: dict[str, Any], link: tuple[flo
         HeadConfig.model_validate(head),
         work.loss_fn,
         labels,
-        Stopwatch(lambda: None, num_runs=7),
+        Stopwatch(lambda: None, num_rounds=7),
         lambda parameters: torch.optim.SGD(parameters, LEARNING_RATE),
         model="language model",
         device=device_name(torch.device("cpu")),

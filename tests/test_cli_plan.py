@@ -116,12 +116,19 @@ def test_pictures_and_traces_of_what_is_shown(tmp_path, capsys):
     assert processes[0].startswith("window 2:")
 
 
+def test_a_page_of_the_configured_stages_and_micro_batches(tmp_path, capsys):
+    page = tmp_path / "plan.html"
+    plan(capsys, config(tmp_path), "--bounds", "0,1,3", "--micro-batches", "3", "--html", str(page))
+    text = page.read_text()
+    assert '"configured":{"K":2,"M":3,"name":"window 2"}' in text
+
+
 def test_a_profile_measured_here_feeds_the_plan(tmp_path, capsys):
     sizes = {"n_embd": 32, "n_layer": 4, "n_head": 2, "vocab_size": 50}
     GPT2Config(**sizes).save_pretrained(tmp_path / "model")
     path = tmp_path / "profile.json"
     section = {**SECTION, "head": {"type": "low_rank", "rank": 3}}
-    words = ["--seq-length", "16", "--micro-batch-size", "3", "--runs", "2", "-o", str(path)]
+    words = ["--seq-length", "16", "--micro-batch-size", "3", "--rounds", "2", "-o", str(path)]
     arguments = ["profile", config(tmp_path, section), "--model", str(tmp_path / "model"), *words]
     assert cli.main(arguments) == 0
     assert "8 layers" in capsys.readouterr().out

@@ -99,10 +99,30 @@ def run(options: argparse.Namespace) -> int:
     if options.trace:
         write_trace(options.trace, comparison, shown)
     if options.html:
-        from ds_interlock.planning.page import write_page
-
-        write_page(options.html, interlock, profile, num_stages, num_micro_batches)
+        _write_page(options, interlock, profile, comparison)
     return 0
+
+
+def _write_page(
+    options: argparse.Namespace, interlock: InterlockConfig, profile: Profile, comparison: Comparison
+) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ds_interlock.planning.page import write_page
+
+    reference = comparison.reference
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"playing every position of the sliders of {options.html}")
+        write_page(
+            options.html,
+            interlock,
+            profile,
+            reference.num_stages,
+            reference.num_micro_batches,
+            stage_bounds=options.bounds,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
 
 
 def _print(interlock: InterlockConfig, comparison: Comparison, shown: Sequence[Forecast]) -> None:

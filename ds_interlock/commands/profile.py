@@ -49,7 +49,11 @@ def add_parser(commands: Any) -> None:
         "--micro-batch-size", type=at_least_one, metavar="B", help="samples (default: CONFIG's, or 1)"
     )
     parser.add_argument(
-        "--runs", type=at_least_one, default=5, metavar="N", help="a time is the median of (default: 5)"
+        "--rounds",
+        type=at_least_one,
+        default=5,
+        metavar="N",
+        help="rounds a time is the median of (default: 5)",
     )
     parser.add_argument(
         "--threads", type=at_least_one, default=1, metavar="N", help="on CPU (default: %(default)s)"
@@ -87,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
             micro_batch_size=micro_batch_size,
             seq_length=options.seq_length,
             make_optimizer=lambda parameters: _optimizer(contents, parameters),
-            num_runs=options.runs,
+            num_rounds=options.rounds,
             link=link,
             progress=status.update,
         )

@@ -67,7 +67,7 @@ def measure_profile(
     micro_batch_size: int,
     seq_length: int,
     make_optimizer: MakeOptimizer,
-    num_runs: int,
+    num_rounds: int,
     link: tuple[float, float] | None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
@@ -81,7 +81,7 @@ def measure_profile(
         micro_batch_size: Samples in a micro-batch.
         seq_length: Tokens of a sample.
         make_optimizer: Makes the optimizer of a list of parameters.
-        num_runs: Runs each time is the median of.
+        num_rounds: Rounds each time is the median of.
         link: Latency in seconds and bandwidth in bytes per second between two stages, if known.
         progress: Told what is being measured.
     """
@@ -95,7 +95,7 @@ def measure_profile(
         head,
         lm_loss(),
         ids_bt,
-        Stopwatch(accelerator.synchronize, num_runs),
+        Stopwatch(accelerator.synchronize, num_rounds),
         make_optimizer,
         model=name,
         device=device_name(device),

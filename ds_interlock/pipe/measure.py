@@ -1,7 +1,7 @@
 """What each layer of a model costs: timed on the device at hand, or counted in floating-point operations.
 
-A layer is run by itself, with the arguments it was called with in the whole model. Both ways of
-measuring walk it in the same four passes:
+A layer is timed by itself, with the arguments it was called with in the whole model, all layers in turn.
+Both ways of measuring walk a layer in the same four passes:
 
     forward          layer(*inputs)
     input gradient   d output / d input alone, as a relay computes it
@@ -16,16 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ds_interlock.planning.profile import HeadProfile, LayerProfile
-
-Meter = Callable[[Callable[[], Any]], float]
-"""Runs a piece of work and says how many seconds it takes."""
 
 MakeOptimizer = Callable[[list[Tensor]], Any]
 """Makes the optimizer of some parameters."""
@@ -51,88 +48,159 @@ class LayerCall:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Meter(Protocol):
+    """Runs pieces of work and says how many seconds they take."""
+
+    num_rounds: int
+    """How many times everything is measured; medians count."""
+
+    def __call__(self, work: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds that ``work`` took or would take, and its result."""
+
+
 class Stopwatch:
-    """A meter that times on the device: the median of several runs after one that is not counted.
+    """A meter that times on the device.
 
     Args:
         synchronize: Waits for the device.
-        num_runs: Runs that count.
+        num_rounds: Rounds that count, after one that does not.
     """
 
-    def __init__(self, synchronize: Callable[[], None], num_runs: int = 5) -> None:
+    def __init__(self, synchronize: Callable[[], None], num_rounds: int = 5) -> None:
         self.synchronize = synchronize
-        self.num_runs = num_runs
+        self.num_rounds = num_rounds
 
-    def __call__(self, work: Callable[[], Any]) -> float:
-        """Median seconds of ``work``."""
-        work()
+    def __call__(self, work: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds from an idle device to an idle device."""
         self.synchronize()
-        seconds = []
-        for _ in range(self.num_runs):
-            start = time.perf_counter()
-            work()
-            self.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
+        start = time.perf_counter()
+        result = work()
+        self.synchronize()
+        return time.perf_counter() - start, result
 
 
 class FlopMeter:
-    """A meter for tensors on the meta device: floating-point operations over an assumed speed.
+    """A meter for tensors without contents: floating-point operations over an assumed speed.
 
     Args:
         flops_per_second: What the device is taken to reach, not its peak.
     """
 
+    num_rounds = 1
+
     def __init__(self, flops_per_second: float) -> None:
         self.flops_per_second = flops_per_second
 
-    def __call__(self, work: Callable[[], Any]) -> float:
+    def __call__(self, work: Callable[[], Any]) -> tuple[float, Any]:
         """Seconds that the matrix products and attention of ``work`` would take."""
         with FlopCounterMode(display=False) as counter:
-            work()
-        return float(counter.get_total_flops()) / self.flops_per_second
+            result = work()
+        return float(counter.get_total_flops()) / self.flops_per_second, result
 
 
-def profile_layer(call: LayerCall, meter: Meter, optimizer: MakeOptimizer | None) -> LayerProfile:
-    """The costs of one layer.
+class _Layer:
+    """A layer between its forward and its last backward pass, with the times of its passes so far."""
+
+    def __init__(self, call: LayerCall) -> None:
+        self.call = call
+        self.inputs = tuple(_as_leaf(value) for value in call.inputs)
+        self.options = {name: _as_leaf(value) for name, value in call.options.items()}
+        tensors = [v for v in (*self.inputs, *self.options.values()) if isinstance(v, Tensor)]
+        self.hidden = [tensor for tensor in tensors if tensor.requires_grad]
+        self.parameters = [p for p in call.module.parameters() if p.requires_grad]
+        self.seconds: dict[str, list[float]] = {"forward": [], "relay": [], "backward": [], "step": []}
+        self.kept_bytes = self.output_bytes = 0
+
+    def forward(self, meter: Meter) -> None:
+        weights = [*self.call.module.parameters(), *self.call.module.buffers()]
+        with _kept_bytes(weights) as kept:
+            self._time("forward", meter, self._run)
+        self.output = self._result
+        self.gradient = torch.ones_like(self.output)
+        self.kept_bytes, self.output_bytes = sum(kept.values()), _size(self.output)
+
+    def relay(self, meter: Meter) -> None:
+        if self.hidden:
+            arguments: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+            self._time(
+                "relay",
+                meter,
+                lambda: torch.autograd.grad(self.output, self.hidden, self.gradient, **arguments),
+            )
+
+    def backward(self, meter: Meter) -> None:
+        both = [*self.parameters, *self.hidden]
+        if self.parameters:
+            self._time(
+                "backward", meter, lambda: torch.autograd.backward(self.output, self.gradient, inputs=both)
+            )
+        for tensor in both:
+            tensor.grad = None
+        del self.output, self.gradient
+
+    def step(self, meter: Meter, optimizer: MakeOptimizer | None) -> None:
+        self.seconds["step"].append(optimizer_seconds(self.parameters, meter, optimizer))
+
+    def profile(self) -> LayerProfile:
+        seconds = {name: median_of_rounds(values) for name, values in self.seconds.items()}
+        return LayerProfile(
+            name=self.call.name,
+            forward_seconds=seconds["forward"],
+            input_gradient_seconds=seconds["relay"],
+            weight_gradient_seconds=max(0.0, seconds["backward"] - seconds["relay"]),
+            optimizer_seconds=seconds["step"],
+            num_parameters=sum(p.numel() for p in self.parameters),
+            activation_bytes=self.kept_bytes,
+            output_bytes=self.output_bytes,
+        )
+
+    def _run(self) -> Tensor:
+        return first_tensor(self.call.module(*self.inputs, **self.options))
+
+    def _time(self, name: str, meter: Meter, work: Callable[[], Any]) -> None:
+        seconds, self._result = meter(work)
+        self.seconds[name].append(seconds)
+
+
+def profile_layers(
+    calls: Sequence[LayerCall],
+    meter: Meter,
+    optimizer: MakeOptimizer | None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[LayerProfile]:
+    """The costs of layers, each timed by itself, one after the other in the order of training.
+
+    A layer timed over and over would find its weights in the processor's cache, where they are not when
+    a whole model is walked through.
 
     Args:
-        call: The layer and its inputs, on the device to measure on.
+        calls: The layers and their inputs, on the device to measure on.
         meter: A ``Stopwatch`` or a ``FlopMeter``.
         optimizer: Makes the optimizer of a list of parameters; None to leave the step out.
+        progress: Told what is being measured.
     """
-    inputs = tuple(_as_leaf(value) for value in call.inputs)
-    options = {name: _as_leaf(value) for name, value in call.options.items()}
-    hidden = [v for v in (*inputs, *options.values()) if isinstance(v, Tensor) and v.requires_grad]
-    parameters = [p for p in call.module.parameters() if p.requires_grad]
+    layers = [_Layer(call) for call in calls]
+    for number in range(num_rounds_of(meter)):
+        progress(f"layers, round {number + 1} of {num_rounds_of(meter)}")
+        for layer in layers:
+            layer.forward(meter)
+        for layer in reversed(layers):
+            layer.relay(meter)
+        for layer in reversed(layers):
+            layer.backward(meter)
+        for layer in layers:
+            layer.step(meter, optimizer)
+    return [layer.profile() for layer in layers]
 
-    def forward() -> Tensor:
-        return first_tensor(call.module(*inputs, **options))
 
-    forward_seconds = meter(forward)
-    with _kept_bytes([*call.module.parameters(), *call.module.buffers()]) as kept:
-        output = forward()
-    gradient = torch.ones_like(output)
-    relay_seconds = backward_seconds = 0.0
-    if hidden:
-        relay_seconds = meter(
-            lambda: torch.autograd.grad(output, hidden, gradient, retain_graph=True, allow_unused=True)
-        )
-    if parameters:
-        both = [*parameters, *hidden]
-        backward_seconds = meter(
-            lambda: torch.autograd.backward(output, gradient, retain_graph=True, inputs=both)
-        )
-    return LayerProfile(
-        name=call.name,
-        forward_seconds=forward_seconds,
-        input_gradient_seconds=relay_seconds,
-        weight_gradient_seconds=max(0.0, backward_seconds - relay_seconds),
-        optimizer_seconds=optimizer_seconds(parameters, meter, optimizer),
-        num_parameters=sum(p.numel() for p in parameters),
-        activation_bytes=sum(kept.values()),
-        output_bytes=_size(output),
-    )
+def num_rounds_of(meter: Meter) -> int:
+    """Rounds to measure: of a stopwatch one more than count."""
+    return meter.num_rounds + isinstance(meter, Stopwatch)
+
+
+def median_of_rounds(seconds: list[float]) -> float:
+    """The median, of several rounds without the first; 0 of none."""
+    return statistics.median(seconds[1:] or seconds) if seconds else 0.0
 
 
 def profile_head(
@@ -149,17 +217,18 @@ def profile_head(
         head: The head, for its parameters.
         loss: From a hidden state to the head's loss.
         hidden: A hidden state as it arrives there.
-        meter: See ``profile_layer``.
-        optimizer: See ``profile_layer``.
+        meter: See ``profile_layers``.
+        optimizer: See ``profile_layers``.
         head_type: Its ``interlock.head.type``.
     """
     leaf = hidden.detach().requires_grad_()
     parameters = [p for p in head.parameters() if p.requires_grad]
-    seconds = meter(lambda: loss(leaf).backward())  # type: ignore[no-untyped-call]
+    rounds = range(num_rounds_of(meter))
+    seconds = [meter(lambda: loss(leaf).backward())[0] for _ in rounds]  # type: ignore[no-untyped-call]
     return HeadProfile(
         type=head_type,
-        seconds=seconds,
-        optimizer_seconds=optimizer_seconds(parameters, meter, optimizer),
+        seconds=median_of_rounds(seconds),
+        optimizer_seconds=median_of_rounds([optimizer_seconds(parameters, meter, optimizer) for _ in rounds]),
         num_parameters=sum(p.numel() for p in parameters),
     )
 
@@ -175,7 +244,9 @@ def optimizer_seconds(parameters: Sequence[Tensor], meter: Meter, optimizer: Mak
         return 0.0
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    seconds = meter(optimizer(list(parameters)).step)
+    stepping = optimizer(list(parameters))
+    stepping.step()  # makes its state
+    seconds, _ = meter(stepping.step)
     for parameter in parameters:
         parameter.grad = None
     return seconds

@@ -6,8 +6,10 @@
 
 Activations and gradients never queue behind each other. A send returns at once and is waited for
 only when ``SEND_AHEAD`` later ones have been started. A receive is *posted* when the program says so
-and *taken* when the work needs it; in between, a thread of the receiver waits for it while the stage
-computes, so that data moves during the work.
+and *taken* when the work needs it; in between, its frame moves while the stage computes. What comes
+behind the frame can be received once the frame is there: on a link whose messages have such tensors, a
+thread waits for frames, so that these move during the work too. On the others whoever takes a message
+waits for it: one thread less to wake.
 
 A neighbour that died closes its connection; one that does not answer within
 ``interlock.timeout_seconds`` is given up; one that runs another schedule sends a message that is not
@@ -16,8 +18,9 @@ the one expected (``message.py``). Either way the error names it.
 
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -87,6 +90,7 @@ class Sender:
         self.group = group
         self.peer = peer
         self.timeout = timedelta(seconds=timeout_seconds)
+        self._num_sent = 0
         self._under_way: deque[tuple[list[Any], list[Tensor]]] = deque()
 
     def send(self, receive: Action, batch: int, *structures: Any) -> None:
@@ -98,7 +102,12 @@ class Sender:
         frame, tensors = encode(receive, batch, structures, inline=self.group.is_one)
         with _named(self.peer, "sending to"):
             works = [dist.isend(frame, self.peer.rank, group=self.group.frame)]
-            works += [dist.isend(t, self.peer.rank, group=self.group.payload) for t in tensors if t.numel()]
+            works += [
+                dist.isend(t, self.peer.rank, group=self.group.payload, tag=_tag(self._num_sent))
+                for t in tensors
+                if t.numel()
+            ]
+        self._num_sent += 1
         # The buffers must live until they are on their way.
         self._under_way.append((works, [frame, *tensors]))
         while len(self._under_way) > SEND_AHEAD:
@@ -116,6 +125,18 @@ class Sender:
                 work.wait(self.timeout)
 
 
+@dataclass(frozen=True)
+class _Expected:
+    """A message that a receive is posted for: what it must be, and the frame that it arrives in."""
+
+    receive: Action
+    batch: int
+    number: int
+    frame: Tensor
+    work: Any
+    in_background: bool
+
+
 class Receiver:
     """Receives from one neighbour, in the order in which receives are posted."""
 
@@ -124,20 +145,26 @@ class Receiver:
         self.peer = peer
         self.device = device
         self.timeout_seconds = timeout_seconds
-        self._posted: queue.SimpleQueue[tuple[Action, int] | None] = queue.SimpleQueue()
-        self._arrived: queue.SimpleQueue[Callable[[], list[Any]] | BaseException] = queue.SimpleQueue()
+        self._num_posted = 0
+        self._order: deque[_Expected] = deque()
         self._held: dict[Action, list[Any]] = {}
-        self._order: deque[Action] = deque()
-        self._thread: threading.Thread | None = None
+        self._has_tensors_behind = True  # the newest message; of the first nothing is known
+        self._listener: threading.Thread | None = None
+        self._handed_over: queue.SimpleQueue[_Expected | None] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[list[Any] | BaseException] = queue.SimpleQueue()
 
     def post(self, receive: Action, batch: int) -> None:
         """Expects the message of ``receive`` next on this link."""
-        if self._thread is None:
-            # A daemon: a process that fails must not wait for a message that will never come.
-            self._thread = threading.Thread(target=self._listen, name=f"from {self.peer}", daemon=True)
-            self._thread.start()
-        self._posted.put((receive, batch))
-        self._order.append(receive)
+        frame = torch.empty(FRAME_BYTES, dtype=torch.uint8)
+        with _named(self.peer, "receiving from"):
+            work = dist.irecv(frame, self.peer.rank, group=self.group.frame)
+        # An accelerator orders its transfers by the stream of the thread that asks for them.
+        in_background = self._has_tensors_behind and self.group.is_one
+        expected = _Expected(receive, batch, self._num_posted, frame, work, in_background)
+        self._num_posted += 1
+        self._order.append(expected)
+        if in_background:
+            self._listen_for(expected)
 
     def take(self, receive: Action) -> list[Any]:
         """The structures sent for ``receive``; waits for them.
@@ -146,55 +173,62 @@ class Receiver:
             PeerError: If the neighbour is gone, sends something else, or nothing in time.
         """
         while receive not in self._held:
-            try:
-                arrived = self._arrived.get(timeout=self.timeout_seconds)
-            except queue.Empty:
-                raise PeerError(
-                    f"{self.peer} sent nothing for {self.timeout_seconds:g} s while {self._order[0]} was "
-                    "due (interlock.timeout_seconds): it hangs, died, or is slower than that"
-                ) from None
-            if isinstance(arrived, BaseException):
-                raise arrived
-            with _named(self.peer, "receiving from"):
-                self._held[self._order.popleft()] = arrived()
+            expected = self._order.popleft()
+            self._held[expected.receive] = self._wait_for(expected)
         return self._held.pop(receive)
 
     def close(self) -> None:
         """Ends the thread once all posted receives are complete."""
-        self._posted.put(None)
+        self._handed_over.put(None)
+
+    def _wait_for(self, expected: _Expected) -> list[Any]:
+        start = time.monotonic()
+        try:
+            if not expected.in_background:
+                return self._receive(expected, timedelta(seconds=self.timeout_seconds))
+            arrived = self._arrived.get(timeout=self.timeout_seconds)
+        except (queue.Empty, PeerError) as error:
+            if isinstance(error, PeerError) and time.monotonic() - start < self.timeout_seconds:
+                raise
+            raise PeerError(
+                f"{self.peer} sent nothing for {self.timeout_seconds:g} s while {expected.receive} was "
+                "due (interlock.timeout_seconds): it hangs, died, or is slower than that"
+            ) from None
+        if isinstance(arrived, BaseException):
+            raise arrived
+        return arrived
+
+    def _receive(self, expected: _Expected, timeout: timedelta | None = None) -> list[Any]:
+        """Waits for a frame, and receives what it announces."""
+        with _named(self.peer, "receiving from"):
+            _wait(expected.work, timeout)
+            contents = decode(expected.frame, expected.receive, expected.batch, str(self.peer))
+            tensors = contents.empty(self.device)
+            works = [
+                dist.irecv(t, self.peer.rank, group=self.group.payload, tag=_tag(expected.number))
+                for t in tensors
+                if t.numel()
+            ]
+            for work in works:
+                # An accelerator's stream waits, not this process; with a limit, the process would.
+                _wait(work, timeout if self.group.is_one else None)
+        self._has_tensors_behind = bool(tensors)
+        return contents.structures(tensors)
+
+    def _listen_for(self, expected: _Expected) -> None:
+        if self._listener is None:
+            # A daemon: a process that fails must not wait for a message that will never come.
+            self._listener = threading.Thread(target=self._listen, name=f"from {self.peer}", daemon=True)
+            self._listener.start()
+        self._handed_over.put(expected)
 
     def _listen(self) -> None:
-        while (posted := self._posted.get()) is not None:
-            receive, batch = posted
+        while (expected := self._handed_over.get()) is not None:
             try:
-                with _named(self.peer, "receiving from"):
-                    self._arrived.put(self._receive(receive, batch))
+                self._arrived.put(self._receive(expected))
             except PeerError as error:
                 self._arrived.put(error)
                 return
-
-    def _receive(self, receive: Action, batch: int) -> Callable[[], list[Any]]:
-        """Receives a frame and what it announces; the result is fetched by whoever takes it."""
-        frame = torch.empty(FRAME_BYTES, dtype=torch.uint8)
-        _wait(dist.irecv(frame, self.peer.rank, group=self.group.frame))
-        contents = decode(frame, receive, batch, str(self.peer))
-
-        def rest() -> list[Any]:
-            tensors = contents.empty(self.device)
-            works = [
-                dist.irecv(tensor, self.peer.rank, group=self.group.payload)
-                for tensor in tensors
-                if tensor.numel()
-            ]
-            for work in works:
-                _wait(work)
-            return contents.structures(tensors)
-
-        if self.group.is_one:
-            structures = rest()
-            return lambda: structures
-        # An accelerator orders its transfers by the stream of the thread that asks for them.
-        return rest
 
 
 class Links:
@@ -267,6 +301,17 @@ class _named:  # noqa: N801 - reads as a statement
             ) from None
 
 
-def _wait(work: Any) -> None:
+def _wait(work: Any, timeout: timedelta | None) -> None:
     assert work is not None, "a rank of the group always gets work to wait for"
-    work.wait()
+    if timeout is None:
+        work.wait()
+    else:
+        work.wait(timeout)
+
+
+def _tag(number: int) -> int:
+    """What tells the tensors behind one frame from those behind the next, and from frames."""
+    return 1 + number % _NUM_TAGS
+
+
+_NUM_TAGS = 2**16

@@ -16,8 +16,10 @@ from ds_interlock.pipe.measure import (
     MakeOptimizer,
     Meter,
     first_tensor,
+    median_of_rounds,
+    num_rounds_of,
     profile_head,
-    profile_layer,
+    profile_layers,
 )
 from ds_interlock.planning.profile import Profile
 from ds_interlock.schedule.plan import LossHead
@@ -64,10 +66,7 @@ def profile_model(
         link: Latency in seconds and bandwidth in bytes per second between two stages, if known.
         progress: Told what is being measured.
     """
-    layers = []
-    for call in calls:
-        progress(call.name)
-        layers.append(profile_layer(call, meter, make_optimizer))
+    layers = profile_layers(calls, meter, make_optimizer, progress)
     progress("head")
     last = calls[-1]
     hidden_btd = first_tensor([value for value in last.inputs if isinstance(value, Tensor)]).detach()
@@ -78,6 +77,10 @@ def profile_model(
     with torch.no_grad():
         outputs = first_tensor(last.module(*last.inputs, **last.options))
     leaf = outputs.detach().requires_grad_()
+    loss_rounds = [
+        meter(lambda: loss_fn(leaf, labels_bt).backward())[0]  # type: ignore[no-untyped-call]
+        for _ in range(num_rounds_of(meter))
+    ]
     latency_seconds, bandwidth = link or (0.0, None)
     return Profile(
         model=model,
@@ -88,7 +91,7 @@ def profile_model(
         seq_length=labels_bt.shape[1],
         layers=tuple(layers),
         head=head_profile,
-        loss_seconds=meter(lambda: loss_fn(leaf, labels_bt).backward()),  # type: ignore[no-untyped-call]
+        loss_seconds=median_of_rounds(loss_rounds),
         label_bytes=labels_bt.numel() * labels_bt.element_size(),
         latency_seconds=latency_seconds,
         bandwidth_bytes_per_second=bandwidth,

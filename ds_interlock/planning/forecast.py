@@ -188,11 +188,8 @@ def forecast(
     Raises:
         ConfigError: If the setting does not exist for these stages.
     """
-    plan = interlock.plan(stage_bounds)
-    costs = profile.cost_model(stage_bounds)
-    program = training_program(plan, num_micro_batches, extra_in_flight=interlock.extra_in_flight)
-    streaming = interlock.streaming and not plan.is_end_to_end
-    simulation = simulate(program, costs, num_batches=_NUM_BATCHES, streaming=streaming)
+    program, simulation = play(interlock, profile, stage_bounds, num_micro_batches)
+    plan = program.plan
     kept = profile.activation_bytes(stage_bounds)
     return Forecast(
         name=setting_name(interlock),
@@ -210,6 +207,25 @@ def forecast(
         speed=1.0,
         rows=simulation.spans,
     )
+
+
+def play(
+    interlock: InterlockConfig,
+    profile: Profile,
+    stage_bounds: Sequence[int],
+    num_micro_batches: int,
+    num_batches: int = _NUM_BATCHES,
+) -> tuple[Program, Simulation]:
+    """The program of a setting, and what the simulator makes of some batches of it.
+
+    Raises:
+        ConfigError: If the setting does not exist for these stages.
+    """
+    plan = interlock.plan(stage_bounds)
+    program = training_program(plan, num_micro_batches, extra_in_flight=interlock.extra_in_flight)
+    streaming = interlock.streaming and not plan.is_end_to_end
+    costs = profile.cost_model(stage_bounds)
+    return program, simulate(program, costs, num_batches=num_batches, streaming=streaming)
 
 
 def _window(interlock: InterlockConfig, plan: GradientFlowPlan) -> float:

@@ -31,6 +31,7 @@ from ds_interlock.planning.forecast import (
     Comparison,
     Forecast,
     compare,
+    play,
     setting_name,
     settings_to_compare,
 )
@@ -38,9 +39,8 @@ from ds_interlock.planning.partition import balanced_bounds
 from ds_interlock.planning.profile import Profile
 from ds_interlock.planning.verdict import verdict
 from ds_interlock.schedule.action import Action
-from ds_interlock.schedule.lower import training_program
 from ds_interlock.schedule.render import LABELS
-from ds_interlock.schedule.simulate import Span, simulate
+from ds_interlock.schedule.simulate import Span
 
 Progress = Callable[[int, int], None]
 """Called with the work done and the work there is, in micro-batches on stages."""
@@ -68,11 +68,20 @@ def write_page(
     num_stages: int,
     num_micro_batches: int,
     *,
+    stage_bounds: Sequence[int] | None = None,
     title: str | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Writes what ``render_page`` makes; an interrupted write leaves an earlier file as it was."""
-    page = render_page(interlock, profile, num_stages, num_micro_batches, title=title, progress=progress)
+    page = render_page(
+        interlock,
+        profile,
+        num_stages,
+        num_micro_batches,
+        stage_bounds=stage_bounds,
+        title=title,
+        progress=progress,
+    )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -86,6 +95,7 @@ def render_page(
     num_stages: int,
     num_micro_batches: int,
     *,
+    stage_bounds: Sequence[int] | None = None,
     title: str | None = None,
     progress: Progress | None = None,
 ) -> str:
@@ -97,6 +107,7 @@ def render_page(
         num_stages: Where the slider for K stands at first. Others are 2, 4, 8, 16, as far as there are
             layers and the configured setting exists.
         num_micro_batches: Where the slider for M stands at first. Others are 1, 2, 4, 8, 16.
+        stage_bounds: Where to cut the layers into ``num_stages``; by default as evenly as can be.
         title: Heading of the page; by default the profile's model.
         progress: Told how far the work is, after every view.
 
@@ -109,7 +120,8 @@ def render_page(
     maker = _Views(settings, profile)
     views: list[dict[str, Any]] = []
     for k, m in itertools.product(stages, micro_batches):
-        views.append(maker.view(compare(interlock, profile, m, num_stages=k)))
+        bounds = stage_bounds if k == num_stages else None
+        views.append(maker.view(compare(interlock, profile, m, num_stages=k, stage_bounds=bounds)))
         if progress is not None:
             progress(sum(view["K"] * view["M"] for view in views), sum(stages) * sum(micro_batches))
     names = dict.fromkeys([setting_name(interlock), GLOBAL, ZERO_BUBBLE, *settings])
@@ -204,15 +216,14 @@ class _Views:
     def _longer(self, forecast: Forecast) -> Iterator[Rows]:
         """Its rows, and then ever more batches of them."""
         yield forecast.rows
-        setting = self._settings[forecast.name]
-        plan = setting.plan(forecast.stage_bounds)
-        program = training_program(plan, forecast.num_micro_batches, extra_in_flight=setting.extra_in_flight)
-        costs = self._profile.cost_model(forecast.stage_bounds)
-        streaming = setting.streaming and not plan.is_end_to_end
+        setting, num_micro_batches = self._settings[forecast.name], forecast.num_micro_batches
         num_played = 1 + forecast.rows[0][-1].batch
-        while num_played * forecast.num_micro_batches < _MOST_PLAYED:
+        while num_played * num_micro_batches < _MOST_PLAYED:
             num_played *= 2
-            yield simulate(program, costs, num_batches=num_played, streaming=streaming).spans
+            _, longer = play(
+                setting, self._profile, forecast.stage_bounds, num_micro_batches, num_batches=num_played
+            )
+            yield longer.spans
 
     def _row(self, row: Sequence[Span], start: float, end: float, tick: float) -> list[int]:
         """The spans between ``start`` and ``end``; times are rounded once, so that errors do not add up."""

@@ -4,11 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from ds_interlock.pipe.measure import FlopMeter, LayerCall, Stopwatch, profile_head, profile_layer
+from ds_interlock.pipe.measure import FlopMeter, LayerCall, Stopwatch, profile_head, profile_layers
 from ds_interlock.pipe.measure_link import measure_link
 
 FLOPS = FlopMeter(flops_per_second=1.0)
 TOKENS, WIDTH, OUT = 6, 4, 10
+
+
+def one_layer(call, meter, optimizer):
+    (layer,) = profile_layers([call], meter, optimizer)
+    return layer
 
 
 def linear() -> LayerCall:
@@ -16,7 +21,7 @@ def linear() -> LayerCall:
 
 
 def test_operations_of_a_linear_layer_by_hand():
-    layer = profile_layer(linear(), FLOPS, None)
+    layer = one_layer(linear(), FLOPS, None)
     product = 2 * TOKENS * WIDTH * OUT
     assert layer.forward_seconds == product
     assert layer.input_gradient_seconds == product
@@ -29,7 +34,7 @@ def test_operations_of_a_linear_layer_by_hand():
 def test_a_frozen_layer_has_no_weight_gradient():
     call = linear()
     call.module.requires_grad_(False)
-    layer = profile_layer(call, FLOPS, None)
+    layer = one_layer(call, FLOPS, None)
     assert layer.input_gradient_seconds > 0
     assert layer.weight_gradient_seconds == layer.optimizer_seconds == layer.num_parameters == 0
     assert layer.activation_bytes == 0
@@ -37,7 +42,7 @@ def test_a_frozen_layer_has_no_weight_gradient():
 
 def test_a_first_layer_relays_nothing():
     call = LayerCall("embedding", nn.Embedding(OUT, WIDTH), (torch.zeros(2, 3, dtype=torch.int64),))
-    layer = profile_layer(call, Stopwatch(lambda: None, num_runs=2), torch.optim.SGD)
+    layer = one_layer(call, Stopwatch(lambda: None, num_rounds=2), torch.optim.SGD)
     assert layer.input_gradient_seconds == 0
     assert layer.weight_gradient_seconds > 0
     assert layer.optimizer_seconds > 0
@@ -46,7 +51,7 @@ def test_a_first_layer_relays_nothing():
 def test_a_layer_is_left_as_it_was():
     call = linear()
     before = call.module.weight.detach().clone()
-    profile_layer(call, Stopwatch(lambda: None, num_runs=2), lambda p: torch.optim.SGD(p, lr=1.0))
+    one_layer(call, Stopwatch(lambda: None, num_rounds=2), lambda p: torch.optim.SGD(p, lr=1.0))
     assert torch.equal(call.module.weight, before)
     assert call.module.weight.grad is None
     assert call.inputs[0].grad is None
@@ -63,7 +68,7 @@ def test_options_and_tuples_as_transformers_blocks_have_them():
             return self.linear(hidden) * scale, None
 
     options = {"scale": torch.ones(WIDTH), "cache": None}
-    layer = profile_layer(LayerCall("block", Block(), (torch.randn(1, TOKENS, WIDTH),), options), FLOPS, None)
+    layer = one_layer(LayerCall("block", Block(), (torch.randn(1, TOKENS, WIDTH),), options), FLOPS, None)
     assert layer.forward_seconds == 2 * TOKENS * WIDTH * WIDTH
 
 
@@ -76,12 +81,34 @@ def test_a_head_is_forward_and_both_gradients():
     assert (found.type, found.num_parameters) == ("linear", WIDTH * OUT)
 
 
-def test_the_stopwatch_takes_the_median_and_does_not_count_the_first_run():
-    runs = []
-    waits = []
-    watch = Stopwatch(lambda: waits.append(None), num_runs=3)
-    assert watch(lambda: runs.append(None)) >= 0
-    assert len(runs) == len(waits) == 4
+def test_layers_are_walked_in_the_order_of_training_and_the_first_round_does_not_count():
+    seen = []
+
+    class Noted(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            seen.append(self.name)
+            return self.linear(hidden)
+
+    calls = [LayerCall(name, Noted(name), (torch.randn(1, TOKENS, WIDTH),)) for name in "ab"]
+    layers = profile_layers(calls, Stopwatch(lambda: None, num_rounds=3), torch.optim.SGD)
+    assert "".join(seen) == "ab" * 4
+    assert [layer.name for layer in layers] == ["a", "b"]
+    for layer in layers:
+        passes = layer.forward_seconds, layer.input_gradient_seconds, layer.optimizer_seconds
+        assert min(passes) > 0
+
+
+def test_the_stopwatch_waits_for_the_device_before_and_after():
+    events = []
+    seconds, result = Stopwatch(lambda: events.append("wait"))(lambda: events.append("work") or 7)
+    assert events == ["wait", "work", "wait"]
+    assert result == 7
+    assert seconds > 0
 
 
 def test_a_link_has_a_latency_and_a_bandwidth():
@@ -92,6 +119,6 @@ def test_a_link_has_a_latency_and_a_bandwidth():
 
 @pytest.mark.parametrize("flops", [1.0, 4.0])
 def test_an_optimizer_that_does_not_run_costs_what_it_moves(flops):
-    layer = profile_layer(linear(), FlopMeter(flops), None)
+    layer = one_layer(linear(), FlopMeter(flops), None)
     # 28 bytes a parameter at a byte for 100 operations.
     assert layer.optimizer_seconds == pytest.approx(28 * WIDTH * OUT * 100 / flops)

@@ -395,5 +395,7 @@ def test_timelines_follow_a_change_of_scheme(page: Page, unit_url: str) -> None:
     page.goto(f"{unit_url}#K=4&M=1")
     for scheme in ("light", "dark", "light"):
         page.emulate_media(color_scheme=scheme)
-        shade = canvas(page, "global (1F1B)").evaluate(waiting)
-        assert shade > 180 if scheme == "light" else shade < 80
+        drawn = canvas(page, "global (1F1B)").element_handle()
+        expected = "> 180" if scheme == "light" else "< 80"
+        # The page hears of the change after the test does.
+        page.wait_for_function(f"(canvas) => ({waiting})(canvas) {expected}", arg=drawn, timeout=10_000)

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.cost import CostModel
 from ds_interlock.schedule.lower import Program
+from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.render import Timeline, render_svg
 from ds_interlock.schedule.simulate import Span, simulate
 
@@ -61,31 +62,46 @@ def gather(spans: list[Span], stage: int, num_stages: int) -> Rows:
     return from_zero(rows)
 
 
-def measured_costs(rows: Rows) -> CostModel:
+def measured_costs(plan: GradientFlowPlan, rows: Rows) -> CostModel:
     """The costs that ``rows`` were run at: for each stage the median of each kind of action.
 
-    A stage that relays nothing does not show what its input gradient costs alone; half of a
-    backward pass is taken for it.
+    A relay from a head inside its stage crosses a part of it, and counts for the whole. A stage that
+    relays nothing does not show what its input gradient costs alone; half of a backward pass is taken.
     """
     forward, relay, backward, head, step = [], [], [], [], []
+    final_head = 0.0
     for row in rows:
         seconds: dict[Kind, dict[tuple[int, int], float]] = defaultdict(lambda: defaultdict(float))
+        relays: list[float] = []
+        heads: list[float] = []
+        finals: list[float] = []
         for span in row:
-            # A forward may come in parts, and a stage may have two heads.
-            seconds[span.action.kind][span.batch, span.action.micro_batch] += span.end - span.start
-        forward.append(_median(seconds[Kind.FORWARD]))
-        backward.append(_median(seconds[Kind.WEIGHT_GRADIENT]) or _median(seconds[Kind.BACKWARD]))
-        relay.append(min(_median(seconds[Kind.INPUT_GRADIENT]) or backward[-1] / 2, backward[-1]))
-        head.append(_median(seconds[Kind.HEAD]))
-        step.append(_median(seconds[Kind.STEP]))
+            took = span.end - span.start
+            seconds[span.action.kind][span.batch, span.action.micro_batch] += took  # a forward comes in parts
+            if span.action.kind is Kind.INPUT_GRADIENT:
+                relays.append(took / _WHOLE.seconds(plan, span.action))
+            elif span.action.kind is Kind.HEAD:
+                (finals if span.action.losses == (plan.final,) else heads).append(took)
+        forward.append(_median(seconds[Kind.FORWARD].values()))
+        backward.append(
+            _median(seconds[Kind.WEIGHT_GRADIENT].values()) or _median(seconds[Kind.BACKWARD].values())
+        )
+        relay.append(min(_median(relays) or backward[-1] / 2, backward[-1]))
+        head.append(_median(heads))
+        final_head = _median(finals) or final_head
+        step.append(_median(seconds[Kind.STEP].values()))
     return CostModel(
         forward=forward,
         input_gradient=relay,
         weight_gradient=[whole - part for whole, part in zip(backward, relay, strict=True)],
         head=head,
-        final_head=head[-1],
+        final_head=final_head,
         optimizer=step,
     )
+
+
+_WHOLE = CostModel(input_gradient=1.0)
+"""Says what share of its stage a relay crosses."""
 
 
 def measured_and_simulated(program: Program, rows: Rows, *, streaming: bool) -> list[Timeline]:
@@ -94,7 +110,7 @@ def measured_and_simulated(program: Program, rows: Rows, *, streaming: bool) -> 
     measured = _renumbered(rows, batches[0])
     first = program.plan.num_stages if streaming else 1  # until then the pipeline fills
     simulation = simulate(
-        program, measured_costs(rows), num_batches=first + len(batches), streaming=streaming
+        program, measured_costs(program.plan, rows), num_batches=first + len(batches), streaming=streaming
     )
     simulated = [[span for span in row if span.batch >= first] for row in simulation.spans]
     return [
@@ -126,5 +142,5 @@ def _renumbered(rows: Sequence[Sequence[Span]], first: int) -> Rows:
     return from_zero([[replace(span, batch=span.batch - first) for span in row] for row in rows])
 
 
-def _median(by_micro_batch: dict[tuple[int, int], float]) -> float:
-    return statistics.median(by_micro_batch.values()) if by_micro_batch else 0.0
+def _median(seconds: Collection[float]) -> float:
+    return statistics.median(seconds) if seconds else 0.0

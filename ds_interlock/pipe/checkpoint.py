@@ -26,6 +26,7 @@ from deepspeed.utils import logger
 from torch import distributed as dist
 
 from ds_interlock.errors import ConfigError
+from ds_interlock.files import replace_text
 
 _UNFINISHED = ".unfinished"
 _REPLACED = ".replaced"
@@ -64,7 +65,7 @@ class CheckpointMixin:
         if writes:
             _put_in_place(folder, Path(save_dir) / tag)
             if save_latest:
-                _replace_text(Path(save_dir) / "latest", tag)
+                replace_text(Path(save_dir) / "latest", tag)
         dist.barrier()
         return True
 
@@ -248,9 +249,3 @@ def _still_there(save_dir: Path, tag: str) -> str:
     """A save that replaces a checkpoint may have been cut off between its two renames."""
     is_moved = not (save_dir / tag).is_dir() and (save_dir / (tag + _REPLACED)).is_dir()
     return tag + _REPLACED if is_moved else tag
-
-
-def _replace_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + _UNFINISHED)
-    unfinished.write_text(text)
-    os.replace(unfinished, path)

@@ -8,11 +8,11 @@ import json
 import threading
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 
 from deepspeed.utils import logger
 
 from ds_interlock.config import TraceConfig
+from ds_interlock.files import replace_text
 from ds_interlock.pipe.report import job_store
 from ds_interlock.pipe.timeline import Recorder, Rows, from_zero, measured_and_simulated, title_of
 from ds_interlock.schedule.action import Action
@@ -104,7 +104,5 @@ class Tracer:
     def _write(self, rows: Rows, program: Program, streaming: bool) -> None:
         timelines = measured_and_simulated(program, rows, streaming=streaming)
         title = title_of(program)
-        path = Path(self.config.path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_name(f"{path.name}.json").write_text(json.dumps(chrome_trace(timelines, title)))
-        path.with_name(f"{path.name}.svg").write_text(render_svg(timelines, title))
+        replace_text(f"{self.config.path}.json", json.dumps(chrome_trace(timelines, title)))
+        replace_text(f"{self.config.path}.svg", render_svg(timelines, title))

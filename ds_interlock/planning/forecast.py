@@ -63,11 +63,6 @@ class Forecast:
         """Number of pipeline stages, K."""
         return len(self.stage_bounds) - 1
 
-    @property
-    def has_global_gradients(self) -> bool:
-        """True if every stage is trained by the final loss alone."""
-        return self.window >= self.num_stages
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -162,16 +157,19 @@ def compare(
             f"{len(profile.layers)} layers"
         )
     bounds = tuple(stage_bounds)
+    configured = forecast(interlock, profile, bounds, num_micro_batches)
     played: list[Forecast] = []
     skipped: list[str] = []
     for setting in settings_to_compare(interlock):
+        if setting_name(setting) == configured.name:
+            played.append(configured)
+            continue
         try:
             played.append(forecast(setting, profile, bounds, num_micro_batches))
         except ConfigError as error:
             skipped.append(f"{setting_name(setting)}: {error.__cause__ or error}")
     played.insert(1, _zero_bubble(profile, bounds, num_micro_batches))
     pace = played[0].batch_seconds
-    configured = forecast(interlock, profile, bounds, num_micro_batches)
     return Comparison(
         profile=profile,
         configured=_relative(configured, pace),

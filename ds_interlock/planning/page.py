@@ -20,11 +20,11 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
+from ds_interlock.files import replace_text
 from ds_interlock.planning.forecast import (
     GLOBAL,
     ZERO_BUBBLE,
@@ -82,11 +82,7 @@ def write_page(
         title=title,
         progress=progress,
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    replace_text(path, page)
 
 
 def render_page(

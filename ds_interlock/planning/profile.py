@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ds_interlock.errors import ConfigError, list_faults
+from ds_interlock.files import replace_text
 from ds_interlock.schedule.cost import CostModel
 
 _NO_DEVICE = "none"
@@ -91,11 +92,7 @@ class Profile(_Record):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the profile as JSON; an interrupted write leaves an earlier file as it was."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        unfinished.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        replace_text(path, self.model_dump_json(indent=1) + "\n")
 
     @property
     def is_unit(self) -> bool:

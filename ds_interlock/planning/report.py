@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ds_interlock.files import replace_text
 from ds_interlock.planning.forecast import Comparison, Forecast
 from ds_interlock.planning.verdict import best_interlock, pays, verdict
 from ds_interlock.schedule.render import Timeline, render_svg
@@ -104,17 +105,14 @@ def write_svg(path: Path, comparison: Comparison, forecasts: Sequence[Forecast])
     """Writes the timelines, one under the other, on one scale."""
     reference = comparison.reference
     title = f"{reference.num_micro_batches} micro-batches on {reference.num_stages} stages"
-    _write(path, render_svg(timelines(comparison, forecasts), title=title))
+    replace_text(path, render_svg(timelines(comparison, forecasts), title=title))
 
 
 def write_trace(path: Path, comparison: Comparison, forecasts: Sequence[Forecast]) -> None:
     """Writes the timelines as a Chrome trace."""
-    _write(path, json.dumps(chrome_trace(timelines(comparison, forecasts), title=comparison.profile.model)))
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    replace_text(
+        path, json.dumps(chrome_trace(timelines(comparison, forecasts), title=comparison.profile.model))
+    )
 
 
 def _shown(rows: Sequence[Sequence[Span]]) -> tuple[tuple[Span, ...], ...]:

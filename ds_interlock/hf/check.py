@@ -152,7 +152,7 @@ def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_in
         ConfigError: On the last stage, if they differ.
     """
     inputs = probe(pretrained, own_inputs, num_positions)
-    labels = torch.zeros_like(inputs[0] if pretrained.task == "causal-lm" else inputs[0][:, 0])
+    labels = torch.zeros_like(inputs[0] if pretrained.task == "causal" else inputs[0][:, 0])
     fed = inputs if len(inputs) > 1 else inputs[0]
     outputs = engine.eval_batch(iter([(fed, labels)]), compute_loss=False, num_micro_batches=1)
     if not engine.is_last_stage():

@@ -63,6 +63,13 @@ class Blueprint:
         """What travels beside the hidden state."""
         return tuple(name for name in self.inputs if name in _TRAVELS)
 
+    def parameters(self) -> dict[str, Tensor]:
+        """The model's parameters by name, without contents, in the order of its layers; a tied one once."""
+        specs = self.layers()
+        with torch.device("meta"):
+            modules = [spec.build() for spec in specs]
+        return {name: tensor for module in modules for name, tensor in module.named_parameters()}
+
     def layers(self) -> list[LayerSpec]:
         """The whole model as layer specifications; see the picture at the top of the file."""
         anatomy = self.skeleton.anatomy

@@ -1,192 +1,115 @@
-"""A trained language model as a plain Hugging Face GPT-2 checkpoint.
+"""A fine-tuned Hugging Face model, out of the pipeline and back into a plain Hugging Face folder.
 
-Nothing is gathered over the network: DeepSpeed's pipeline checkpoint already has one file a layer,
-and one process reads them all.
+    checkpoints/global_step100/       checkpoints/hf/
+        │ FineTunedCheckpoint             │
+        ▼                                 ▼
+    tensors ──► [merge adapters] ──► [settle tied weights] ──► write_model
 
-    layer_00-model_states.pt  ...  layer_11-model_states.pt  [interlock_stage_03.pt]
-        │ read_layer_states
-    {0: {"weight": ...}, 1: ...}
-        │ export_gpt2
-    config.json  model.safetensors  generation_config.json  tokenizer files
+A model with adapters becomes an adapter folder (``adapter.py``), unless they are merged. The first
+stages with a head of theirs become a smaller model in ``draft.py``.
 """
 
-import re
-import secrets
-import shutil
-from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.models.lm import LMConfig
-
-LayerStates = Mapping[int, Mapping[str, Tensor]]
-
-_LAYER_FILE = re.compile(r"layer_(\d+)-(.*)model_states\.pt")
-_STAGE_FILE = "interlock_stage_*.pt"
-
-# Names of a block's parts: ours, GPT-2's.
-_BLOCK_PARTS = {
-    "norm_1": "ln_1",
-    "attention.qkv": "attn.c_attn",
-    "attention.out": "attn.c_proj",
-    "norm_2": "ln_2",
-    "mlp.up": "mlp.c_fc",
-    "mlp.down": "mlp.c_proj",
-}
+from ds_interlock.hf.adapter import export_adapter, merged_tensors
+from ds_interlock.hf.finetuned import FineTunedCheckpoint
+from ds_interlock.hf.model_folder import MAX_SHARD_SIZE, ExportReport, empty_model, write_model
 
 
-def export_gpt2(
-    layer_states: LayerStates,
-    config: LMConfig,
-    output_dir: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> None:
-    """Writes a checkpoint that ``AutoModelForCausalLM.from_pretrained`` loads.
+def export_model(
+    checkpoint: str | Path,
+    output: str | PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    heads: bool = False,
+    merge_adapter: bool = False,
+) -> ExportReport:
+    """Writes the whole model as a folder that ``from_pretrained`` loads, or its adapter alone.
 
-    The folder appears whole: everything is written beside it first. One that is there already is
-    replaced only then.
+    The folder appears whole, and replaces one that holds a model already.
 
     Args:
-        layer_states: State dict of every layer by its number. The unembedding may be missing if
-            the embeddings are tied; if it is there and differs, they are exported untied.
-        config: The model.
-        output_dir: Folder to write.
-        tokenizer: Saved with the model; its end-of-text token becomes the model's.
+        checkpoint: ``.../global_step100``, or the folder above it, whose ``latest`` names it.
+        output: The folder to write.
+        dtype: Of the weights written; None keeps the checkpoint's, bit for bit.
+        max_shard_size: Files larger than this are split, as "5GB".
+        heads: Write the auxiliary heads to ``heads.safetensors`` beside the model.
+        merge_adapter: For a model with adapters: write the model with the adapters merged in. Without
+            it they are written alone, in peft's format.
+
+    Returns:
+        What was written, and what the user may not expect of it.
 
     Raises:
-        ConfigError: If the layers are not those of ``config``.
+        ConfigError: If the checkpoint or what is asked of it is unusable, or the folder cannot be
+            written; then nothing is.
     """
-    tensors = _gpt2_tensors(layer_states, config)
-    tied = torch.equal(tensors["lm_head.weight"], tensors["transformer.wte.weight"])
-    model = GPT2LMHeadModel(_gpt2_config(config, tied, tokenizer))
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ConfigError(f"the checkpoint's layers do not fit the model's configuration: {error}") from error
-    output = Path(output_dir)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draft = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
-    try:
-        model.save_pretrained(draft)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(draft)
-        _replace_folder(output, draft)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def read_layer_states(checkpoint_dir: str | Path) -> dict[int, dict[str, Tensor]]:
-    """State dict of every layer in a DeepSpeed pipeline checkpoint.
-
-    A tied unembedding has no file of its own. If the stages trained copies of their own
-    (``tied_weights: "untie"``), the last stage's copy comes as the layer after the last.
-
-    Args:
-        checkpoint_dir: The folder of one checkpoint (``.../global_step100``), or the one above it,
-            whose ``latest`` file names it.
-
-    Raises:
-        ConfigError: If there is no such checkpoint, or it was cut by tensor parallelism.
-    """
-    folder = Path(checkpoint_dir)
-    latest = folder / "latest"
-    if latest.is_file():
-        folder /= latest.read_text().strip()
-    states: dict[int, dict[str, Tensor]] = {}
-    for file in sorted(folder.glob("layer_*")):
-        match = _LAYER_FILE.fullmatch(file.name)
-        if match and match[2]:
+    source = FineTunedCheckpoint(checkpoint)
+    if source.description.peft is None and merge_adapter:
+        raise ConfigError(f"--merge_adapter: {source.folder} has no adapter: leave the flag out")
+    if source.description.peft is not None and not merge_adapter:
+        if heads or dtype is not None:
             raise ConfigError(
-                f"{file} holds a slice of a layer: export of tensor-parallel models is not supported"
+                f"{source.folder} has an adapter, which is written alone and as trained: --heads and --dtype "
+                "go with --merge_adapter"
             )
-        if match:
-            states[int(match[1])] = dict(_load(file))
-    if not states:
-        raise ConfigError(
-            f"{folder} holds no layer_*-model_states.pt: expected a DeepSpeed pipeline checkpoint"
-        )
-    copies = _untied_copies(folder)
-    if copies:
-        states[max(states) + 1] = copies
-    return states
-
-
-def _load(file: Path) -> Mapping[str, Tensor]:
-    state: Mapping[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-    return state
-
-
-def _untied_copies(folder: Path) -> dict[str, Tensor]:
-    """Tied modules as the last stage has them, without their key: "token_embedding.weight" -> "weight"."""
-    stage_files = sorted(folder.glob(_STAGE_FILE))
-    if not stage_files:
-        return {}
-    tied_modules = torch.load(stage_files[-1], map_location="cpu", weights_only=True).get("tied_modules", {})
-    return {name.partition(".")[2]: tensor for name, tensor in tied_modules.items()}
-
-
-def _gpt2_config(config: LMConfig, tied: bool, tokenizer: PreTrainedTokenizerBase | None) -> GPT2Config:
-    end_of_text = tokenizer.eos_token_id if tokenizer is not None else None
-    return GPT2Config(
-        vocab_size=config.vocab_size,
-        n_positions=config.seq_length,
-        n_embd=config.width,
-        n_layer=config.num_blocks,
-        n_head=config.num_heads,
-        activation_function="gelu_new",
-        resid_pdrop=config.dropout,
-        embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout,
-        tie_word_embeddings=tied,
-        # The defaults are ids of OpenAI's vocabulary, which this one has not.
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
+        return export_adapter(checkpoint, output)
+    tensors = merged_tensors(source) if merge_adapter else source.tensors()
+    config = source.load_config()
+    notes = settle_tied_weights(source, tensors, config)
+    model = empty_model(config, source.description.architecture)
+    return write_model(
+        output,
+        source,
+        model,
+        tensors,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        heads=heads,
+        notes=notes,
     )
 
 
-def _gpt2_tensors(layer_states: LayerStates, config: LMConfig) -> dict[str, Tensor]:
-    """The state dict of ``GPT2LMHeadModel``, in float32."""
-    tensors: dict[str, Tensor] = {}
-    last = config.num_layers - 1
-    needed = last if config.tie_embeddings else last + 1
-    missing = [layer for layer in range(needed) if layer not in layer_states]
-    if missing or max(layer_states) > last:
+def settle_tied_weights(source: FineTunedCheckpoint, tensors: dict[str, Tensor], config: Any) -> list[str]:
+    """Unties the embeddings in ``config`` if they were trained apart; else leaves one of them.
+
+    Args:
+        source: Has the last stage's own copy, if there is one.
+        tensors: The model's; the unembedding is added or taken out.
+        config: The model's; changed.
+
+    Returns:
+        A note if they are no longer tied.
+
+    Raises:
+        ConfigError: If the last stage's copies do not include the embedding.
+    """
+    if source.description.unembedding is None:
+        return []
+    embedding = f"{source.description.embedding}.weight"
+    unembedding = f"{source.description.unembedding}.weight"
+    copies = source.untied_copies
+    if copies and embedding not in copies:
         raise ConfigError(
-            f"the checkpoint has layers {sorted(layer_states)}: expected 0 to {last}, as the model's "
-            f"configuration has num_blocks {config.num_blocks}"
+            f"{source.folder}: the last stage has its own copies of {', '.join(copies)}; "
+            f"expected {embedding} among them"
         )
-    for number in range(config.num_blocks):
-        for name, tensor in layer_states[2 + number].items():
-            part, _, kind = name.rpartition(".")
-            if part not in _BLOCK_PARTS:
-                raise ConfigError(
-                    f"layer {2 + number} has {name!r}: expected a Block of ds_interlock.models.lm"
-                )
-            # GPT-2's Conv1D keeps its matrices transposed.
-            value = tensor.T if tensor.dim() == 2 else tensor
-            tensors[f"transformer.h.{number}.{_BLOCK_PARTS[part]}.{kind}"] = value
-    tensors["transformer.wte.weight"] = layer_states[0]["weight"]
-    tensors["transformer.wpe.weight"] = layer_states[1]["weight"]
-    tensors["transformer.ln_f.weight"] = layer_states[last - 1]["weight"]
-    tensors["transformer.ln_f.bias"] = layer_states[last - 1]["bias"]
-    tensors["lm_head.weight"] = layer_states.get(last, layer_states[0])["weight"]
-    return {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}
-
-
-def _replace_folder(target: Path, source: Path) -> None:
-    """Renames ``source`` to ``target``; if that fails, what was there is there again."""
-    if not target.exists():
-        source.rename(target)
-        return
-    aside = source.with_name(source.name + ".old")
-    target.rename(aside)
-    try:
-        source.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside)
+    if copies:
+        tensors.setdefault(unembedding, copies[embedding])
+    if not config.tie_word_embeddings or unembedding not in tensors:
+        return []
+    if torch.equal(tensors[unembedding], tensors[embedding]):
+        del tensors[unembedding]
+        return []
+    config.tie_word_embeddings = False
+    return [
+        f"the first and the last stage trained {embedding} apart, so the model is no longer tied: "
+        f"{unembedding} is written too, and config.json says tie_word_embeddings false"
+    ]

@@ -7,10 +7,11 @@ folder with .bin or .gguf ────┴─► converted once by transformers, 
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -28,14 +29,13 @@ from transformers import (
 from ds_interlock.errors import ConfigError
 from ds_interlock.files import unfinished_folder
 from ds_interlock.hf.cut import Blueprint
+from ds_interlock.hf.records import Task
 from ds_interlock.hf.surgery import Skeleton
 from ds_interlock.hf.tokenizer import default_cache_dir
 from ds_interlock.hf.weights import Weights, has_safetensors
 
-Task = Literal["causal-lm", "classification"]
-
 _AUTO_MODELS: Mapping[Task, Any] = {
-    "causal-lm": AutoModelForCausalLM,
+    "causal": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
 }
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth")
@@ -67,13 +67,15 @@ class Pretrained:
 
     def blueprint(self, inputs: tuple[str, ...] = ("input_ids",), *, tie: bool = True) -> Blueprint:
         """The model as layers to build; see ``Blueprint``."""
-        model = self.new_model()
-        skeleton = Skeleton(model)
-        anatomy = skeleton.anatomy
-        same = {f"{anatomy.unembedding}.weight": f"{anatomy.embedding}.weight"} if anatomy.tied else {}
-        weights = Weights(self.folder, self.dtype, model.base_model_prefix, same)
-        new = {"causal-lm": (), "classification": anatomy.end}[self.task]
-        return Blueprint(skeleton, _WithNew(weights, model, new), inputs, tie)
+        skeleton = Skeleton(self.new_model())
+        return Blueprint(skeleton, _Values(self, skeleton), inputs, tie)
+
+    def lacking(self) -> list[str]:
+        """Names of parameters that the files do not have, new ones aside."""
+        skeleton = Skeleton(self.new_model())
+        values = _Values(self, skeleton)
+        parameters = Blueprint(skeleton, values).parameters()
+        return sorted(name for name in values.weights.lacking(parameters) if not values.is_new(name))
 
 
 def empty_model(config: Any, task: Task, dtype: torch.dtype) -> Any:
@@ -86,7 +88,7 @@ def empty_model(config: Any, task: Task, dtype: torch.dtype) -> Any:
         with init_empty_weights(include_buffers=False):
             model = _AUTO_MODELS[task].from_config(config, dtype=dtype)
     except ValueError as error:
-        what = {"causal-lm": "a causal language model", "classification": "a sequence classifier"}[task]
+        what = {"causal": "a causal language model", "classification": "a sequence classifier"}[task]
         raise ConfigError(
             f"--model: transformers has no {what[2:]} of a {type(config).__name__} (task {task}): give the "
             f"name of {what}"
@@ -94,36 +96,41 @@ def empty_model(config: Any, task: Task, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-class _WithNew:
+class _Values:
     """A checkpoint's values; those of new modules (a classifier that nobody trained) drawn from a seed."""
 
-    def __init__(self, weights: Weights, model: Any, new: tuple[str, ...]) -> None:
-        self._weights = weights
-        self._std = getattr(model.config, "initializer_range", 0.02)
-        self._new = new
+    def __init__(self, pretrained: Pretrained, skeleton: Skeleton) -> None:
+        anatomy, model = skeleton.anatomy, skeleton.model
+        same = {f"{anatomy.unembedding}.weight": f"{anatomy.embedding}.weight"} if anatomy.tied else {}
+        self.weights = Weights(pretrained.folder, pretrained.dtype, model.base_model_prefix, same)
+        self._may_be_new = tuple(f"{part}." for part in anatomy.end if anatomy.unembedding is None)
+        self._std = getattr(pretrained.config, "initializer_range", 0.02)
 
-    def __call__(self, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = self._weights(names)
-        for name in names:
-            if name not in found and name.startswith(tuple(f"{part}." for part in self._new)):
-                found[name] = self._drawn(name, names[name])
-        return found
+    def is_new(self, name: str) -> bool:
+        """Whether a tensor may be missing."""
+        return name.startswith(self._may_be_new) if self._may_be_new else False
+
+    def __call__(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = self.weights(wanted)
+        new = {name: like for name, like in wanted.items() if name not in found and self.is_new(name)}
+        return {**found, **{name: self._drawn(name, like) for name, like in new.items()}}
 
     def _drawn(self, name: str, like: Tensor) -> Tensor:
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-        generator = torch.Generator().manual_seed(seed)
         if like.dim() < 2:
-            return torch.full(like.shape, float(name.lower().endswith("norm.weight")), dtype=like.dtype)
-        return nn.init.normal_(torch.empty(like.shape, dtype=like.dtype), std=self._std, generator=generator)
+            is_norm = name.lower().endswith("norm.weight")
+            return torch.full(like.shape, float(is_norm), dtype=like.dtype, device="cpu")
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        drawn = torch.empty(like.shape, dtype=like.dtype, device="cpu")
+        return nn.init.normal_(drawn, std=self._std, generator=generator)
 
 
 def open_pretrained(
     name: str,
-    task: Task = "causal-lm",
+    task: Task = "causal",
     *,
     gguf_file: str | None = None,
     dtype: torch.dtype = torch.float32,
-    num_labels: int | None = None,
+    classes: Sequence[str] = (),
     cache_dir: Path | None = None,
 ) -> Pretrained:
     """Finds a model's files, converting them if they are no safetensors.
@@ -135,7 +142,7 @@ def open_pretrained(
         task: What it will be used for.
         gguf_file: Name of a GGUF file in it, which then has configuration and tokenizer too.
         dtype: What its weights are read as.
-        num_labels: Classes, for classification.
+        classes: Names of the classes by id, for classification.
         cache_dir: Where converted weights are kept; default ``default_cache_dir()``.
 
     Raises:
@@ -144,14 +151,14 @@ def open_pretrained(
     folder = _local_folder(name, gguf_file)
     if gguf_file is not None or not has_safetensors(folder):
         folder = _converted(folder, name, gguf_file, task, cache_dir or default_cache_dir())
-    config = _load_config(name, folder, num_labels)
+    config = _load_config(name, folder, classes)
     pretrained = Pretrained(name, folder, config, _load_tokenizer(name, folder), task, dtype)
-    lacking = _lacking(pretrained)
+    lacking = pretrained.lacking()
     if lacking:
         # Names that transformers renames or merges when it loads: let it do so once.
         folder = _converted(folder, name, None, task, cache_dir or default_cache_dir())
         pretrained = Pretrained(name, folder, config, pretrained.tokenizer, task, dtype)
-        lacking = _lacking(pretrained)
+        lacking = pretrained.lacking()
     if lacking:
         raise ConfigError(
             f"--model {name}: its weights lack {', '.join(lacking[:5])}{' ...' * (len(lacking) > 5)}, which "
@@ -181,7 +188,7 @@ def _local_folder(name: str, gguf_file: str | None) -> Path:
     return folder
 
 
-def _load_config(name: str, folder: Path, num_labels: int | None) -> Any:
+def _load_config(name: str, folder: Path, classes: Sequence[str]) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -190,8 +197,9 @@ def _load_config(name: str, folder: Path, num_labels: int | None) -> Any:
             f"--model {name}: no configuration could be loaded ({detail}); expected a config.json of a model "
             "that transformers knows"
         ) from error
-    if num_labels is not None:
-        config.num_labels = num_labels
+    if classes:
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {label: number for number, label in enumerate(classes)}
     return config
 
 
@@ -205,16 +213,6 @@ def _load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
-
-
-def _lacking(pretrained: Pretrained) -> list[str]:
-    """Names of parameters that the files do not have, new ones aside."""
-    blueprint = pretrained.blueprint()
-    specs = blueprint.layers()
-    with torch.device("meta"):
-        layers = [spec.build() for spec in specs]
-    names = {name: tensor for layer in layers for name, tensor in layer.named_parameters()}
-    return sorted(names.keys() - blueprint.values(names).keys())
 
 
 def _converted(folder: Path, name: str, gguf_file: str | None, task: Task, cache_dir: Path) -> Path:

@@ -26,7 +26,7 @@ CANNOT_PACK = {"opt", "opt, projected", "bloom"}  # their masks do not look at p
 
 def blueprint_of(model: Any, inputs: tuple[str, ...] = PLAIN) -> Blueprint:
     """A blueprint with the weights of a whole model."""
-    task = "classification" if hasattr(model, "classifier") else "causal-lm"
+    task = "classification" if hasattr(model, "classifier") else "causal"
     skeleton = Skeleton(empty_model(copy.deepcopy(model.config), task, model.dtype))
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     return Blueprint(skeleton, lambda names: {n: tensors[n].clone() for n in names if n in tensors}, inputs)
@@ -146,7 +146,7 @@ CHECKED = [
     ("family", "inputs"), CHECKED, ids=lambda part: part if isinstance(part, str) else part[-1]
 )
 def test_the_check_at_load_agrees(family: str, inputs: tuple[str, ...], tmp_path: Path) -> None:
-    task = "classification" if family == "bert" else "causal-lm"
+    task = "classification" if family == "bert" else "causal"
     save_tiny(family, tmp_path)
     pretrained = open_pretrained(str(tmp_path), task)
     assert pipeline_error(pretrained, inputs) <= 1e-6
@@ -204,5 +204,5 @@ def test_a_configuration_without_a_causal_model_is_refused() -> None:
     from transformers import ViTConfig
 
     with pytest.raises(ConfigError, match="causal language model of a ViTConfig"):
-        empty_model(ViTConfig(), "causal-lm", torch.float32)
+        empty_model(ViTConfig(), "causal", torch.float32)
     assert tiny_config("llama").num_hidden_layers == NUM_BLOCKS

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.hf import export
-from ds_interlock.hf.export import export_gpt2, read_layer_states
+from ds_interlock.hf import export_lm
+from ds_interlock.hf.export_lm import export_gpt2, read_layer_states
 from ds_interlock.hf.tokenizer import train_sentencepiece
 from ds_interlock.models.lm import LMConfig, build_lm
 
@@ -96,13 +96,12 @@ def test_a_folder_that_is_there_is_replaced_when_the_new_one_is_complete(tmp_pat
     states = dict(enumerate(layer.state_dict() for layer in new))
 
     def fail(self, folder):
-        folder.mkdir()
         (folder / "config.json").write_text("{")
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(export.GPT2LMHeadModel, "save_pretrained", fail)
-        with pytest.raises(OSError, match="disk full"):
+        patch.setattr(export_lm.GPT2LMHeadModel, "save_pretrained", fail)
+        with pytest.raises(ConfigError, match="cannot be written"):
             export_gpt2(states, CONFIG, tmp_path / "hf")
     assert_same_logits(old, tmp_path / "hf")
     export_gpt2(states, CONFIG, tmp_path / "hf")

@@ -1,0 +1,99 @@
+"""``ds-interlock export``: a fine-tuned model as a Hugging Face folder."""
+
+import argparse
+import re
+from typing import Any
+
+from ds_interlock.commands.arguments import at_least_one
+from ds_interlock.errors import ConfigError
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+_EXPORT = """\
+Writes a model that launcher/finetune.py trained as a folder that transformers loads: safetensors,
+configuration, generation configuration and tokenizer, without the auxiliary heads. Of a model with
+adapters (LoRA) the adapters alone are written, in peft's format.
+
+With --stages N, writes a smaller model of the same architecture instead: the blocks in front of an
+auxiliary head in stage N - 1, and that head, as a draft for speculative decoding or an early exit.
+
+OUT appears when it is complete; a model that was there is replaced only then.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds ``export`` to the subcommands."""
+    parser = commands.add_parser(
+        "export",
+        help="write a fine-tuned model as a Hugging Face folder",
+        description=_EXPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="folder of one checkpoint (.../global_step100), or the one above it for the latest",
+    )
+    parser.add_argument("output", metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--stages", type=at_least_one, metavar="N", help="export the first N stages with a head of theirs"
+    )
+    parser.add_argument(
+        "--head", type=_index, metavar="I", help="which head (default: the last one in stage N - 1)"
+    )
+    parser.add_argument("--heads", action="store_true", help="write the heads too, to heads.safetensors")
+    parser.add_argument("--merge_adapter", action="store_true", help="merge adapters into the model")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the weights written (default: as trained)")
+    parser.add_argument(
+        "--max_shard_size",
+        type=_size,
+        default="5GB",
+        metavar="SIZE",
+        help="split larger files (default: %(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exports, and says what was written."""
+    if options.head is not None and options.stages is None:
+        raise ConfigError("--head says which head a smaller model ends in: it needs --stages")
+    if options.heads and options.stages is not None:
+        raise ConfigError("--heads writes the heads beside the whole model: leave it or --stages out")
+    from rich.console import Console
+
+    with Console(stderr=True).status("importing transformers") as status:
+        import torch
+
+        from ds_interlock.hf.draft import export_draft
+        from ds_interlock.hf.export import export_model
+
+        status.update(f"writing {options.output}")
+        form: Any = {
+            "dtype": getattr(torch, options.dtype) if options.dtype else None,
+            "max_shard_size": options.max_shard_size,
+        }
+        if options.stages is not None:
+            report = export_draft(options.checkpoint, options.output, options.stages, options.head, **form)
+        else:
+            report = export_model(
+                options.checkpoint,
+                options.output,
+                heads=options.heads,
+                merge_adapter=options.merge_adapter,
+                **form,
+            )
+    print(report)
+    return 0
+
+
+def _index(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected the number of a head, from 0")
+    return int(text)
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", text.upper()):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a size such as 5GB or 200MB")
+    return text

@@ -1,0 +1,119 @@
+"""What one process reads of a DeepSpeed pipeline checkpoint: all layers, all heads, the plan.
+
+    checkpoints/
+      latest
+      global_step100/
+        layer_00-model_states.pt ...     {name: tensor}, a file a layer with weights
+        interlock_stage_00.pt ...        heads, untied copies of tied modules, plan; a file a stage
+
+Nothing is gathered over the network. Tensors are mapped from the files, not read: a model larger than
+the memory can be gone through. DeepSpeed itself is not needed.
+"""
+
+import pickle
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_interlock.errors import ConfigError
+from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
+
+_LAYER_FILE = re.compile(r"layer_(\d+)-(.*)model_states\.pt")
+_STAGE_FILE = "interlock_stage_*.pt"
+
+
+class PipelineCheckpoint:
+    """The files of one checkpoint. The folder is looked at once, files are opened when asked for.
+
+    Args:
+        path: The folder of one checkpoint (``.../global_step100``), or the one above it, whose ``latest``
+            file names it.
+
+    Raises:
+        ConfigError: If there is no such checkpoint, or it was cut by tensor parallelism. A file that
+            cannot be read raises it when it is asked for.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = Path(path)
+        latest = self.folder / "latest"
+        if latest.is_file():
+            self.folder /= latest.read_text(encoding="utf-8").strip()
+        self._layer_files: dict[int, Path] = {}
+        for file in sorted(self.folder.glob("layer_*")):
+            match = _LAYER_FILE.fullmatch(file.name)
+            if match and match[2]:
+                raise ConfigError(
+                    f"{file} holds a slice of a layer: export of tensor-parallel models is not supported"
+                )
+            if match:
+                self._layer_files[int(match[1])] = file
+        if not self._layer_files:
+            raise ConfigError(
+                f"{self.folder} holds no layer_*-model_states.pt: expected a DeepSpeed pipeline checkpoint"
+            )
+
+    @cached_property
+    def layers(self) -> Mapping[int, Mapping[str, Tensor]]:
+        """The state dict of every layer that has one, by its number."""
+        return {number: _load(file) for number, file in self._layer_files.items()}
+
+    @cached_property
+    def _stages(self) -> list[Mapping[str, Any]]:
+        # By length first: 100 comes behind 99.
+        files = sorted(self.folder.glob(_STAGE_FILE), key=lambda file: (len(file.name), file.name))
+        return [_load(file) for file in files]
+
+    @property
+    def untied_copies(self) -> Mapping[str, Tensor]:
+        """Tied modules as the last stage has them, if it has its own (``tied_weights: "untie"``).
+
+        A name is the one within the module: of ``token_embedding.weight`` the key ``token_embedding`` is
+        taken off.
+        """
+        copies = self._stages[-1].get("tied_modules", {}) if self._stages else {}
+        return {name.partition(".")[2]: tensor for name, tensor in copies.items()}
+
+    @property
+    def heads(self) -> Mapping[int, Mapping[str, Tensor]]:
+        """The state dict of every auxiliary head, by the index of its loss in the plan."""
+        heads: dict[int, dict[str, Tensor]] = {}
+        for stage in self._stages:
+            for name, tensor in stage["heads"].items():
+                loss, _, rest = name.partition(".")
+                heads.setdefault(int(loss), {})[rest] = tensor
+        return dict(sorted(heads.items()))
+
+    @property
+    def plan(self) -> GradientFlowPlan:
+        """The plan it was trained under.
+
+        Raises:
+            ConfigError: If ``ds_interlock`` did not write this checkpoint.
+        """
+        if not self._stages:
+            raise ConfigError(
+                f"{self.folder} holds no {_STAGE_FILE}: expected a checkpoint that ds_interlock saved"
+            )
+        saved = self._stages[0]["plan"]
+        return GradientFlowPlan(
+            stage_bounds=tuple(saved["stage_bounds"]),
+            heads=tuple(LossHead(*place) for place in saved["heads"]),
+            trained_by=tuple(frozenset(losses) for losses in saved["trained_by"]),
+        )
+
+
+def _load(file: Path) -> Mapping[str, Any]:
+    try:
+        state: Mapping[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ConfigError(
+            f"{file} cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
+            "the checkpoint is damaged or incomplete; export another one"
+        ) from error
+    return state

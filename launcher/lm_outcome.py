@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_interlock.hf.data import TokenBlocks, unigram_perplexity
-from ds_interlock.hf.export import export_gpt2, read_layer_states
+from ds_interlock.hf.export_lm import export_gpt2, read_layer_states
 from ds_interlock.hf.tokenizer import Tokenizer, same_ids
 from ds_interlock.models.lm import LMConfig, lm_loss
 

@@ -8,18 +8,24 @@ Hugging Face checkpoint, ``metrics.json``, and ``timeline.svg`` with the last ba
 
 import argparse
 import math
-import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
+from job import (
+    errors_told_to_all,
+    in_turns,
+    is_due,
+    report,
+    resolve_auto,
+    resume,
+    stage_losses,
+    start_process,
+)
 from lm_outcome import Outcome, finish
 from tqdm import tqdm
 
@@ -30,9 +36,6 @@ from ds_interlock.errors import ConfigError, DataError, PlanError
 from ds_interlock.hf.data import BlockIterator, TextData, TokenBlocks, encode_documents, load_text
 from ds_interlock.hf.tokenizer import Tokenizer, load_tokenizer
 from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
-
-_WARMUP_SHARE = 0.1  # of the steps, where the config's scheduler says "auto"
-_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK")
 
 
 def main() -> None:
@@ -60,7 +63,7 @@ def main() -> None:
 
     run = Run(engine, args, text, tokenizer)
     if args.resume_from_checkpoint:
-        run.resume(Path(args.resume_from_checkpoint))
+        run.step = resume(engine, Path(args.resume_from_checkpoint))
     run.train()
     outcome = run.outcome(interlock)
     dist.barrier()  # every rank has written its part of the checkpoint
@@ -121,77 +124,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def resolve_auto(config: dict[str, Any], max_steps: int) -> dict[str, Any]:
-    """Fills in "auto" in the config's scheduler section, as Hugging Face's trainer does."""
-    scheduler = config.get("scheduler", {})
-    params = scheduler.get("params", {})
-    learning_rate = config.get("optimizer", {}).get("params", {}).get("lr")
-    values = {
-        "total_num_steps": max_steps,
-        "warmup_num_steps": max(1, round(_WARMUP_SHARE * max_steps)),
-        "warmup_min_lr": 0.0,
-        "warmup_max_lr": learning_rate,
-    }
-    unknown = [key for key, value in params.items() if value == "auto" and values.get(key) is None]
-    if unknown:
-        raise ConfigError(
-            f'scheduler.params.{unknown[0]} is "auto": only {", ".join(values)} can be filled in (the last '
-            "one from optimizer.params.lr); give a value"
-        )
-    resolved = {key: values[key] if value == "auto" else value for key, value in params.items()}
-    return {**config, "scheduler": {**scheduler, "params": resolved}} if scheduler else config
-
-
-def start_process(args: argparse.Namespace) -> None:
-    """Joins the process group; checks and completes the arguments that depend on it."""
-    if not any(variable in os.environ for variable in _RANK_VARIABLES):
-        raise ConfigError(f"start this through the launcher: deepspeed --num_gpus 4 {' '.join(sys.argv)}")
-    ds_interlock.init_distributed()
-    args.local_rank = int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0)))
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        torch.set_num_threads(1)  # the stages of a pipeline share the cores
-    else:
-        accelerator.set_device(args.local_rank)
-    world_size = dist.get_world_size()
-    args.num_stages = world_size if args.num_stages is None else args.num_stages
-    if args.num_stages < 1 or world_size % args.num_stages:
-        raise ConfigError(
-            f"--num_stages is {args.num_stages}: expected a divisor of {world_size}, the number of processes"
-        )
-
-
 def load_text_and_tokenizer(args: argparse.Namespace) -> tuple[TextData, Tokenizer]:
-    """The documents, and what cuts them into tokens.
+    """The documents, and what cuts them into tokens."""
 
-    One rank of a machine goes first, and the others find its work in the caches.
-    """
-    for is_first_turn in (True, False):
-        with errors_told_to_all():
-            if (args.local_rank == 0) == is_first_turn:
-                files = args.train_file, args.validation_file
-                text = load_text(*files, args.dataset, args.dataset_config, args.seed)
-                tokenizer = load_tokenizer(args.tokenizer, text.train, args.vocab_size)
-    return text, tokenizer
+    def load() -> tuple[TextData, Tokenizer]:
+        files = args.train_file, args.validation_file
+        text = load_text(*files, args.dataset, args.dataset_config, args.seed)
+        return text, load_tokenizer(args.tokenizer, text.train, args.vocab_size)
 
-
-@contextmanager
-def errors_told_to_all() -> Iterator[None]:
-    """A rank whose input is wrong says so; the others, which cannot know, leave without a word.
-
-    All ranks must come here. Without it they would wait for the one that left, and fail in their turn.
-    """
-    error = None
-    try:
-        yield
-    except (ConfigError, DataError) as raised:
-        error = raised
-    failed = [False] * dist.get_world_size()
-    dist.all_gather_object(failed, error is not None)
-    if error is not None:
-        raise error
-    if any(failed):
-        sys.exit(1)
+    return in_turns(args.local_rank, load)
 
 
 def build_pipeline(lm: LMConfig, interlock: InterlockConfig, num_stages: int) -> InterlockPipelineModule:
@@ -241,12 +182,13 @@ class Run:
                 loss = self._train_step()
                 bar.update()
                 if self.step % args.logging_steps == 0 and not bar.disable:
-                    bar.set_postfix(self._progress(loss))
-                if _due(self.step, args.eval_steps) and not is_last:
+                    speed = f"{self.trained_tokens / self.seconds:.0f}"
+                    bar.set_postfix({"loss": f"{loss:.3f}", "tokens/s": speed, **stage_losses(self.engine)})
+                if is_due(self.step, args.eval_steps) and not is_last:
                     validation_loss = self.evaluate()
                     if not bar.disable:
-                        bar.write(_report(self.step, validation_loss))
-                if _due(self.step, args.save_steps):
+                        bar.write(report(self.step, validation_loss))
+                if is_due(self.step, args.save_steps):
                     self.save()
 
     def evaluate(self) -> float:
@@ -259,23 +201,6 @@ class Run:
         """Writes a checkpoint. It holds all that a resumed run needs, its position in the data, too."""
         self.engine.save_checkpoint(self.checkpoints, tag=f"global_step{self.step}")
         self.saved_step = self.step
-
-    def resume(self, path: Path) -> None:
-        """Goes on where the checkpoint ``path`` was written.
-
-        Raises:
-            ConfigError: If there is none.
-        """
-        is_parent = (path / "latest").is_file()
-        folder, tag = (path, None) if is_parent else (path.parent, path.name)
-        if not is_parent and not path.is_dir():
-            raise ConfigError(
-                f"--resume_from_checkpoint {path}: there is no checkpoint; nor a file named latest"
-            )
-        loaded, _ = self.engine.load_checkpoint(folder, tag=tag)
-        if loaded is None:
-            raise ConfigError(f"--resume_from_checkpoint {path}: DeepSpeed finds no checkpoint there")
-        self.step = self.engine.global_steps
 
     def outcome(self, interlock: InterlockConfig) -> Outcome:
         """Ends the training: last loss, last evaluation, last checkpoint, timeline."""
@@ -311,14 +236,6 @@ class Run:
         self.step += 1
         return loss
 
-    def _progress(self, loss: float) -> dict[str, str]:
-        """What the bar shows: newest final loss, speed, and the newest loss of every stage with a head."""
-        losses = self.engine.stage_losses().items()  # by names such as "stage_1/loss_after_layer_6"
-        stages = {
-            name.partition("/")[0]: f"{x:.3f}" for name, x in losses if not name.endswith("/final_loss")
-        }
-        return {"loss": f"{loss:.3f}", "tokens/s": f"{self.trained_tokens / self.seconds:.0f}", **stages}
-
     def _blocks(self, documents: Any, tokenizer: Tokenizer, what: str) -> TokenBlocks | None:
         """Token blocks on the ranks of stage 0, enough for a batch."""
         if not self.engine.is_first_stage():
@@ -347,14 +264,6 @@ class Run:
             answer = [max(1, num_blocks // self.blocks_per_batch)]
         dist.broadcast_object_list(answer, src=0)
         return answer[0]
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _report(step: int, loss: float) -> str:
-    return f"step {step}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}"
 
 
 if __name__ == "__main__":

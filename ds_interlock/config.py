@@ -12,26 +12,27 @@ The models below are the only description of the section: ``python -m ds_interlo
 the reference ``docs/config.md`` from them (``config_reference.py``).
 """
 
-import difflib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import hjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from ds_interlock.config_faults import fault_of, misspelt_sections, shown_as_json
 from ds_interlock.errors import ConfigError, PlanError, list_faults
 from ds_interlock.schedule.plan import Combine, GradientFlowPlan
 
 SECTION = "interlock"
 _DEFAULT_WINDOW = 2
+_LENS_WARMUP_STEPS = 20
 
 Mode = Literal["global", "local", "interlock"]
 TiedWeights = Literal["untie", "sync", "error"]
-HeadType = Literal["linear", "norm_linear", "low_rank", "block_linear", "lens"]
+HeadType = Literal["auto", "linear", "norm_linear", "low_rank", "block_linear", "lens"]
+TranslatorPlace = Literal["after_norm", "before_norm"]
 
 
 class _Section(BaseModel):
@@ -44,12 +45,32 @@ class HeadConfig(_Section):
     """How the auxiliary heads are built and weighted. The final loss is the model's own."""
 
     type: HeadType = Field(
-        "norm_linear",
-        description="What a head is, if the module is given no `head` of its own. `linear`: an unembedding. "
+        "auto",
+        description="What a head is, if the module is given no `head` of its own. `auto`: `lens` for a "
+        "pretrained model, `norm_linear` for one that starts from random weights. `linear`: an unembedding. "
         "`norm_linear`: a norm of the model's kind, then an unembedding. `low_rank`: a norm, then an "
         "unembedding of rank `rank`. `block_linear`: one more layer of the kind in front of the head, "
         "then a norm and an unembedding. `lens`: a trainable affine translator, then a frozen copy of the "
         "model's own norm and unembedding. docs/heads.md says what each costs.",
+    )
+    translator: TranslatorPlace = Field(
+        "after_norm",
+        description="Where the translator of a `lens` is. `after_norm`: norm, translator, unembedding; it "
+        "folds into the unembedding, so that stages and head make a smaller model of the same architecture "
+        "(it has a bias only if the model has one to fold it into, in the norm or the unembedding). "
+        "`before_norm`: translator, norm, unembedding, as in the tuned lens.",
+    )
+    cross_entropy_weight: float = Field(
+        1.0, ge=0, description="Factor of the cross-entropy with the labels in what a head learns from."
+    )
+    kl_weight: float = Field(
+        0.0,
+        ge=0,
+        validate_default=True,
+        description="Factor of KL(base || head) in what a head learns from: the divergence of its outputs "
+        "from those of the frozen base model, over the same labelled positions. Needs a `lens`, and labels "
+        "that bring the base model's hidden states along (docs/heads.md). In evaluation a head's loss is the "
+        "cross-entropy alone.",
     )
     fused: bool = Field(
         True,
@@ -75,6 +96,38 @@ class HeadConfig(_Section):
         description="Factor of every auxiliary loss in the gradients it takes part in; the final loss has 1.",
     )
     rank: int = Field(64, ge=1, description="Rank of the unembedding of a `low_rank` head.")
+    warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="Batches for which the heads alone are fitted before the first training batch of a new "
+        "run; layers, optimizer and learning rate schedule stay as they are. If not given, "
+        f"{_LENS_WARMUP_STEPS} for a lens into a pretrained model, otherwise 0.",
+    )
+    warmup_learning_rate: float = Field(
+        1e-3, gt=0, description="Learning rate of these batches; their optimizer is AdamW without decay."
+    )
+
+    @field_validator("kl_weight", mode="after")
+    @classmethod
+    def _has_an_objective(cls, kl_weight: float, info: ValidationInfo) -> float:
+        kind = info.data.get("type", "lens")  # missing if it is faulty itself
+        if kl_weight > 0 and kind not in ("auto", "lens"):
+            raise ValueError(
+                f'got {shown_as_json(kl_weight)}, but type is "{kind}": only a lens has the base model\'s '
+                'unembedding; set type to "lens", or kl_weight to 0'
+            )
+        if kl_weight == 0 and info.data.get("cross_entropy_weight") == 0:
+            raise ValueError("got 0, as cross_entropy_weight: nothing is left to learn; set one above 0")
+        return kl_weight
+
+    def resolve(self, *, pretrained: bool) -> "HeadConfig":
+        """This section with what is left open replaced by what it means for a model."""
+        kind = ("lens" if pretrained else "norm_linear") if self.type == "auto" else self.type
+        steps = self.warmup_steps
+        if steps is None:
+            # A lens reads the middle of a trained model worse than chance until its translator has learned.
+            steps = _LENS_WARMUP_STEPS if pretrained and kind == "lens" else 0
+        return self.model_copy(update={"type": kind, "warmup_steps": steps})
 
 
 class TraceConfig(_Section):
@@ -179,11 +232,11 @@ class InterlockConfig(_Section):
             source, contents = "DeepSpeed config", config
         else:
             source, contents = str(config), read_deepspeed(config)
-        faults = _misspelt_section(contents)
+        faults = misspelt_sections(contents, SECTION)
         try:
             section = cls.model_validate(contents.get(SECTION, {}))
         except ValidationError as error:
-            faults += [_fault(cls, detail) for detail in error.errors()]
+            faults += [fault_of(SECTION, cls, detail) for detail in error.errors()]
         if faults:
             raise ConfigError(list_faults(source, faults))
         return section
@@ -310,48 +363,6 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         named = ", ".join(f'"{key}"' for key in twice)
         raise ConfigError(f"the same object has {named} more than once: keep one of them")
     return dict(pairs)
-
-
-def _misspelt_section(config: Mapping[str, Any]) -> list[str]:
-    """Faults for keys that look as if the section was meant; DeepSpeed takes any key in silence."""
-    return [
-        f'{key}: unknown section; did you mean "{SECTION}"?'
-        for key in config
-        if key != SECTION and difflib.get_close_matches(key.lower(), [SECTION], cutoff=0.8)
-    ]
-
-
-def _fault(root: type[BaseModel], detail: Mapping[str, Any]) -> str:
-    """One line for one of pydantic's complaints about ``root``."""
-    path = ".".join([SECTION, *map(str, detail["loc"])])
-    if detail["type"] == "extra_forbidden":
-        valid = _valid_keys(root, detail["loc"][:-1])
-        near = difflib.get_close_matches(str(detail["loc"][-1]).lower(), valid, n=1, cutoff=0.5)
-        hint = f'did you mean "{near[0]}"?  ' if near else ""
-        return f"{path}: unknown key; {hint}valid keys: {', '.join(valid)}"
-    if detail["type"] == "missing":
-        return f"{path}: missing, expected a value: it has no default"
-    if detail["type"] == "value_error":
-        return f"{path}: {detail['ctx']['error']}"
-    if detail["type"] == "model_type":
-        expected = "an object with some of the keys " + ", ".join(_valid_keys(root, detail["loc"]))
-    else:
-        expected = detail["msg"].removeprefix("Input should be ").replace("'", '"')
-    return f"{path}: got {shown_as_json(detail['input'])}, expected {expected}"
-
-
-def _valid_keys(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
-    for key in path:
-        annotation = model.model_fields[str(key)].annotation
-        choices = [annotation, *get_args(annotation)]  # a section that may be left out is one of two
-        model = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
-
-
-def shown_as_json(value: object) -> str:
-    """``value`` as JSON has it, cut short."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 if __name__ == "__main__":

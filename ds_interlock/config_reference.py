@@ -4,7 +4,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from ds_interlock.config import REFUSALS, SECTION, HeadConfig, InterlockConfig, TraceConfig, shown_as_json
+from ds_interlock.config import REFUSALS, SECTION, HeadConfig, InterlockConfig, TraceConfig
+from ds_interlock.config_faults import shown_as_json
 
 _REFERENCE_HEAD = """\
 # The `"interlock"` section

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED_LABEL = -100
-"""A label that takes no part in the loss."""
+from ds_interlock.labels import IGNORED_LABEL
 
 CHUNK_BYTES = 2**26
 """What the logits of one chunk may take; with 50,000 outputs in float32, those of 335 positions."""

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from ds_interlock import config as config_module
 from ds_interlock import config_reference
-from ds_interlock.config import InterlockConfig, check_deepspeed
+from ds_interlock.config import HeadConfig, InterlockConfig, check_deepspeed
 from ds_interlock.errors import ConfigError, PlanError
 from ds_interlock.schedule.plan import GradientFlowPlan
 
@@ -24,12 +24,17 @@ EVERYTHING = {
     "timeout_seconds": 12.5,
     "extra_in_flight": 4,
     "head": {
-        "type": "low_rank",
+        "type": "lens",
+        "translator": "before_norm",
+        "cross_entropy_weight": 0.5,
+        "kl_weight": 0.25,
         "fused": False,
         "token_fraction": 0.25,
         "learning_rate_scale": 2.0,
         "weight": 0.5,
         "rank": 7,
+        "warmup_steps": 3,
+        "warmup_learning_rate": 0.01,
     },
     "trace": {"path": "runs/trace", "batches": [3, 4]},
 }
@@ -57,8 +62,10 @@ def test_every_key_is_read_from_a_file(tmp_path: Path) -> None:
 
 def test_every_key_of_the_section_is_covered_above() -> None:
     assert EVERYTHING.keys() == InterlockConfig.model_fields.keys()
-    for name, field in InterlockConfig.model_fields.items():
-        assert EVERYTHING[name] != field.default, f"{name} is tested at its default"
+    assert EVERYTHING["head"].keys() == HeadConfig.model_fields.keys()
+    for model, keys in ((InterlockConfig, EVERYTHING), (HeadConfig, EVERYTHING["head"])):
+        for name, field in model.model_fields.items():
+            assert keys[name] != field.default, f"{name} is tested at its default"
 
 
 def test_no_section_is_global() -> None:
@@ -98,6 +105,21 @@ def test_interlock_plan_takes_every_key_that_shapes_it() -> None:
     assert plan != GradientFlowPlan.n_wise(None, 3, "sum", stage_bounds=BOUNDS, head_weight=0.5)
 
 
+def test_what_a_head_is_by_default_depends_on_the_model() -> None:
+    def resolved(pretrained: bool, **keys: Any) -> tuple[str, int | None]:
+        head = HeadConfig(**keys).resolve(pretrained=pretrained)
+        assert head.rank == keys.get("rank", 64)
+        return head.type, head.warmup_steps
+
+    assert resolved(False) == ("norm_linear", 0)
+    assert resolved(False, type="lens") == ("lens", 0)
+    assert resolved(True, rank=3) == ("lens", 20)
+    assert resolved(True, warmup_steps=0) == ("lens", 0)
+    assert resolved(True, type="linear") == ("linear", 0)
+    assert resolved(True, type="linear", warmup_steps=7) == ("linear", 7)
+    assert HeadConfig(kl_weight=1.0).resolve(pretrained=True).kl_weight == 1
+
+
 def test_a_config_does_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         InterlockConfig().mode = "local"  # type: ignore[misc]
@@ -134,6 +156,24 @@ def test_a_config_does_not_change() -> None:
         ({"head": {"token_fraction": 0}}, "interlock.head.token_fraction: got 0, expected greater than 0"),
         ({"head": {"token_fraction": 1.5}}, "interlock.head.token_fraction: got 1.5, expected less than or"),
         ({"head": {"weight": float("nan")}}, "interlock.head.weight: got NaN, expected"),
+        (
+            {"head": {"kl_weight": 0.5, "type": "low_rank"}},
+            'interlock.head.kl_weight: got 0.5, but type is "low_rank": only a lens has',
+        ),
+        (
+            {"head": {"cross_entropy_weight": 0}},
+            "interlock.head.kl_weight: got 0, as cross_entropy_weight: nothing is left to learn",
+        ),
+        ({"head": {"kl_weight": -1}}, "interlock.head.kl_weight: got -1, expected greater than or equal to"),
+        (
+            {"head": {"translator": "norm"}},
+            'interlock.head.translator: got "norm", expected "after_norm" or "before_norm"',
+        ),
+        ({"head": {"warmup_steps": 2.5}}, "interlock.head.warmup_steps: got 2.5, expected a valid integer"),
+        (
+            {"head": {"warmup_learning_rate": 0}},
+            "interlock.head.warmup_learning_rate: got 0, expected greater than 0",
+        ),
         ({"head": {"rank": 0}}, "interlock.head.rank: got 0, expected greater than or equal to 1"),
         ({"trace": {"batches": [1, 2]}}, "interlock.trace.path: missing, expected"),
         ({"trace": {"path": ""}}, 'interlock.trace.path: got "", expected'),

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ds_interlock.cross_entropy import (
-    IGNORED_LABEL,
     Backend,
     cross_entropy_sum,
     fastest_backend,
     linear_cross_entropy,
 )
+from ds_interlock.labels import IGNORED_LABEL
 
 N, D, V = 23, 7, 31
 ROWS = 5  # of a chunk: 23 positions are cut into 5, 5, 5, 5 and 3

@@ -21,15 +21,16 @@ Learners, 2019, section 2.3 (pre-LayerNorm, the scaled initialisation of residua
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
-from ds_interlock.cross_entropy import IGNORED_LABEL, cross_entropy_sum, linear_cross_entropy
+from ds_interlock.cross_entropy import cross_entropy_sum, linear_cross_entropy
 from ds_interlock.errors import ConfigError, list_faults
+from ds_interlock.labels import Labels
 
 _INIT_STD = 0.02
 _MAX_LAYERS = 2**16  # keeps the seeds of two runs apart: no layer of one starts as a layer of the other
@@ -212,38 +213,59 @@ def unembed(embedding: nn.Module, hidden_btd: Tensor) -> Tensor:
 
 
 class LMLoss(nn.Module):
-    """Mean cross-entropy over the labels of a micro-batch that are not ``IGNORED_LABEL``.
+    """Cross-entropy over the labels of a micro-batch that are not ``IGNORED_LABEL``: their mean.
 
-    Labels are not shifted here: ``labels_bt[:, t]`` is the token after position t. A micro-batch of
-    ignored labels only has loss 0. ``PipelineModule`` keeps the loss as a submodule, so it follows
-    ``train()`` and ``eval()``: labels are smoothed in training only, and validation losses are
-    comparable whatever the smoothing.
+    Labels come in the three forms of ``ds_interlock.labels``: alone, with a normaliser that takes the place
+    of their number, or with the base model's hidden states too, which have no part in this loss. They are
+    not shifted here: ``labels_bt[:, t]`` is the token after position t. Outputs ``[b, c]`` with labels
+    ``[b]``, one class for each sequence, are taken as well. A micro-batch of ignored labels only has loss 0.
+
+    ``PipelineModule`` keeps the loss as a submodule, so it follows ``train()`` and ``eval()``: labels are
+    smoothed in training only, and validation losses are comparable whatever the smoothing.
     """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.label_smoothing = label_smoothing
 
-    def forward(self, logits_btv: Tensor, labels_bt: Tensor) -> Tensor:
-        total = cross_entropy_sum(logits_btv.flatten(0, -2), labels_bt.flatten(), self._smoothing)
-        return total / _num_counted(labels_bt)
+    def forward(self, logits_btv: Tensor, labels: Tensor | tuple[Tensor, ...]) -> Tensor:
+        parts = _parsed(labels)
+        total = cross_entropy_sum(logits_btv.flatten(0, -2), parts.labels.flatten(), self._smoothing)
+        return total / parts.divisor
 
     def fused_linear(
-        self, hidden_btd: Tensor, weight_vd: Tensor, bias_v: Tensor | None, labels_bt: Tensor
+        self,
+        hidden_btd: Tensor,
+        weight_vd: Tensor,
+        bias_v: Tensor | None,
+        labels: Tensor | tuple[Tensor, ...],
     ) -> Tensor:
-        """``self(F.linear(hidden_btd, weight_vd, bias_v), labels_bt)``, never holding all the logits."""
+        """``self(F.linear(hidden_btd, weight_vd, bias_v), labels)``, never holding all the logits."""
+        parts = _parsed(labels)
         total = linear_cross_entropy(
-            hidden_btd.flatten(0, -2), weight_vd, bias_v, labels_bt.flatten(), self._smoothing
+            hidden_btd.flatten(0, -2), weight_vd, bias_v, parts.labels.flatten(), self._smoothing
         )
-        return total / _num_counted(labels_bt)
+        return total / parts.divisor
 
     @property
     def _smoothing(self) -> float:
         return self.label_smoothing if self.training else 0.0
 
 
-def _num_counted(labels_bt: Tensor) -> Tensor:
-    return (labels_bt != IGNORED_LABEL).sum().clamp(min=1)
+def _parsed(labels: Any) -> Labels:
+    parts = Labels.parse(labels)
+    if parts is None:
+        raise ConfigError(
+            "the language model's loss takes labels as a tensor, or as a tuple (labels, normaliser) or "
+            f"(labels, normaliser, base) of tensors, the normaliser a single number; got {_described(labels)}"
+        )
+    return parts
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(map(_described, value)) + ")"
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def lm_loss(label_smoothing: float = 0.0) -> LMLoss:

@@ -37,6 +37,7 @@ from ds_interlock.pipe.report import BatchReport, Reporter
 from ds_interlock.pipe.stage import Gradients, StageWork
 from ds_interlock.pipe.timeline import Recorder, Rows, draw, gather
 from ds_interlock.pipe.trace import Tracer
+from ds_interlock.pipe.warm_heads import WarmHeadsMixin
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.lower import evaluation_program, send_of, training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
@@ -44,7 +45,7 @@ from ds_interlock.schedule.plan import GradientFlowPlan
 _TIMELINE = "timeline"
 
 
-class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, PipelineEngine):
+class InterlockEngine(EvaluationMixin, OptimizerMixin, WarmHeadsMixin, CheckpointMixin, PipelineEngine):
     """Trains an ``InterlockPipelineModule``. Made by ``ds_interlock.initialize``."""
 
     module: InterlockPipelineModule
@@ -112,6 +113,7 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
             self.set_dataiterator(data_iter)
         if not self.module.training:
             self.module.train()
+        self._warm_up_heads()
         self._run_training_batch(self._train_schedule())
         batch, loss = self._newest_final_loss()
         self._write_reports()
@@ -276,6 +278,7 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, CheckpointMixin, Pipeline
             self._work.feed_gradient(receive.micro_batch, receive.losses, structures[0])
 
     def _exec_reduce_grads(self) -> None:
+        self._exercise_placeholder()
         if self.module.tied_comms:
             self._exec_reduce_tied_grads()
         super()._exec_reduce_grads()

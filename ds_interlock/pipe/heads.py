@@ -10,11 +10,12 @@ A head repeats the end of the model it is for. That end is found by looking at t
     norm_linear                     ├─►        norm ─► unembedding ─► ...
     low_rank                        ├─►        norm ─► down ─► unembedding ─► ...
     block_linear                    ├─► block ─► norm ─► unembedding ─► ...
-    lens                            └─► translator ─► norm* ─► unembedding* ─► ...     (*: frozen copies)
+    lens                            └─► norm* ─► translator ─► unembedding* ─► ...     (*: frozen copies)
 
 A head module may have a method ``loss(hidden, labels, loss_fn)``, which then computes its loss in
-place of ``loss_fn(head(hidden), labels)``. The heads built here use it for ``token_fraction``, and to
-compute the loss without all logits where the loss function knows how: where it has a method
+place of ``loss_fn(head(hidden), labels)``. The heads built here use it for ``token_fraction``, to learn from
+the base model's outputs (``kl_weight``), and to compute the loss without all logits where the loss function
+knows how: where it has a method
 
     fused_linear(hidden, weight, bias, labels)     the same as loss_fn(F.linear(hidden, weight, bias), labels)
 
@@ -22,33 +23,25 @@ Shape suffixes: b batch, t position in the sequence, d hidden width, n chosen po
 (vocabulary) entry. Where a suffix ends in ``td``, any number of position dimensions is meant.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
 from ds_interlock.config import HeadConfig
-from ds_interlock.cross_entropy import IGNORED_LABEL
 from ds_interlock.errors import ConfigError
-from ds_interlock.pipe.model_end import (
-    PASS_HEAD,
-    Layer,
-    ModelEnd,
-    built,
-    find_model_end,
-    has_weights,
-    look_at,
-)
+from ds_interlock.labels import IGNORED_LABEL, Labels
+from ds_interlock.pipe.divergence import kl_divergence
+from ds_interlock.pipe.model_end import PASS_HEAD, Layer, find_model_end
+from ds_interlock.pipe.readout import UNEMBEDDING, another_like, make_readout
 from ds_interlock.schedule.plan import LossHead
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
+LossFn = Callable[[Tensor, Any], Tensor]
 HeadFactory = Callable[[LossHead], nn.Module]
 
 
-def head_factory(config: HeadConfig, layers: Sequence[Layer]) -> HeadFactory:
+def head_factory(config: HeadConfig, layers: Sequence[Layer], pretrained: bool = False) -> HeadFactory:
     """The heads of a model whose user gave none. Looks at the model at once, builds heads when asked.
 
     Nothing is allocated for the look, and no random number is drawn.
@@ -62,20 +55,28 @@ def head_factory(config: HeadConfig, layers: Sequence[Layer]) -> HeadFactory:
     Args:
         config: The section ``"interlock.head"``.
         layers: All layers of the model, as given to ``PipelineModule``.
+        pretrained: Whether the model's weights are those of a trained model: what type ``auto`` goes by.
 
     Returns:
         A function from a head's place in the plan to a new head.
 
     Raises:
-        ConfigError: If the end of the model cannot be made out.
+        ConfigError: If the end of the model cannot be made out, or ``kl_weight`` finds no lens.
     """
+    config = config.resolve(pretrained=pretrained)
+    if config.kl_weight > 0 and config.type != "lens":
+        raise ConfigError(
+            f"interlock.head.kl_weight: {config.kl_weight:g} needs a lens, but type auto means "
+            f'{config.type} for a model that is not pretrained; set interlock.head.type to "lens", or pass '
+            "pretrained=True with a pretrained model"
+        )
     end = find_model_end(layers)
 
     def make_head(head: LossHead) -> nn.Module:
         block = None
         if config.type == "block_linear":
-            block = _another(layers[head.after_layer - 1], f"layer {head.after_layer - 1}")
-        return AuxiliaryHead(_readout(config, end), end.width, config.token_fraction, config.fused, block)
+            block = another_like(layers[head.after_layer - 1], f"layer {head.after_layer - 1}")
+        return AuxiliaryHead(make_readout(config, end), end.width, config, block)
 
     return make_head
 
@@ -84,11 +85,10 @@ class AuxiliaryHead(nn.Module):
     """A readout of the hidden state, with one more block in front of it if ``block`` is given.
 
     Args:
-        readout: From hidden states ``[..., d]`` to outputs ``[..., v]``, each position by itself.
+        readout: From hidden states ``[..., d]`` to outputs ``[..., v]``, each position by itself. Its part
+            ``unembedding`` makes the outputs.
         width: d.
-        token_fraction: Share of the labelled positions a training loss is computed on.
-        fused: Let a loss function that can take unembedding and loss in one, where the readout ends in
-            the unembedding.
+        config: What the head learns from, and on which share of the positions.
         block: From the layers' hidden state (whatever it is) to one of the same form.
     """
 
@@ -96,38 +96,48 @@ class AuxiliaryHead(nn.Module):
         self,
         readout: nn.Sequential,
         width: int,
-        token_fraction: float = 1.0,
-        fused: bool = True,
+        config: HeadConfig,
         block: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.block = block
         self.readout = readout
         self.width = width
-        self.token_fraction = token_fraction
-        self.fused = fused
+        self.config = config
+        self._unembedding_at = [name for name, _ in readout.named_children()].index(UNEMBEDDING)
 
     def forward(self, hidden: Any) -> Any:
         """What the model would output if it ended at ``hidden``: a tensor, or a tuple starting with it."""
         return self.readout(self._before_readout(hidden))
 
     def loss(self, hidden: Any, labels: Any, loss_fn: LossFn) -> Tensor:
-        """The loss of this head, in training estimated without bias from a share of the positions.
+        """The loss of this head: in evaluation the model's loss, in training what the head learns from.
+
+        That is the model's loss, the divergence from the base model, or both, as ``config`` weights them,
+        estimated without bias from a share of the positions if it says so.
 
         Args:
             hidden: As for ``forward``.
-            labels: As the model's loss function takes them; integers ``[b, t]`` if positions are sampled.
+            labels: As the model's loss function takes them; for ``token_fraction`` and ``kl_weight`` in a
+                form of ``ds_interlock.labels``, with one label for each position.
             loss_fn: The model's loss function. If positions are sampled, it must average over those
                 labelled other than -100.
 
         Raises:
-            ConfigError: If positions are to be sampled and ``labels`` has not one for each.
+            ConfigError: If ``labels`` lack what ``config`` asks for.
         """
         hidden_btd = self._before_readout(hidden)
-        if not self.training or self.token_fraction == 1:
-            return self._readout_loss(hidden_btd, labels, loss_fn)
-        hidden_1nd, labels_1n = _sample_positions(hidden_btd, labels, self.token_fraction)
-        return self._readout_loss(hidden_1nd, labels_1n, loss_fn)
+        if not self.training:
+            return self._cross_entropy(self._to_unembedding(hidden_btd), labels, loss_fn)
+        if self.config.token_fraction < 1:
+            hidden_btd, labels = _sample_positions(hidden_btd, labels, self.config.token_fraction)
+        hidden_btd = self._to_unembedding(hidden_btd)
+        losses = []
+        if self.config.cross_entropy_weight > 0:
+            losses.append(self.config.cross_entropy_weight * self._cross_entropy(hidden_btd, labels, loss_fn))
+        if self.config.kl_weight > 0:
+            losses.append(self.config.kl_weight * self._divergence(hidden_btd, labels))
+        return sum(losses[1:], start=losses[0])
 
     def load_model_end(self, tensors: Mapping[str, Tensor]) -> None:
         """Sets norm and unembedding to the values of a model, for example a pretrained one.
@@ -152,15 +162,41 @@ class AuxiliaryHead(nn.Module):
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
-    def _readout_loss(self, hidden_btd: Tensor, labels: Any, loss_fn: LossFn) -> Tensor:
-        *first, last = self.readout
-        fused_linear = getattr(loss_fn, "fused_linear", None)
-        if not (self.fused and fused_linear and isinstance(last, nn.Linear)):
-            return loss_fn(self.readout(hidden_btd), labels)
-        for part in first:
+    def _to_unembedding(self, hidden_btd: Tensor) -> Tensor:
+        for part in list(self.readout)[: self._unembedding_at]:
             hidden_btd = part(hidden_btd)
+        return hidden_btd
+
+    def _unembed(self, hidden_btd: Tensor) -> Any:
+        """Outputs of what ``_to_unembedding`` returns."""
+        outputs = hidden_btd
+        for part in list(self.readout)[self._unembedding_at :]:
+            outputs = part(outputs)
+        return outputs
+
+    def _cross_entropy(self, hidden_btd: Tensor, labels: Any, loss_fn: LossFn) -> Tensor:
+        """The model's loss, from what ``_to_unembedding`` returns."""
+        last = self.readout[-1]
+        fused_linear = getattr(loss_fn, "fused_linear", None)
+        if not (self.config.fused and fused_linear and isinstance(last, nn.Linear)):
+            return loss_fn(self._unembed(hidden_btd), labels)
         loss: Tensor = fused_linear(hidden_btd, last.weight, last.bias, labels)
         return loss
+
+    def _divergence(self, hidden_btd: Tensor, labels: Any) -> Tensor:
+        """KL(base || head) at the labelled positions, divided by their normaliser."""
+        parts = Labels.parse(labels)
+        if parts is None or parts.base is None or parts.base.shape != hidden_btd.shape:
+            raise ConfigError(
+                f"interlock.head.kl_weight: {self.config.kl_weight:g} needs labels that are a tuple (labels, "
+                "normaliser, base), base being the base model's hidden states in front of its unembedding, "
+                f"{list(hidden_btd.shape)}; set it to 0, or let the data bring them"
+            )
+        unembedding = self.readout[self._unembedding_at]
+        assert isinstance(unembedding, nn.Linear)
+        labelled = _labelled_positions(parts.labels)
+        hidden_nd, base_nd = _at(labelled, hidden_btd), _at(labelled, parts.base).to(hidden_btd.dtype)
+        return kl_divergence(hidden_nd, base_nd, self._unembed, unembedding.out_features) / parts.divisor
 
     def _before_readout(self, hidden: Any) -> Tensor:
         hidden_btd = _first(hidden)
@@ -188,118 +224,39 @@ def _first(hidden: Any) -> Tensor:
     return first
 
 
-def _sample_positions(hidden_btd: Tensor, labels_bt: Any, fraction: float) -> tuple[Tensor, Tensor]:
-    """A random share of the labelled positions, as one sequence: ``[1, n, d]`` and ``[1, n]``.
+def _sample_positions(hidden_btd: Tensor, labels: Any, fraction: float) -> tuple[Tensor, Any]:
+    """A random share of the labelled positions, as one sequence ``[1, n, d]`` with its labels.
 
     Drawn from the device's global generator, whose state is part of a checkpoint. Every subset of n
-    positions is equally likely, so a mean over it is an unbiased estimate of the mean over all.
+    positions is equally likely, so a mean over it is an unbiased estimate of the mean over all. So is a sum
+    that is divided by a normaliser, if that shrinks with the number of positions.
     """
-    if not isinstance(labels_bt, Tensor) or labels_bt.shape != hidden_btd.shape[:-1]:
-        got = list(labels_bt.shape) if isinstance(labels_bt, Tensor) else type(labels_bt).__name__
+    parts = Labels.parse(labels)
+    if parts is None or parts.labels.shape != hidden_btd.shape[:-1]:
+        got = type(labels).__name__ if parts is None else list(parts.labels.shape)
         raise ConfigError(
             f"interlock.head.token_fraction: {fraction} needs one label for each position: a tensor "
             f"{list(hidden_btd.shape[:-1])} for hidden states {list(hidden_btd.shape)}, got {got}; "
             "set it to 1"
         )
-    labels = labels_bt.flatten()
-    labelled = (labels != IGNORED_LABEL).nonzero().squeeze(1)
+    labelled = _labelled_positions(parts.labels)
     num_labelled = len(labelled)
     # Without any label the model's own loss is taken over nothing too: leave that to the loss function.
     num_chosen = min(num_labelled, max(1, round(fraction * num_labelled)))
     chosen = labelled[torch.randperm(num_labelled, device=labelled.device)[:num_chosen]]
-    hidden_nd = hidden_btd.flatten(0, -2).index_select(0, chosen)
-    return hidden_nd.unsqueeze(0), labels[chosen].unsqueeze(0)
+    share = num_chosen / num_labelled if num_labelled else 1.0
+    sampled = Labels(
+        parts.labels.flatten()[chosen].unsqueeze(0),
+        None if parts.normaliser is None else parts.normaliser * share,
+        None if parts.base is None else _at(chosen, parts.base).unsqueeze(0),
+    )
+    return _at(chosen, hidden_btd).unsqueeze(0), sampled.compact
 
 
-# What a head is made of.
+def _at(positions_n: Tensor, hidden_btd: Tensor) -> Tensor:
+    """The hidden states at some positions, counted through the micro-batch: ``[n, d]``."""
+    return hidden_btd.flatten(0, -2).index_select(0, positions_n)
 
 
-class Translator(nn.Module):
-    """An affine map of the hidden state that starts as the identity: ``[..., d]`` to ``[..., d]``.
-
-    It turns the hidden state of a layer into the basis that a frozen unembedding reads.
-
-    Source: Belrose et al.: Eliciting Latent Predictions from Transformers with the Tuned Lens,
-    arXiv 2303.08112, 2023, section 3.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.change = nn.Linear(width, width)
-        nn.init.zeros_(self.change.weight)
-        nn.init.zeros_(self.change.bias)
-
-    def forward(self, hidden_btd: Tensor) -> Tensor:
-        return hidden_btd + self.change(hidden_btd)  # type: ignore[no-any-return]
-
-
-class _Function(nn.Module):
-    """A plain function among modules."""
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, inputs: Any) -> Any:
-        return self.function(inputs)
-
-
-def _readout(config: HeadConfig, end: ModelEnd) -> nn.Sequential:
-    """Norm, unembedding and what follows it; the names of the parts are those of the checkpoint."""
-    readout = nn.Sequential()
-    if config.type == "lens":
-        readout.add_module("translator", Translator(end.width))
-        if end.copy_norm is not None:
-            readout.add_module("norm", end.copy_norm())
-        readout.add_module("unembedding", end.copy_unembedding())
-    else:
-        width = end.width
-        if end.make_norm is not None and config.type != "linear":
-            readout.add_module("norm", end.make_norm())
-        if config.type == "low_rank":
-            readout.add_module("down", nn.Linear(width, config.rank, bias=False))
-            width = config.rank
-        readout.add_module("unembedding", _new_unembedding(width, end))
-    for number, layer in enumerate(end.tail):
-        readout.add_module(f"tail_{number}", _another_weightless(layer))
-    return readout
-
-
-def _new_unembedding(width: int, end: ModelEnd) -> nn.Linear:
-    unembedding = nn.Linear(width, end.num_outputs, bias=end.bias)
-    if end.init_std is not None:
-        nn.init.normal_(unembedding.weight, std=end.init_std)
-        if end.bias:
-            nn.init.zeros_(unembedding.bias)
-    return unembedding
-
-
-def _another_weightless(layer: Layer) -> nn.Module:
-    if isinstance(layer, LayerSpec):
-        return built(layer)
-    return copy.deepcopy(layer) if isinstance(layer, nn.Module) else _Function(layer)
-
-
-def _another(layer: Layer, name: str) -> nn.Module:
-    """One more layer of the kind of ``layer``, with new weights.
-
-    Raises:
-        ConfigError: If ``layer`` is no block: a function, an embedding, a layer without weights.
-    """
-    module = look_at(layer, name)
-    parts = [] if module is None else [part for part in module.modules() if has_weights(part, recurse=False)]
-    if module is None or not parts or isinstance(parts[0], nn.Embedding):
-        what = getattr(layer, "__name__", repr(layer)) if module is None else type(module).__name__
-        raise ConfigError(
-            "interlock.head.type: block_linear repeats the layer in front of the head, which must turn a "
-            f"hidden state into a hidden state; {name} is {what}. Choose another type, or cut the stages "
-            "elsewhere"
-        )
-    if isinstance(layer, LayerSpec):
-        return built(layer)
-    another = copy.deepcopy(module)
-    for part in another.modules():
-        reset = getattr(part, "reset_parameters", None)
-        if callable(reset):
-            reset()
-    return another
+def _labelled_positions(labels_bt: Tensor) -> Tensor:
+    return (labels_bt.flatten() != IGNORED_LABEL).nonzero().squeeze(1)

@@ -1,6 +1,7 @@
 """``ds_interlock.initialize``: what ``deepspeed.initialize`` is for DeepSpeed."""
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,15 +59,19 @@ def initialize(
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     agree({"config": config, "layers": len(model._layer_specs), "stage_bounds": list(model.parts)})
     model.bind(InterlockConfig.from_deepspeed(config))
-    scale = model.interlock.head.learning_rate_scale if model.interlock else 1.0
-    if model_parameters is None and optimizer is None:
-        model_parameters, config = _parameter_groups(model, config, scale)
-    elif scale != 1.0:
+    model.add_placeholder()
+    groups = _by_learning_rate(model)
+    brings_own = model_parameters is not None or optimizer is not None
+    if brings_own and set(groups) | {_scale_of_heads(model)} != {1.0}:
         raise ConfigError(
-            "interlock.head.learning_rate_scale works with the optimizer of the JSON config; with an "
-            "optimizer or parameters of your own, make a group of model.head_parameters() with the rate "
-            "you want"
+            "interlock.head.learning_rate_scale works with the optimizer of the JSON config, and so does "
+            "learning_rate_scale of a parameter; with an optimizer or parameters of your own, make a group "
+            "for each learning rate yourself (model.head_parameters() are those of the heads)"
         )
+    if model.placeholder is not None:
+        model_parameters = [model.placeholder]
+    elif not brings_own:
+        model_parameters, config = _parameter_groups(groups, config)
     grid = model.mpu()
     engine = InterlockEngine(
         args=args,
@@ -86,24 +91,50 @@ def initialize(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
+def _by_learning_rate(model: InterlockPipelineModule) -> dict[float, list[nn.Parameter]]:
+    """The trainable parameters of this stage by what their learning rate is multiplied with, 1 first.
+
+    A parameter says so in an attribute ``learning_rate_scale``; all those of heads are scaled by
+    ``interlock.head.learning_rate_scale`` as well.
+    """
+    of_heads = dict.fromkeys(map(id, model.head_parameters()), _scale_of_heads(model))
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        own = getattr(parameter, "learning_rate_scale", 1.0)
+        if not isinstance(own, int | float) or not 0 < own < math.inf:
+            raise ConfigError(f"{name}.learning_rate_scale is {own!r}: expected a number above 0")
+        groups.setdefault(own * of_heads.get(id(parameter), 1.0), []).append(parameter)
+    return {scale: groups[scale] for scale in sorted(groups, key=lambda scale: (scale != 1.0, scale))}
+
+
 def _parameter_groups(
-    model: InterlockPipelineModule, config: dict[str, Any], scale: float
+    groups: Mapping[float, list[nn.Parameter]], config: dict[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """The parameters to train; the heads in a group of their own if they have their own rate.
+    """What DeepSpeed is given to train: a group for each learning rate, and schedules that know of them.
 
     DeepSpeed's schedulers set a rate for each group from scalars or from lists with one number a
-    group, so the scalars of a stage with such a group become lists.
+    group, so the scalars of a stage with other rates than the configured one become lists.
     """
-    heads = model.head_parameters()
-    if scale == 1.0 or not heads:
-        return [p for p in model.parameters() if p.requires_grad], config
+    if list(groups) == [1.0]:
+        return groups[1.0], config
     config = copy.deepcopy(config)
     rate = config.get("optimizer", {}).get("params", {}).get("lr", 1e-3)
     params = config.get("scheduler", {}).get("params", {})
     for name, value in params.items():
         if name.endswith("_lr") and isinstance(value, int | float):
-            params[name] = [value, value * scale]
-    return [{"params": model.layer_parameters()}, {"params": heads, "lr": rate * scale}], config
+            params[name] = [value * scale for scale in groups]
+    listed = [
+        {"params": parameters} | ({} if scale == 1.0 else {"lr": rate * scale})
+        for scale, parameters in groups.items()
+    ]
+    return listed, config
+
+
+def _scale_of_heads(model: InterlockPipelineModule) -> float:
+    assert model.interlock is not None, "initialize() has bound it"
+    return model.interlock.head.learning_rate_scale
 
 
 def _check_optimizer_has_heads(engine: InterlockEngine) -> None:

@@ -6,8 +6,9 @@ over a range of layers, so that a head can sit inside a stage; and what becomes 
 of process groups that span the pipe when stages step on their own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,8 +54,13 @@ class InterlockPipelineModule(PipelineModule):
         head: Builds an auxiliary head, a module that maps the hidden state to what the last layer
             would output. If None, heads are made as ``interlock.head`` says, with the sizes of the
             model's last layers.
+        pretrained: Whether the layers bring the weights of a trained model: heads of type ``auto`` are
+            then lenses.
         plan: Makes the plan from the stage bounds, in place of the one that ``interlock`` means:
             for gradient flows that the configuration has no words for, as deep supervision.
+        stage_bounds: Where to cut, in place of a ``partition_method``: stage k gets the layers
+            ``stage_bounds[k] .. stage_bounds[k + 1] - 1``. ``num_stages + 1`` rising layer numbers, from 0
+            to the number of layers.
         **pipeline: The other keyword arguments of ``PipelineModule``.
 
     Raises:
@@ -67,12 +73,18 @@ class InterlockPipelineModule(PipelineModule):
         *,
         interlock: InterlockConfig | None = None,
         head: MakeHead | None = None,
+        pretrained: bool = False,
         plan: Callable[[list[int]], GradientFlowPlan] | None = None,
+        stage_bounds: Sequence[int] | None = None,
         **pipeline: Any,
     ) -> None:
         layers = list(layers)
         topology = pipeline.get("topology")
         num_stages = topology.get_dim("pipe") if topology else pipeline.get("num_stages")
+        if stage_bounds is not None:
+            if pipeline.get("partition_method") is not None:
+                raise ConfigError("got both stage_bounds and partition_method: leave out one of them")
+            pipeline["partition_method"] = _checked_bounds(stage_bounds, len(layers), num_stages)
         if num_stages and num_stages > len(layers):
             raise ConfigError(
                 f"{num_stages} stages for {len(layers)} layers: every stage needs at least one; use at "
@@ -80,6 +92,7 @@ class InterlockPipelineModule(PipelineModule):
             )
         super().__init__(layers, **pipeline)
         self._make_head = head
+        self._pretrained = pretrained
         self._make_plan = plan
         self._keeps_ties = False
         self.interlock: InterlockConfig | None = None
@@ -89,6 +102,7 @@ class InterlockPipelineModule(PipelineModule):
                 f'layers: {list(self.parts)}; use partition_method="uniform" or fewer stages'
             )
         self.heads = nn.ModuleDict()
+        self.placeholder: nn.Parameter | None = None
         if interlock is not None:
             self.bind(interlock)
 
@@ -114,10 +128,11 @@ class InterlockPipelineModule(PipelineModule):
                 "keep the bounds it is given, which are those of partition_method"
             )
         self.interlock = interlock
+        self.head_config = interlock.head.resolve(pretrained=self._pretrained)
         make_head = self._make_head
         if make_head is None and len(self.plan.heads) > 1:
             # On every rank, also where there is no head: a model it cannot size one for is refused by all.
-            make_head = head_factory(interlock.head, self._layer_specs)
+            make_head = head_factory(interlock.head, self._layer_specs, self._pretrained)
         for loss in self.plan.losses_at(self.stage_id):
             if loss == self.plan.final:
                 continue
@@ -142,8 +157,25 @@ class InterlockPipelineModule(PipelineModule):
 
     def layer_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of this stage's layers."""
-        of_heads = set(map(id, self.heads.parameters()))
-        return [p for p in self.parameters() if p.requires_grad and id(p) not in of_heads]
+        others = {id(self.placeholder), *map(id, self.heads.parameters())}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in others]
+
+    def add_placeholder(self) -> None:
+        """Gives a stage that is frozen as a whole a parameter that nothing depends on.
+
+        DeepSpeed's optimizers refuse an empty list, and every stage needs one: it counts the steps and
+        keeps the learning rate. Call it once layers are frozen and heads are built.
+        """
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            self.placeholder = nn.Parameter(torch.zeros(1))
+
+    def get_tied_weights_and_groups(self) -> list[Any]:
+        """As DeepSpeed's, of weights that have gradients to be summed: frozen ones have none."""
+        return [tie for tie in super().get_tied_weights_and_groups() if tie[0].requires_grad]
+
+    def _synchronize_tied_weights(self) -> None:
+        with torch.no_grad():  # as a broadcast that autograd saw, it would be part of every backward pass
+            super()._synchronize_tied_weights()
 
     def begin_micro_batch(self) -> None:
         """Moves the offset from which ``seed_layers`` seeds the layers, as DeepSpeed does."""
@@ -168,6 +200,15 @@ class InterlockPipelineModule(PipelineModule):
             else:
                 hidden = run(hidden)
         return hidden
+
+    def _partition_layers(self, method: str | list[int] = "uniform") -> None:
+        """As DeepSpeed's, by the name of a method; or at the given bounds."""
+        if isinstance(method, str):
+            super()._partition_layers(method)
+            return
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self.parts = method
+        self._set_bounds(start=method[stage], stop=method[stage + 1])
 
     def _run_local(self, begin: int, end: int, micro_offset: int, hidden: Hidden) -> Hidden:
         """Local layers ``begin .. end - 1``; a recomputation must see the offset of its forward."""
@@ -209,6 +250,21 @@ class InterlockPipelineModule(PipelineModule):
             if isinstance(spec, TiedLayerSpec) and spec.key == key
         ]
         return len({self.stage_owner(number) for number in layers})
+
+
+def _checked_bounds(stage_bounds: Sequence[int], num_layers: int, num_stages: int | None) -> list[int]:
+    bounds = [int(bound) for bound in stage_bounds]
+    rises = all(start < stop for start, stop in pairwise(bounds))
+    if not rises or bounds[:1] != [0] or bounds[-1:] != [num_layers]:
+        raise ConfigError(
+            f"stage_bounds {bounds}: expected rising numbers from 0 to {num_layers}, the number of layers"
+        )
+    if num_stages and len(bounds) != num_stages + 1:
+        raise ConfigError(
+            f"stage_bounds {bounds} make {len(bounds) - 1} stages, but num_stages is {num_stages}: give "
+            f"{num_stages + 1} numbers"
+        )
+    return bounds
 
 
 __all__ = ["InterlockPipelineModule", "LayerSpec", "TiedLayerSpec"]

@@ -78,3 +78,9 @@ class OptimizerMixin:
         elif zero:
             self.optimizer.backward_epilogue()
             self.optimizer.exit_backward()
+
+    def _exercise_placeholder(self: Any) -> None:
+        """Gives the parameter of a frozen stage a gradient of 0: without any, no norm can be taken."""
+        if self.module.placeholder is not None:
+            with self._weight_pass():
+                (0 * self.module.placeholder).sum().backward()

@@ -35,6 +35,9 @@ from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.lower import receive_of
 from ds_interlock.schedule.simulate import SEND_AHEAD
 
+CLOSE_SECONDS = 5.0
+"""How long to wait for a thread at the end; one that waits for a dead neighbour may take longer."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -180,6 +183,8 @@ class Receiver:
     def close(self) -> None:
         """Ends the thread once all posted receives are complete."""
         self._handed_over.put(None)
+        if self._listener is not None:
+            self._listener.join(CLOSE_SECONDS)
 
     def _wait_for(self, expected: _Expected) -> list[Any]:
         start = time.monotonic()

@@ -1,6 +1,7 @@
 """The profile of a model from the calls of its layers: each layer, a head, the loss, by one meter."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -21,6 +22,7 @@ from ds_interlock.pipe.measure import (
     profile_head,
     profile_layers,
 )
+from ds_interlock.pipe.model_end import has_weights
 from ds_interlock.planning.profile import Profile
 from ds_interlock.schedule.plan import LossHead
 
@@ -54,8 +56,10 @@ def profile_model(
     """Measures everything a plan of this model depends on.
 
     Args:
-        calls: The layers with their inputs; the last one makes the outputs from a hidden state ``[b, t, d]``.
-        head_config: The auxiliary heads.
+        calls: The layers with their inputs; the last one with weights makes the outputs from a hidden state
+            ``[b, t, d]``.
+        head_config: The auxiliary heads. Type ``auto`` is that of a model that is not pretrained, unless
+            the heads learn from a base model.
         loss_fn: ``loss_fn(outputs, labels)``, a scalar.
         labels_bt: int64.
         meter: A ``Stopwatch``, or a ``FlopMeter`` for tensors without contents.
@@ -66,14 +70,16 @@ def profile_model(
         link: Latency in seconds and bandwidth in bytes per second between two stages, if known.
         progress: Told what is being measured.
     """
+    head_config = head_config.resolve(pretrained=head_config.kl_weight > 0)
     layers = profile_layers(calls, meter, make_optimizer, progress)
     progress("head")
-    last = calls[-1]
-    hidden_btd = first_tensor([value for value in last.inputs if isinstance(value, Tensor)]).detach()
+    unembedding = next(call for call in reversed(calls) if has_weights(call.module))
+    hidden_btd = first_tensor([value for value in unembedding.inputs if isinstance(value, Tensor)]).detach()
     head = _head(head_config, calls, hidden_btd)
     head_loss = _head_loss(head, head_config, loss_fn, labels_bt, meter)
     head_profile = profile_head(head, head_loss, hidden_btd, meter, make_optimizer, head_config.type)
     progress("loss")
+    last = calls[-1]
     with torch.no_grad():
         outputs = first_tensor(last.module(*last.inputs, **last.options))
     leaf = outputs.detach().requires_grad_()
@@ -127,7 +133,27 @@ def _head_loss(
 ) -> Callable[[Tensor], Tensor]:
     """From a hidden state to the head's loss, on the share of positions it is computed on."""
     if not isinstance(meter, FlopMeter):
-        return lambda hidden_btd: head.loss(hidden_btd, labels_bt, loss_fn)  # type: ignore[operator]
+        return lambda hidden_btd: head.loss(  # type: ignore[operator]
+            hidden_btd, _taught(labels_bt, hidden_btd) if config.kl_weight > 0 else labels_bt, loss_fn
+        )
     # Which positions are drawn depends on labels, and they have no contents: as many, then, but the first.
     chosen = max(1, round(config.token_fraction * labels_bt.shape[1]))
-    return lambda hidden_btd: head(hidden_btd[:, :chosen]).sum()
+    return partial(_products_of_head, head, config, chosen)
+
+
+def _products_of_head(head: nn.Module, config: HeadConfig, chosen: int, hidden_btd: Tensor) -> Tensor:
+    """The matrix products of a head's loss: those of each objective, and of the base model's outputs."""
+    outputs = []
+    if config.cross_entropy_weight > 0:
+        outputs.append(head(hidden_btd[:, :chosen]).sum())
+    if config.kl_weight > 0:
+        outputs.append(head(hidden_btd[:, :chosen]).sum())
+        with torch.no_grad():
+            head(hidden_btd.detach()[:, :chosen])
+    return torch.stack(outputs).sum()
+
+
+def _taught(labels_bt: Tensor, hidden_btd: Tensor) -> tuple[Tensor, ...]:
+    """Labels with hidden states of a base model, of which the time does not depend on the values."""
+    normaliser_1 = torch.full((1,), float(labels_bt.numel()), device=labels_bt.device)
+    return labels_bt, normaliser_1, hidden_btd.detach()

@@ -24,6 +24,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_interlock.pipe.p2p import CLOSE_SECONDS
+
 _purposes = itertools.count()
 
 _EXCHANGE_SECONDS = 0.25
@@ -88,7 +90,8 @@ class Reporter:
         self._closed = False
         self._flushing = threading.Event()
         self._failure: Exception | None = None
-        threading.Thread(target=self._work, name="interlock reports", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="interlock reports", daemon=True)
+        self._thread.start()
 
     def post(self, report: BatchReport) -> None:
         """Sends a report off; returns at once."""
@@ -120,6 +123,7 @@ class Reporter:
         self._closed = True
         self._flushing.set()
         self._jobs.put(None)
+        self._thread.join(CLOSE_SECONDS)  # a thread in a collective when the process ends would abort it
 
     def _work(self) -> None:
         while not self._closed:

@@ -226,8 +226,9 @@ class StageWork:
         entry = self._in_flight[action.micro_batch]
         outputs, cotangents = self._cotangents(entry, self.plan.trained_by[self.stage])
         more = self._pass_done(action)
-        with self.weight_pass():
-            torch.autograd.backward(outputs, cotangents, retain_graph=more)
+        if outputs:  # a first stage may be frozen as a whole
+            with self.weight_pass():
+                torch.autograd.backward(outputs, cotangents, retain_graph=more)
         return _gradients_of(_floats(entry.inputs))
 
     def _pass_done(self, action: Action) -> bool:

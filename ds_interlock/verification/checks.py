@@ -163,9 +163,12 @@ def _repeatable(interlock: InterlockConfig, timeout_seconds: float) -> tuple[Int
             f"interlock.head.token_fraction {interlock.head.token_fraction:g} makes the losses random: "
             "verified with 1"
         )
+    if interlock.head.kl_weight > 0:
+        notes.append("interlock.head.kl_weight needs a base model: verified with the cross-entropy alone")
+    plain = {"token_fraction": 1.0, "kl_weight": 0.0, "cross_entropy_weight": 1.0, "warmup_steps": 0}
     interlock = _changed(
         interlock,
-        head=interlock.head.model_dump() | {"token_fraction": 1.0},
+        head=interlock.head.model_dump() | plain,
         timeout_seconds=min(interlock.timeout_seconds, timeout_seconds),
     )
     return interlock, notes

@@ -1,15 +1,18 @@
 """The language model: what its layers compute, and what their weights start from."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from deepspeed.pipe import TiedLayerSpec
-from torch import nn
+from torch import Tensor, nn
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.models.lm import IGNORED_LABEL, LMConfig, build_lm, lm_layers, lm_loss
+from ds_interlock.labels import IGNORED_LABEL
+from ds_interlock.models.lm import LMConfig, LMLoss, build_lm, lm_layers, lm_loss
 
 SMALL = LMConfig(vocab_size=37, seq_length=12, width=24, num_blocks=3, num_heads=4, seed=5)
 
@@ -104,6 +107,58 @@ def test_loss_is_the_mean_over_labels_that_count():
     counted = labels != IGNORED_LABEL
     expected = -F.log_softmax(logits, -1)[counted].gather(-1, labels[counted][:, None]).mean()
     torch.testing.assert_close(lm_loss()(logits, labels), expected)
+
+
+def fused(loss: LMLoss) -> Callable[..., Tensor]:
+    """The loss of logits, computed as that of hidden states under an identity."""
+    return lambda logits, labels: loss.fused_linear(
+        logits, torch.eye(logits.shape[-1]).double(), None, labels
+    )
+
+
+@pytest.mark.parametrize("way", [LMLoss.__call__, lambda loss, *args: fused(loss)(*args)], ids=["", "fused"])
+def test_a_normaliser_takes_the_place_of_the_number_of_labels(way: Callable[..., Tensor]):
+    logits, labels = torch.randn(2, 6, 11, dtype=torch.float64), torch.randint(11, (2, 6))
+    labels[0, 4:] = IGNORED_LABEL
+    base = torch.randn(2, 6, 24)
+    mean = way(lm_loss(), logits, labels)
+    for form in ((labels, torch.tensor([4.0])), (labels, torch.tensor([4.0]), base)):
+        found = way(lm_loss(), logits, form)
+        assert found.shape == ()
+        torch.testing.assert_close(found, mean * 10 / 4)
+
+
+def test_the_mean_over_micro_batches_is_that_over_the_labels_of_the_batch():
+    logits, labels = torch.randn(4, 6, 11), torch.randint(11, (4, 6))
+    labels[1:, 2:] = IGNORED_LABEL
+    labels[3] = IGNORED_LABEL
+    whole = lm_loss()(logits, labels)
+    for sizes in ([1, 1, 1, 1], [1, 3], [2, 2]):
+        normaliser = (labels != IGNORED_LABEL).sum().float().reshape(1) / len(sizes)
+        pieces = zip(logits.split(sizes), labels.split(sizes), strict=True)
+        parts = [lm_loss()(some, (of_some, normaliser)) for some, of_some in pieces]
+        torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+def test_whole_sequences_can_be_classified():
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 2, IGNORED_LABEL, 1, 1])
+    expected = F.cross_entropy(logits, labels)
+    torch.testing.assert_close(lm_loss()(logits, labels), expected)
+    torch.testing.assert_close(lm_loss()(logits, (labels, torch.tensor([8.0]))), expected * 4 / 8)
+
+
+@pytest.mark.parametrize(
+    ("labels", "got"),
+    [
+        ((torch.zeros(2, 3), torch.ones(2)), r"\(a tensor \[2, 3\], a tensor \[2\]\)"),
+        ((torch.zeros(2, 3), 4.0), r"\(a tensor \[2, 3\], float\)"),
+        ((), r"\(\)"),
+        (None, "NoneType"),
+    ],
+)
+def test_labels_in_another_form_are_refused(labels: Any, got: str):
+    with pytest.raises(ConfigError, match=rf"\(labels, normaliser\).*got {got}$"):
+        lm_loss()(torch.zeros(2, 3, 11), labels)
 
 
 def test_loss_without_labels_is_zero_and_has_a_gradient():

@@ -120,22 +120,66 @@ def test_a_frozen_unembedding_costs_no_weight_gradient(fused: bool) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_gradients_are_those_of_the_formula(fused: bool) -> None:
+@pytest.mark.parametrize("translator", ["after_norm", "before_norm"])
+def test_gradients_are_those_of_the_formula(translator: str, fused: bool) -> None:
     hidden_btd, labels_bt = hidden_and_labels(num_ignored=4)
-    head = randomised(lens(lm_layers(LM), fused=fused)).double()
+    head = randomised(lens(lm_layers(LM), fused=fused, translator=translator)).double()
     hidden_btd = hidden_btd.double().requires_grad_()
     change = head.readout.translator.change
     norm, unembedding = head.readout.norm, head.readout.unembedding
 
+    def translated(x_btd: Tensor) -> Tensor:
+        return x_btd + x_btd @ change.weight.T + change.bias
+
+    def normed(x_btd: Tensor) -> Tensor:
+        return F.layer_norm(x_btd, (WIDTH,), norm.weight, norm.bias, norm.eps)
+
     def formula() -> Tensor:
-        translated_btd = hidden_btd + hidden_btd @ change.weight.T + change.bias
-        normed_btd = F.layer_norm(translated_btd, (WIDTH,), norm.weight, norm.bias, norm.eps)
-        logits_nv = (normed_btd @ unembedding.weight.T).flatten(0, 1)
+        first, second = (translated, normed) if translator == "before_norm" else (normed, translated)
+        logits_nv = (second(first(hidden_btd)) @ unembedding.weight.T).flatten(0, 1)
         return F.cross_entropy(logits_nv, labels_bt.flatten(), ignore_index=-100)
 
     sources = [hidden_btd, change.weight, change.bias]
     found = torch.autograd.grad(head.loss(hidden_btd, labels_bt, lm_loss()), sources)
     torch.testing.assert_close(found, torch.autograd.grad(formula(), sources), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("bias", [False, True])
+def test_behind_the_norm_it_folds_into_the_models_own_end(norm: type[nn.Module], bias: bool) -> None:
+    end = [randomised(norm(WIDTH)), nn.Linear(WIDTH, VOCABULARY, bias=bias)]
+    head = randomised(lens([Block(), *end])).double()
+    change, folded = head.readout.translator.change, nn.Sequential(*end).double()
+    assert (change.bias is not None) == (bias or norm is nn.LayerNorm)
+    matrix_dd = torch.eye(WIDTH) + change.weight
+    folded.load_state_dict({f"0.{k}": v for k, v in head.readout.norm.state_dict().items()}, strict=False)
+    folded[1].weight.data = head.readout.unembedding.weight @ matrix_dd
+    if bias:
+        folded[1].bias.data = head.readout.unembedding(change.bias)
+    elif change.bias is not None:
+        folded[0].bias.data += torch.linalg.solve(matrix_dd, change.bias)
+    hidden_btd = hidden_and_labels()[0].double()
+    torch.testing.assert_close(head(hidden_btd), folded(hidden_btd), rtol=1e-9, atol=1e-9)
+
+
+def test_in_front_of_the_norm_a_translator_always_has_a_bias() -> None:
+    end = [nn.RMSNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)]
+    readout = lens([Block(), *end], translator="before_norm").readout
+    assert [name for name, _ in readout.named_children()] == ["translator", "norm", "unembedding"]
+    assert readout.translator.change.bias is not None
+
+
+def test_a_pretrained_model_gets_a_lens_by_default() -> None:
+    layers = lm_layers(LM)
+    kinds = {
+        pretrained: {
+            name for name, _ in head_factory(HeadConfig(), layers, pretrained)(PLACE).named_modules()
+        }
+        for pretrained in (False, True)
+    }
+    assert "readout.translator" in kinds[True]
+    assert "readout.norm" in kinds[False]
+    assert "readout.translator" not in kinds[False]
 
 
 def test_it_trains_in_a_pipeline_and_keeps_what_is_frozen() -> None:

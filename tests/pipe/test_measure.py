@@ -1,11 +1,17 @@
 """What a layer costs: the passes that are walked, and the operations that are counted."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from ds_interlock.config import HeadConfig
+from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
 from ds_interlock.pipe.measure import FlopMeter, LayerCall, Stopwatch, profile_head, profile_layers
 from ds_interlock.pipe.measure_link import measure_link
+from ds_interlock.pipe.profile_model import calls_in_sequence, profile_model
+from ds_interlock.planning.profile import HeadProfile
 
 FLOPS = FlopMeter(flops_per_second=1.0)
 TOKENS, WIDTH, OUT = 6, 4, 10
@@ -122,3 +128,28 @@ def test_an_optimizer_that_does_not_run_costs_what_it_moves(flops):
     layer = one_layer(linear(), FlopMeter(flops), None)
     # 28 bytes a parameter at a byte for 100 operations.
     assert layer.optimizer_seconds == pytest.approx(28 * WIDTH * OUT * 100 / flops)
+
+
+def profiled_head(meter: Any, **config: Any) -> HeadProfile:
+    specs = lm_layers(LMConfig(vocab_size=OUT, seq_length=TOKENS, width=8, num_blocks=1, num_heads=2))
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64)
+    calls = calls_in_sequence((spec.build() for spec in specs), ids)
+    make = torch.optim.SGD if isinstance(meter, Stopwatch) else None
+    names = {"model": "m", "device": "d", "source": "s"}
+    return profile_model(calls, HeadConfig(**config), lm_loss(), ids, meter, make, **names).head
+
+
+def test_the_default_head_is_that_of_a_model_that_is_not_pretrained():
+    assert profiled_head(FLOPS).type == "norm_linear"
+    assert profiled_head(FLOPS, kl_weight=1.0).type == "lens"
+    assert profiled_head(Stopwatch(lambda: None, num_rounds=1), kl_weight=1.0).seconds > 0
+
+
+def test_learning_from_a_base_model_costs_its_outputs_too():
+    unembed, translate = 2 * TOKENS * 8 * OUT, 2 * TOKENS * 8 * 8
+    alone = profiled_head(FLOPS, type="lens").seconds
+    assert alone == 2 * unembed + 3 * translate
+    assert (
+        profiled_head(FLOPS, kl_weight=1.0, cross_entropy_weight=0.0).seconds == alone + unembed + translate
+    )
+    assert profiled_head(FLOPS, kl_weight=1.0).seconds == 2 * alone + unembed + translate

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GPT2Config, LlamaConfig
+from transformers import CTRLConfig, GPT2Config, LlamaConfig
 
 from ds_interlock import cli
 from ds_interlock.planning.profile import Profile
@@ -94,12 +94,30 @@ def test_costs_estimated_from_a_hugging_face_config_alone(tmp_path, capsys, mode
     found = plan(capsys, config(tmp_path), *options, "--tflops", "1", "--bandwidth", "10", "--latency", "7")
     assert found["unit"] == "s"
     assert "1 TFLOP/s, links of 10 GB/s and 7 us" in found["costs"]
-    assert found["stage_bounds"][-1] == 6 + (4 if model is GPT2Config else 3)
+    assert found["stage_bounds"][-1] == 6 + 3  # in front and behind the blocks, the unembedding
     twice = plan(capsys, config(tmp_path), *options, "--tflops", "2", "--bandwidth", "20", "--latency", "3.5")
     for one, other in zip(found["settings"], twice["settings"], strict=True):
         assert one["batch_seconds"] == pytest.approx(2 * other["batch_seconds"])
         assert one["activation_bytes"] == other["activation_bytes"]
         assert all(size > 0 for size in one["activation_bytes"])
+
+
+def test_planned_stages_are_told_as_the_flag_of_a_job(tmp_path, capsys):
+    LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=4).save_pretrained(
+        tmp_path / "model"
+    )
+    options = ["--model", str(tmp_path / "model"), "--seq-length", "16", "--bounds", "0,3,7"]
+    assert cli.main(["plan", config(tmp_path), *options]) == 0
+    assert "a job with these stages: --stage_bounds 0,3,7" in capsys.readouterr().out.splitlines()
+    assert cli.main(["plan", config(tmp_path)]) == 0
+    assert "--stage_bounds" not in capsys.readouterr().out  # equal layers are of no model
+
+
+def test_what_cannot_be_cut_is_not_planned(tmp_path, capsys):
+    CTRLConfig(n_embd=32, n_layer=2, n_head=2, dff=32).save_pretrained(tmp_path / "model")
+    for command in ("plan", "profile"):
+        assert cli.main([command, config(tmp_path), "--model", str(tmp_path / "model")]) == 2
+        assert "cannot be cut into pipeline layers" in capsys.readouterr().err
 
 
 def test_pictures_and_traces_of_what_is_shown(tmp_path, capsys):
@@ -131,18 +149,14 @@ def test_a_profile_measured_here_feeds_the_plan(tmp_path, capsys):
     words = ["--seq-length", "16", "--micro-batch-size", "3", "--rounds", "2", "-o", str(path)]
     arguments = ["profile", config(tmp_path, section), "--model", str(tmp_path / "model"), *words]
     assert cli.main(arguments) == 0
-    assert "8 layers" in capsys.readouterr().out
+    assert "7 layers" in capsys.readouterr().out
     profile = Profile.load(path)
     assert (profile.micro_batch_size, profile.seq_length) == (3, 16)
     names = [layer.name for layer in profile.layers]
-    assert names == [
-        "transformer.wte",
-        "transformer.wpe",
-        *(f"transformer.h.{n}" for n in range(4)),
-        "transformer.ln_f",
-        "lm_head",
-    ]
-    for block in profile.layers[2:6]:
+    assert names == ["0 Front", *(f"{n} Block" for n in range(1, 5)), "5 End", "6 Unembedding"]
+    assert profile.layers[0].num_parameters == (50 + 1024) * 32  # tokens and positions
+    assert profile.layers[-1].num_parameters == 50 * 32  # tied, and yet the last stage has one of its own
+    for block in profile.layers[1:5]:
         assert min(block.forward_seconds, block.input_gradient_seconds, block.optimizer_seconds) > 0
         assert block.output_bytes == 3 * 16 * 32 * 4
         assert block.num_parameters == 12 * 32 * 32 + 13 * 32

@@ -150,7 +150,7 @@ def _profile(
     from rich.console import Console
 
     with Console(stderr=True).status("importing transformers"):
-        from ds_interlock.hf.layers import load_config
+        from ds_interlock.hf.pretrained import load_config
         from ds_interlock.hf.profile import estimate_profile
 
         return estimate_profile(

@@ -73,16 +73,20 @@ def run(options: argparse.Namespace) -> int:
         import torch
         from deepspeed.accelerator import get_accelerator
 
-        from ds_interlock.hf.layers import load_config
+        from ds_interlock.hf.pretrained import empty_model, load_config
         from ds_interlock.hf.profile import measure_profile
+        from ds_interlock.hf.surgery import Skeleton
         from ds_interlock.pipe.measure_link import measure_link
 
         if get_accelerator().device_name() == "cpu":
             torch.set_num_threads(options.threads)
         config = load_config(options.model)
         dtype = torch.bfloat16 if contents.get("bf16", {}).get("enabled") else torch.float32
+        # A model that cannot be cut is refused before anything is timed.
+        Skeleton(empty_model(config, "causal", dtype))
         status.update("link between two processes")
-        link = measure_link(micro_batch_size * options.seq_length * config.hidden_size * dtype.itemsize)
+        width = config.get_text_config().hidden_size
+        link = measure_link(micro_batch_size * options.seq_length * width * dtype.itemsize)
         profile = measure_profile(
             options.model,
             config,

@@ -80,7 +80,7 @@ def lora_config(
     blueprint: Blueprint,
     *,
     rank: int,
-    alpha: float | None = None,
+    alpha: int | None = None,
     dropout: float = 0.0,
     target_modules: Sequence[str] = (ALL_LINEAR,),
 ) -> Any:

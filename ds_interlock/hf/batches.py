@@ -3,7 +3,8 @@
     samples ──shuffled──► rows ──► batch:   micro-batch 0       micro-batch 1      ...  M-1
                                             replica 0 1 .. R-1  replica 0 1 .. R-1
 
-A micro-batch is ``(inputs, (labels, normaliser))``. Its loss is the sum of the cross-entropy over its
+A micro-batch is ``(inputs, (labels, normaliser))``, or ``(inputs, (labels, normaliser, base))``: the forms
+of ``ds_interlock.labels``. Its loss is the sum of the cross-entropy over its
 labels that are not ignored, divided by the normaliser; DeepSpeed takes the mean over the M micro-batches
 of a batch and over R replicas. With the normaliser (labels in the whole batch) / (M * R) that mean is the
 mean over the labels of the batch, however its rows are dealt out. The mean of micro-batches' means would
@@ -11,7 +12,7 @@ not be: it weighs a label more where there are few. Every replica goes through t
 count the labels of the others.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -22,7 +23,10 @@ from ds_interlock.errors import DataError
 from ds_interlock.hf.order import ResumableIterator, epoch_order
 from ds_interlock.hf.rows import Inputs, Row, Rows
 
-MicroBatch: TypeAlias = tuple[Inputs, tuple[Tensor, Tensor]]
+MicroBatch: TypeAlias = tuple[Inputs, tuple[Tensor, ...]]
+
+BaseOfRows: TypeAlias = Callable[[Sequence[Row], int], Tensor]
+"""From rows and t to the base model's hidden states ``[b, t, d]``, as ``BaseStates.stack``."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,14 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
         replica: Number of this data-parallel replica.
         seed: Decides the order.
 
+    Attributes:
+        base_of_rows: If set, labels have what the base model makes of the rows as their third part.
+
     Raises:
         DataError: If the samples may not fill a batch.
     """
+
+    base_of_rows: BaseOfRows | None = None
 
     def __init__(self, rows: Rows[Any], shape: BatchShape, *, replica: int = 0, seed: int = 0) -> None:
         if rows.fewest < shape.num_rows:
@@ -97,9 +106,11 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
         number = self.position - self._first_position
         batch = number // self.shape.num_micro_batches * self.shape.num_rows
         num_labels = self.rows.num_labels(self._epoch_rows[batch : batch + self.shape.num_rows])
-        inputs, labels = self.rows.stack(self.shape.rows_of(self._epoch_rows, number, self.replica))
+        rows = self.shape.rows_of(self._epoch_rows, number, self.replica)
+        inputs, labels = self.rows.stack(rows)
+        base = () if self.base_of_rows is None else (self.base_of_rows(rows, labels.shape[1]),)
         self.position += 1
-        return inputs, (labels, self.shape.normaliser(num_labels))
+        return inputs, (labels, self.shape.normaliser(num_labels), *base)
 
     def fingerprint(self) -> dict[str, int | str]:
         """What the position is a position in."""
@@ -164,7 +175,12 @@ class EvaluationBatches:
         """What the inputs are, by the names of a Hugging Face model's arguments."""
         return self.rows.names
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def rows_of_micro_batches(self) -> Iterator[Sequence[Row]]:
+        """The rows of each micro-batch of this replica; the last may be without samples."""
         for number in range(self.num_batches * self.shape.num_micro_batches):
-            inputs, labels = self.rows.stack(self.shape.rows_of(self._arranged, number, self.replica))
+            yield self.shape.rows_of(self._arranged, number, self.replica)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for rows in self.rows_of_micro_batches():
+            inputs, labels = self.rows.stack(rows)
             yield inputs, (labels, self._normaliser)

@@ -242,4 +242,6 @@ class Logits(nn.Module):
         self.blueprint = blueprint
 
     def forward(self, logits_btv: Tensor) -> Tensor:
-        return self.blueprint.skeleton.logits(logits_btv)
+        # A head may unembed chosen positions, [n, v]; the model's own code expects rows of them.
+        rows_btv = logits_btv.reshape(-1, *logits_btv.shape[-2:])
+        return self.blueprint.skeleton.logits(rows_btv).reshape_as(logits_btv)

@@ -5,8 +5,6 @@ folder ───────────────────────┼�
 folder with .bin or .gguf ────┴─► converted once by transformers, and kept as safetensors
 """
 
-import hashlib
-import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
@@ -27,10 +24,10 @@ from transformers import (
 )
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.files import unfinished_folder
+from ds_interlock.hf.conversion import converted, first_line
 from ds_interlock.hf.cut import Blueprint
 from ds_interlock.hf.records import Task
-from ds_interlock.hf.surgery import Skeleton
+from ds_interlock.hf.surgery import Skeleton, refuse_other_models
 from ds_interlock.hf.tokenizer import default_cache_dir
 from ds_interlock.hf.weights import Weights, has_safetensors
 
@@ -39,6 +36,7 @@ _AUTO_MODELS: Mapping[Task, Any] = {
     "classification": AutoModelForSequenceClassification,
 }
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth")
+_POSITIONS = "position_embeddings"
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +70,27 @@ class Pretrained:
 
     def lacking(self) -> list[str]:
         """Names of parameters that the files do not have, new ones aside."""
+        values, parameters = self._values_and_parameters()
+        return sorted(name for name in values.weights.lacking(parameters) if not values.is_new(name))
+
+    def misfits(self) -> list[str]:
+        """Parameters that have another shape in the files, with both shapes."""
+        values, parameters = self._values_and_parameters()
+        return values.weights.misfits(parameters)
+
+    def num_positions(self) -> int | None:
+        """The longest sequence that the model knows; None if it knows no bound."""
+        known: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        tables = (part for name, part in self.new_model().named_modules() if name.endswith(_POSITIONS))
+        # RoBERTa's positions begin behind the number of the padding token.
+        paddings = (getattr(table, "padding_idx", None) for table in tables)
+        first = next((padding + 1 for padding in paddings if padding is not None), 0)
+        return None if known is None else known - first
+
+    def _values_and_parameters(self) -> tuple["_Values", dict[str, Tensor]]:
         skeleton = Skeleton(self.new_model())
         values = _Values(self, skeleton)
-        parameters = Blueprint(skeleton, values).parameters()
-        return sorted(name for name in values.weights.lacking(parameters) if not values.is_new(name))
+        return values, Blueprint(skeleton, values).parameters()
 
 
 def empty_model(config: Any, task: Task, dtype: torch.dtype) -> Any:
@@ -84,6 +99,7 @@ def empty_model(config: Any, task: Task, dtype: torch.dtype) -> Any:
     Raises:
         ConfigError: If transformers has no model of this configuration for the task.
     """
+    refuse_other_models(config, type(config).__name__)
     try:
         with init_empty_weights(include_buffers=False):
             model = _AUTO_MODELS[task].from_config(config, dtype=dtype)
@@ -149,22 +165,40 @@ def open_pretrained(
         ConfigError: If there is no such model, no tokenizer, or it cannot be converted.
     """
     folder = _local_folder(name, gguf_file)
-    if gguf_file is not None or not has_safetensors(folder):
-        folder = _converted(folder, name, gguf_file, task, cache_dir or default_cache_dir())
-    config = _load_config(name, folder, classes)
-    pretrained = Pretrained(name, folder, config, _load_tokenizer(name, folder), task, dtype)
-    lacking = pretrained.lacking()
-    if lacking:
+    auto_model, cache_dir = _AUTO_MODELS[task], cache_dir or default_cache_dir()
+    if gguf_file is not None:
+        folder = converted(auto_model, folder, name, gguf_file, cache_dir)
+    config = load_config(name, folder, classes)
+    Skeleton(empty_model(config, task, dtype))  # a model that cannot be cut is refused for that, first
+    tokenizer = _load_tokenizer(name, folder)
+    if not has_safetensors(folder):
+        folder = converted(auto_model, folder, name, None, cache_dir)
+    pretrained = Pretrained(name, folder, config, tokenizer, task, dtype)
+    if pretrained.lacking():
         # Names that transformers renames or merges when it loads: let it do so once.
-        folder = _converted(folder, name, None, task, cache_dir or default_cache_dir())
-        pretrained = Pretrained(name, folder, config, pretrained.tokenizer, task, dtype)
-        lacking = pretrained.lacking()
-    if lacking:
-        raise ConfigError(
-            f"--model {name}: its weights lack {', '.join(lacking[:5])}{' ...' * (len(lacking) > 5)}, which "
-            f"{config.architectures} needs"
-        )
+        folder = converted(auto_model, folder, name, None, cache_dir)
+        pretrained = Pretrained(name, folder, config, tokenizer, task, dtype)
+    _check_weights(pretrained)
     return pretrained
+
+
+def _check_weights(pretrained: Pretrained) -> None:
+    lacking, misfits = pretrained.lacking(), pretrained.misfits()
+    if lacking:
+        named = ", ".join(lacking[:5]) + " ..." * (len(lacking) > 5)
+        raise ConfigError(
+            f"--model {pretrained.name}: its weights lack {named}, which "
+            f"{type(pretrained.config).__name__} needs"
+        )
+    if misfits and pretrained.task == "classification":
+        raise ConfigError(
+            f"--model {pretrained.name}: {misfits[0]}, for {pretrained.config.num_labels} classes in the "
+            "data: give a model without a classifier, or one that was trained for these classes"
+        )
+    if misfits:
+        raise ConfigError(
+            f"--model {pretrained.name}: {misfits[0]} by its config.json; these files do not belong together"
+        )
 
 
 def _local_folder(name: str, gguf_file: str | None) -> Path:
@@ -181,21 +215,30 @@ def _local_folder(name: str, gguf_file: str | None) -> Path:
         if gguf_file is None and not has_safetensors(folder):
             folder = Path(snapshot_download(name, allow_patterns=[*wanted, *_OTHER_WEIGHTS]))
     except (OSError, ValueError) as error:
-        detail = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise ConfigError(
-            f"--model {name}: there is no folder of this name, and it cannot be had from the hub ({detail})"
+            f"--model {name}: there is no folder of this name, and it cannot be had from the hub "
+            f"({first_line(error)})"
         ) from error
     return folder
 
 
-def _load_config(name: str, folder: Path, classes: Sequence[str]) -> Any:
+def load_config(name: str, folder: Path | None = None, classes: Sequence[str] = ()) -> Any:
+    """A model's transformers configuration.
+
+    Args:
+        name: As the user gave it: a folder, or a name on the hub.
+        folder: Where its files are, if it is known.
+        classes: Names of the classes by id, for classification.
+
+    Raises:
+        ConfigError: If there is none.
+    """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder or name)
     except (OSError, ValueError) as error:
-        detail = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise ConfigError(
-            f"--model {name}: no configuration could be loaded ({detail}); expected a config.json of a model "
-            "that transformers knows"
+            f"--model {name}: no Hugging Face configuration could be loaded ({first_line(error)}); give a "
+            "folder with the config.json of a model that transformers knows, or a model's name on the hub"
         ) from error
     if classes:
         config.id2label = dict(enumerate(classes))
@@ -207,41 +250,12 @@ def _load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        detail = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise ConfigError(
-            f"--model {name}: no tokenizer could be loaded ({detail}); expected its files beside config.json"
+            f"--model {name}: no tokenizer could be loaded ({first_line(error)}); expected its files beside "
+            "config.json"
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    # Some classes make do without files, and then know nothing but their special tokens.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ConfigError(f"--model {name}: it has no tokenizer; expected its files beside config.json")
     return tokenizer
-
-
-def _converted(folder: Path, name: str, gguf_file: str | None, task: Task, cache_dir: Path) -> Path:
-    """The model as safetensors with the names of its modules, from the cache or made now."""
-    sources = [folder / gguf_file] if gguf_file else sorted(p for p in folder.iterdir() if p.is_file())
-    missing = [source.name for source in sources if not source.is_file()]
-    if missing:
-        found = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
-        raise ConfigError(f"--gguf_file {missing[0]}: not in {folder}; GGUF files there: {found}")
-    stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
-    key = hashlib.sha256(repr((stamps, task, transformers.__version__)).encode()).hexdigest()[:16]
-    target = cache_dir / f"model-{Path(gguf_file or folder.name).stem}-{key}"
-    if has_safetensors(target):
-        return target
-    options = {"gguf_file": gguf_file} if gguf_file else {}
-    with unfinished_folder(target) as draft:
-        try:
-            model = _AUTO_MODELS[task].from_pretrained(folder, dtype=torch.float32, **options)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        except ImportError as error:
-            raise ConfigError(f"--model {name}: {str(error).strip().splitlines()[0]}") from error
-        except (OSError, ValueError) as error:
-            detail = (str(error).strip().splitlines() or ["no reason given"])[0]
-            raise ConfigError(f"--model {name}: transformers cannot load it ({detail})") from error
-        if gguf_file:  # its weights are plain numbers now
-            model.hf_quantizer = None
-            del model.config.quantization_config
-        model.save_pretrained(draft, save_original_format=False)
-        tokenizer.save_pretrained(draft)
-        for extra in folder.glob("generation_config.json"):
-            shutil.copy(extra, draft)
-    return target

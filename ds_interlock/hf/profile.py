@@ -1,18 +1,27 @@
-"""The profile of a Hugging Face causal language model: timed here, or estimated from its configuration."""
+"""The profile of a Hugging Face causal language model: timed here, or estimated from its configuration.
 
-from collections.abc import Callable
+Its layers are those that ``launcher/finetune.py`` trains (``hf/cut.py``), so that stage bounds planned
+with the profile are stage bounds of the job. Weights are random, or have no contents.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_interlock.config import HeadConfig
-from ds_interlock.hf.layers import build_model, layer_calls
+from ds_interlock.hf.cut import Blueprint, Values
+from ds_interlock.hf.pretrained import empty_model
+from ds_interlock.hf.surgery import Skeleton
 from ds_interlock.models.lm import lm_loss
 from ds_interlock.pipe.measure import FlopMeter, MakeOptimizer, Stopwatch
-from ds_interlock.pipe.profile_model import device_name, profile_model
+from ds_interlock.pipe.profile_model import calls_in_sequence, device_name, profile_model
 from ds_interlock.planning.profile import Profile
+
+_STD = 0.02  # of random weights
 
 
 def estimate_profile(
@@ -35,17 +44,23 @@ def estimate_profile(
         seq_length: Tokens of a sample.
         flops_per_second: What a device reaches, not its peak.
         link: Latency in seconds and bandwidth in bytes per second between two stages.
+
+    Raises:
+        ConfigError: If the model cannot be cut into layers.
     """
     latency_seconds, bandwidth = link
     assumed = (
         f"estimated: matrix products and attention at {flops_per_second / 1e12:g} TFLOP/s, links of "
         f"{bandwidth / 1e9:g} GB/s and {latency_seconds * 1e6:g} us"
     )
-    with FakeTensorMode():  # tensors with shapes and no contents
-        ids_bt = torch.zeros(micro_batch_size, seq_length, dtype=torch.int64, device="meta")
-        calls = layer_calls(build_model(config, torch.bfloat16, ids_bt.device), ids_bt)
+    device = torch.device("meta")
+    layers = _layers(config, torch.bfloat16, device)
+    # transformers asks tensors of the meta device for values, those of this mode not. Buffers outside the
+    # layers, such as rotary frequencies, are none of its tensors.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ids_bt = torch.zeros(micro_batch_size, seq_length, dtype=torch.int64, device=device)
         return profile_model(
-            calls,
+            calls_in_sequence((layer.to_empty(device=device) for layer in layers), ids_bt),
             head,
             lm_loss(),
             ids_bt,
@@ -84,14 +99,16 @@ def measure_profile(
         num_rounds: Rounds each time is the median of.
         link: Latency in seconds and bandwidth in bytes per second between two stages, if known.
         progress: Told what is being measured.
+
+    Raises:
+        ConfigError: If the model cannot be cut into layers.
     """
     accelerator = get_accelerator()
     device = torch.device(accelerator.current_device_name())
-    model = build_model(config, dtype, device)
     ids_bt = torch.randint(config.vocab_size, (micro_batch_size, seq_length), device=device)
     measured = f"measured on {device_name(device)}" + ("" if link else "; the link was not measured")
     return profile_model(
-        layer_calls(model, ids_bt),
+        calls_in_sequence(_layers(config, dtype, device), ids_bt),
         head,
         lm_loss(),
         ids_bt,
@@ -103,3 +120,25 @@ def measure_profile(
         link=link,
         progress=progress,
     )
+
+
+def _layers(config: Any, dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
+    """The layers of a job, as they train, a tied unembedding with a weight of its own.
+
+    As on a pipeline: the last stage has a copy, computes a gradient for it and steps it.
+    """
+    skeleton = Skeleton(empty_model(config, "causal", dtype))
+    blueprint = Blueprint(skeleton, _random_values(device), tie=False)
+    return [spec.build().to(device).train() for spec in blueprint.layers()]
+
+
+def _random_values(device: torch.device) -> Values:
+    def values(wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # What is not on the meta device are buffers, with the values that the model's code gave them.
+        return {
+            name: torch.empty_like(like, device=device).normal_(std=_STD)
+            for name, like in wanted.items()
+            if like.is_meta
+        }
+
+    return values

@@ -91,7 +91,7 @@ def find_anatomy(model: Any) -> Anatomy:
         ConfigError: If it has a form that cannot be cut, saying which.
     """
     config, name = model.config, type(model).__name__
-    _refuse_other_models(config, name)
+    refuse_other_models(config, name)
     base = "" if model.base_model is model else model.base_model_prefix
     family = _family_of(config, name)
     blocks, *front = (f"{base}.{path}".lstrip(".") for path in (family.blocks, *family.front))
@@ -117,7 +117,8 @@ def find_anatomy(model: Any) -> Anatomy:
     )
 
 
-def _refuse_other_models(config: Any, name: str) -> None:
+def refuse_other_models(config: Any, name: str) -> None:
+    """Raises ConfigError for an encoder-decoder and for anything that is no text model."""
     if getattr(config, "is_encoder_decoder", False):
         _cannot_cut(name, "it is an encoder-decoder; decoder-only models and BERT-style encoders can be cut")
     other = [part for part in ("vision_config", "audio_config") if getattr(config, part, None) is not None]

@@ -4,13 +4,15 @@
     model-00001-of-00003.safetensors  ...
 
 A safetensors file is mapped, not read: a rank that owns three layers of eighty touches three layers of
-the file. Each file is opened for one layer at a time, so that what was copied out does not stay mapped.
+the file. Large tensors are copied in pieces, and the file is closed behind each: what was copied out does
+not stay mapped, so a process never holds much more than what it keeps.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +22,8 @@ from ds_interlock.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+_PIECE_NUMBERS = 2**20  # of a tensor, copied at once
 
 
 def has_safetensors(folder: Path) -> bool:
@@ -37,7 +41,7 @@ class Weights:
         same: Names of tensors that are tied to others: ``{"lm_head.weight": "model.embed_tokens.weight"}``.
 
     Raises:
-        ConfigError: If the folder has no safetensors, or an index without its shards.
+        ConfigError: If the folder has no safetensors, an index without its shards, or a file cut short.
     """
 
     def __init__(
@@ -47,56 +51,92 @@ class Weights:
         self.dtype = dtype
         self._prefix = prefix
         self._same = dict(same or {})
-        self._files = _files_by_tensor(folder)
+        self._stored = _stored_tensors(folder)
 
     def lacking(self, names: Iterable[str]) -> list[str]:
         """Those of ``names`` that are not here."""
         return [name for name in names if self._find(name) is None]
 
+    def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Those of ``tensors`` that have another shape here, with both shapes."""
+        pairs = [(name, tensor.shape, self._find(name)) for name, tensor in tensors.items()]
+        return [
+            f"{name} is {list(found.shape)} in the files, expected {list(shape)}"
+            for name, shape, found in pairs
+            if found is not None and found.shape != tuple(shape)
+        ]
+
     def __call__(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors of ``names`` that are here, in memory of their own."""
-        wanted: dict[Path, dict[str, str]] = {}
-        for name in names:
-            stored = self._find(name)
-            if stored is not None:
-                wanted.setdefault(self._files[stored], {})[name] = stored
-        found: dict[str, Tensor] = {}
-        for file, stored_names in wanted.items():
-            with _opened(file) as tensors:
-                for name, stored in stored_names.items():
-                    found[name] = self._as_own(tensors.get_tensor(stored))
-        return found
+        stored = {name: self._find(name) for name in names}
+        return {name: self._read(tensor) for name, tensor in stored.items() if tensor is not None}
 
-    def _find(self, name: str) -> str | None:
-        """How the tensor ``name`` is called in the files."""
+    def _find(self, name: str) -> "_Stored | None":
+        """Where the tensor ``name`` is, whatever the files call it."""
         candidates = [name, name.removeprefix(f"{self._prefix}."), f"{self._prefix}.{name}"]
         tied = self._same.get(name)
         if tied is not None:
             candidates += [tied, tied.removeprefix(f"{self._prefix}.")]
-        return next((candidate for candidate in candidates if candidate in self._files), None)
+        return next((self._stored[candidate] for candidate in candidates if candidate in self._stored), None)
 
-    def _as_own(self, mapped: Tensor) -> Tensor:
-        dtype = self.dtype if mapped.is_floating_point() else mapped.dtype
-        return mapped.to(dtype, copy=True).contiguous()
+    def _read(self, stored: "_Stored") -> Tensor:
+        with _opened(stored.file) as tensors:
+            if not stored.shape or 0 in stored.shape:
+                return self._empty_like(tensors.get_tensor(stored.name), stored).copy_(
+                    tensors.get_tensor(stored.name)
+                )
+            whole = self._empty_like(tensors.get_slice(stored.name)[:1], stored)
+        num_rows = max(1, _PIECE_NUMBERS * stored.shape[0] // math.prod(stored.shape))
+        for start in range(0, stored.shape[0], num_rows):
+            with _opened(stored.file) as tensors:
+                whole[start : start + num_rows].copy_(tensors.get_slice(stored.name)[start : start + num_rows])
+        return whole
+
+    def _empty_like(self, mapped: Tensor, stored: "_Stored") -> Tensor:
+        return torch.empty(stored.shape, dtype=self.dtype if mapped.is_floating_point() else mapped.dtype, device="cpu")
 
 
-def _files_by_tensor(folder: Path) -> dict[str, Path]:
+class _Stored(NamedTuple):
+    """A tensor in a file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+
+def _stored_tensors(folder: Path) -> dict[str, _Stored]:
+    """Looks into every file, so that one that is missing or cut short is noticed before any is read."""
+    return {stored.name: stored for file in _files(folder) for stored in _contents(file)}
+
+
+def _contents(file: Path) -> list[_Stored]:
+    with _opened(file) as tensors:
+        names = tensors.keys()
+        return [_Stored(file, name, tuple(tensors.get_slice(name).get_shape())) for name in names]
+
+
+def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
-        shards: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        missing = sorted({shard for shard in shards.values() if not (folder / shard).is_file()})
+        shards = _shards(index)
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise ConfigError(f"--model {folder}: {INDEX} names {', '.join(missing)}, which are not there")
-        return {name: folder / shard for name, shard in shards.items()}
-    single = folder / SINGLE
-    if not single.is_file():
+        return [folder / shard for shard in shards]
+    if not (folder / SINGLE).is_file():
         raise ConfigError(f"--model {folder}: it has neither {SINGLE} nor {INDEX}")
-    with _opened(single) as tensors:
-        return dict.fromkeys(tensors.keys(), single)
+    return [folder / SINGLE]
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--model: {index} is no index of shards ({error}); fetch it again") from error
 
 
 def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"--model: {file} cannot be read: {error}; is its download complete?") from error
+        raise ConfigError(f"--model: {file} cannot be read ({error}): is its download complete?") from error

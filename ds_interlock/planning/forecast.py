@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
-from ds_interlock.planning.partition import balanced_bounds
 from ds_interlock.planning.profile import Profile
 from ds_interlock.planning.zero_bubble import zero_bubble_batch
 from ds_interlock.schedule.action import Action, Kind
@@ -150,7 +149,7 @@ def compare(
     """
     if stage_bounds is None:
         assert num_stages is not None, "one of the two is needed"
-        stage_bounds = balanced_bounds(profile.layer_seconds, num_stages)
+        stage_bounds = profile.balanced_bounds(num_stages)
     elif stage_bounds[-1] != len(profile.layers):
         raise ConfigError(
             f"stage bounds {list(stage_bounds)} end at layer {stage_bounds[-1]}, but the profile has "

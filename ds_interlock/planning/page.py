@@ -35,7 +35,6 @@ from ds_interlock.planning.forecast import (
     setting_name,
     settings_to_compare,
 )
-from ds_interlock.planning.partition import balanced_bounds
 from ds_interlock.planning.profile import Profile
 from ds_interlock.planning.verdict import verdict
 from ds_interlock.schedule.action import Action
@@ -148,7 +147,7 @@ def _stage_choices(
     choices, left_out = [], []
     for number in sorted({*_NUM_STAGES, num_stages}):
         try:
-            interlock.plan(balanced_bounds(profile.layer_seconds, number))
+            interlock.plan(profile.balanced_bounds(number))
         except ConfigError:
             if number == num_stages:
                 raise

@@ -1,7 +1,7 @@
 """What each layer of a model costs on one device: the file between measuring and planning.
 
     ds-interlock profile ... -o profile.json   measures one (``pipe/measure.py``)
-    ds-interlock plan ... --model NAME         estimates one from sizes (``hf/estimate.py``)
+    ds-interlock plan ... --model NAME         estimates one from sizes (``hf/profile.py``)
     ds-interlock plan ... --profile FILE       reads one
 
 All times are for one micro-batch of ``micro_batch_size`` samples.
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ds_interlock.errors import ConfigError, list_faults
 from ds_interlock.files import replace_text
+from ds_interlock.planning.partition import balanced_bounds
 from ds_interlock.schedule.cost import CostModel
 
 _NO_DEVICE = "none"
@@ -106,6 +107,21 @@ class Profile(_Record):
             layer.forward_seconds + layer.input_gradient_seconds + layer.weight_gradient_seconds
             for layer in self.layers
         ]
+
+    def balanced_bounds(self, num_stages: int) -> list[int]:
+        """Stage bounds under which the slowest stage is fastest.
+
+        Layers without weights at the end stay with the last one that has some: they take its outputs,
+        not a hidden state that a stage could receive.
+
+        Raises:
+            ConfigError: If there are fewer layers than stages.
+        """
+        seconds = self.layer_seconds
+        with_weights = [number for number, layer in enumerate(self.layers) if layer.num_parameters]
+        last = with_weights[-1] if with_weights else len(seconds) - 1
+        *bounds, _ = balanced_bounds([*seconds[:last], sum(seconds[last:])], num_stages)
+        return [*bounds, len(seconds)]
 
     def cost_model(self, stage_bounds: Sequence[int]) -> CostModel:
         """The costs, in seconds, of stages cut at ``stage_bounds``."""

@@ -50,7 +50,7 @@ def table(comparison: Comparison, forecasts: Sequence[Forecast]) -> Table:
 
 
 def print_report(comparison: Comparison, forecasts: Sequence[Forecast], console: Console) -> None:
-    """The table with what it rests on, and the verdict."""
+    """The table with what it rests on, how to cut a job so, and the verdict."""
     profile, reference = comparison.profile, comparison.reference
     bounds = ", ".join(map(str, reference.stage_bounds))
     batches = f"{reference.num_micro_batches} micro-batches a batch"
@@ -58,6 +58,9 @@ def print_report(comparison: Comparison, forecasts: Sequence[Forecast], console:
         f"{profile.model}: {len(profile.layers)} layers, stage bounds {bounds}; {batches}", markup=False
     )
     console.print(f"costs: {profile.source}", markup=False, soft_wrap=True)
+    if not profile.is_unit:
+        flag = f"--stage_bounds {','.join(map(str, reference.stage_bounds))}"
+        console.print(f"a job with these stages: {flag}", markup=False, soft_wrap=True)
     console.print(table(comparison, forecasts))
     console.print(
         "* configured. In flight: micro-batches, by stage. Activations, relays: of the stage with the most, "

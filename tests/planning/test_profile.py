@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from profiles import profile
+from profiles import layer, profile
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.planning.profile import Profile, unit_profile
@@ -51,6 +51,15 @@ def test_a_stage_steps_its_heads_too():
     costs = CostModel(optimizer=2.0, head_optimizer=0.5)
     assert costs.seconds(plan, Action.parse("0S4")) == 2.5
     assert costs.seconds(plan, Action.parse("2S4")) == 2.0  # the final loss has no head of its own
+
+
+def test_no_stage_begins_behind_the_last_layer_with_weights():
+    even = [layer(n) for n in range(5)]
+    soft_cap = layer(5, seconds=3.0).model_copy(update={"num_parameters": 0})
+    assert profile(layers=[*even, soft_cap]).balanced_bounds(2) == [0, 4, 6]
+    assert profile(layers=[*even, layer(5, seconds=3.0)]).balanced_bounds(2) == [0, 4, 6]
+    assert profile(layers=[*even, soft_cap]).balanced_bounds(3) == [0, 2, 4, 6]
+    assert unit_profile(6, 2).balanced_bounds(3) == [0, 2, 4, 6]
 
 
 def test_equal_layers_make_stages_of_one():

@@ -1,0 +1,164 @@
+"""A file of hidden states: written position by position, and mapped when it is read.
+
+It is a safetensors file with one tensor, ``states``, ``[n, d]``, and says in its metadata what the states are
+of. It may be larger than memory, and safetensors' own writer takes tensors that are in memory: so the header
+is written here, and the states behind it as they come.
+
+Shape suffixes: n positions, d hidden width.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ds_interlock.errors import ConfigError
+
+_STATES = "states"
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_WAY_OUT = "set interlock.head.kl_weight to 0"
+_NEEDED = (
+    "Heads with interlock.head.kl_weight learn from the base model to the last step, and what it makes of "
+    "the data can only be computed before the first"
+)
+
+
+class StatesWriter:
+    """Appends states to an open file.
+
+    Args:
+        file: Is at the end of its header.
+        path: The name it will have.
+        shape: ``(n, d)`` of the complete file.
+        dtype: What states are written as, float32 or bfloat16.
+
+    Attributes:
+        num_missing: Positions to come.
+    """
+
+    def __init__(self, file: FileIO, path: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        self._file = file
+        self._path = path
+        self._width = shape[1]
+        self._dtype = dtype
+        self.num_missing = shape[0]
+
+    def append(self, states_nd: Tensor) -> None:
+        """Writes some positions more.
+
+        Raises:
+            ConfigError: If the disk does not take them.
+        """
+        assert states_nd.shape[1] == self._width, f"{list(states_nd.shape)} is not of width {self._width}"
+        states_nd = states_nd.detach().to("cpu", self._dtype).contiguous()
+        unwritten = states_nd.view(torch.uint8).flatten().numpy().data
+        while unwritten:  # without a buffer a write may be cut short, and errors come here, not at the end
+            with _disk_errors(self._path):
+                unwritten = unwritten[self._file.write(unwritten) :]
+        self.num_missing -= len(states_nd)
+
+
+@contextmanager
+def new_states_file(
+    path: Path, shape: tuple[int, int], dtype: torch.dtype, fingerprint: Mapping[str, str]
+) -> Iterator[StatesWriter]:
+    """A file to append states to. It gets its name when the block ends well; else nothing is left of it.
+
+    Args:
+        path: Its name.
+        shape: ``(n, d)``; all n positions must be appended within the block.
+        dtype: Of the states, float32 or bfloat16.
+        fingerprint: Says what they are of, for ``map_states``.
+
+    Raises:
+        ConfigError: If it cannot be written.
+    """
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        with _disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_bytes(_header(shape, dtype, fingerprint))
+            file = unfinished.open("ab", buffering=0)
+        with file:
+            writer = StatesWriter(file, path, shape, dtype)
+            yield writer
+        assert writer.num_missing == 0, f"{writer.num_missing} of {shape[0]} positions were not appended"
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _header(shape: tuple[int, int], dtype: torch.dtype, fingerprint: Mapping[str, str]) -> bytes:
+    """The beginning of the file: the length of a JSON text, and the text.
+
+    Source: the description of the format in safetensors' documentation.
+    """
+    num_bytes = shape[0] * shape[1] * dtype.itemsize
+    states = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [0, num_bytes]}
+    text = json.dumps({"__metadata__": dict(fingerprint), _STATES: states}).encode()
+    text += b" " * (-len(text) % 8)  # so that the states are aligned in memory
+    return len(text).to_bytes(8, "little") + text
+
+
+def map_states(path: Path, fingerprint: Mapping[str, str]) -> Tensor:
+    """The states of a file, ``[n, d]``, each read from it when it is looked at.
+
+    Args:
+        path: The file.
+        fingerprint: What the states must be of.
+
+    Raises:
+        ConfigError: If the file is missing, damaged, or of something else.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"--output_dir: {path} is missing. {_NEEDED}: all nodes must share the output directory, and a "
+            f"resumed run needs the folder {path.parent.name} that the saved run wrote there; or {_WAY_OUT}"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+            states_nd: Tensor = file.get_tensor(_STATES)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"--output_dir: {path} cannot be read: {error}. {_NEEDED}") from error
+    differing = [name for name, value in fingerprint.items() if found.get(name) != value]
+    if differing:
+        raise ConfigError(
+            f"--output_dir: {path} was written for {' and '.join(f'another {name}' for name in differing)}. "
+            f"{_NEEDED}: resume with the model, data and batch sizes of the saved run, or {_WAY_OUT}"
+        )
+    return states_nd
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Makes ``folder`` if there is none.
+
+    Raises:
+        ConfigError: If its disk has less room left than ``num_bytes``.
+    """
+    with _disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < num_bytes:
+        raise ConfigError(
+            f"--output_dir: the base model's hidden states (interlock.head.kl_weight) take "
+            f"{num_bytes / 1e9:.2f} GB, and the disk of {folder} has {free_bytes / 1e9:.2f} GB left: make "
+            f"room, train on fewer samples (--max_train_samples), or {_WAY_OUT}"
+        )
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"--output_dir: the base model's hidden states cannot be written to {path} ({error.strerror}); "
+            f"make room, use another folder, or {_WAY_OUT}"
+        ) from error

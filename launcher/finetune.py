@@ -17,12 +17,13 @@ import finetune_data
 import torch
 import torch.distributed as dist
 from finetune_arguments import parse_arguments
+from finetune_base import bring_base_states
 from finetune_run import Run
-from job import in_turns, resolve_auto, resume, start_process
+from job import errors_told_to_all, in_turns, join_job, resolve_auto, resume, start_process
 
 import ds_interlock
 from ds_interlock import InterlockConfig, InterlockPipelineModule
-from ds_interlock.config import read_deepspeed
+from ds_interlock.config import check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError, DataError, PlanError
 from ds_interlock.hf.adapt import add_lora, freeze, lora_config, scale_learning_rates
 from ds_interlock.hf.balance import default_bounds, describe, parse_bounds
@@ -32,27 +33,37 @@ from ds_interlock.hf.description import ModelDescription
 from ds_interlock.hf.pretrained import Pretrained, open_pretrained
 from ds_interlock.models.lm import lm_loss
 
+_HIGH_LEARNING_RATE = 5e-4  # for weights that are trained already
+
 
 def main(argv: list[str] | None = None) -> None:
     """The story of a run."""
-    args = parse_arguments(__doc__, argv)
-    config = resolve_auto(with_arguments(read_deepspeed(args.deepspeed_config), args), args.max_steps)
-    interlock = InterlockConfig.from_deepspeed(config)
+    join_job()
+    with errors_told_to_all():
+        args = parse_arguments(__doc__, argv)
+        config = resolve_auto(with_arguments(read_deepspeed(args.deepspeed_config), args), args.max_steps)
+        check_deepspeed(config)
+        check_learning_rate(config)
+        interlock = InterlockConfig.from_deepspeed(config)
     start_process(args)
+    warn_of_learning_rate(config, args)
 
     records = finetune_data.read(args)
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
     pretrained = in_turns(args.local_rank, lambda: open_model(args, dtype, records.classes))
-    data = finetune_data.encode(args, records, pretrained.tokenizer)
-    job = prepare(args, pretrained, interlock, data.names)
+    data = finetune_data.encode(args, records, pretrained)
+    with errors_told_to_all():
+        job = prepare(args, pretrained, interlock, data.names)
     engine, *_ = ds_interlock.initialize(model=job.net, config=config)
     if not args.skip_load_check:
-        check_layers(engine, pretrained, args.seq_length, data.names)
+        with errors_told_to_all():
+            check_layers(engine, pretrained, args.seq_length, data.names)
     torch.manual_seed(args.seed + dist.get_rank())  # every stage and replica drops out other units
 
     run = Run(engine, args, data, pretrained, job.description)
     if args.resume_from_checkpoint:
         run.step = resume(engine, Path(args.resume_from_checkpoint))
+    bring_base_states(run)
     run.train()
     run.finish(interlock)
     engine.destroy()
@@ -61,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 def with_arguments(config: dict[str, Any], args: Any) -> dict[str, Any]:
     """The DeepSpeed config with what the command line says of it."""
     if args.learning_rate is not None:
-        optimizer = config.get("optimizer", {"type": "AdamW"})
+        optimizer = config.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
         params = {**optimizer.get("params", {}), "lr": args.learning_rate}
         config = {**config, "optimizer": {**optimizer, "params": params}}
     if args.report_to == "tensorboard":
@@ -70,16 +81,41 @@ def with_arguments(config: dict[str, Any], args: Any) -> dict[str, Any]:
     return config
 
 
+def check_learning_rate(config: dict[str, Any]) -> None:
+    """Every optimizer has a learning rate of its own to start from, and none of them is meant.
+
+    Raises:
+        ConfigError: If neither the config nor the command line says one.
+    """
+    rate = config.get("optimizer", {}).get("params", {}).get("lr")
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or rate < 0:
+        raise ConfigError(
+            f"the learning rate is {'missing' if rate is None else repr(rate)}: give --learning_rate, such "
+            "as 5e-5, or optimizer.params.lr in the DeepSpeed config"
+        )
+
+
+def warn_of_learning_rate(config: dict[str, Any], args: Any) -> None:
+    """One line about a rate that suits a new model, or adapters."""
+    rate = config["optimizer"]["params"]["lr"]
+    if rate > _HIGH_LEARNING_RATE and not args.lora_r and dist.get_rank() == 0:
+        print(
+            f"finetune: warning: the learning rate is {rate:g}; above {_HIGH_LEARNING_RATE:g} a pretrained "
+            "model soon forgets what it knew: --learning_rate 5e-5 is usual when all weights train",
+            file=sys.stderr,
+        )
+
+
 def open_model(args: Any, dtype: torch.dtype, classes: tuple[str, ...]) -> Pretrained:
     """The model's files; it must have room for the sequences."""
     pretrained = open_pretrained(
         args.model, args.task, gguf_file=args.gguf_file, dtype=dtype, classes=classes
     )
-    positions = getattr(pretrained.config.get_text_config(), "max_position_embeddings", None)
+    positions = pretrained.num_positions()
     if positions is not None and args.seq_length > positions:
         raise ConfigError(
-            f"--seq_length is {args.seq_length}, but {args.model} knows {positions} positions "
-            f"(max_position_embeddings): use at most that many"
+            f"--seq_length is {args.seq_length}, but {args.model} knows {positions} positions (by its "
+            "max_position_embeddings): use at most that many"
         )
     return pretrained
 
@@ -125,6 +161,11 @@ def prepare(args: Any, pretrained: Pretrained, interlock: InterlockConfig, input
             raise ConfigError(
                 f'interlock.head.type is "{interlock.head.type}", which repeats the end of a language model: '
                 'with --task classification use "auto", a copy of the classifier on every stage'
+            )
+        if interlock.head.kl_weight > 0:
+            raise ConfigError(
+                f"interlock.head.kl_weight is {interlock.head.kl_weight:g}: the heads of a classifier learn "
+                "from the labels alone; set it to 0 with --task classification"
             )
         head["head"] = lambda _: End(blueprint)
     net = InterlockPipelineModule(

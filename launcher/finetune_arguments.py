@@ -1,15 +1,21 @@
 """The command line of ``finetune.py``; arguments have the names that Hugging Face's scripts use."""
 
 import argparse
+import re
+from typing import NoReturn
 
 import deepspeed
 
+from ds_interlock.errors import ConfigError
+
 
 def parse_arguments(description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments, checked as far as that takes no file and no other process."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The arguments, checked as far as that takes no file and no other process.
+
+    Raises:
+        ConfigError: If they make no sense.
+    """
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_model(parser.add_argument_group("model"))
     _add_data(parser.add_argument_group("data"))
     _add_training(parser.add_argument_group("what trains, and how fast"))
@@ -19,17 +25,43 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
     deepspeed.add_config_arguments(parser)
 
     args = parser.parse_args(argv)
+    _check(args)
+    return args
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are those of the job, which one rank tells."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists all arguments)")
+
+
+def _check(args: argparse.Namespace) -> None:
     if args.deepspeed_config is None:
-        parser.error("--deepspeed_config is needed: the mode is set there, as in configs/interlock.json")
-    for name in ("max_steps", "logging_steps", "seq_length"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}: expected at least 1")
+        raise ConfigError(
+            "--deepspeed_config is needed: the mode is set there, as in configs/finetune/interlock.json"
+        )
+    for name in ("max_steps", "logging_steps", "seq_length", "max_eval_samples", "max_train_samples"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} is {value}: expected at least 1")
     for name in ("eval_steps", "save_steps", "seed", "lora_r"):
         if getattr(args, name) < 0:
-            parser.error(f"--{name} is {getattr(args, name)}: expected 0 or more")
+            raise ConfigError(f"--{name} is {getattr(args, name)}: expected 0 or more")
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size.upper()):
+        raise ConfigError(f"--max_shard_size {args.max_shard_size}: expected a size such as 5GB or 200MB")
+    if not 0 <= args.lora_dropout < 1:
+        raise ConfigError(f"--lora_dropout is {args.lora_dropout:g}: expected a share, from 0 to below 1")
     if args.packing and args.task == "classification":
-        parser.error("--packing is for language models: leave it out with --task classification")
-    return args
+        raise ConfigError("--packing is for language models: leave it out with --task classification")
+    if args.merge_adapter and not args.lora_r:
+        raise ConfigError("--merge_adapter: there is no adapter without --lora_r")
+    if args.load_best_model_at_end and not args.eval_steps:
+        raise ConfigError("--load_best_model_at_end needs --eval_steps: the best of which evaluations?")
+    if args.export_heads and args.lora_r and args.task == "causal" and not args.merge_adapter:
+        raise ConfigError(
+            "--export_heads writes the heads beside a whole model: it needs --merge_adapter here"
+        )
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
@@ -85,7 +117,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         help="learning rates of parameters by name, as multiples of the config's",
     )
     group.add_argument("--lora_r", type=int, default=0, help="rank of LoRA adapters; 0: train all weights")
-    group.add_argument("--lora_alpha", type=float, help="default: twice the rank")
+    group.add_argument("--lora_alpha", type=int, help="default: twice the rank")
     group.add_argument("--lora_dropout", type=float, default=0.0)
     group.add_argument("--lora_target_modules", nargs="+", default=["all-linear"], metavar="NAME")
 

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from job import errors_told_to_all
 from transformers import PreTrainedTokenizerBase
 
+from ds_interlock.errors import ConfigError
+from ds_interlock.hf.pretrained import Pretrained
 from ds_interlock.hf.records import Record
 from ds_interlock.hf.rows import ClassifiedRows, PackedRows, PaddedRows, Rows, padding_id
 from ds_interlock.hf.samples import SampleSet, encode_classified, encode_records
@@ -63,16 +65,33 @@ def read(args: argparse.Namespace) -> Records:
     return Records(data, tuple(_told_by_rank_0(classes)))
 
 
-def encode(args: argparse.Namespace, records: Records, tokenizer: PreTrainedTokenizerBase) -> Data:
+def encode(args: argparse.Namespace, records: Records, pretrained: Pretrained) -> Data:
     """Tokens in rows. All ranks must call it."""
     train: Rows[Any] | None = None
     validation: Rows[Any] | None = None
     with errors_told_to_all():
         if records.data is not None:
-            data = records.data
+            data, tokenizer = records.data, pretrained.tokenizer
             train = _rows(args, data, data.train, tokenizer, "training", args.max_train_samples)
             validation = _rows(args, data, data.validation, tokenizer, "validation", args.max_eval_samples)
+            check_vocabulary(train, pretrained)
+            check_vocabulary(validation, pretrained)
     return Data(train, validation, _told_by_rank_0(train.names if train else ()))
+
+
+def check_vocabulary(rows: Rows[Any], pretrained: Pretrained) -> None:
+    """The tokenizer must be the model's.
+
+    Raises:
+        ConfigError: If it gives tokens that the model does not know.
+    """
+    largest = max((max(sample.ids) for sample in rows.samples), default=0)
+    known = pretrained.config.get_text_config().vocab_size
+    if largest >= known:
+        raise ConfigError(
+            f"--model {pretrained.name}: its tokenizer gives the token id {largest}, and the model knows "
+            f"{known} tokens (vocab_size): tokenizer and weights do not belong together"
+        )
 
 
 def _has_data(args: argparse.Namespace) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 import torch.distributed as dist
 from finetune_accuracy import accuracy, predictions
 from finetune_data import Data
-from job import is_due, report, stage_losses
+from finetune_log import TrainLog, with_nulls
+from job import errors_told_to_all, is_due, peak_memory_bytes, report, stage_losses, writing
 from tqdm import tqdm
 
 from ds_interlock import InterlockConfig
@@ -41,7 +42,7 @@ class Run:
         self.description = description
         self.output = Path(args.output_dir)
         self.checkpoints = self.output / "checkpoints"
-        self.log_file = self.output / "train_log.jsonl"
+        self.history = TrainLog(self.output / "train_log.jsonl")
         self.is_rank_0 = dist.get_rank() == 0
         self.step = 0
         self.seconds = 0.0
@@ -54,17 +55,18 @@ class Run:
             engine.grid.get_data_parallel_world_size(),
         )
         replica = engine.grid.get_data_parallel_rank()
+        self.training: TrainingBatches | None = None
         self.validation: EvaluationBatches | None = None
         self.num_eval_batches = [0]
-        if data.train is not None and data.validation is not None:
-            engine.set_dataiterator(TrainingBatches(data.train, shape, replica=replica, seed=args.seed))
-            self.validation = EvaluationBatches(data.validation, shape, replica=replica)
-            self.num_eval_batches = [self.validation.num_batches]
+        with errors_told_to_all(), writing(self.output):
+            if data.train is not None and data.validation is not None:
+                self.training = TrainingBatches(data.train, shape, replica=replica, seed=args.seed)
+                engine.set_dataiterator(self.training)
+                self.validation = EvaluationBatches(data.validation, shape, replica=replica)
+                self.num_eval_batches = [self.validation.num_batches]
+            if self.is_rank_0:
+                self.write_description()
         dist.broadcast_object_list(self.num_eval_batches, src=0)
-        if self.is_rank_0:
-            self.write_description()
-            if not args.resume_from_checkpoint:
-                self.log_file.unlink(missing_ok=True)
 
     def write_description(self) -> None:
         """``checkpoints/hf``: what turns a checkpoint of this run into a Hugging Face model again."""
@@ -79,10 +81,9 @@ class Run:
     def train(self) -> None:
         """Trains up to ``--max_steps``, with evaluations and checkpoints on the way."""
         args = self.args
-        self.first = self.evaluate()
+        self.first = self.begin()
         bar = tqdm(total=args.max_steps, initial=self.step, unit="step", disable=not self.is_rank_0)
         with bar:
-            self.log(bar, {**self.first})
             while self.step < args.max_steps:
                 is_last = self.step + 1 == args.max_steps
                 if is_last:
@@ -95,9 +96,26 @@ class Run:
                 if is_due(self.step, args.logging_steps):
                     self.log_training(bar, loss)
                 if is_due(self.step, args.eval_steps) and not is_last:
-                    self.log(bar, self.evaluate_and_keep_best())
+                    self.log(self.evaluate_and_keep_best())
                 if is_due(self.step, args.save_steps):
                     self.save()
+
+    def begin(self) -> dict[str, float]:
+        """The evaluation before the first step; a resumed run has it, and its best one, in its log."""
+        told: list[Any] = [{}, math.inf]
+        if self.is_rank_0 and self.step > 0:
+            past = self.history.evaluations()
+            if (self.checkpoints / _BEST).is_dir():
+                told[1] = min((losses["eval_loss"] for at, losses in past.items() if at), default=math.inf)
+            told[0] = past.get(0, {})
+        if self.is_rank_0:
+            self.history.begin(self.step)
+        dist.broadcast_object_list(told, src=0)
+        first, self.best = told
+        if not first:
+            first = self.evaluate()
+            self.log(first)
+        return {name: loss for name, loss in first.items() if name != "step"}
 
     def evaluate(self) -> dict[str, float]:
         """The losses on the validation data, of all heads, exact means over its labels; on every rank."""
@@ -123,12 +141,14 @@ class Run:
         losses = self.evaluate()
         if losses["eval_loss"] < self.best:
             self.best = losses["eval_loss"]
-            self.engine.save_checkpoint(self.checkpoints, tag=_BEST, save_latest=False)
+            with writing(self.checkpoints):
+                self.engine.save_checkpoint(self.checkpoints, tag=_BEST, save_latest=False)
         return losses
 
     def save(self) -> None:
         """Writes a checkpoint. It holds all that a resumed run needs, its position in the data, too."""
-        self.engine.save_checkpoint(self.checkpoints, tag=f"global_step{self.step}")
+        with writing(self.checkpoints):
+            self.engine.save_checkpoint(self.checkpoints, tag=f"global_step{self.step}")
         self.saved_step = self.step
 
     def finish(self, interlock: InterlockConfig) -> None:
@@ -142,14 +162,17 @@ class Run:
         if self.saved_step != self.step:
             self.save()
         dist.barrier()  # every rank has written its part of the checkpoint
-        if self.is_rank_0:
-            self.write_results(interlock, train_loss, last)
-        dist.barrier()
+        self.log(last)
+        peaks = peak_memory_bytes()
+        with errors_told_to_all(), writing(self.output):
+            if self.is_rank_0:
+                self.write_results(interlock, train_loss, last, peaks)
 
-    def write_results(self, interlock: InterlockConfig, train_loss: float, last: dict[str, float]) -> None:
+    def write_results(
+        self, interlock: InterlockConfig, train_loss: float, last: dict[str, float], peaks: list[int]
+    ) -> None:
         """Exports the model, writes ``metrics.json``, shows what the model writes. On rank 0."""
         args = self.args
-        self.append_log({"step": self.step, **last})
         is_best = args.load_best_model_at_end and args.eval_steps
         checkpoint = self.checkpoints / (_BEST if is_best else f"global_step{self.step}")
         is_adapter = bool(args.lora_r) and not (args.merge_adapter or args.task == "classification")
@@ -168,6 +191,7 @@ class Run:
             "seed": args.seed,
             "steps": self.step,
             "seconds": self.seconds,
+            "peak_memory_bytes": peaks,
             "train_loss": train_loss,
             **{f"first_{name}": loss for name, loss in self.first.items()},
             **last,
@@ -187,33 +211,24 @@ class Run:
         bar.set_postfix({"loss": f"{loss:.3f}", **stages})
         rate = self.engine.get_lr()[0]
         entry = {"step": self.step, "loss": loss, "learning_rate": rate, "seconds": self.seconds}
-        self.append_log({**entry, **self.engine.stage_losses()})
+        self.history.append({**entry, **self.engine.stage_losses()})
 
-    def log(self, bar: Any, losses: dict[str, float]) -> None:
+    def log(self, losses: dict[str, float]) -> None:
         """An evaluation, to the terminal, the monitor and ``train_log.jsonl``."""
         if not self.is_rank_0:
             return
-        bar.write(report(self.step, losses["eval_loss"]))
-        self.append_log({"step": self.step, **losses})
+        tqdm.write(report(self.step, losses["eval_loss"]))
+        self.history.append({"step": self.step, **losses})
         if self.engine.monitor.enabled:
             samples = self.engine.global_samples
             self.engine.monitor.write_events(
                 [(f"Eval/{name}", value, samples) for name, value in losses.items()]
             )
 
-    def append_log(self, entry: dict[str, float]) -> None:
-        """One line of JSON; NaN becomes null."""
-        with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_with_nulls(entry)) + "\n")
-
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes ``content`` so that the file is never seen half written. NaN becomes null."""
-    replace_text(path, json.dumps(_with_nulls(content), indent=2, allow_nan=False) + "\n")
-
-
-def _with_nulls(content: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in content.items()}
+    replace_text(path, json.dumps(with_nulls(content), indent=2, allow_nan=False) + "\n")
 
 
 def _perplexity(loss: float) -> float:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import ds_interlock
-from ds_interlock.errors import ConfigError, DataError
+from ds_interlock.errors import ConfigError, DataError, PlanError
 
 _WARMUP_SHARE = 0.1  # of the steps, where the config's scheduler says "auto"
 _RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK")
@@ -43,11 +44,18 @@ def resolve_auto(config: dict[str, Any], max_steps: int) -> dict[str, Any]:
     return {**config, "scheduler": {**scheduler, "params": resolved}} if scheduler else config
 
 
+def join_job() -> bool:
+    """Joins the process group, if a launcher has started this process; says whether one has."""
+    if not any(variable in os.environ for variable in _RANK_VARIABLES):
+        return False
+    ds_interlock.init_distributed()
+    return True
+
+
 def start_process(args: Namespace) -> None:
     """Joins the process group; checks and completes the arguments that depend on it."""
-    if not any(variable in os.environ for variable in _RANK_VARIABLES):
+    if not join_job():
         raise ConfigError(f"start this through the launcher: deepspeed --num_gpus 4 {' '.join(sys.argv)}")
-    ds_interlock.init_distributed()
     args.local_rank = int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0)))
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
@@ -56,10 +64,12 @@ def start_process(args: Namespace) -> None:
         accelerator.set_device(args.local_rank)
     world_size = dist.get_world_size()
     args.num_stages = world_size if args.num_stages is None else args.num_stages
-    if args.num_stages < 1 or world_size % args.num_stages:
-        raise ConfigError(
-            f"--num_stages is {args.num_stages}: expected a divisor of {world_size}, the number of processes"
-        )
+    with errors_told_to_all():
+        if args.num_stages < 1 or world_size % args.num_stages:
+            raise ConfigError(
+                f"--num_stages is {args.num_stages}: expected a divisor of {world_size}, the number of "
+                "processes"
+            )
 
 
 def in_turns(local_rank: int, work: Callable[[], Result]) -> Result:
@@ -74,21 +84,41 @@ def in_turns(local_rank: int, work: Callable[[], Result]) -> Result:
 
 @contextmanager
 def errors_told_to_all() -> Iterator[None]:
-    """A rank whose input is wrong says so; the others, which cannot know, leave without a word.
+    """Where the input is wrong, one rank says so; the others leave without a word.
 
-    All ranks must come here. Without it they would wait for the one that left, and fail in their turn.
+    All ranks must come here. Without it those that cannot know would wait for the one that left, and fail
+    in their turn; and a fault that all of them see would be told by each. A process that no launcher has
+    started is alone, and tells its own.
     """
     error = None
     try:
         yield
-    except (ConfigError, DataError) as raised:
+    except (ConfigError, DataError, PlanError) as raised:
         error = raised
-    failed = [False] * dist.get_world_size()
-    dist.all_gather_object(failed, error is not None)
-    if error is not None:
+    failed = [error is not None]
+    rank = 0
+    if dist.is_initialized():
+        rank, failed = dist.get_rank(), [False] * dist.get_world_size()
+        dist.all_gather_object(failed, error is not None)
+    if error is not None and not any(failed[:rank]):
         raise error
     if any(failed):
         sys.exit(1)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Within it results are written; a disk that is full or read-only is an error that the user can mend."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # What torch.save says of a full disk is no OSError.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise ConfigError(
+            f"--output_dir: {folder} cannot be written ({str(error).splitlines()[0]}): make room, or give "
+            "another folder"
+        ) from error
 
 
 def resume(engine: Any, path: Path) -> int:
@@ -99,8 +129,11 @@ def resume(engine: Any, path: Path) -> int:
     """
     is_parent = (path / "latest").is_file()
     folder, tag = (path, None) if is_parent else (path.parent, path.name)
-    if not is_parent and not path.is_dir():
-        raise ConfigError(f"--resume_from_checkpoint {path}: there is no checkpoint; nor a file named latest")
+    with errors_told_to_all():
+        if not is_parent and not path.is_dir():
+            raise ConfigError(
+                f"--resume_from_checkpoint {path}: there is no checkpoint; nor a file named latest"
+            )
     loaded, _ = engine.load_checkpoint(folder, tag=tag)
     if loaded is None:
         raise ConfigError(f"--resume_from_checkpoint {path}: DeepSpeed finds no checkpoint there")
@@ -112,6 +145,18 @@ def stage_losses(engine: Any) -> dict[str, str]:
     """The newest loss of every stage with a head, for a progress bar."""
     losses = engine.stage_losses().items()  # by names such as "stage_1/loss_after_layer_6"
     return {name.partition("/")[0]: f"{x:.3f}" for name, x in losses if not name.endswith("/final_loss")}
+
+
+def peak_memory_bytes() -> list[int]:
+    """The most memory each rank has used: of its device; on CPU of the process, with all its libraries."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    else:
+        own = accelerator.max_memory_allocated()
+    peaks = [0] * dist.get_world_size()
+    dist.all_gather_object(peaks, own)
+    return peaks
 
 
 def is_due(step: int, every: int) -> bool:

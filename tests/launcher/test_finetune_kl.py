@@ -1,0 +1,144 @@
+"""``launcher/finetune.py`` with heads that learn from the base model: what it makes of the training data."""
+
+import csv
+import math
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from finetuning import LOCAL, SEQ_LENGTH, arguments, refusal, rows_of, run, write_data
+from ranks import RankPool
+
+from families import save_tiny  # isort: skip - finetuning says where it is
+
+from ds_interlock.hf.batches import BatchShape, TrainingBatches
+from ds_interlock.hf.rows import PackedRows, PaddedRows, Rows
+
+KL_ONLY = {**LOCAL, "head": {"cross_entropy_weight": 0.0, "kl_weight": 1.0}}
+SEED = 42  # what the job has if none is given
+
+
+@pytest.fixture(scope="module")
+def ranks2() -> Iterator[RankPool]:
+    """Two ranks that stay up over the tests of this file."""
+    with RankPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Lines of text, and two classes of them."""
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def monitored(folder: Path) -> dict[str, Any]:
+    """A config whose monitor keeps the losses of every batch."""
+    return {"csv_monitor": {"enabled": True, "output_path": str(folder), "job_name": "csv"}}
+
+
+def head_losses(folder: Path) -> list[float]:
+    """Those of the first stage's head, batch by batch."""
+    (path,) = (folder / "csv").glob("Train_stage_0_loss_after_layer_*.csv")
+    with path.open(newline="") as file:
+        # Every run begins with a line of titles.
+        return [float(value) for samples, value in csv.reader(file) if samples != "step"]
+
+
+@torch.no_grad()
+def divergence_of_the_first_batch(model: Any, rows: Rows[Any], after_layer: int) -> float:
+    """Of what the model would say behind some layers from what it says: the mean over the labels."""
+    total, num_labels = 0.0, 0
+    for inputs, (labels_bt, _) in islice(TrainingBatches(rows, BatchShape(2, 2), seed=SEED), 2):
+        for ids_t, other_t, labels_t in zip(*inputs, labels_bt, strict=True):
+            # Behind its last token a sample may be padded: a causal model does not look there.
+            starts = (other_t == 0).nonzero().flatten().tolist() if "position_ids" in rows.names else [0]
+            for start, stop in zip(starts, [*starts[1:], len(ids_t)], strict=True):
+                outputs = model(ids_t[None, start:stop], output_hidden_states=True)
+                hidden_1td = outputs.hidden_states[after_layer - 1]  # the first is what layer 0 makes
+                labelled = labels_t[None, start:stop] != -100
+                head_1tv = model.lm_head(model.model.norm(hidden_1td))
+                if cap := getattr(model.config, "final_logit_softcapping", None):
+                    head_1tv = cap * torch.tanh(head_1tv / cap)
+                log_p, log_q = (logits[labelled].log_softmax(-1) for logits in (outputs.logits, head_1tv))
+                total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
+                num_labels += int(labelled.sum())
+    return total / num_labels
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama, tied", PaddedRows), ("gemma2", PackedRows)])
+def test_the_first_divergence_is_that_of_the_model_from_itself(
+    family: str, kind: type[Rows[Any]], ranks2: RankPool, data: Path, tmp_path: Path
+) -> None:
+    model = save_tiny(family, tmp_path / "model")
+    options = ["--max_steps", 12, "--learning_rate", 2e-3, *["--packing"] * (kind is PackedRows)]
+    metrics = run(ranks2, tmp_path, data, *options, section=KL_ONLY, config=monitored(tmp_path))
+    (after_layer,) = (int(name.rpartition("_")[2]) for name in metrics if name.startswith("eval_loss_after"))
+    losses = head_losses(tmp_path)
+    rows = kind(rows_of(data / "train.jsonl").samples, SEQ_LENGTH)
+    expected = divergence_of_the_first_batch(model, rows, after_layer)
+    assert len(losses) == 12
+    assert losses[0] == pytest.approx(expected, abs=1e-5)
+    assert losses[-1] < 0.8 * losses[0]
+    assert metrics["eval_loss"] < metrics["first_eval_loss"]
+
+
+def test_bf16_with_adapters_and_fitted_heads(ranks2: RankPool, data: Path, tmp_path: Path) -> None:
+    model = save_tiny("gemma2", tmp_path / "model")
+    head = {"kl_weight": 0.5, "warmup_steps": 2, "token_fraction": 0.5}
+    section = {**LOCAL, "mode": "interlock", "window": 1.5, "head": head}
+    config = {"bf16": {"enabled": True}, **monitored(tmp_path)}
+    metrics = run(
+        ranks2, tmp_path, data, "--max_steps", 3, "--packing", "--lora_r", 2, section=section, config=config
+    )
+    assert math.isfinite(metrics["train_loss"])
+    num_tokens = sum(len(sample.ids) for sample in rows_of(data / "train.jsonl").samples)
+    states_bytes = num_tokens * model.config.hidden_size * 2
+    (file,) = (tmp_path / "out" / "base_states").iterdir()
+    assert states_bytes < file.stat().st_size < states_bytes + 1000, "no padding is kept"
+
+
+def test_a_resumed_run_goes_on_with_the_states_of_the_first(
+    ranks2: RankPool, data: Path, tmp_path: Path
+) -> None:
+    save_tiny("llama", tmp_path / "model")
+    states = tmp_path / "out" / "base_states"
+    config = monitored(tmp_path)
+    run(ranks2, tmp_path, data, "--max_steps", 4, section=KL_ONLY, config=config)
+    undisturbed = head_losses(tmp_path)
+    shutil.rmtree(tmp_path / "csv")
+
+    run(ranks2, tmp_path, data, "--max_steps", 2, section=KL_ONLY, config=config)
+    (file,) = states.iterdir()
+    written_ns = file.stat().st_mtime_ns
+    resumed = "--max_steps", 4, "--resume_from_checkpoint", tmp_path / "out" / "checkpoints"
+    run(ranks2, tmp_path, data, *resumed, section=KL_ONLY, config=config)
+    assert file.stat().st_mtime_ns == written_ns
+    assert head_losses(tmp_path) == undisturbed
+
+    resumed = "--max_steps", 5, *resumed[2:]
+    states.rename(tmp_path / "elsewhere")
+    told = refusal(ranks2, arguments(tmp_path, data, *resumed, section=KL_ONLY))
+    assert "replica_00.safetensors is missing" in told
+    (tmp_path / "elsewhere").rename(states)
+    save_tiny("llama", tmp_path / "model", seed=1)
+    told = refusal(ranks2, arguments(tmp_path, data, *resumed, section=KL_ONLY))
+    assert "replica_00.safetensors was written for another model. " in told
+
+
+def test_states_are_kept_only_where_heads_learn_from_them(
+    ranks2: RankPool, data: Path, tmp_path: Path
+) -> None:
+    save_tiny("llama", tmp_path / "model")
+    without_heads = {**KL_ONLY, "mode": "interlock", "window": 2}  # of two stages: global
+    for section in (without_heads, LOCAL):
+        run(ranks2, tmp_path, data, section=section)
+        assert not (tmp_path / "out" / "base_states").exists()
+    save_tiny("bert", tmp_path / "model", num_labels=2)
+    section = {**LOCAL, "head": {"kl_weight": 0.5}}
+    told = refusal(ranks2, arguments(tmp_path, data, section=section, task="classification"))
+    assert "interlock.head.kl_weight is 0.5" in told

@@ -1,0 +1,172 @@
+"""LoRA and frozen weights in ``launcher/finetune.py``: what must not train does not; peft reads what does."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetuning import (
+    LOCAL,
+    SEQ_LENGTH,
+    SGD,
+    loss_of,
+    rows_of,
+    run,
+    save_tiny,
+    state_of,
+    tiny_tokenizer,
+    write_data,
+)
+from peft import PeftModel
+from ranks import RankPool
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from ds_interlock.hf.export import export_model
+from ds_interlock.hf.pipeline_checkpoint import PipelineCheckpoint
+from ds_interlock.hf.rows import ClassifiedRows
+from ds_interlock.hf.samples import encode_classified
+from ds_interlock.hf.sources import load_records
+
+LORA = "--lora_r", 3, "--learning_rate", 2e-2, "--max_steps", 4
+
+
+@pytest.fixture(scope="module")
+def ranks2() -> Iterator[RankPool]:
+    """Two ranks that stay up over the tests of this file."""
+    with RankPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def causal(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def trained(checkpoints: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the layers of the latest checkpoint, by their names in the model."""
+    layers = PipelineCheckpoint(checkpoints).layers.values()
+    return {name: tensor for state in layers for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("llama, tied", ("--lora_alpha", 5, "--lora_dropout", 0.3)),
+        ("llama", ("--lora_target_modules", "q_proj", "v_proj")),
+        ("gpt2", ()),  # has Conv1D layers, and tied embeddings
+    ],
+    ids=["tied", "some modules", "gpt2"],
+)
+def test_peft_reads_adapters_and_nothing_else_has_changed(
+    family: str, more: tuple[object, ...], ranks2: RankPool, data: Path, tmp_path: Path
+) -> None:
+    base = save_tiny(family, tmp_path / "model")
+    metrics = run(ranks2, tmp_path, data, *LORA, *more, section=LOCAL)
+    assert metrics["eval_loss"] < metrics["first_eval_loss"]
+    after = {name.replace(".base_layer", ""): t for name, t in trained(tmp_path / "out/checkpoints").items()}
+    before = base.state_dict()
+    adapters = {name for name in after if "lora_" in name}
+    assert all(torch.equal(after[name], before[name]) for name in after.keys() - adapters)
+    targets = {name.rsplit(".", 3)[0].rpartition(".")[2] for name in adapters}
+    some = {"q_proj", "v_proj"}
+    assert targets >= some if family != "gpt2" else targets == {"c_attn", "c_proj", "c_fc"}
+    assert (targets == some) == ("q_proj" in more)
+
+    adapted = PeftModel.from_pretrained(causal(tmp_path / "model"), tmp_path / "out" / "adapter")
+    assert loss_of(adapted, rows_of(data / "valid.jsonl")) == pytest.approx(metrics["eval_loss"], abs=1e-5)
+    export_model(tmp_path / "out/checkpoints", tmp_path / "merged", merge_adapter=True)
+    merged = causal(tmp_path / "merged")
+    assert loss_of(merged, rows_of(data / "valid.jsonl")) == pytest.approx(metrics["eval_loss"], abs=1e-5)
+    assert merged.config.tie_word_embeddings == base.config.tie_word_embeddings
+    assert (tmp_path / "merged/config.json").is_file()
+    assert not (tmp_path / "merged/adapter_config.json").exists()
+
+
+def test_merge_adapter_leaves_a_plain_model_with_its_heads(
+    ranks2: RankPool, data: Path, tmp_path: Path
+) -> None:
+    save_tiny("llama, tied", tmp_path / "model")
+    metrics = run(ranks2, tmp_path, data, *LORA, "--merge_adapter", "--export_heads", section=LOCAL)
+    folder = tmp_path / "out" / "hf"
+    assert loss_of(causal(folder), rows_of(data / "valid.jsonl")) == pytest.approx(
+        metrics["eval_loss"], abs=1e-5
+    )
+    assert not (tmp_path / "out" / "adapter").exists()
+    names = state_of(folder).keys()
+    assert any(name.startswith("heads.0.") for name in names)
+    assert not any("lora" in name or "lm_head" in name for name in names)
+
+
+def test_adapters_start_the_same_however_the_model_is_cut(
+    ranks2: RankPool, data: Path, tmp_path: Path
+) -> None:
+    save_tiny("llama", tmp_path / "model")
+    still = "--lora_r", 3, "--learning_rate", 0, "--max_steps", 1
+    run(ranks2, tmp_path, data, *still, section=LOCAL)
+    run(ranks2, tmp_path, data, *still, "--num_stages", 1, out="one")
+    run(ranks2, tmp_path, data, *still, "--seed", 7, section=LOCAL, out="other")
+    two, one, other = (trained(tmp_path / out / "checkpoints") for out in ("out", "one", "other"))
+    assert two.keys() == one.keys()
+    assert all(torch.equal(two[name], one[name]) for name in two)
+    starts = [name for name in two if "lora_A" in name]
+    assert len(starts) == 4 * 7
+    assert not any(torch.equal(two[name], other[name]) for name in starts)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_classifier_with_adapters_is_exported_whole(
+    family: str, ranks2: RankPool, data: Path, tmp_path: Path
+) -> None:
+    save_tiny(family, tmp_path / "model", num_labels=2)
+    more = "--lora_r", 3, "--learning_rate", 3e-3, "--max_steps", 40
+    metrics = run(ranks2, tmp_path, data, *more, section=LOCAL, task="classification")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "hf")
+    files = [[str(data / f"{name}_classes.jsonl")] for name in ("train", "valid")]
+    records = load_records(*files, task="classification")
+    samples = encode_classified(records.validation, tiny_tokenizer(), SEQ_LENGTH, records.label_ids).samples
+    loss = loss_of(model, ClassifiedRows(samples, SEQ_LENGTH))
+    assert loss == pytest.approx(metrics["eval_loss"], abs=1e-5)
+    assert metrics["eval_loss"] < metrics["first_eval_loss"]
+    before, after = (state_of(folder) for folder in (tmp_path / "model", tmp_path / "out" / "hf"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"classifier" in name or "pooler" in name or "encoder.layer" in name for name in changed} == {True}
+    assert any("attention" in name for name in changed)
+
+
+def test_a_stage_that_is_frozen_whole_stays_as_it_is(ranks2: RankPool, data: Path, tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "model").state_dict()
+    more = "--freeze", "embed_tokens", r"layers\.[01]\.", "--stage_bounds", "0,3,7"
+    run(ranks2, tmp_path, data, *more, section=LOCAL)
+    after = state_of(tmp_path / "out" / "hf")
+    changed = {name for name in base if not torch.equal(base[name], after[name])}
+    frozen = {name for name in base if "embed_tokens" in name or ".layers.0." in name or ".layers.1." in name}
+    assert changed == base.keys() - frozen
+
+
+def test_gradients_flow_through_frozen_blocks(ranks2: RankPool, data: Path, tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "model").state_dict()
+    run(ranks2, tmp_path, data, "--freeze", r"layers\.[123]\.", "lm_head", "norm", config=SGD)
+    after = state_of(tmp_path / "out" / "hf")
+    changed = {name for name in base if not torch.equal(base[name], after[name])}
+    assert {name.partition("_proj")[0] for name in changed} >= {"model.layers.0.self_attn.q"}
+    assert "model.embed_tokens.weight" in changed
+    assert not any(name.startswith(("model.layers.1", "model.layers.3", "lm_head")) for name in changed)
+
+
+def test_a_learning_rate_scale_is_the_factor_of_a_step(ranks2: RankPool, data: Path, tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "model").state_dict()
+    one = "--max_steps", 1
+    scales = "--learning_rate_scale", r"embed_tokens=0.5", r"layers\.3\.mlp=3", r"layers\.3=2"
+    run(ranks2, tmp_path, data, *one, config=SGD)
+    run(ranks2, tmp_path, data, *one, *scales, config=SGD, out="scaled")
+    plain, scaled = (state_of(tmp_path / out / "hf") for out in ("out", "scaled"))
+    for name, start in base.items():
+        factor = 0.5 if "embed" in name else 3 if "layers.3.mlp" in name else 2 if "layers.3." in name else 1
+        step = plain[name] - start
+        assert step.abs().max() > 0
+        torch.testing.assert_close(scaled[name] - start, factor * step, rtol=1e-3, atol=1e-6)

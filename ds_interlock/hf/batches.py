@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ds_interlock.errors import DataError
-from ds_interlock.hf.order import ResumableIterator, epoch_order
 from ds_interlock.hf.rows import Inputs, Row, Rows
+from ds_interlock.order import ResumableIterator, epoch_order
 
 MicroBatch: TypeAlias = tuple[Inputs, tuple[Tensor, ...]]
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ds_interlock.errors import DataError
-from ds_interlock.hf.order import ResumableIterator, epoch_order, set_aside
 from ds_interlock.hf.tokenizer import Tokenizer
+from ds_interlock.order import ResumableIterator, epoch_order, set_aside
 
 VALIDATION_SHARE = 0.05
 """Share of the documents that validate when no validation text is given."""

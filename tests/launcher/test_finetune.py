@@ -1,45 +1,33 @@
 """``launcher/finetune.py`` on tiny models of every family: what goes in comes out, what it says is true."""
 
-import json
 import math
-import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import RankPool
-from safetensors.torch import load_file
-from torch import Tensor
+from finetuning import (
+    SEQ_LENGTH,
+    log_of,
+    loss_of,
+    rows_of,
+    run,
+    save_tiny,
+    state_of,
+    tiny_tokenizer,
+    write_data,
+)
+from ranks import RankError, RankPool
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "launcher"), str(ROOT / "tests" / "hf")]
+from families import DECODERS, ENCODERS  # isort: skip - finetuning says where it is
 
-from families import DECODERS, ENCODERS, save_tiny, tiny_tokenizer  # noqa: E402
+from ds_interlock.hf.rows import ClassifiedRows
+from ds_interlock.hf.samples import encode_classified
+from ds_interlock.hf.sources import load_records
 
-from ds_interlock.hf.rows import ClassifiedRows, PaddedRows, Rows  # noqa: E402
-from ds_interlock.hf.samples import encode_classified, encode_records  # noqa: E402
-from ds_interlock.hf.sources import load_records, read_records  # noqa: E402
-
-SEQ_LENGTH = 24
-CONFIG: dict[str, Any] = {
-    "train_micro_batch_size_per_gpu": 2,
-    "gradient_accumulation_steps": 2,
-    "steps_per_print": None,
-    "gradient_clipping": 1.0,
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1, "torch_adam": True}},
-}
 INTERLOCK = {"mode": "interlock", "window": 2, "timeout_seconds": 60}
-
-
-def finetune(argv: list[str]) -> None:
-    """The job, as a function that the pool's ranks can call."""
-    import finetune as job
-
-    job.main(argv)
 
 
 @pytest.fixture(scope="module")
@@ -51,70 +39,8 @@ def ranks2() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Lines of text for a language model (train.jsonl, valid.jsonl), and two classes of them."""
-    folder = tmp_path_factory.mktemp("data")
-    draw = random.Random(0)
-    words = ["ab", "ba", "abba", "cab", "bac", "aa", "bb", "cc"]
-    for name, number in (("train", 60), ("valid", 11)):
-        texts = [" ".join(draw.choices(words, k=draw.randint(1, 9))) for _ in range(number)]
-        write_lines(folder / f"{name}.jsonl", [{"text": text} for text in texts])
-        classes = [{"text": text[:12], "label": "cab" if "c" in text[:12] else "none"} for text in texts]
-        write_lines(folder / f"{name}_classes.jsonl", classes)
-    return folder
-
-
-def write_lines(file: Path, records: list[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def run(
-    pool: RankPool,
-    folder: Path,
-    data: Path,
-    *arguments: object,
-    section: dict[str, Any] | None = INTERLOCK,
-    config: dict[str, Any] | None = None,
-    task: str = "causal",
-) -> dict[str, Any]:
-    """Fine-tunes ``folder/model`` into ``folder/out``; returns the metrics."""
-    contents = {**CONFIG, **(config or {})}
-    if section is not None:
-        contents["interlock"] = section
-    (folder / "config.json").write_text(json.dumps(contents))
-    suffix = "_classes" if task == "classification" else ""
-    argv = [
-        *("--deepspeed_config", folder / "config.json", "--model", folder / "model", "--task", task),
-        *("--train_file", data / f"train{suffix}.jsonl", "--validation_file", data / f"valid{suffix}.jsonl"),
-        *("--seq_length", SEQ_LENGTH, "--max_steps", 2, "--output_dir", folder / "out"),
-        *arguments,
-    ]
-    pool.run(finetune, argv=[str(word) for word in argv])
-    metrics: dict[str, Any] = json.loads((folder / "out" / "metrics.json").read_text())
-    return metrics
-
-
-def loss_of(model: Any, rows: Rows[Any]) -> float:
-    """Transformers' own loss: the mean over all labels, row by row."""
-    total, count = 0.0, 0
-    for number in range(len(rows.samples)):
-        inputs, labels = rows.stack([(number,)])
-        named = dict(zip(rows.names, inputs, strict=True))
-        with torch.no_grad():
-            logits = model(**named).logits
-        chosen = labels.flatten() != -100
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
-        total += losses[chosen].double().sum().item()
-        count += int(chosen.sum())
-    return total / count
-
-
-def validation_rows(data: Path) -> PaddedRows:
-    records = read_records([str(data / "valid.jsonl")])
-    return PaddedRows(encode_records(records, tiny_tokenizer(), SEQ_LENGTH).samples, SEQ_LENGTH)
-
-
-def state_of(folder: Path) -> dict[str, Tensor]:
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    """Lines of text for a language model, and two classes of them."""
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -127,10 +53,10 @@ def test_without_a_learning_rate_the_model_comes_out_as_it_went_in(
     before, after = (state_of(folder) for folder in (tmp_path / "model", tmp_path / "out" / "hf"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    expected = loss_of(model, validation_rows(data))
+    expected = loss_of(model, rows_of(data / "valid.jsonl"))
     assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-5)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf", dtype=torch.float32)
-    assert loss_of(again, validation_rows(data)) == pytest.approx(metrics["eval_loss"], abs=1e-5)
+    assert loss_of(again, rows_of(data / "valid.jsonl")) == pytest.approx(metrics["eval_loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ENCODERS)
@@ -171,7 +97,22 @@ def test_every_mode_trains_and_exports_what_it_evaluated(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf", dtype=torch.float32)
     keeps_ties = section is None or section.get("window") == 2  # of two stages: global
     assert model.config.tie_word_embeddings == keeps_ties
-    assert loss_of(model, validation_rows(data)) == pytest.approx(metrics["eval_loss"], abs=1e-5)
-    log = [json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
+    assert loss_of(model, rows_of(data / "valid.jsonl")) == pytest.approx(metrics["eval_loss"], abs=1e-5)
+    log = log_of(tmp_path / "out")
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [0, 6, 12]
     assert (tmp_path / "out" / "checkpoints" / "best").is_dir()
+
+
+def test_weights_kept_in_step_are_exported_tied(ranks4: RankPool, data: Path, tmp_path: Path) -> None:
+    save_tiny("llama, tied", tmp_path / "model")
+    metrics = run(ranks4, tmp_path, data, "--max_steps", 3, section={**INTERLOCK, "tied_weights": "sync"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf", dtype=torch.float32)
+    assert model.config.tie_word_embeddings
+    assert "lm_head.weight" not in state_of(tmp_path / "out" / "hf")
+    assert loss_of(model, rows_of(data / "valid.jsonl")) == pytest.approx(metrics["eval_loss"], abs=1e-5)
+
+
+def test_tied_weights_can_be_refused(ranks4: RankPool, data: Path, tmp_path: Path) -> None:
+    save_tiny("gpt2", tmp_path / "model")
+    with pytest.raises(RankError, match=r'interlock\.tied_weights is "error"'):
+        run(ranks4, tmp_path, data, section={**INTERLOCK, "tied_weights": "error"})

@@ -19,6 +19,13 @@ from ranks import RankPool
 
 
 @pytest.fixture(scope="session")
+def ranks2() -> Iterator[RankPool]:
+    """Two ranks that stay up over all tests."""
+    with RankPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
 def ranks4() -> Iterator[RankPool]:
     """Four ranks that stay up over all tests."""
     with RankPool(4) as pool:

@@ -1,7 +1,6 @@
 """``launcher/finetune.py`` on tiny models of every family: what goes in comes out, what it says is true."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from finetuning import (
     save_tiny,
     state_of,
     tiny_tokenizer,
-    write_data,
 )
 from ranks import RankError, RankPool
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -28,19 +26,6 @@ from ds_interlock.hf.samples import encode_classified
 from ds_interlock.hf.sources import load_records
 
 INTERLOCK = {"mode": "interlock", "window": 2, "timeout_seconds": 60}
-
-
-@pytest.fixture(scope="module")
-def ranks2() -> Iterator[RankPool]:
-    """Two ranks that stay up over the tests of this file."""
-    with RankPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Lines of text for a language model, and two classes of them."""
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -1,6 +1,5 @@
 """The data of ``launcher/finetune.py``: however it is dealt out, the losses are those of its labels."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,18 +24,6 @@ from ds_interlock.hf.rows import PaddedRows
 
 SPLITS = {"1x4": (1, 4, 1), "2x2": (2, 2, 1), "4x1": (4, 1, 1), "1x2, two replicas": (1, 2, 2)}
 """Micro-batch size, micro-batches, replicas."""
-
-
-@pytest.fixture(scope="module")
-def ranks2() -> Iterator[RankPool]:
-    """Two ranks that stay up over the tests of this file."""
-    with RankPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])

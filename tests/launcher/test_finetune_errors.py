@@ -17,7 +17,6 @@ from finetuning import (
     save_tiny,
     tiny_model,
     tiny_tokenizer,
-    write_data,
 )
 from ranks import RankPool
 from transformers import (
@@ -41,11 +40,6 @@ def ranks2() -> Iterator[RankPool]:
     """Two ranks that stay up over the tests of this file."""
     with RankPool(2) as pool:
         yield pool
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

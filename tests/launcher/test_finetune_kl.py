@@ -3,7 +3,6 @@
 import csv
 import math
 import shutil
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from finetuning import LOCAL, SEQ_LENGTH, arguments, refusal, rows_of, run, write_data
+from finetuning import LOCAL, SEQ_LENGTH, arguments, refusal, rows_of, run
 from ranks import RankPool
 
 from families import save_tiny  # isort: skip - finetuning says where it is
@@ -21,19 +20,6 @@ from ds_interlock.hf.rows import PackedRows, PaddedRows, Rows
 
 KL_ONLY = {**LOCAL, "head": {"cross_entropy_weight": 0.0, "kl_weight": 1.0}}
 SEED = 42  # what the job has if none is given
-
-
-@pytest.fixture(scope="module")
-def ranks2() -> Iterator[RankPool]:
-    """Two ranks that stay up over the tests of this file."""
-    with RankPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Lines of text, and two classes of them."""
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def monitored(folder: Path) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """Checkpoints of ``launcher/finetune.py``: to resume from, to export from, and the best one."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from finetuning import LOCAL, log_of, loss_of, rows_of, run, save_tiny, state_of, write_data, write_lines
+from finetuning import LOCAL, log_of, loss_of, rows_of, run, save_tiny, state_of, write_lines
 from ranks import RankPool
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
@@ -14,18 +13,6 @@ from transformers import AutoModelForCausalLM
 from ds_interlock.cli import main as cli
 
 DRAFTABLE = {**LOCAL, "head": {"type": "lens", "translator": "after_norm"}}
-
-
-@pytest.fixture(scope="module")
-def ranks2() -> Iterator[RankPool]:
-    """Two ranks that stay up over the tests of this file."""
-    with RankPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def causal(folder: Path) -> Any:

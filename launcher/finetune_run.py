@@ -217,7 +217,7 @@ class Run:
         """An evaluation, to the terminal, the monitor and ``train_log.jsonl``."""
         if not self.is_rank_0:
             return
-        tqdm.write(report(self.step, losses["eval_loss"]))
+        tqdm.write(report(self.step, losses["eval_loss"], losses.get("eval_accuracy")))
         self.history.append({"step": self.step, **losses})
         if self.engine.monitor.enabled:
             samples = self.engine.global_samples

@@ -164,6 +164,7 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def report(step: int, loss: float) -> str:
-    """One line about an evaluation."""
-    return f"step {step}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}"
+def report(step: int, loss: float, accuracy: float | None = None) -> str:
+    """One line about an evaluation: of a language model, or of a classifier."""
+    quality = f"perplexity {math.exp(loss):.2f}" if accuracy is None else f"accuracy {accuracy:.1%}"
+    return f"step {step}: validation loss {loss:.4f}, {quality}"

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -151,8 +150,3 @@ def rows_of(file: Path, tokenizer: Any = None, seq_length: int = SEQ_LENGTH) -> 
 def state_of(folder: Path) -> dict[str, Tensor]:
     """All tensors of the safetensors files in a folder."""
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def cached_models() -> list[Path]:
-    """What the job has converted: set ``XDG_CACHE_HOME`` before the pool starts."""
-    return sorted(Path(os.environ["XDG_CACHE_HOME"]).rglob("model-*"))

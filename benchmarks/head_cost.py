@@ -38,10 +38,10 @@ from ds_interlock.schedule.plan import LossHead
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "linear, all logits": {"type": "linear", "fused": False},
-    "norm_linear, all logits": {"fused": False},
-    "norm_linear": {},
-    "norm_linear, 1/4 of tokens": {"token_fraction": 0.25},
-    "norm_linear, 1/8 of tokens": {"token_fraction": 0.125},
+    "norm_linear, all logits": {"type": "norm_linear", "fused": False},
+    "norm_linear": {"type": "norm_linear"},
+    "norm_linear, 1/4 of tokens": {"type": "norm_linear", "token_fraction": 0.25},
+    "norm_linear, 1/8 of tokens": {"type": "norm_linear", "token_fraction": 0.125},
     "low_rank 64": {"type": "low_rank"},
     "low_rank 64, 1/4 of tokens": {"type": "low_rank", "token_fraction": 0.25},
     "lens": {"type": "lens"},

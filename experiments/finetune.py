@@ -22,6 +22,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ds_interlock.files import replace_text
+
 RESULTS = Path("docs/experiments/finetune.jsonl")
 NUM_STAGES = 3
 WARMUP_STEPS = 20
@@ -188,10 +190,7 @@ def gguf_file() -> Path:
 def append(file: Path, result: dict[str, Any]) -> None:
     """Adds a line, whole or not at all."""
     earlier = file.read_text() if file.exists() else ""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".tmp")
-    draft.write_text(earlier + json.dumps(result) + "\n")
-    draft.replace(file)
+    replace_text(file, earlier + json.dumps(result) + "\n")
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
 """``train_log.jsonl``: a line of JSON for each report of a run, which a resumed run goes on with."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from job import with_nulls
 
 from ds_interlock.files import replace_text
 
@@ -39,8 +40,3 @@ class TrainLog:
     def evaluations(self) -> dict[int, dict[str, float]]:
         """What was evaluated, by step."""
         return {entry["step"]: entry for entry in self.entries() if entry.get("eval_loss") is not None}
-
-
-def with_nulls(content: Mapping[str, Any]) -> dict[str, Any]:
-    """NaN, which JSON does not know, as null."""
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in content.items()}

@@ -1,7 +1,6 @@
 """Training, evaluation, logs and results of one fine-tuning run."""
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -11,12 +10,12 @@ from typing import Any
 import torch.distributed as dist
 from finetune_accuracy import accuracy, predictions
 from finetune_data import Data
-from finetune_log import TrainLog, with_nulls
-from job import errors_told_to_all, is_due, peak_memory_bytes, report, stage_losses, writing
+from finetune_log import TrainLog
+from job import errors_told_to_all, is_due, peak_memory_bytes, report, stage_losses, write_json, writing
 from tqdm import tqdm
 
 from ds_interlock import InterlockConfig
-from ds_interlock.files import replace_text, unfinished_folder
+from ds_interlock.files import unfinished_folder
 from ds_interlock.hf.batches import BatchShape, EvaluationBatches, TrainingBatches
 from ds_interlock.hf.description import ModelDescription
 from ds_interlock.hf.export import export_model
@@ -224,11 +223,6 @@ class Run:
             self.engine.monitor.write_events(
                 [(f"Eval/{name}", value, samples) for name, value in losses.items()]
             )
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes ``content`` so that the file is never seen half written. NaN becomes null."""
-    replace_text(path, json.dumps(with_nulls(content), indent=2, allow_nan=False) + "\n")
 
 
 def _perplexity(loss: float) -> float:

@@ -1,11 +1,12 @@
 """What the jobs in this folder share: how a process begins, what its errors do, how it resumes."""
 
+import json
 import math
 import os
 import resource
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 
 import ds_interlock
 from ds_interlock.errors import ConfigError, DataError, PlanError
+from ds_interlock.files import replace_text
 
 _WARMUP_SHARE = 0.1  # of the steps, where the config's scheduler says "auto"
 _RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK")
@@ -168,3 +170,13 @@ def report(step: int, loss: float, accuracy: float | None = None) -> str:
     """One line about an evaluation: of a language model, or of a classifier."""
     quality = f"perplexity {math.exp(loss):.2f}" if accuracy is None else f"accuracy {accuracy:.1%}"
     return f"step {step}: validation loss {loss:.4f}, {quality}"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes ``content`` so that the file is never seen half written; see ``with_nulls``."""
+    replace_text(path, json.dumps(with_nulls(content), indent=2, allow_nan=False) + "\n")
+
+
+def with_nulls(content: Mapping[str, Any]) -> dict[str, Any]:
+    """NaN and infinities, which JSON does not know, as null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}

@@ -1,13 +1,12 @@
 """What comes of a finished run of ``train_lm.py``: done by rank 0 alone, from the files on disk."""
 
-import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from job import write_json
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -138,11 +137,3 @@ def summary(metrics: dict[str, Any], output_dir: Path) -> str:
             f"                       {metrics['exported_validation_loss']:10.4f}  from {output_dir / 'hf'}",
         ]
     )
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes ``content`` so that the file is never seen half written. NaN becomes null."""
-    numbers = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in content.items()}
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n")
-    os.replace(draft, path)

@@ -1,7 +1,5 @@
 """Training, evaluation and checkpoints of ``train_resnet.py``."""
 
-import json
-import math
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -10,12 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from job import errors_told_to_all, is_due, stage_losses
+from job import errors_told_to_all, is_due, stage_losses, write_json
 from torch import Tensor
 from tqdm import tqdm
 
 from ds_interlock import InterlockConfig
-from ds_interlock.files import replace_text
 from ds_interlock.images.batches import (
     ImageIterator,
     MicroBatch,
@@ -115,15 +112,15 @@ class Run:
             self.save()
         if dist.get_rank() == 0:
             metrics = self._metrics(interlock, train_loss, score)
-            replace_text(output_dir / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+            write_json(output_dir / "metrics.json", metrics)
             window = f", window {interlock.window:g}" if interlock.window else ""
             print(f"mode {interlock.mode}{window}, {self.step} steps: {_described(score)}")
 
     def _metrics(self, interlock: InterlockConfig, train_loss: float, score: Score) -> dict[str, Any]:
         return {
-            "train_loss": _or_null(train_loss),
+            "train_loss": train_loss,
             "test_error": score.error,
-            "test_loss": _or_null(score.loss),
+            "test_loss": score.loss,
             "num_test_images": score.num_images,
             "num_test_errors": score.num_errors,
             "images_per_second": self.trained_images / self.seconds if self.trained_images else None,
@@ -203,7 +200,3 @@ class Run:
 
 def _described(score: Score) -> str:
     return f"test error {100 * score.error:.2f} %, test loss {score.loss:.4f}"
-
-
-def _or_null(value: float) -> float | None:
-    return value if math.isfinite(value) else None

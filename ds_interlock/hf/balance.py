@@ -1,9 +1,7 @@
 """Where to cut a model so that its stages have equally much to do."""
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import nn
 
 from ds_interlock.config import InterlockConfig
@@ -34,11 +32,8 @@ def default_bounds(blueprint: Blueprint, interlock: InterlockConfig, num_stages:
             f"{num_stages} stages for the {num_blocks} blocks of --model: every stage needs at least one; "
             f"use 1 to {num_blocks} processes, or fewer --num_stages with data-parallel replicas"
         )
-    specs = blueprint.layers()
-    with torch.device("meta"):
-        layers = [spec.build() for spec in specs]
     in_heads = 0.0 if interlock.is_global else interlock.head.token_fraction
-    return balanced_bounds([_work(layer, in_heads) for layer in layers], num_stages)
+    return balanced_bounds([_work(layer, in_heads) for layer in blueprint.outline], num_stages)
 
 
 def _work(layer: nn.Module, in_heads: float) -> float:
@@ -62,12 +57,9 @@ def parse_bounds(text: str) -> Sequence[int]:
 
 def describe(blueprint: Blueprint, bounds: Sequence[int]) -> str:
     """What each stage holds, for people: blocks, and millions of parameters."""
-    specs = blueprint.layers()
-    with torch.device("meta"):
-        layers: list[Any] = [spec.build() for spec in specs]
     lines = []
     for stage, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        own = layers[start:stop]
+        own = blueprint.outline[start:stop]
         num_blocks = sum(isinstance(layer, Block) for layer in own)
         others = [type(layer).__name__.lower() for layer in own if not isinstance(layer, Block)]
         size = sum(p.numel() for layer in own for p in layer.parameters()) / 1e6

@@ -16,7 +16,7 @@ Shape suffixes: b batch, t position, d hidden width, v vocabulary, c class.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -63,12 +63,16 @@ class Blueprint:
         """What travels beside the hidden state."""
         return tuple(name for name in self.inputs if name in _TRAVELS)
 
-    def parameters(self) -> dict[str, Tensor]:
-        """The model's parameters by name, without contents, in the order of its layers; a tied one once."""
+    @cached_property
+    def outline(self) -> list[nn.Module]:
+        """All layers without weights, to look at; a tied unembedding as the module it is on its own stage."""
         specs = self.layers()
         with torch.device("meta"):
-            modules = [spec.build() for spec in specs]
-        return {name: tensor for module in modules for name, tensor in module.named_parameters()}
+            return [spec.build() for spec in specs]
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The model's parameters by name, without contents, in the order of its layers; a tied one once."""
+        return {name: tensor for layer in self.outline for name, tensor in layer.named_parameters()}
 
     def layers(self) -> list[LayerSpec]:
         """The whole model as layer specifications; see the picture at the top of the file."""

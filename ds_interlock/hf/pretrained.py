@@ -8,6 +8,7 @@ folder with .bin or .gguf ────┴─► converted once by transformers, 
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,12 @@ class Pretrained:
 
     def lacking(self) -> list[str]:
         """Names of parameters that the files do not have, new ones aside."""
-        values, parameters = self._values_and_parameters()
+        values, parameters = self._values_and_parameters
         return sorted(name for name in values.weights.lacking(parameters) if not values.is_new(name))
 
     def misfits(self) -> list[str]:
         """Parameters that have another shape in the files, with both shapes."""
-        values, parameters = self._values_and_parameters()
+        values, parameters = self._values_and_parameters
         return values.weights.misfits(parameters)
 
     def num_positions(self) -> int | None:
@@ -87,6 +88,7 @@ class Pretrained:
         first = next((padding + 1 for padding in paddings if padding is not None), 0)
         return None if known is None else known - first
 
+    @cached_property
     def _values_and_parameters(self) -> tuple["_Values", dict[str, Tensor]]:
         skeleton = Skeleton(self.new_model())
         values = _Values(self, skeleton)

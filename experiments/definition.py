@@ -1,0 +1,188 @@
+"""What an experiment is: a TOML file in ``experiments/definitions``, checked before anything runs.
+
+    seeds = [0, 1, 2]
+    [modes."window 2"]                  one run for each mode and seed
+    interlock = {window = 2, ...}       the "interlock" section of a DeepSpeed config, no more and no less
+
+A run is fixed by its ``Run``: the definition with one mode and one seed. It is what the results file
+holds beside the measurements, so that each line of it can be run again.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ds_interlock import InterlockConfig
+from ds_interlock.errors import ConfigError, list_faults
+
+FOLDER = Path(__file__).parent / "definitions"
+GLOBAL = "global"
+"""The mode that all others are compared with; every experiment has it."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ProseModel(_Section):
+    """A pre-LayerNorm character language model; attention and MLP are layers of their own."""
+
+    kind: Literal["prose"] = "prose"
+    seq_length: int = Field(64, ge=1)
+    width: int = Field(64, ge=1)
+    num_blocks: int = Field(8, ge=1)
+    num_heads: int = Field(2, ge=1)
+    border_norm: bool = False
+    """A LayerNorm on the residual stream at every stage border."""
+
+
+class ImageModel(_Section):
+    """A ResNet on Fashion-MNIST."""
+
+    kind: Literal["images"] = "images"
+    depth: int = 20
+    width: int = Field(16, ge=1)
+    head_channels: tuple[int, ...] = ()
+    """Convolutions of an auxiliary head; none: global pooling and a linear layer."""
+    num_train_images: int | None = Field(None, ge=1)
+    """The first so many training images; all by default."""
+
+
+class Training(_Section):
+    """How long and by what. The learning rate rises for ``warmup_steps``, then stays."""
+
+    num_steps: int = Field(ge=1)
+    """The budget: quality is compared after so many batches."""
+    micro_batch_size: int = Field(ge=1)
+    num_micro_batches: int = Field(1, ge=1)
+    optimizer: Literal["adamw", "sgd"]
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    max_gradient_norm: float | None = Field(None, gt=0)
+    """Each stage's gradients are clipped by themselves outside of global mode, as in the engine."""
+
+
+class Measurements(_Section):
+    """What is measured on the way, and how often, in steps."""
+
+    evaluate_every: int = Field(ge=1)
+    num_samples: int = Field(ge=1)
+    """Validation samples of an evaluation on the way."""
+    num_final_samples: int = Field(ge=1)
+    """Validation samples of the evaluation at the end of the budget."""
+    evaluation_batch_size: int = Field(256, ge=1)
+    cosines_every: int | None = Field(None, ge=1)
+    """The myopia meter; off by default. Costs an evaluation of the gradient in both ways."""
+
+
+class Mode(_Section):
+    """One row of the table."""
+
+    interlock: dict[str, Any]
+    """The section of a DeepSpeed config."""
+    model: dict[str, Any] = {}
+    """Differences from the experiment's model."""
+    num_steps: int | None = Field(None, ge=1)
+    """Steps to go on to beyond the budget, to see when the mode reaches global's loss."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds, if not the experiment's."""
+
+    @property
+    def section(self) -> InterlockConfig:
+        """The section, checked."""
+        return InterlockConfig.from_deepspeed({"interlock": self.interlock})
+
+
+class Run(_Section):
+    """Everything that decides what a run does."""
+
+    experiment: str
+    mode: str
+    seed: int
+    num_stages: int
+    model: ProseModel | ImageModel = Field(discriminator="kind")
+    training: Training
+    measurements: Measurements
+    interlock: dict[str, Any]
+    num_steps: int
+    """Batches to train on: the budget, ``training.num_steps``, or more."""
+
+    @property
+    def section(self) -> InterlockConfig:
+        """The "interlock" section, checked."""
+        return InterlockConfig.from_deepspeed({"interlock": self.interlock})
+
+
+class Definition(_Section):
+    """The contents of an experiment's file."""
+
+    title: str
+    about: str
+    minutes: float = Field(gt=0)
+    """What all runs take one after the other on one core."""
+    num_stages: int = Field(ge=2)
+    seeds: tuple[int, ...] = Field(min_length=1)
+    model: ProseModel | ImageModel = Field(discriminator="kind")
+    training: Training
+    measurements: Measurements
+    modes: dict[str, Mode]
+
+    @model_validator(mode="after")
+    def _has_global(self) -> "Definition":
+        if GLOBAL not in self.modes or not self.modes[GLOBAL].section.is_global:
+            raise ValueError('modes: expected one named "global", which the others are compared with')
+        for mode in self.modes.values():
+            _ = mode.section  # raises if it is faulty
+        return self
+
+    def runs(self, experiment: str) -> list[Run]:
+        """All runs, seed by seed, so that an interrupted experiment has whole rows of seeds."""
+        seeds = dict.fromkeys(seed for mode in self.modes.values() for seed in mode.seeds or self.seeds)
+        return [
+            self._run(experiment, name, mode, seed)
+            for seed in seeds
+            for name, mode in self.modes.items()
+            if seed in (mode.seeds or self.seeds)
+        ]
+
+    def _run(self, experiment: str, name: str, mode: Mode, seed: int) -> Run:
+        return Run(
+            experiment=experiment,
+            mode=name,
+            seed=seed,
+            num_stages=self.num_stages,
+            model=type(self.model)(**{**self.model.model_dump(), **mode.model}),
+            training=self.training,
+            measurements=self.measurements,
+            interlock=mode.interlock,
+            num_steps=max(mode.num_steps or 0, self.training.num_steps),
+        )
+
+
+def names() -> list[str]:
+    """The experiments that there are."""
+    return sorted(file.stem for file in FOLDER.glob("*.toml"))
+
+
+def load(name: str) -> Definition:
+    """Reads an experiment's file.
+
+    Raises:
+        ConfigError: If there is none of this name, or listing what is wrong with it.
+    """
+    file = FOLDER / f"{name}.toml"
+    if not file.is_file():
+        raise ConfigError(f"there is no experiment {name!r}: expected one of {', '.join(names())}")
+    try:
+        return Definition.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from error
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}, got {detail['input']!r}"
+            for detail in error.errors()
+        ]
+        raise ConfigError(list_faults(str(file), faults)) from error

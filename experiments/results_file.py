@@ -1,0 +1,70 @@
+"""The results of an experiment: one line of JSON for each finished run.
+
+A line is there whole or not at all, also if several runs end at once or the power fails: the file is
+written anew under another name, which then takes its place.
+"""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ds_interlock.errors import DataError
+from ds_interlock.files import replace_text
+
+FORMAT = 1
+"""Of a line. Raise it when a reader of the old lines would be misled; old files are then refused."""
+
+Record = dict[str, Any]
+
+
+def append(path: Path, record: Record) -> None:
+    """Adds a run to the file, which is made if there is none.
+
+    Raises:
+        DataError: If what is there already cannot be read.
+    """
+    line = json.dumps({"format": FORMAT, **record}, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        if path.exists():
+            read(path)
+            line = path.read_text(encoding="utf-8") + line
+        replace_text(path, line)
+
+
+def read(path: Path) -> list[Record]:
+    """The runs in the file, in the order in which they ended; none if there is no file.
+
+    Raises:
+        DataError: If a line is no record, or one of another version.
+    """
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}, line {number}: not JSON ({error}): remove the line, and run the experiment again "
+                "with --resume"
+            ) from error
+        found = record.get("format") if isinstance(record, dict) else None
+        if found != FORMAT:
+            raise DataError(
+                f"{path}, line {number}: format {found}, expected {FORMAT}: the file is from another version "
+                "of this package; move it away, or run the version that wrote it"
+            )
+        records.append(record)
+    return records
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock beside ``path``; a process that ends lets go of it."""
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

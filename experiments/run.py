@@ -1,0 +1,132 @@
+"""Runs an experiment: every mode with every seed, a line in the results file for each.
+
+    python -m experiments.run transformer --jobs 2       # all runs, two at a time
+    python -m experiments.run transformer --resume       # what is missing, from where it stopped
+    python -m experiments.report                         # docs/results.md, from the results files
+
+An experiment is a file in experiments/definitions. Each run computes in one thread.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ds_interlock.errors import ConfigError, DataError
+from experiments import definition, results_file
+from experiments.definition import Run
+from experiments.training import train
+
+RESULTS = Path("docs/experiments")
+CHECKPOINTS = Path("runs/experiments")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Does all runs that are not in the results file yet; the exit status."""
+    args = _arguments(argv)
+    try:
+        runs = _missing(args)
+        with tqdm(total=len(runs), unit="run") as bar:
+            for line in _finished(runs, args):
+                bar.write(line)
+                bar.update()
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", help=f"the experiment: {', '.join(definition.names())}")
+    parser.add_argument("--device", default="cpu", help="where to compute, as torch names it (%(default)s)")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the runs that are in the results file, and do the others"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
+    parser.add_argument("--modes", nargs="+", metavar="MODE", help="only these modes (all)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds (all)")
+    parser.add_argument("--output", type=Path, help=f"the results file ({RESULTS}/NAME.jsonl)")
+    args = parser.parse_args(argv)
+    args.output = args.output or RESULTS / f"{args.name}.jsonl"
+    return args
+
+
+def _missing(args: argparse.Namespace) -> list[Run]:
+    found = definition.load(args.name)
+    unknown = [mode for mode in args.modes or () if mode not in found.modes]
+    if unknown:
+        raise ConfigError(
+            f"--modes: experiment {args.name} has no {', '.join(unknown)}: expected some of "
+            f"{', '.join(found.modes)}"
+        )
+    done = [record["run"] for record in results_file.read(args.output)]
+    if done and not args.resume:
+        raise ConfigError(
+            f"{args.output} has {len(done)} runs already: give --resume to add those that are missing, or "
+            "another --output"
+        )
+    return [
+        run
+        for run in found.runs(args.name)
+        if (not args.modes or run.mode in args.modes)
+        and (not args.seeds or run.seed in args.seeds)
+        and run.model_dump(mode="json") not in done
+    ]
+
+
+def _finished(runs: list[Run], args: argparse.Namespace) -> Iterator[str]:
+    """Does the runs; a line about each as it ends."""
+    if args.jobs == 1:
+        for run in runs:
+            yield _do(run, args.output, args.device)
+        return
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_do, run, args.output, args.device) for run in runs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _do(run: Run, output: Path, device: str) -> str:
+    checkpoint = CHECKPOINTS / run.experiment / f"{_as_file_name(run.mode)}-{run.seed}.pt"
+    torch.set_num_threads(1)
+    with _progress(run) as progress:
+        record = train(run, checkpoint, device, progress)
+    results_file.append(output, record)
+    checkpoint.unlink()
+    said = ", ".join(f"{name} {value:.4f}" for name, value in record["final"].items())
+    steps = f"{run.training.num_steps} of {run.num_steps} steps"
+    return f"{run.mode}, seed {run.seed}: {said} after {steps}, {record['seconds']:.0f} s"
+
+
+@contextmanager
+def _progress(run: Run) -> Iterator[None]:
+    name = f"{run.mode}, seed {run.seed}"
+    with tqdm(total=run.num_steps, desc=name, unit="step", leave=False) as bar:
+
+        def tell(step: int, said: str) -> None:
+            bar.update(step - bar.n)
+            bar.set_postfix_str(said)
+
+        yield tell
+
+
+def _as_file_name(mode: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", mode.lower())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""What is learned: the layers of a model, its batches and how it is judged, for each kind of model.
+
+A batch is fixed by seed and step, so that a run can be resumed at any step and all modes of a seed see the
+same batches in the same order.
+
+Shape suffixes: b micro-batch, t position, d width.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ds_interlock import InterlockConfig
+from ds_interlock.images.batches import ImageIterator, evaluation_batches
+from ds_interlock.images.data import ImageData, Normalisation
+from ds_interlock.images.idx import load_fashion_mnist
+from ds_interlock.images.score import Score
+from ds_interlock.models.lm import Block, LMConfig, lm_layers, lm_loss
+from ds_interlock.models.resnet import ResNetConfig, classification_loss, resnet_heads, resnet_layers
+from ds_interlock.pipe.heads import HeadFactory, head_factory
+from ds_interlock.pipe.in_process import InProcessPipeline, MicroBatch
+from experiments.definition import ImageModel, ProseModel, Run
+from experiments.prose import VOCAB_SIZE, load_prose
+
+_VALIDATION_SEED = 2**40
+"""Which windows of the validation text are scored: the same for all runs."""
+
+
+class Task(Protocol):
+    """One model and its data.
+
+    Attributes:
+        layers: The model's layers, built, with the seed's weights.
+        stage_bounds: Where they are cut.
+        loss_fn: The model's loss.
+    """
+
+    layers: list[nn.Module]
+    stage_bounds: list[int]
+    loss_fn: Callable[[Any, Any], Tensor]
+
+    def heads(self, section: InterlockConfig) -> HeadFactory:
+        """What builds auxiliary heads."""
+
+    def batch(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of a step, on the CPU."""
+
+    def evaluate(
+        self, net: InProcessPipeline, num_samples: int, batch_size: int, device: str
+    ) -> dict[str, float]:
+        """Final validation loss (``loss``, nats) and, where there is one, ``error`` (share)."""
+
+    def probe(self) -> Any:
+        """Some validation inputs, to look at hidden states with."""
+
+
+def make_task(run: Run) -> Task:
+    """The task of a run.
+
+    Raises:
+        DataError: If its data is missing or damaged.
+        ConfigError: If its model is impossible.
+    """
+    return Prose(run, run.model) if isinstance(run.model, ProseModel) else Pictures(run, run.model)
+
+
+class AttentionLayer(nn.Module):
+    """The first half of a Transformer block: hidden_btd -> hidden_btd."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.norm, self.attention = block.norm_1, block.attention
+
+    def forward(self, hidden_btd: Tensor) -> Tensor:
+        return hidden_btd + self.attention(self.norm(hidden_btd))
+
+
+class MLPLayer(nn.Module):
+    """The second half of a Transformer block: hidden_btd -> hidden_btd."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.norm, self.mlp = block.norm_2, block.mlp
+
+    def forward(self, hidden_btd: Tensor) -> Tensor:
+        return hidden_btd + self.mlp(self.norm(hidden_btd))
+
+
+class Prose:
+    """Characters of prose; a head is the model's own norm and unembedding, unless the section says else."""
+
+    def __init__(self, run: Run, model: ProseModel) -> None:
+        self.run, self.seq_length = run, model.seq_length
+        self.train, self.validation = prose()
+        config = LMConfig(
+            VOCAB_SIZE, model.seq_length, model.width, model.num_blocks, model.num_heads, seed=run.seed
+        )
+        self.layers, self.stage_bounds = _cut_into_halves(config, run.num_stages, model.border_norm)
+        self.loss_fn = lm_loss()
+
+    def heads(self, section: InterlockConfig) -> HeadFactory:
+        return head_factory(section.head, self.layers)
+
+    def batch(self, step: int) -> list[MicroBatch]:
+        training = self.run.training
+        sizes = (training.num_micro_batches, training.micro_batch_size)
+        windows = self._windows(self.train, sizes, self.run.seed * 2**32 + step)
+        return [(window_bt[:, :-1], window_bt[:, 1:]) for window_bt in windows]
+
+    def evaluate(
+        self, net: InProcessPipeline, num_samples: int, batch_size: int, device: str
+    ) -> dict[str, float]:
+        windows = self._windows(self.validation, (num_samples,), _VALIDATION_SEED).to(device)
+        total = 0.0
+        net.eval()
+        for window_bt in windows.split(batch_size):
+            total += self.loss_fn(_through(self.layers, window_bt[:, :-1]), window_bt[:, 1:]).item() * len(
+                window_bt
+            )
+        return {"loss": total / num_samples}
+
+    def probe(self) -> Tensor:
+        return self._windows(self.validation, (32,), _VALIDATION_SEED)[:, :-1]
+
+    def _windows(self, text: Tensor, sizes: tuple[int, ...], seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.randint(len(text) - self.seq_length, sizes, generator=generator)
+        return text[starts[..., None] + torch.arange(self.seq_length + 1)].long()
+
+
+class Pictures:
+    """Fashion-MNIST, with crops and flips."""
+
+    def __init__(self, run: Run, model: ImageModel) -> None:
+        self.run, self.model = run, model
+        data = pictures()
+        self.test = data.test
+        train = data.train.first(model.num_train_images or len(data.train))
+        self.normalisation = Normalisation.of(train)
+        self.iterator = ImageIterator(
+            train, self.normalisation, run.training.micro_batch_size, seed=run.seed, augment=True
+        )
+        self.config = ResNetConfig(
+            depth=model.depth,
+            num_classes=data.num_classes,
+            in_channels=data.in_channels,
+            width=model.width,
+            seed=run.seed,
+        )
+        self.layers = [spec.build() for spec in resnet_layers(self.config)]
+        num_blocks = self.config.num_blocks
+        first_blocks = [-(-num_blocks * stage // run.num_stages) for stage in range(run.num_stages)]
+        self.stage_bounds = [0, *(1 + block for block in first_blocks[1:]), len(self.layers)]
+        self.loss_fn = classification_loss
+
+    def heads(self, section: InterlockConfig) -> HeadFactory:
+        return resnet_heads(self.config, self.model.head_channels)
+
+    def batch(self, step: int) -> list[MicroBatch]:
+        num_micro_batches = self.run.training.num_micro_batches
+        self.iterator.position = step * num_micro_batches
+        return [next(self.iterator) for _ in range(num_micro_batches)]
+
+    def evaluate(
+        self, net: InProcessPipeline, num_samples: int, batch_size: int, device: str
+    ) -> dict[str, float]:
+        net.eval()
+        score = Score()
+        for images, labels in evaluation_batches(
+            self.test.first(num_samples), self.normalisation, batch_size
+        ):
+            score += Score.of(_through(self.layers, images.to(device)), labels.to(device))
+        return {"loss": score.loss, "error": score.error}
+
+    def probe(self) -> Tensor:
+        return self.normalisation(self.test.pixels_nchw[:64])
+
+
+@cache
+def prose() -> tuple[Tensor, Tensor]:
+    """The text, read once in a process."""
+    return load_prose()
+
+
+@cache
+def pictures() -> ImageData:
+    """The images, read once in a process."""
+    return load_fashion_mnist(None)
+
+
+def _cut_into_halves(
+    config: LMConfig, num_stages: int, border_norm: bool
+) -> tuple[list[nn.Module], list[int]]:
+    """The language model with two layers a block, and where it is cut: as many blocks in each stage."""
+    tokens, positions, *blocks, norm, unembedding = (spec.build() for spec in lm_layers(config))
+    layers: list[nn.Module] = [tokens, positions]
+    bounds = [0]
+    first_blocks = [config.num_blocks * stage // num_stages for stage in range(num_stages + 1)]
+    for start, stop in zip(first_blocks, first_blocks[1:], strict=False):
+        for block in blocks[start:stop]:
+            layers += [AttentionLayer(block), MLPLayer(block)]
+        if border_norm and stop < config.num_blocks:
+            layers.append(nn.LayerNorm(config.width))
+        bounds.append(len(layers))
+    bounds[-1] += 2
+    return [*layers, norm, unembedding], bounds
+
+
+@torch.no_grad()
+def _through(layers: Sequence[nn.Module], hidden: Any) -> Any:
+    for layer in layers:
+        hidden = layer(hidden)
+    return hidden

@@ -1,0 +1,213 @@
+"""One run: a model trained in one mode from one seed, all stages in one process, and what was measured."""
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.results import machine, versions
+from ds_interlock.errors import DataError
+from ds_interlock.pipe.in_process import InProcessPipeline
+from experiments.averaging import PolynomialAverage
+from experiments.definition import Run
+from experiments.tasks import Task, make_task
+
+Progress = Callable[[int, str], None]
+"""Called with the steps done and a few words."""
+
+
+def train(
+    run: Run, checkpoint: Path, device: str = "cpu", progress: Progress | None = None
+) -> dict[str, Any]:
+    """Trains, or goes on from ``checkpoint`` if it is there.
+
+    Args:
+        run: What to do.
+        checkpoint: Where to keep the state of the run at every evaluation; removed by the caller.
+        device: Where to compute.
+        progress: Told of every evaluation.
+
+    Returns:
+        A record for the results file.
+
+    Raises:
+        DataError: If data is missing, or the checkpoint belongs to another run.
+        FloatingPointError: If the loss is no number any more.
+    """
+    torch.manual_seed(run.seed)
+    training = Training(run, device)
+    if checkpoint.exists():
+        training.load(checkpoint)
+    while training.step < run.num_steps:
+        training.do_step()
+        if training.evaluation_is_due():
+            said = training.evaluate()
+            training.save(checkpoint)
+            if progress:
+                progress(training.step, said)
+    return training.record()
+
+
+class Training:
+    """The state of a run."""
+
+    def __init__(self, run: Run, device: str) -> None:
+        self.run, self.device = run, device
+        self.task: Task = make_task(run)
+        section = run.section
+        for layer in self.task.layers:
+            layer.to(device)
+        self.net = InProcessPipeline(
+            self.task.layers,
+            self.task.loss_fn,
+            section.plan(self.task.stage_bounds),
+            self.task.heads(section),
+        ).to(device)
+        self.optimizer = _optimizer(run, self.net)
+        self.average = PolynomialAverage(self.net)
+        self.step = 0
+        self.seconds = 0.0
+        self.curve: list[dict[str, Any]] = []
+        self.final: dict[str, float] = {}
+        self._losses: list[Tensor] = []
+
+    def do_step(self) -> None:
+        """One batch."""
+        started = time.perf_counter()
+        self._set_learning_rate()
+        batch = [(x.to(self.device), y.to(self.device)) for x, y in self.task.batch(self.step)]
+        losses = self.net.accumulate_gradients(batch)
+        self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update()
+        self._losses.append(losses[self.net.plan.final].detach())
+        self.step += 1
+        self.seconds += time.perf_counter() - started
+
+    def evaluation_is_due(self) -> bool:
+        """Every so many steps, at the end of the budget and at the end."""
+        ends = (self.run.training.num_steps, self.run.num_steps)
+        return self.step % self.run.measurements.evaluate_every == 0 or self.step in ends
+
+    def evaluate(self) -> str:
+        """Adds a point to the curve; says what it is."""
+        measure = self.run.measurements
+        train_loss = torch.stack(self._losses).mean().item()
+        self._losses.clear()
+        with self.average.in_place():
+            found = self._score(measure.num_samples)
+            point = {"step": self.step, "train_loss": train_loss, **found, "stage_rms": self.stage_rms()}
+            if self.step == self.run.training.num_steps:
+                self.final = self._score(measure.num_final_samples)
+        if not all(value == value for value in found.values()):
+            raise FloatingPointError(
+                f"{self.run.mode}, seed {self.run.seed}: the loss is nan at step {self.step}"
+            )
+        self.curve.append(point)
+        return ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+
+    def _score(self, num_samples: int) -> dict[str, float]:
+        batch_size = self.run.measurements.evaluation_batch_size
+        return self.task.evaluate(self.net, num_samples, batch_size, self.device)
+
+    @torch.no_grad()
+    def stage_rms(self) -> list[float]:
+        """Root mean square of what each stage but the last hands on, on some validation inputs."""
+        self.net.eval()
+        hidden = self.task.probe().to(self.device)
+        found = []
+        for number, layer in enumerate(self.task.layers, start=1):
+            hidden = layer(hidden)
+            if number in self.task.stage_bounds[1:-1]:
+                found.append(hidden.square().mean().sqrt().item())
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """What goes into the results file."""
+        return {
+            "run": self.run.model_dump(mode="json"),
+            "final": self.final,
+            "curve": self.curve,
+            "seconds": self.seconds,
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": self.device,
+            "machine": machine(),
+            "versions": versions(),
+        }
+
+    # Checkpoints.
+
+    def save(self, path: Path) -> None:
+        """Keeps everything that the rest of the run depends on."""
+        state = {
+            "run": self.run.model_dump(mode="json"),
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict(),
+            "random": torch.get_rng_state(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "curve": self.curve,
+            "final": self.final,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        torch.save(state, unfinished)
+        unfinished.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Goes on where ``save`` was called."""
+        state = torch.load(path, weights_only=True, map_location=self.device)
+        if state["run"] != self.run.model_dump(mode="json"):
+            raise DataError(
+                f"{path} is the checkpoint of another run of mode {self.run.mode}, seed {self.run.seed}: the "
+                "experiment's file has changed since; remove the checkpoint to begin again"
+            )
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"])
+        torch.set_rng_state(state["random"].cpu())
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.curve, self.final = state["curve"], state["final"]
+
+    # One step.
+
+    def _set_learning_rate(self) -> None:
+        warmup = self.run.training.warmup_steps
+        share = min(1.0, (self.step + 1) / warmup) if warmup else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = share * group["peak"]
+
+    def _clip(self) -> None:
+        """As the engine does: over the whole model in global mode, otherwise each stage by itself."""
+        limit = self.run.training.max_gradient_norm
+        if limit is None:
+            return
+        parameters = [[*work.parameters, *_parameters(work.heads.values())] for work in self.net.stages]
+        if self.net.plan.is_end_to_end:
+            parameters = [list(chain.from_iterable(parameters))]
+        for of_stage in parameters:
+            nn.utils.clip_grad_norm_(of_stage, limit, foreach=True)
+
+
+def _optimizer(run: Run, net: InProcessPipeline) -> torch.optim.Optimizer:
+    rate, decay = run.training.learning_rate, run.training.weight_decay
+    of_heads = list(net.heads.parameters())
+    ids = {id(parameter) for parameter in of_heads}
+    of_layers = [parameter for parameter in net.parameters() if id(parameter) not in ids]
+    scale = run.section.head.learning_rate_scale
+    groups = [{"params": of_layers, "peak": rate}, {"params": of_heads, "peak": scale * rate}]
+    groups = [group for group in groups if group["params"]]
+    if run.training.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=decay, foreach=True)
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=decay, foreach=True)
+
+
+def _parameters(modules: Any) -> list[nn.Parameter]:
+    return [parameter for module in modules for parameter in module.parameters()]

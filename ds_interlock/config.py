@@ -19,29 +19,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import hjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ds_interlock.config_faults import fault_of, misspelt_sections, shown_as_json
+from ds_interlock.config_monitoring import MyopiaConfig, TraceConfig
+from ds_interlock.config_schedule import PhaseConfig, checked_phases
+from ds_interlock.config_section import DEFAULT_WINDOW, SECTION, Mode, Section, window_of
 from ds_interlock.errors import ConfigError, PlanError, list_faults
+from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import Combine, GradientFlowPlan
 
-SECTION = "interlock"
-_DEFAULT_WINDOW = 2
 _LENS_WARMUP_STEPS = 20
 
-Mode = Literal["global", "local", "interlock"]
 TiedWeights = Literal["untie", "sync", "error"]
 HeadType = Literal["auto", "linear", "norm_linear", "low_rank", "block_linear", "lens"]
 TranslatorPlace = Literal["after_norm", "before_norm"]
 
 
-class _Section(BaseModel):
-    """A JSON object whose values are taken as they are: ``"2"`` is not 2, and ``1`` is not ``true``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class HeadConfig(_Section):
+class HeadConfig(Section):
     """How the auxiliary heads are built and weighted. The final loss is the model's own."""
 
     type: HeadType = Field(
@@ -130,28 +125,7 @@ class HeadConfig(_Section):
         return self.model_copy(update={"type": kind, "warmup_steps": steps})
 
 
-class TraceConfig(_Section):
-    """Which training batches to record, and where to: what every stage did, and when."""
-
-    path: str = Field(
-        min_length=1,
-        description="Where to write, without an ending: `path.json` is a trace for https://ui.perfetto.dev, "
-        "`path.svg` a picture, both with the measured batches above the same batches as simulated.",
-    )
-    batches: list[int] = Field(
-        [10, 12],
-        description="The first and the last training batch to record, counted from 1 in this run.",
-    )
-
-    @field_validator("batches", mode="after")
-    @classmethod
-    def _first_and_last(cls, batches: list[int]) -> list[int]:
-        if len(batches) != 2 or not 1 <= batches[0] <= batches[1]:
-            raise ValueError(f"got {shown_as_json(batches)}, expected [first, last] with 1 <= first <= last")
-        return batches
-
-
-class InterlockConfig(_Section):
+class InterlockConfig(Section):
     """The whole ``"interlock"`` section. Without arguments: ordinary backpropagation."""
 
     mode: Mode = Field(
@@ -166,8 +140,14 @@ class InterlockConfig(_Section):
         validate_default=True,
         description="Mode `interlock` only: the number of stages one loss reaches back over, its own "
         "included, from 1 (as `local`) to the number of stages (as `global`); "
-        f"{_DEFAULT_WINDOW} if not given. A fraction moves the heads into the next stage: 1.25 puts them "
+        f"{DEFAULT_WINDOW} if not given. A fraction moves the heads into the next stage: 1.25 puts them "
         "after a quarter of its layers.",
+    )
+    schedule: list[PhaseConfig] | None = Field(
+        None,
+        description="In place of `mode` and `window`: how gradients flow from which step on, a list of "
+        'phases as `[{"from_step": 0, "window": 1}, {"from_step": 2000, "mode": "global"}]`; see below. The '
+        "heads of all phases are built at the beginning; one that a phase does not use stays as it is.",
     )
     combine: Combine = Field(
         "sum",
@@ -204,19 +184,32 @@ class InterlockConfig(_Section):
         None, description="Record some batches as a trace and a picture; see below. Nothing is, by default."
     )
 
+    myopia: MyopiaConfig | None = Field(
+        None, description="Measure how far each stage's gradient is from the global one; see below."
+    )
+
     @field_validator("window", mode="after")
     @classmethod
     def _window_goes_with_interlock(cls, window: float | None, info: ValidationInfo) -> float | None:
-        mode = info.data.get("mode")  # missing if it is faulty itself
-        if window is None:
-            return _DEFAULT_WINDOW if mode == "interlock" else None
-        window = int(window) if window.is_integer() else window  # messages say 2, not 2.0
-        if mode in ("global", "local"):
+        return window_of(info.data.get("mode"), window)  # the mode is missing if it is faulty itself
+
+    @field_validator("schedule", mode="after")
+    @classmethod
+    def _phases_are_in_order(cls, schedule: list[PhaseConfig] | None) -> list[PhaseConfig] | None:
+        if schedule is not None:
+            checked_phases(schedule)
+        return schedule
+
+    @model_validator(mode="after")
+    def _schedule_or_mode(self) -> "InterlockConfig":
+        given = [key for key in ("mode", "window") if key in self.model_fields_set]
+        if self.schedule is not None and given:
+            named = " and ".join(given)
             raise ValueError(
-                f'got {shown_as_json(window)}, but mode is "{mode}", which has no window; '
-                'leave the key out, or set the mode to "interlock"'
+                f"schedule and {named} are both given: remove {named} (each phase of the schedule has its "
+                "own), or remove schedule"
             )
-        return window
+        return self
 
     @classmethod
     def from_deepspeed(cls, config: str | os.PathLike[str] | Mapping[str, Any]) -> "InterlockConfig":
@@ -242,20 +235,50 @@ class InterlockConfig(_Section):
         return section
 
     @property
+    def phases(self) -> tuple[tuple[int, "InterlockConfig"], ...]:
+        """For each phase of the schedule its first step and a section that means this phase alone."""
+        if self.schedule is None:
+            return ((0, self),)
+        return tuple(
+            (phase.from_step, self.model_copy(update=phase.keys(self.combine))) for phase in self.schedule
+        )
+
+    @property
     def is_global(self) -> bool:
-        """True for ordinary backpropagation, which is left to DeepSpeed's own engine."""
-        return self.mode == "global"
+        """True for ordinary backpropagation throughout, which is left to DeepSpeed's own engine."""
+        return all(section.mode == "global" for _, section in self.phases)
+
+    def plan_schedule(self, stage_bounds: Sequence[int]) -> PlanSchedule:
+        """The gradient-flow plans of all phases; see ``plan``.
+
+        Raises:
+            ConfigError: Naming the phase that does not fit ``stage_bounds``.
+        """
+        plans = []
+        for number, (step, section) in enumerate(self.phases):
+            try:
+                plans.append((step, section.plan(stage_bounds)))
+            except ConfigError as error:
+                if self.schedule is None:
+                    raise
+                raise ConfigError(f"{SECTION}.schedule[{number}]: {error}") from error
+        return PlanSchedule.of(*plans)
 
     def plan(self, stage_bounds: Sequence[int]) -> GradientFlowPlan:
-        """The gradient-flow plan of this section for a model cut at ``stage_bounds``.
+        """The gradient-flow plan of a section without a schedule, for a model cut at ``stage_bounds``.
 
         Args:
             stage_bounds: ``num_stages + 1`` rising layer numbers, the first 0.
 
         Raises:
             PlanError: If ``stage_bounds`` are no bounds.
-            ConfigError: If the section does not fit them.
+            ConfigError: If the section does not fit them, or has a schedule.
         """
+        if self.schedule is not None:
+            raise ConfigError(
+                f"{SECTION}.schedule: one plan is asked for, but {len(self.schedule)} phases are given; take "
+                "each by itself (InterlockConfig.phases, plan_schedule)"
+            )
         end_to_end = GradientFlowPlan.end_to_end(stage_bounds=stage_bounds)
         if self.is_global:
             return end_to_end

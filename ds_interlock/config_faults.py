@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -19,7 +19,7 @@ def misspelt_sections(config: Mapping[str, Any], section: str) -> list[str]:
 
 def fault_of(section: str, root: type[BaseModel], detail: Mapping[str, Any]) -> str:
     """One line for one of pydantic's complaints about ``root``, the model of ``section``."""
-    path = ".".join([section, *map(str, detail["loc"])])
+    path = section + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in detail["loc"])
     if detail["type"] == "extra_forbidden":
         valid = _valid_keys(root, detail["loc"][:-1])
         near = difflib.get_close_matches(str(detail["loc"][-1]).lower(), valid, n=1, cutoff=0.5)
@@ -38,10 +38,17 @@ def fault_of(section: str, root: type[BaseModel], detail: Mapping[str, Any]) -> 
 
 def _valid_keys(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
     for key in path:
-        annotation = model.model_fields[str(key)].annotation
-        choices = [annotation, *get_args(annotation)]  # a section that may be left out is one of two
-        model = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
+        if isinstance(key, str):  # an item of a list is of the kind that the list's key says
+            model = next(_models_in(model.model_fields[key].annotation))
     return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models in an annotation: one that may be left out is in a union, several are in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
 
 
 def shown_as_json(value: object) -> str:

@@ -1,11 +1,17 @@
 """The text of ``docs/config.md``, made from the models of ``config.py``."""
 
-from typing import Any, get_args
+import inspect
+from collections.abc import Iterator
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from ds_interlock.config import REFUSALS, SECTION, HeadConfig, InterlockConfig, TraceConfig
+from ds_interlock.config import REFUSALS, HeadConfig, InterlockConfig
 from ds_interlock.config_faults import shown_as_json
+from ds_interlock.config_monitoring import MyopiaConfig, TraceConfig
+from ds_interlock.config_schedule import PhaseConfig
+from ds_interlock.config_section import SECTION
 
 _REFERENCE_HEAD = """\
 # The `"interlock"` section
@@ -24,8 +30,10 @@ _REFERENCE_REFUSALS = """\
 
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     (SECTION, InterlockConfig),
+    (f"{SECTION}.schedule[n]", PhaseConfig),
     (f"{SECTION}.head", HeadConfig),
     (f"{SECTION}.trace", TraceConfig),
+    (f"{SECTION}.myopia", MyopiaConfig),
 )
 
 
@@ -40,7 +48,7 @@ def reference() -> str:
 
 
 def _doc(model: type[BaseModel]) -> str:
-    return (model.__doc__ or "").replace("``", "`")
+    return inspect.cleandoc(model.__doc__ or "").replace("``", "`")
 
 
 def _table(model: type[BaseModel]) -> str:
@@ -52,11 +60,17 @@ def _table(model: type[BaseModel]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _parts(annotation: Any) -> Iterator[Any]:
+    """What a union or a Literal is made of."""
+    for part in get_args(annotation):
+        yield from _parts(part) if get_origin(part) is Literal else (part,)
+
+
 def _value_text(model: type[BaseModel], name: str) -> str:
     """What may stand there, in words: the choices, or the type and its bounds."""
     field = model.model_fields[name]
     annotation: Any = field.annotation
-    choices = get_args(annotation)
+    choices = tuple(part for part in _parts(annotation) if part is not NoneType)
     if choices and all(isinstance(choice, str) for choice in choices):
         return ", ".join(f'`"{choice}"`' for choice in choices)
     words = {
@@ -65,6 +79,7 @@ def _value_text(model: type[BaseModel], name: str) -> str:
         float: "number",
         float | None: "number",
         list[int]: "list of whole numbers",
+        list[PhaseConfig] | None: "list of objects",
         str: "text",
     }
     text = words.get(annotation, "object")

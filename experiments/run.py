@@ -3,6 +3,7 @@
     python -m experiments.run transformer --jobs 2       # all runs, two at a time
     python -m experiments.run transformer --resume       # what is missing, from where it stopped
     python -m experiments.report                         # docs/results.md, from the results files
+    python -m experiments.run smoke                      # one short version of everything, into runs/smoke
 
 An experiment is a file in experiments/definitions. Each run computes in one thread.
 """
@@ -20,17 +21,20 @@ import torch
 from tqdm import tqdm
 
 from ds_interlock.errors import ConfigError, DataError
-from experiments import definition, results_file
+from experiments import definition, results_file, smoke
 from experiments.definition import Run
 from experiments.training import train
 
 RESULTS = Path("docs/experiments")
+SMOKE = "smoke"
 CHECKPOINTS = Path("runs/experiments")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Does all runs that are not in the results file yet; the exit status."""
     args = _arguments(argv)
+    if args.name == SMOKE:
+        return smoke.main()
     try:
         runs = _missing(args)
         with tqdm(total=len(runs), unit="run") as bar:
@@ -47,7 +51,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", help=f"the experiment: {', '.join(definition.names())}")
+    parser.add_argument("name", help=f"the experiment: {', '.join(definition.names())}; or {SMOKE}")
     parser.add_argument("--device", default="cpu", help="where to compute, as torch names it (%(default)s)")
     parser.add_argument(
         "--resume", action="store_true", help="keep the runs that are in the results file, and do the others"
@@ -69,7 +73,7 @@ def _missing(args: argparse.Namespace) -> list[Run]:
             f"--modes: experiment {args.name} has no {', '.join(unknown)}: expected some of "
             f"{', '.join(found.modes)}"
         )
-    done = [record["run"] for record in results_file.read(args.output)]
+    done = [Run.model_validate(record["run"]) for record in results_file.read(args.output)]
     if done and not args.resume:
         raise ConfigError(
             f"{args.output} has {len(done)} runs already: give --resume to add those that are missing, or "
@@ -80,7 +84,7 @@ def _missing(args: argparse.Namespace) -> list[Run]:
         for run in found.runs(args.name)
         if (not args.modes or run.mode in args.modes)
         and (not args.seeds or run.seed in args.seeds)
-        and run.model_dump(mode="json") not in done
+        and run not in done
     ]
 
 

@@ -96,7 +96,13 @@ class Prose:
         self.run, self.seq_length = run, model.seq_length
         self.train, self.validation = prose()
         config = LMConfig(
-            VOCAB_SIZE, model.seq_length, model.width, model.num_blocks, model.num_heads, seed=run.seed
+            vocab_size=VOCAB_SIZE,
+            seq_length=model.seq_length,
+            width=model.width,
+            num_blocks=model.num_blocks,
+            num_heads=model.num_heads,
+            init_std=model.init_std,
+            seed=run.seed,
         )
         self.layers, self.stage_bounds = _cut_into_halves(config, run.num_stages, model.border_norm)
         self.loss_fn = lm_loss()

@@ -1,5 +1,6 @@
 """One run: a model trained in one mode from one seed, all stages in one process, and what was measured."""
 
+import math
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.results import machine, versions
 from ds_interlock.errors import DataError
-from ds_interlock.pipe.in_process import InProcessPipeline
+from ds_interlock.pipe.in_process import InProcessPipeline, MicroBatch
+from ds_interlock.pipe.myopia import gradient_cosines
 from experiments.averaging import PolynomialAverage
 from experiments.definition import Run
 from experiments.tasks import Task, make_task
@@ -62,12 +64,9 @@ class Training:
         section = run.section
         for layer in self.task.layers:
             layer.to(device)
-        self.net = InProcessPipeline(
-            self.task.layers,
-            self.task.loss_fn,
-            section.plan(self.task.stage_bounds),
-            self.task.heads(section),
-        ).to(device)
+        schedule = section.plan_schedule(self.task.stage_bounds)
+        net = InProcessPipeline(self.task.layers, self.task.loss_fn, schedule, self.task.heads(section))
+        self.net = net.to(device)
         self.optimizer = _optimizer(run, self.net)
         self.average = PolynomialAverage(self.net)
         self.step = 0
@@ -80,8 +79,8 @@ class Training:
         """One batch."""
         started = time.perf_counter()
         self._set_learning_rate()
-        batch = [(x.to(self.device), y.to(self.device)) for x, y in self.task.batch(self.step)]
-        losses = self.net.accumulate_gradients(batch)
+        self.net.change_plan(self.net.schedule.plan_at(self.step))
+        losses = self.net.accumulate_gradients(self._batch())
         self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -100,17 +99,24 @@ class Training:
         measure = self.run.measurements
         train_loss = torch.stack(self._losses).mean().item()
         self._losses.clear()
+        point: dict[str, Any] = {"step": self.step, "train_loss": train_loss}
+        if measure.cosines_every and self.step % measure.cosines_every == 0:
+            cosines = gradient_cosines(self.net, self._batch())
+            point["cosine"] = [None if math.isnan(cosine) else cosine for cosine in cosines]
         with self.average.in_place():
             found = self._score(measure.num_samples)
-            point = {"step": self.step, "train_loss": train_loss, **found, "stage_rms": self.stage_rms()}
+            point |= {**found, "stage_rms": self.stage_rms()}
             if self.step == self.run.training.num_steps:
                 self.final = self._score(measure.num_final_samples)
-        if not all(value == value for value in found.values()):
+        if any(math.isnan(value) for value in found.values()):
             raise FloatingPointError(
                 f"{self.run.mode}, seed {self.run.seed}: the loss is nan at step {self.step}"
             )
         self.curve.append(point)
         return ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+
+    def _batch(self) -> list[MicroBatch]:
+        return [(x.to(self.device), y.to(self.device)) for x, y in self.task.batch(self.step)]
 
     def _score(self, num_samples: int) -> dict[str, float]:
         batch_size = self.run.measurements.evaluation_batch_size
@@ -169,6 +175,7 @@ class Training:
                 f"{path} is the checkpoint of another run of mode {self.run.mode}, seed {self.run.seed}: the "
                 "experiment's file has changed since; remove the checkpoint to begin again"
             )
+        self.net.change_plan(self.net.schedule.plan_at(max(state["step"] - 1, 0)))
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])

@@ -13,6 +13,7 @@ from ds_interlock.hf.description import ModelDescription
 from ds_interlock.hf.surgery import find_anatomy
 from ds_interlock.pipe.checkpoint import _stage_state
 from ds_interlock.pipe.heads import head_factory
+from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan
 
 
@@ -98,6 +99,7 @@ class _Engine:
         self.plan = plan
         self.module: Any = SimpleNamespace(
             heads=nn.ModuleDict({str(loss): head for loss, head in heads.items()}),
+            schedule=PlanSchedule.constant(plan),
             tied_comms={},
             tied_modules=nn.ModuleDict(),
             micro_offset=0,

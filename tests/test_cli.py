@@ -131,6 +131,25 @@ def test_the_table_of_a_right_plan(
     assert "loss 0, after layer 4" in printed
 
 
+def test_of_a_schedule_every_phase_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients_instead_of_processes(monkeypatch)
+    schedule = [{"from_step": 0, "window": 1}, {"from_step": 30, "mode": "global"}]
+    config = write(tmp_path, {"schedule": schedule})
+    assert cli.main(["verify", config, "--stages", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "From step 0:" in printed
+    assert "From step 30:" in printed
+    assert printed.count("checks passed") == 2
+    assert cli.main(["verify", config, "--stages", "3", "--json"]) == 0
+    phases = json.loads(capsys.readouterr().out)["phases"]
+    assert [phase["from_step"] for phase in phases] == [0, 30]
+    assert [phase["plan"]["trained_by"] for phase in phases] == [[[0], [1], [2]], [[0], [0], [0]]]
+    gradients_instead_of_processes(monkeypatch, faulty="3.linear.weight")
+    assert cli.main(["verify", config, "--stages", "3"]) == 1
+
+
 def test_a_wrong_gradient_fails_the_line_of_its_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

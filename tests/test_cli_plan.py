@@ -43,6 +43,39 @@ def test_the_plan_of_a_config_beside_global(tmp_path, capsys):
     assert lines[-1].startswith("Interlocking pays with 4 micro-batches on 8 stages")
 
 
+SCHEDULE = [
+    {"from_step": 0, "window": 1},
+    {"from_step": 2000, "window": 2},
+    {"from_step": 8000, "mode": "global"},
+]
+
+
+def test_of_a_schedule_every_phase_is_played(tmp_path, capsys):
+    path = config(tmp_path, {"schedule": SCHEDULE})
+    phases = plan(capsys, path, "--stages", "8")["phases"]
+    assert [phase["from_step"] for phase in phases] == [0, 2000, 8000]
+    configured = [phase["settings"][0] for phase in phases]
+    assert [setting["name"] for setting in configured] == ["window 1", "window 2", "global (1F1B)"]
+    alone = plan(capsys, config(tmp_path), "--stages", "8")
+    assert configured[1] == alone["settings"][0]
+    assert "from_step" not in alone
+    assert cli.main(["plan", config(tmp_path, {"schedule": SCHEDULE}), "--stages", "8"]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("From step")] == [
+        "From step 0:",
+        "From step 2000:",
+        "From step 8000:",
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--svg", "--trace", "--html"])
+def test_a_picture_is_of_one_phase(tmp_path, capsys, flag):
+    path = tmp_path / "picture"
+    assert cli.main(["plan", config(tmp_path, {"schedule": SCHEDULE}), flag, str(path)]) == 2
+    assert f"{flag}: a picture is of one plan, but interlock.schedule has 3 phases" in capsys.readouterr().err
+    assert not path.exists()
+
+
 def test_compare_shows_every_setting(tmp_path, capsys):
     found = plan(capsys, config(tmp_path), "--stages", "8", "--micro-batches", "1", "--compare")
     names = [setting["name"] for setting in found["settings"]]

@@ -1,16 +1,19 @@
 """The "interlock" section: what it means, and that each fault is named by its JSON key."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from ds_interlock import config as config_module
 from ds_interlock import config_reference
 from ds_interlock.config import HeadConfig, InterlockConfig, check_deepspeed
+from ds_interlock.config_monitoring import MyopiaConfig, TraceConfig
+from ds_interlock.config_schedule import PhaseConfig
 from ds_interlock.errors import ConfigError, PlanError
+from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan
 
 BOUNDS = [0, 2, 5, 7, 9]
@@ -38,7 +41,15 @@ EVERYTHING = {
         "warmup_learning_rate": 0.01,
     },
     "trace": {"path": "runs/trace", "batches": [3, 4]},
+    "myopia": {"every": 7},
 }
+
+SCHEDULE = [
+    {"from_step": 0, "window": 1.5, "combine": "farthest"},
+    {"from_step": 20, "mode": "interlock"},
+    {"from_step": 50, "mode": "local"},
+    {"from_step": 80, "mode": "global"},
+]
 
 
 def section(**keys: object) -> dict[str, object]:
@@ -57,15 +68,16 @@ def error_of(config: object) -> str:
 def test_every_key_is_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "interlock.json"
     path.write_text(json.dumps(section(**EVERYTHING)))
-    assert InterlockConfig.from_deepspeed(path).model_dump() == EVERYTHING
+    assert InterlockConfig.from_deepspeed(path).model_dump(exclude={"schedule"}) == EVERYTHING
     assert InterlockConfig.from_deepspeed(str(path)) == InterlockConfig.from_deepspeed(section(**EVERYTHING))
 
 
 def test_every_key_of_the_section_is_covered_above() -> None:
-    assert EVERYTHING.keys() == InterlockConfig.model_fields.keys()
+    keys = EVERYTHING.keys() | {"schedule"}  # which stands in place of two of them, and has tests of its own
+    assert keys == InterlockConfig.model_fields.keys()
     assert EVERYTHING["head"].keys() == HeadConfig.model_fields.keys()
     for model, keys in ((InterlockConfig, EVERYTHING), (HeadConfig, EVERYTHING["head"])):
-        for name, field in model.model_fields.items():
+        for name, field in model.model_fields.items() - {("schedule", model.model_fields.get("schedule"))}:
             assert keys[name] != field.default, f"{name} is tested at its default"
 
 
@@ -104,6 +116,39 @@ def test_interlock_plan_takes_every_key_that_shapes_it() -> None:
     )
     assert plan == expected
     assert plan != GradientFlowPlan.n_wise(None, 3, "sum", stage_bounds=BOUNDS, head_weight=0.5)
+
+
+def test_a_schedule_has_a_plan_for_every_phase() -> None:
+    config = InterlockConfig.from_deepspeed(section(schedule=SCHEDULE, head={"weight": 0.5}))
+    schedule = config.plan_schedule(BOUNDS)
+    n_wise = partial(GradientFlowPlan.n_wise, None, stage_bounds=BOUNDS, head_weight=0.5)
+    assert [phase.from_step for phase in schedule.phases] == [0, 20, 50, 80]
+    assert [phase.plan for phase in schedule.phases] == [
+        n_wise(1.5, "farthest"),
+        n_wise(2, "sum"),
+        n_wise(1),
+        GradientFlowPlan.end_to_end(stage_bounds=BOUNDS),
+    ]
+    assert not config.is_global
+    with pytest.raises(ConfigError, match=r"interlock\.schedule: one plan is asked for, but 4 phases"):
+        config.plan(BOUNDS)
+
+
+def test_all_other_keys_hold_for_every_phase() -> None:
+    keys = {"head_stride": 2, "combine": "farthest", "timeout_seconds": 5.0, "streaming": False}
+    config = InterlockConfig.from_deepspeed(section(schedule=[{"from_step": 0, "window": 3}], **keys))
+    assert config.phases == ((0, InterlockConfig(mode="interlock", window=3, **keys)),)
+    config = InterlockConfig.from_deepspeed(
+        section(schedule=[{"from_step": 0, "window": 3, "combine": "sum"}], **keys)
+    )
+    assert config.phases[0][1].combine == "sum"
+
+
+def test_a_section_without_a_schedule_is_a_schedule_of_one_phase() -> None:
+    config = InterlockConfig(mode="interlock", window=3)
+    assert config.phases == ((0, config),)
+    assert config.plan_schedule(BOUNDS) == PlanSchedule.constant(config.plan(BOUNDS))
+    assert InterlockConfig(schedule=[PhaseConfig(from_step=0, mode="global")]).is_global
 
 
 def test_what_a_head_is_by_default_depends_on_the_model() -> None:
@@ -176,6 +221,65 @@ def test_a_config_does_not_change() -> None:
             "interlock.head.warmup_learning_rate: got 0, expected greater than 0",
         ),
         ({"head": {"rank": 0}}, "interlock.head.rank: got 0, expected greater than or equal to 1"),
+        (
+            {"schedule": SCHEDULE, "mode": "global"},
+            "interlock: schedule and mode are both given: remove mode (each phase of the schedule has",
+        ),
+        (
+            {"schedule": SCHEDULE, "mode": "interlock", "window": 2},
+            "interlock: schedule and mode and window are both given: remove mode and window (each phase",
+        ),
+        ({"schedule": []}, "interlock.schedule: got [], expected at least one phase"),
+        ({"schedule": {}}, "interlock.schedule: got {}, expected a valid list"),
+        (
+            {"schedule": [2]},
+            "interlock.schedule[0]: got 2, expected an object with some of the keys from_step",
+        ),
+        ({"schedule": SCHEDULE[1:]}, "interlock.schedule: the first phase has from_step 20, expected 0"),
+        (
+            {"schedule": [SCHEDULE[0], SCHEDULE[2], SCHEDULE[1]]},
+            "interlock.schedule: from_step is [0, 50, 20] in this order, expected rising numbers",
+        ),
+        (
+            {"schedule": [SCHEDULE[0], SCHEDULE[0]]},
+            "interlock.schedule: from_step is [0, 0] in this order, expected rising numbers",
+        ),
+        ({"schedule": [{"window": 2}]}, "interlock.schedule[0].from_step: missing, expected a value"),
+        (
+            {"schedule": [{"from_step": -1, "window": 2}]},
+            "interlock.schedule[0].from_step: got -1, expected greater than or equal to 0",
+        ),
+        (
+            {"schedule": [SCHEDULE[0], {"from_step": 1.5, "window": 2}]},
+            "interlock.schedule[1].from_step: got 1.5, expected a valid integer",
+        ),
+        (
+            {"schedule": [{"from_step": 0}]},
+            "interlock.schedule[0].window: missing, and so is mode: say one of them",
+        ),
+        (
+            {"schedule": [{"from_step": 0, "mode": "local", "window": 2}]},
+            'interlock.schedule[0].window: got 2, but mode is "local", which has no window',
+        ),
+        (
+            {"schedule": [{"from_step": 0, "window": 0.5}]},
+            "interlock.schedule[0].window: got 0.5, expected greater than or equal to 1",
+        ),
+        (
+            {"schedule": [{"from_step": 0, "mode": "lokal"}]},
+            'interlock.schedule[0].mode: got "lokal", expected "global", "local" or "interlock"',
+        ),
+        (
+            {"schedule": [{"from_step": 0, "window": 2, "combine": "all"}]},
+            'interlock.schedule[0].combine: got "all", expected "sum" or "farthest"',
+        ),
+        (
+            {"schedule": [{"from_step": 0, "window": 2, "head_stride": 2}]},
+            "interlock.schedule[0].head_stride: unknown key; valid keys: from_step, mode, window, combine",
+        ),
+        ({"myopia": {}}, "interlock.myopia.every: missing, expected a value"),
+        ({"myopia": {"every": 0}}, "interlock.myopia.every: got 0, expected greater than or equal to 1"),
+        ({"myopia": 500}, "interlock.myopia: got 500, expected an object with some of the keys every"),
         ({"trace": {"batches": [1, 2]}}, "interlock.trace.path: missing, expected"),
         ({"trace": {"path": ""}}, 'interlock.trace.path: got "", expected'),
         (
@@ -271,6 +375,13 @@ def test_a_plan_that_does_not_fit_names_the_keys(keys: dict[str, object], expect
     assert "do not fit a model of 4 stages" in str(caught.value)
 
 
+def test_a_phase_that_does_not_fit_is_named() -> None:
+    schedule = [{"from_step": 0, "window": 2}, {"from_step": 9, "window": 9}]
+    config = InterlockConfig.from_deepspeed(section(schedule=schedule))
+    with pytest.raises(ConfigError, match=r"interlock\.schedule\[1\]: .*interlock\.window 9.*4 stages"):
+        config.plan_schedule(BOUNDS)
+
+
 def test_bad_bounds_are_not_blamed_on_the_section() -> None:
     with pytest.raises(PlanError, match="stage_bounds"):
         InterlockConfig(mode="local").plan([0, 3, 3])
@@ -322,7 +433,7 @@ def test_deepspeed_settings_that_work() -> None:
 
 
 def test_every_key_is_described() -> None:
-    for model in (InterlockConfig, config_module.HeadConfig, config_module.TraceConfig):
+    for model in (InterlockConfig, HeadConfig, TraceConfig, MyopiaConfig, PhaseConfig):
         for name, field in model.model_fields.items():
             assert field.description, name
 

@@ -21,9 +21,10 @@ _UNIT_LAYERS_PER_STAGE = 4
 _WIDTH = 130  # of tables that do not go to a terminal
 
 _PLAN = """\
-Plays CONFIG's plan through and prints the time of a batch, the bubble, the micro-batches in flight and
-their activations, the gradients relayed, the share of the auxiliary heads, and the speed relative to
-global backpropagation (1F1B, as DeepSpeed runs it); then says whether interlocking pays here.
+Plays CONFIG's plan through (of a schedule, the plan of each phase) and prints the time of a batch, the
+bubble, the micro-batches in flight and their activations, the gradients relayed, the share of the auxiliary
+heads, and the speed relative to global backpropagation (1F1B, as DeepSpeed runs it); then says whether
+interlocking pays here.
 
 Costs come from --profile (measured by `ds-interlock profile`), from --model (estimated from the sizes in
 a Hugging Face configuration; no weights are loaded, no GPU is needed), or, with neither, are those of
@@ -81,19 +82,27 @@ def run(options: argparse.Namespace) -> int:
     contents = read_deepspeed(options.config)
     interlock = InterlockConfig.from_deepspeed(options.config)
     check_deepspeed(contents)
+    _check_phases(options, interlock)
     if options.bounds and options.stages and options.stages != len(options.bounds) - 1:
         raise ConfigError(f"--bounds has {len(options.bounds) - 1} stages and --stages is {options.stages}")
     num_stages = len(options.bounds) - 1 if options.bounds else options.stages or _DEFAULT_STAGES
     num_micro_batches = options.micro_batches or _micro_batches_of(contents)
     profile = _profile(options, interlock, contents, num_stages)
-    comparison = compare(
-        interlock, profile, num_micro_batches, num_stages=num_stages, stage_bounds=options.bounds
-    )
-    shown = comparison.all if options.compare else _without_others(comparison)
+    reports: list[dict[str, Any]] = []
+    for from_step, section in interlock.phases:
+        comparison = compare(
+            section, profile, num_micro_batches, num_stages=num_stages, stage_bounds=options.bounds
+        )
+        shown = comparison.all if options.compare else _without_others(comparison)
+        reports.append(as_json(comparison, shown))
+        if interlock.schedule is not None:
+            reports[-1]["from_step"] = from_step
+        if not options.json:
+            if interlock.schedule is not None:
+                print(f"From step {from_step}:\n")
+            _print(section, comparison, shown)
     if options.json:
-        print(json.dumps(as_json(comparison, shown), indent=2))
-    else:
-        _print(interlock, comparison, shown)
+        print(json.dumps(reports[0] if interlock.schedule is None else {"phases": reports}, indent=2))
     if options.svg:
         write_svg(options.svg, comparison, shown)
     if options.trace:
@@ -101,6 +110,21 @@ def run(options: argparse.Namespace) -> int:
     if options.html:
         _write_page(options, interlock, profile, comparison)
     return 0
+
+
+def _check_phases(options: argparse.Namespace, interlock: InterlockConfig) -> None:
+    """Pictures are of one plan.
+
+    Raises:
+        ConfigError: If some are asked for, and the plan changes.
+    """
+    pictures = {"--svg": options.svg, "--trace": options.trace, "--html": options.html}
+    asked = [flag for flag, path in pictures.items() if path]
+    if len(interlock.phases) > 1 and asked:
+        raise ConfigError(
+            f"{', '.join(asked)}: a picture is of one plan, but interlock.schedule has "
+            f"{len(interlock.phases)} phases; draw one from a config with its mode and window"
+        )
 
 
 def _write_page(

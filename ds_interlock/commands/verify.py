@@ -33,8 +33,8 @@ small random model, with the real engine in as many processes on CPU as there ar
   - training with streaming on and off, bit for bit;
   - a window as long as the pipeline with ordinary backpropagation, bit for bit.
 
-The rest of CONFIG (optimizer, batch sizes, clipping, precision) is ignored: gradients are compared
-before any of it applies. No launcher and no GPU are needed.
+Of a schedule every phase is checked by itself. The rest of CONFIG (optimizer, batch sizes, clipping,
+precision) is ignored: gradients are compared before any of it applies. No launcher and no GPU are needed.
 """
 
 
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     interlock = InterlockConfig.from_deepspeed(options.config)
     check_deepspeed(contents)
     num_layers = options.layers or 2 * options.stages + 1
-    plan = interlock.plan(_uniform_bounds(num_layers, options.stages))
+    schedule = interlock.plan_schedule(_uniform_bounds(num_layers, options.stages))
     # The small model runs on the CPU, whatever else there is. DeepSpeed looks when it is imported.
     os.environ["DS_ACCELERATOR"] = "cpu"
     from rich.console import Console
@@ -88,18 +88,30 @@ def run(options: argparse.Namespace) -> int:
     with _leaving_on_sigterm(), Console(stderr=True).status("importing DeepSpeed") as status:
         from ds_interlock.verification.checks import verify
 
-        report = verify(
-            interlock,
-            plan,
-            seed=options.seed,
-            timeout_seconds=options.timeout,
-            progress=status.update,
-        )
+        reports = [
+            verify(
+                section,
+                phase.plan,
+                seed=options.seed,
+                timeout_seconds=options.timeout,
+                progress=status.update,
+            )
+            for phase, (_, section) in zip(schedule.phases, interlock.phases, strict=True)
+        ]
     if options.json:
-        print(json.dumps(_as_json(report), indent=2))
+        phases = [
+            {"from_step": phase.from_step, **_as_json(report)}
+            for phase, report in zip(schedule.phases, reports, strict=True)
+        ]
+        print(
+            json.dumps(_as_json(reports[0]) if interlock.schedule is None else {"phases": phases}, indent=2)
+        )
     else:
-        _print_report(report)
-    return _OK if report.passed else _FAILED
+        for phase, report in zip(schedule.phases, reports, strict=True):
+            if interlock.schedule is not None:
+                print(f"From step {phase.from_step}:\n")
+            _print_report(report)
+    return _OK if all(report.passed for report in reports) else _FAILED
 
 
 @contextmanager

@@ -81,17 +81,23 @@ class PipelineCheckpoint:
 
     @property
     def heads(self) -> Mapping[int, Mapping[str, Tensor]]:
-        """The state dict of every auxiliary head, by the index of its loss in the plan."""
+        """The state dict of every auxiliary head of the plan, by the index of its loss."""
         heads: dict[int, dict[str, Tensor]] = {}
         for stage in self._stages:
+            # A run with a schedule has heads that its present plan does not use.
+            in_plan = stage["plan"]["heads"]
+            places = [after_layer for _, after_layer, _ in stage.get("head_places", in_plan)]
+            losses = {after_layer: loss for loss, (_, after_layer, _) in enumerate(in_plan)}
             for name, tensor in stage["heads"].items():
-                loss, _, rest = name.partition(".")
-                heads.setdefault(int(loss), {})[rest] = tensor
+                number, _, rest = name.partition(".")
+                loss = losses.get(places[int(number)])
+                if loss is not None:
+                    heads.setdefault(loss, {})[rest] = tensor
         return dict(sorted(heads.items()))
 
     @property
     def plan(self) -> GradientFlowPlan:
-        """The plan it was trained under.
+        """The plan it was trained under: of a schedule the one then in force.
 
         Raises:
             ConfigError: If ``ds_interlock`` did not write this checkpoint.

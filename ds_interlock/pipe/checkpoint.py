@@ -120,6 +120,7 @@ class CheckpointMixin:
                 self.optimizer.load_state_dict(own, load_from_fp32_weights=True)
             self._restore_data_position(rank_state["consumed_micro_batches"], rank_state["data_iterator"])
             _restore_random_state(rank_state, self)
+        self._enter_phase()  # that of the steps done when it was saved
         dist.barrier()
         return path, client_state
 
@@ -154,8 +155,10 @@ def _stage_state(engine: Any) -> dict[str, Any]:
     module = engine.module
     return {
         "heads": module.heads.state_dict(),
+        "head_places": _places(module.schedule.heads),
         "tied_modules": {} if module.tied_comms else module.tied_modules.state_dict(),
         "plan": _describe(engine.plan),
+        "schedule": _described_phases(engine),
         "micro_offset": module.micro_offset,
     }
 
@@ -190,34 +193,52 @@ def _keeps_optimizer(engine: Any) -> bool:
     return bool(engine.using_bf16_optimizer and not engine.zero_optimization())
 
 
+def _places(heads: Any) -> list[tuple[int, int, float]]:
+    return [(head.stage, head.after_layer, head.weight) for head in heads]
+
+
+def _saved_places(state: dict[str, Any]) -> list[Any]:
+    return list(state.get("head_places", state["plan"]["heads"][:-1]))
+
+
 def _describe(plan: Any) -> dict[str, Any]:
     return {
         "stage_bounds": list(plan.stage_bounds),
-        "heads": [(head.stage, head.after_layer, head.weight) for head in plan.heads],
+        "heads": _places(plan.heads),
         "trained_by": [sorted(losses) for losses in plan.trained_by],
     }
 
 
+def _described_phases(engine: Any) -> list[dict[str, Any]]:
+    phases = engine.module.schedule.phases
+    return [{"from_step": phase.from_step, **_describe(phase.plan)} for phase in phases]
+
+
 def _check_plan(state: dict[str, Any], engine: Any, folder: Path) -> None:
-    saved, now = state["plan"], _describe(engine.plan)
+    # Before there were schedules, a checkpoint had one plan.
+    saved, now = state.get("schedule", [{"from_step": 0, **state["plan"]}]), _described_phases(engine)
+    if len(saved) != len(now):
+        different = "its schedule has " + (f"{len(saved)} phases" if len(saved) > 1 else "1 phase")
+    else:
+        keys = [key for key in now[0] if any(a[key] != b[key] for a, b in zip(saved, now, strict=True))]
+        different = f"{', '.join(keys)} differ"
     if saved != now:
-        different = ", ".join(key for key in now if saved[key] != now[key])
         raise ConfigError(
-            f"{folder} was saved under another gradient-flow plan ({different} differ): optimizer state "
+            f"{folder} was saved under another gradient-flow plan ({different}): optimizer state "
             'cannot be carried over. Use the same "interlock" section and number of stages, or take the '
             "weights alone with load_checkpoint(..., load_module_only=True)"
         )
 
 
 def _load_stage_state(state: dict[str, Any], engine: Any, strict: bool) -> None:
-    plan, module = engine.plan, engine.module
+    module = engine.module
     if strict:
         module.heads.load_state_dict(state["heads"])
     else:
-        at = {tuple(place): str(loss) for loss, place in enumerate(state["plan"]["heads"])}
-        for loss, head in module.heads.items():
-            place = plan.heads[int(loss)]
-            found = at.get((place.stage, place.after_layer, place.weight))
+        at = {tuple(place): str(number) for number, place in enumerate(_saved_places(state))}
+        places = _places(module.schedule.heads)
+        for number, head in module.heads.items():
+            found = at.get(places[int(number)])
             own = {k.partition(".")[2]: v for k, v in state["heads"].items() if k.partition(".")[0] == found}
             if own:
                 head.load_state_dict(own)

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -29,10 +29,13 @@ from torch import distributed as dist
 from ds_interlock.errors import DataError
 from ds_interlock.pipe.checkpoint import CheckpointMixin
 from ds_interlock.pipe.evaluation import EvaluationMixin
+from ds_interlock.pipe.idle_heads import IdleHeadsMixin
 from ds_interlock.pipe.instructions import HeadPass, InterlockSchedule, RelayPass, WeightGradPass
 from ds_interlock.pipe.module import InterlockPipelineModule
+from ds_interlock.pipe.myopia_meter import COSINE, MyopiaMixin
 from ds_interlock.pipe.optimize import OptimizerMixin
 from ds_interlock.pipe.p2p import Links
+from ds_interlock.pipe.progress import ProgressMixin
 from ds_interlock.pipe.report import BatchReport, Reporter
 from ds_interlock.pipe.stage import Gradients, StageWork
 from ds_interlock.pipe.timeline import Recorder, Rows, draw, gather
@@ -45,7 +48,19 @@ from ds_interlock.schedule.plan import GradientFlowPlan
 _TIMELINE = "timeline"
 
 
-class InterlockEngine(EvaluationMixin, OptimizerMixin, WarmHeadsMixin, CheckpointMixin, PipelineEngine):
+AnyStageWork = TypeVar("AnyStageWork", bound=StageWork)
+
+
+class InterlockEngine(
+    EvaluationMixin,
+    OptimizerMixin,
+    WarmHeadsMixin,
+    IdleHeadsMixin,
+    MyopiaMixin,
+    ProgressMixin,
+    CheckpointMixin,
+    PipelineEngine,
+):
     """Trains an ``InterlockPipelineModule``. Made by ``ds_interlock.initialize``."""
 
     module: InterlockPipelineModule
@@ -55,17 +70,9 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, WarmHeadsMixin, Checkpoin
         interlock = self.module.interlock
         assert interlock is not None, "initialize() binds the configuration before it makes the engine"
         self.interlock = interlock
-        self.streaming = interlock.streaming and self.module.steps_alone
-        self._schedules: dict[tuple[str, int], InterlockSchedule] = {}
-        self._work = StageWork(
-            self.plan,
-            self.stage_id,
-            self.module.run_layers,
-            self.module.layer_parameters(),
-            {int(loss): head for loss, head in self.module.heads.items()},
-            self.module.loss_fn,
-            self._weight_pass,
-        )
+        self._schedules: dict[tuple[str, int, int], InterlockSchedule] = {}
+        self._work = self._work_of(self.plan, StageWork)
+        self._skip_groups_of_idle_heads()
         self._links = Links(self.grid.pp_group, self.stage_id, self.device, interlock.timeout_seconds)
         self._gradients: dict[Action, Gradients] = {}
         self._outputs = None
@@ -77,10 +84,13 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, WarmHeadsMixin, Checkpoin
         if interlock.trace is not None:
             who["timeout_seconds"] = interlock.timeout_seconds
             self._tracer = Tracer(interlock.trace, self._recorder, self.stage_id, self.num_stages, **who)
-        self._stage_values: dict[int, dict[str, float]] = {}
+        self._stage_values = {}
+        self._cosines = {}
+        self._samples_ahead = []
         self._issued = self._drained = 0  # programs run, training and evaluation
         self._batches = 0  # training batches
         self._losses: dict[int, Tensor] = {}
+        self._final_loss: Tensor | None = None
         self._gradient_norm: float | Tensor | None = None
         self._at_exit = partial(_drain_at_exit, weakref.ref(self))
         atexit.register(self._at_exit)
@@ -89,6 +99,11 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, WarmHeadsMixin, Checkpoin
     def plan(self) -> GradientFlowPlan:
         """The gradient-flow plan in force."""
         return self.module.plan
+
+    @property
+    def streaming(self) -> bool:
+        """Whether a stage goes on to the next batch while others still work on this one."""
+        return self.interlock.streaming and self.module.steps_alone
 
     # Training.
 
@@ -114,10 +129,12 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, WarmHeadsMixin, Checkpoin
         if not self.module.training:
             self.module.train()
         self._warm_up_heads()
+        self._measure_myopia()
         self._run_training_batch(self._train_schedule())
         batch, loss = self._newest_final_loss()
         self._write_reports()
         self._print_progress(batch, loss)
+        self._enter_phase()
         return loss
 
     def _run_training_batch(self, schedule: InterlockSchedule) -> None:
@@ -137,7 +154,7 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, WarmHeadsMixin, Checkpoin
         """
         self._links.flush()
         self._drained = self._issued
-        loss = self._from_last_stage(self._losses.get(self.plan.final))
+        loss = self._from_last_stage(self._final_loss)
         self._reporter.flush()
         if self._tracer:
             self._tracer.flush()
@@ -146,20 +163,6 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, WarmHeadsMixin, Checkpoin
             self._reporter.flush()  # now that everybody has posted
             self._write_reports()
         return loss
-
-    def stage_losses(self) -> dict[str, float]:
-        """On rank 0 the newest loss of every head that has arrived there, by name; elsewhere empty."""
-        return {
-            f"stage_{stage}/{name}": value
-            for stage, values in sorted(self._stage_values.items())
-            for name, value in values.items()
-            if "loss" in name
-        }
-
-    def loss_name(self, loss: int) -> str:
-        """How the loss with this index in ``plan.heads`` is called in reports."""
-        head = self.plan.heads[loss]
-        return "final_loss" if loss == self.plan.final else f"loss_after_layer_{head.after_layer}"
 
     # Timelines.
 
@@ -199,7 +202,7 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, WarmHeadsMixin, Checkpoin
         return self._schedule("heads" if all_heads else "eval", num_micro_batches)
 
     def _schedule(self, purpose: str, num_micro_batches: int) -> InterlockSchedule:
-        key = purpose, num_micro_batches
+        key = purpose, self.module.phase, num_micro_batches
         if key not in self._schedules:
             if purpose == "train":
                 extra = self.interlock.extra_in_flight
@@ -208,6 +211,29 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, WarmHeadsMixin, Checkpoin
                 program = evaluation_program(self.plan, num_micro_batches, all_heads=purpose == "heads")
             self._schedules[key] = InterlockSchedule(program, self.stage_id)
         return self._schedules[key]
+
+    def _work_of(self, plan: GradientFlowPlan, kind: type[AnyStageWork]) -> AnyStageWork:
+        """This stage's work under ``plan``, the one in force or another one for the same layers."""
+        return kind(
+            plan,
+            self.stage_id,
+            self.module.run_layers,
+            self.module.layer_parameters(),
+            self.module.heads_of(plan),
+            self.module.loss_fn,
+            self._weight_pass,
+        )
+
+    def _enter_phase(self) -> None:
+        """Puts the plan into force that the schedule has for the steps done: every stage can count them."""
+        phase = self.module.schedule.phase_at(self.global_steps)
+        if phase == self.module.phase:
+            return
+        self._links.flush()
+        self._recorder.forget()  # a timeline is of one program
+        self.module.phase = phase
+        self._work = self._work_of(self.plan, StageWork)
+        self._norm_over_what_steps_together()
 
     def _run(self, schedule: InterlockSchedule) -> None:
         self._work.begin_batch(schedule.micro_batches)
@@ -227,6 +253,8 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, WarmHeadsMixin, Checkpoin
         self._work.feed(action.micro_batch, inputs, labels)
 
     def _next_batch(self) -> Any:
+        if self._samples_ahead:
+            return self._samples_ahead.pop()
         if self.data_iterator is None:
             raise DataError(
                 "stage 0 has no data: pass data_iter to train_batch, or training_data to initialize"
@@ -258,7 +286,7 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, WarmHeadsMixin, Checkpoin
         with self._recorder.span(action, self._batches):
             gradients = self._work.run(action)
         if gradients is not None:
-            send = send_of(self.plan, action)
+            send = send_of(self._work.plan, action)
             assert send is not None, "gradients are made to be sent"
             self._gradients[send] = gradients
         if (
@@ -282,7 +310,9 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, WarmHeadsMixin, Checkpoin
         if self.module.tied_comms:
             self._exec_reduce_tied_grads()
         super()._exec_reduce_grads()
+        self._drop_gradients_of_idle_heads()
         self._losses = self._average_over_replicas(self._work.mean_losses())
+        self._final_loss = self._losses.get(self.plan.final)
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         learning_rate = self.get_lr()[0]
@@ -296,8 +326,9 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, WarmHeadsMixin, Checkpoin
             "gradient_norm": self._gradient_norm,
             "learning_rate": learning_rate,
             "samples": self.global_samples,
+            COSINE: self._take_cosine(),
         }
-        self._reporter.post(BatchReport(self._batches, values, self._losses.get(self.plan.final)))
+        self._reporter.post(BatchReport(self._batches, values, self._final_loss))
 
     # Losses and reports.
 
@@ -314,7 +345,7 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, WarmHeadsMixin, Checkpoin
     def _newest_final_loss(self) -> tuple[int, Tensor]:
         """The newest final loss that is known here, and of which batch it is."""
         if not self.streaming:
-            return self._batches - 1, self._from_last_stage(self._losses.get(self.plan.final))
+            return self._batches - 1, self._from_last_stage(self._final_loss)
         batch, loss = self._reporter.newest()
         return batch, torch.tensor(loss, device=self.device)
 
@@ -324,24 +355,6 @@ class InterlockEngine(EvaluationMixin, OptimizerMixin, WarmHeadsMixin, Checkpoin
         if self.is_pipe_parallel:
             dist.broadcast(shared, self._loss_stage_global_rank(), group=self.grid.get_pipe_parallel_group())
         return shared
-
-    def _write_reports(self) -> None:
-        """On rank 0, hands what has arrived from all stages to DeepSpeed's monitor."""
-        for report in self._reporter.collected():
-            samples = int(report.values.pop("samples"))
-            self._stage_values[report.stage] = report.values
-            if not self.monitor.enabled:
-                continue
-            names = {f"Train/stage_{report.stage}/{name}": value for name, value in report.values.items()}
-            if "final_loss" in report.values:
-                names["Train/Samples/train_loss"] = report.values["final_loss"]
-            self.monitor.write_events([(name, value, samples) for name, value in names.items()])
-
-    def _print_progress(self, batch: int, loss: Tensor) -> None:
-        every = self.steps_per_print()
-        if self.global_rank == 0 and every and self.global_steps % every == 0:
-            step = self.global_steps - (self._batches - 1 - batch)
-            print(f"steps: {self.global_steps} loss: {loss.item():0.4f} (of step {step})", flush=True)
 
     _INSTRUCTION_MAP: Mapping[Any, Any] = {
         **PipelineEngine._INSTRUCTION_MAP,

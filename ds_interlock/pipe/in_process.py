@@ -8,10 +8,18 @@ test what gradients a plan gives. Parameter names are those of the pipeline: ``3
     net = InProcessPipeline(layers, loss_fn, GradientFlowPlan.n_wise(4, window=2), head=make_head)
     losses = net.accumulate_gradients(micro_batches)
     optimizer.step()
+
+A run whose plan changes on the way is given a ``PlanSchedule``, so that the heads of all its phases are
+there when the optimizer is made, and is told when to go on:
+
+    net = InProcessPipeline(layers, loss_fn, PlanSchedule.of((0, local), (2000, wider)), head=make_head)
+    for step in range(num_steps):
+        net.change_plan(net.schedule.plan_at(step))
+        ...
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +35,12 @@ from ds_interlock.schedule.lower import (
     send_of,
     training_program,
 )
+from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
 
 MakeHead = Callable[[LossHead], nn.Module]
 MicroBatch = tuple[Hidden, Any]
+AnyStageWork = TypeVar("AnyStageWork", bound=StageWork)
 
 
 def build_head(make_head: MakeHead, loss: int, head: LossHead, seed: int = 1234) -> nn.Module:
@@ -53,14 +63,22 @@ def build_head(make_head: MakeHead, loss: int, head: LossHead, seed: int = 1234)
     return module
 
 
+class _Given(NamedTuple):
+    """The user's functions. As attributes of the pipeline, those that are modules would be part of it."""
+
+    loss_fn: LossFn | None
+    make_head: MakeHead | None
+
+
 class InProcessPipeline(nn.Module):
     """All stages of a plan, trained in one process.
 
     Args:
         layers: The model's layers, built: modules or callables, each taking the last one's result.
         loss_fn: ``loss_fn(outputs, labels)``, a scalar.
-        plan: The gradient flow; its last stage bound must be ``len(layers)``.
-        head: Builds an auxiliary head from its ``LossHead``; not needed if the plan has none.
+        plan: The gradient flow, its last stage bound ``len(layers)``; or a schedule of such plans, the
+            first of which is then in force.
+        head: Builds an auxiliary head from its ``LossHead``; not needed if there is none.
 
     Raises:
         ConfigError: If plan, layers and head do not fit together.
@@ -70,26 +88,48 @@ class InProcessPipeline(nn.Module):
         self,
         layers: Iterable[Callable[[Any], Any]],
         loss_fn: LossFn | None,
-        plan: GradientFlowPlan,
+        plan: GradientFlowPlan | PlanSchedule,
         head: MakeHead | None = None,
     ) -> None:
         super().__init__()
         self.layers_in_order = list(layers)
-        self.plan = plan
-        if len(self.layers_in_order) != plan.num_layers:
-            raise ConfigError(f"the plan is for {plan.num_layers} layers, got {len(self.layers_in_order)}")
-        if head is None and not plan.is_end_to_end:
-            raise ConfigError(
-                "the plan has auxiliary losses: pass head=, a callable LossHead -> torch.nn.Module"
-            )
+        self.schedule = plan if isinstance(plan, PlanSchedule) else PlanSchedule.constant(plan)
+        self._given = _Given(loss_fn, head)
+        num_layers = self.schedule.stage_bounds[-1]
+        if len(self.layers_in_order) != num_layers:
+            raise ConfigError(f"the plan is for {num_layers} layers, got {len(self.layers_in_order)}")
         for number, layer in enumerate(self.layers_in_order):
             if isinstance(layer, nn.Module):
                 self.add_module(str(number), layer)
         self.heads = nn.ModuleDict()
-        if head is not None:
-            for loss, place in enumerate(plan.heads[:-1]):
-                self.heads[str(loss)] = build_head(head, loss, place)
-        self.stages = [self._stage_work(stage, loss_fn) for stage in range(plan.num_stages)]
+        self._head_names: dict[int, str] = {}
+        for phase in self.schedule.phases:
+            self._add_heads(phase.plan)
+        self._enter(self.schedule.phases[0].plan)
+
+    def change_plan(self, plan: GradientFlowPlan) -> None:
+        """From now on gradients flow as ``plan`` says. Layers keep their parameters.
+
+        A head at a place where there was one before, in any plan, is that very module; others are built
+        and added to ``heads``, and an optimizer made before does not know them (a ``PlanSchedule`` avoids
+        that). Heads that ``plan`` lacks stay in ``heads`` and get no gradient: set the old ones to None
+        (``zero_grad()``), and no optimizer of torch changes them.
+
+        Args:
+            plan: For the same layers in the same stages.
+
+        Raises:
+            ConfigError: If it is not, or has heads and there is nothing to build them with.
+        """
+        if plan == self.plan:
+            return
+        if plan.stage_bounds != self.plan.stage_bounds:
+            raise ConfigError(
+                f"change_plan: got a plan for stage_bounds {list(plan.stage_bounds)}, expected those of the "
+                f"plan in force, {list(self.plan.stage_bounds)}"
+            )
+        self._add_heads(plan, like=next((p for p in self.parameters() if p.is_floating_point()), None))
+        self._enter(plan)
 
     def accumulate_gradients(self, micro_batches: Sequence[MicroBatch]) -> dict[int, Tensor]:
         """Adds the gradients of one batch to ``.grad`` of every parameter.
@@ -109,8 +149,33 @@ class InProcessPipeline(nn.Module):
         self.eval()
         return self._run(evaluation_program(self.plan, len(micro_batches), all_heads=True), micro_batches)
 
-    def _stage_work(self, stage: int, loss_fn: LossFn | None) -> StageWork:
-        layers = [self.layers_in_order[number] for number in self.plan.layers(stage)]
+    def carry_out(
+        self, program: Program, stages: Sequence[StageWork], micro_batches: Sequence[MicroBatch]
+    ) -> dict[int, Tensor]:
+        """Runs a program of any plan for these layers on ``stages``; returns the mean of every loss."""
+        return _Run(program, stages, micro_batches).losses()
+
+    def stage_works(self, plan: GradientFlowPlan, kind: type[AnyStageWork]) -> list[AnyStageWork]:
+        """The work of every stage under ``plan``, whose heads must be there."""
+        return [
+            kind(
+                plan,
+                stage,
+                self._run_layers,
+                self.layer_parameters(stage),
+                {
+                    loss: self.heads[self._head_names[plan.heads[loss].after_layer]]
+                    for loss in plan.losses_at(stage)
+                    if loss != plan.final
+                },
+                self._given.loss_fn,
+            )
+            for stage in range(plan.num_stages)
+        ]
+
+    def layer_parameters(self, stage: int) -> list[nn.Parameter]:
+        """The trainable parameters of the layers of ``stage``."""
+        layers = [self.layers_in_order[number] for number in self.schedule.phases[0].plan.layers(stage)]
         parameters = {
             id(parameter): parameter
             for layer in layers
@@ -118,10 +183,27 @@ class InProcessPipeline(nn.Module):
             for parameter in layer.parameters()
             if parameter.requires_grad
         }
-        heads = {
-            loss: self.heads[str(loss)] for loss in self.plan.losses_at(stage) if str(loss) in self.heads
-        }
-        return StageWork(self.plan, stage, self._run_layers, list(parameters.values()), heads, loss_fn)
+        return list(parameters.values())
+
+    def _enter(self, plan: GradientFlowPlan) -> None:
+        self.plan = plan
+        self.stages = self.stage_works(plan, StageWork)
+
+    def _add_heads(self, plan: GradientFlowPlan, like: Tensor | None = None) -> None:
+        """Builds the heads of ``plan`` at places where there is none yet; on the device of ``like``."""
+        make_head = self._given.make_head
+        if make_head is None and not plan.is_end_to_end:
+            raise ConfigError(
+                "the plan has auxiliary losses: pass head=, a callable LossHead -> torch.nn.Module"
+            )
+        for place in plan.heads[:-1]:
+            if place.after_layer in self._head_names:
+                continue
+            assert make_head is not None
+            number = len(self.heads)
+            built = build_head(make_head, number, place)
+            self.heads[str(number)] = built if like is None else built.to(like.device, like.dtype)
+            self._head_names[place.after_layer] = str(number)
 
     def _run_layers(self, hidden: Hidden, start: int, stop: int) -> Hidden:
         for layer in self.layers_in_order[start:stop]:
@@ -129,17 +211,30 @@ class InProcessPipeline(nn.Module):
         return hidden
 
     def _run(self, program: Program, micro_batches: Sequence[MicroBatch]) -> dict[int, Tensor]:
-        """Lets every stage run until it waits for a message, until all are done."""
-        for work in self.stages:
-            work.begin_batch(len(micro_batches))
+        return self.carry_out(program, self.stages, micro_batches)
+
+
+class _Run:
+    """One batch of ``program``: every stage runs until it waits for a message, until all are done."""
+
+    def __init__(
+        self, program: Program, stages: Sequence[StageWork], micro_batches: Sequence[MicroBatch]
+    ) -> None:
+        self.program = program
+        self.stages = stages
+        self.micro_batches = micro_batches
         self._messages: dict[Action, Any] = {}
-        next_up = [0] * self.plan.num_stages
-        while any(at < len(actions) for at, actions in zip(next_up, program.stages, strict=True)):
+
+    def losses(self) -> dict[int, Tensor]:
+        """Does all the work; returns the mean of every loss."""
+        for work in self.stages:
+            work.begin_batch(len(self.micro_batches))
+        programs = self.program.stages
+        next_up = [0] * len(programs)
+        while any(at < len(actions) for at, actions in zip(next_up, programs, strict=True)):
             before = list(next_up)
-            for stage, actions in enumerate(program.stages):
-                while next_up[stage] < len(actions) and self._run_action(
-                    actions[next_up[stage]], micro_batches
-                ):
+            for stage, actions in enumerate(programs):
+                while next_up[stage] < len(actions) and self._run_action(actions[next_up[stage]]):
                     next_up[stage] += 1
             if next_up == before:
                 raise ScheduleError("the stages wait for each other: this program cannot be carried out")
@@ -149,17 +244,17 @@ class InProcessPipeline(nn.Module):
             work.begin_batch(1)
         return losses
 
-    def _run_action(self, action: Action, micro_batches: Sequence[MicroBatch]) -> bool:
+    def _run_action(self, action: Action) -> bool:
         """Does ``action`` if what it needs is there; says whether it did."""
         work = self.stages[action.stage]
         if action.kind is Kind.LOAD:
-            work.feed(action.micro_batch, *micro_batches[action.micro_batch])
+            work.feed(action.micro_batch, *self.micro_batches[action.micro_batch])
         elif action.kind is Kind.SEND_FORWARD:
             self._messages[receive_of(action)] = work.output(action.micro_batch)
         elif action.kind in (Kind.SEND_GRADIENT, Kind.REDUCE, Kind.STEP) or action.kind in RECV_KINDS:
             pass  # gradients are passed on where they are made; there are no replicas, no optimizer
         else:
-            needs = receives_needed(self.plan, action)
+            needs = receives_needed(self.program.plan, action)
             if any(receive not in self._messages for receive in needs):
                 return False
             for receive in needs:
@@ -179,6 +274,6 @@ class InProcessPipeline(nn.Module):
 
     def _pass_on(self, action: Action, gradients: tuple[Tensor, ...] | None) -> None:
         if gradients is not None:
-            send = send_of(self.plan, action)
+            send = send_of(self.program.plan, action)
             assert send is not None, "gradients are made to be sent"
             self._messages[receive_of(send)] = gradients

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
@@ -12,6 +12,7 @@ from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError
 from ds_interlock.pipe.agreement import agree
 from ds_interlock.pipe.engine import InterlockEngine
+from ds_interlock.pipe.idle_heads import IDLE_PHASES, check_idle_heads
 from ds_interlock.pipe.module import InterlockPipelineModule
 from ds_interlock.pipe.start import init_distributed
 
@@ -60,18 +61,18 @@ def initialize(
     agree({"config": config, "layers": len(model._layer_specs), "stage_bounds": list(model.parts)})
     model.bind(InterlockConfig.from_deepspeed(config))
     model.add_placeholder()
-    groups = _by_learning_rate(model)
+    groups = _groups(model)
     brings_own = model_parameters is not None or optimizer is not None
-    if brings_own and set(groups) | {_scale_of_heads(model)} != {1.0}:
+    if brings_own and {group.scale for group in groups} | {_scale_of_heads(model)} != {1.0}:
         raise ConfigError(
             "interlock.head.learning_rate_scale works with the optimizer of the JSON config, and so does "
             "learning_rate_scale of a parameter; with an optimizer or parameters of your own, make a group "
             "for each learning rate yourself (model.head_parameters() are those of the heads)"
         )
-    if model.placeholder is not None:
-        model_parameters = [model.placeholder]
-    elif not brings_own:
+    if not brings_own:
         model_parameters, config = _parameter_groups(groups, config)
+    elif model.placeholder is not None:
+        model_parameters = [p for p in model.parameters() if p.requires_grad]
     grid = model.mpu()
     engine = InterlockEngine(
         args=args,
@@ -87,47 +88,64 @@ def initialize(
         config_class=DeepSpeedConfig(config, grid),
     )
     _check_optimizer_has_heads(engine)
+    check_idle_heads(engine, brings_own)
     engine._configure_python_gc()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def _by_learning_rate(model: InterlockPipelineModule) -> dict[float, list[nn.Parameter]]:
-    """The trainable parameters of this stage by what their learning rate is multiplied with, 1 first.
+class _Group(NamedTuple):
+    """What parameters in one group of the optimizer have in common."""
 
-    A parameter says so in an attribute ``learning_rate_scale``; all those of heads are scaled by
-    ``interlock.head.learning_rate_scale`` as well.
+    scale: float
+    """What their learning rate is multiplied with."""
+    idle_phases: tuple[int, ...]
+    """The phases of the schedule in which they must not change."""
+
+
+def _groups(model: InterlockPipelineModule) -> dict[_Group, list[nn.Parameter]]:
+    """The trainable parameters of this stage by group, those at the configured rate first.
+
+    A parameter says in an attribute ``learning_rate_scale`` what its rate is multiplied with; all those of
+    heads are scaled by ``interlock.head.learning_rate_scale`` as well.
     """
-    of_heads = dict.fromkeys(map(id, model.head_parameters()), _scale_of_heads(model))
-    groups: dict[float, list[nn.Parameter]] = {}
+    of_heads = {
+        id(parameter): _Group(_scale_of_heads(model), model.idle_phases(int(number)))
+        for number, head in model.heads.items()
+        for parameter in head.parameters()
+    }
+    groups: dict[_Group, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         own = getattr(parameter, "learning_rate_scale", 1.0)
         if not isinstance(own, int | float) or not 0 < own < math.inf:
             raise ConfigError(f"{name}.learning_rate_scale is {own!r}: expected a number above 0")
-        groups.setdefault(own * of_heads.get(id(parameter), 1.0), []).append(parameter)
-    return {scale: groups[scale] for scale in sorted(groups, key=lambda scale: (scale != 1.0, scale))}
+        scale, idle_phases = of_heads.get(id(parameter), _Group(1.0, ()))
+        groups.setdefault(_Group(own * scale, idle_phases), []).append(parameter)
+    return {group: groups[group] for group in sorted(groups, key=lambda group: (group.scale != 1.0, group))}
 
 
 def _parameter_groups(
-    groups: Mapping[float, list[nn.Parameter]], config: dict[str, Any]
+    groups: Mapping[_Group, list[nn.Parameter]], config: dict[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """What DeepSpeed is given to train: a group for each learning rate, and schedules that know of them.
+    """What DeepSpeed is given to train: a list of groups, and schedules that know of their rates.
 
     DeepSpeed's schedulers set a rate for each group from scalars or from lists with one number a
     group, so the scalars of a stage with other rates than the configured one become lists.
     """
-    if list(groups) == [1.0]:
-        return groups[1.0], config
+    if list(groups) == [_Group(1.0, ())]:
+        return groups[_Group(1.0, ())], config
     config = copy.deepcopy(config)
     rate = config.get("optimizer", {}).get("params", {}).get("lr", 1e-3)
     params = config.get("scheduler", {}).get("params", {})
     for name, value in params.items():
         if name.endswith("_lr") and isinstance(value, int | float):
-            params[name] = [value * scale for scale in groups]
+            params[name] = [value * group.scale for group in groups]
     listed = [
-        {"params": parameters} | ({} if scale == 1.0 else {"lr": rate * scale})
-        for scale, parameters in groups.items()
+        {"params": parameters}
+        | ({} if group.scale == 1.0 else {"lr": rate * group.scale})
+        | ({IDLE_PHASES: list(group.idle_phases)} if group.idle_phases else {})
+        for group, parameters in groups.items()
     ]
     return listed, config
 

@@ -1,7 +1,7 @@
 """``InterlockPipelineModule``: a ``PipelineModule`` with a gradient-flow plan and loss heads.
 
-Layers, partitioning and parameter names are DeepSpeed's. Added are the plan, made from the
-configuration and DeepSpeed's own partition; the heads of this stage, under ``heads.``; a forward
+Layers, partitioning and parameter names are DeepSpeed's. Added are the plan (or a schedule of them), made
+from the configuration and DeepSpeed's own partition; the heads of this stage, under ``heads.``; a forward
 over a range of layers, so that a head can sit inside a stage; and what becomes of tied weights and
 of process groups that span the pipe when stages step on their own.
 """
@@ -24,6 +24,7 @@ from ds_interlock.errors import ConfigError
 from ds_interlock.pipe.heads import head_factory
 from ds_interlock.pipe.in_process import MakeHead, build_head
 from ds_interlock.pipe.stage import Hidden
+from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan
 
 
@@ -32,14 +33,21 @@ class StageGrid:
 
     DeepSpeed clips gradients and looks for overflow over ``get_model_parallel_group()``, which
     spans the pipe. Here it spans the tensor-parallel ranks of this stage; all else is unchanged.
+
+    Args:
+        grid: DeepSpeed's.
+        steps_alone: Whether the stage steps on its own now; a schedule may change that.
     """
 
-    def __init__(self, grid: Any) -> None:
+    def __init__(self, grid: Any, steps_alone: Callable[[], bool]) -> None:
         self._grid = grid
+        self._steps_alone = steps_alone
 
     def get_model_parallel_group(self) -> Any:
-        """The ranks that hold other parts of this stage's layers."""
-        return self._grid.get_slice_parallel_group()
+        """The ranks that hold other parts of what steps together."""
+        if self._steps_alone():
+            return self._grid.get_slice_parallel_group()
+        return self._grid.get_model_parallel_group()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
@@ -56,8 +64,8 @@ class InterlockPipelineModule(PipelineModule):
             model's last layers.
         pretrained: Whether the layers bring the weights of a trained model: heads of type ``auto`` are
             then lenses.
-        plan: Makes the plan from the stage bounds, in place of the one that ``interlock`` means:
-            for gradient flows that the configuration has no words for, as deep supervision.
+        plan: Makes the plan, or a schedule of plans, from the stage bounds, in place of what ``interlock``
+            means: for gradient flows that the configuration has no words for, as deep supervision.
         stage_bounds: Where to cut, in place of a ``partition_method``: stage k gets the layers
             ``stage_bounds[k] .. stage_bounds[k + 1] - 1``. ``num_stages + 1`` rising layer numbers, from 0
             to the number of layers.
@@ -74,7 +82,7 @@ class InterlockPipelineModule(PipelineModule):
         interlock: InterlockConfig | None = None,
         head: MakeHead | None = None,
         pretrained: bool = False,
-        plan: Callable[[list[int]], GradientFlowPlan] | None = None,
+        plan: Callable[[list[int]], GradientFlowPlan | PlanSchedule] | None = None,
         stage_bounds: Sequence[int] | None = None,
         **pipeline: Any,
     ) -> None:
@@ -94,7 +102,8 @@ class InterlockPipelineModule(PipelineModule):
         self._make_head = head
         self._pretrained = pretrained
         self._make_plan = plan
-        self._keeps_ties = False
+        self.keeps_ties = False
+        self.phase = 0
         self.interlock: InterlockConfig | None = None
         if any(start >= stop for start, stop in zip(self.parts, self.parts[1:], strict=False)):
             raise ConfigError(
@@ -107,7 +116,7 @@ class InterlockPipelineModule(PipelineModule):
             self.bind(interlock)
 
     def bind(self, interlock: InterlockConfig) -> None:
-        """Makes the plan and builds this stage's heads. Happens once; the mode is then fixed.
+        """Makes the plans and builds this stage's heads. Happens once; the modes are then fixed.
 
         Raises:
             ConfigError: If another configuration was bound before, or the plan is impossible.
@@ -121,35 +130,56 @@ class InterlockPipelineModule(PipelineModule):
                 )
             return
         bounds = [int(bound) for bound in self.parts]
-        self.plan = self._make_plan(bounds) if self._make_plan else interlock.plan(bounds)
-        if list(self.plan.stage_bounds) != bounds:
+        made = self._make_plan(bounds) if self._make_plan else interlock.plan_schedule(bounds)
+        self.schedule = made if isinstance(made, PlanSchedule) else PlanSchedule.constant(made)
+        if list(self.schedule.stage_bounds) != bounds:
             raise ConfigError(
-                f"plan({bounds}) returned a plan for stage_bounds {list(self.plan.stage_bounds)}: it must "
-                "keep the bounds it is given, which are those of partition_method"
+                f"plan({bounds}) returned a plan for stage_bounds {list(self.schedule.stage_bounds)}: it "
+                "must keep the bounds it is given, which are those of partition_method"
             )
         self.interlock = interlock
         self.head_config = interlock.head.resolve(pretrained=self._pretrained)
         make_head = self._make_head
-        if make_head is None and len(self.plan.heads) > 1:
+        if make_head is None and self.schedule.heads:
             # On every rank, also where there is no head: a model it cannot size one for is refused by all.
             make_head = head_factory(interlock.head, self._layer_specs, self._pretrained)
-        for loss in self.plan.losses_at(self.stage_id):
-            if loss == self.plan.final:
-                continue
-            assert make_head is not None
-            built = build_head(make_head, loss, self.plan.heads[loss], self.base_seed)
-            self.heads[str(loss)] = built.to(get_accelerator().device_name(self.local_rank))
+        for number, place in enumerate(self.schedule.heads):
+            if place.stage == self.stage_id:
+                assert make_head is not None
+                built = build_head(make_head, number, place, self.base_seed)
+                self.heads[str(number)] = built.to(get_accelerator().device_name(self.local_rank))
         self.activation_checkpoint_func = partial(checkpoint, use_reentrant=False)
         self._settle_tied_weights(interlock)
 
     @property
+    def plan(self) -> GradientFlowPlan:
+        """The gradient-flow plan in force: that of the phase with the number ``phase``."""
+        return self.schedule.phases[self.phase].plan
+
+    @property
     def steps_alone(self) -> bool:
         """True if a stage's update depends on its window only, not on the whole pipeline. Same on all."""
-        return not self.plan.is_end_to_end and not self._keeps_ties
+        return not self.plan.is_end_to_end and not self.keeps_ties
 
     def mpu(self) -> Any:
         """The process groups, as DeepSpeed's optimizers use them."""
-        return StageGrid(self._grid) if self.steps_alone else self._grid
+        if self.schedule.is_end_to_end or self.keeps_ties:
+            return self._grid
+        return StageGrid(self._grid, lambda: self.steps_alone)
+
+    def heads_of(self, plan: GradientFlowPlan) -> dict[int, nn.Module]:
+        """This stage's auxiliary heads, by their loss in ``plan``."""
+        return {
+            loss: self.heads[str(self.schedule.head_number(plan.heads[loss].after_layer))]
+            for loss in plan.losses_at(self.stage_id)
+            if loss != plan.final
+        }
+
+    def idle_phases(self, head: int) -> tuple[int, ...]:
+        """The phases in which the head with this number takes no part."""
+        return tuple(
+            phase for phase in range(len(self.schedule.phases)) if self.schedule.is_idle(head, phase)
+        )
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of this stage's heads."""
@@ -161,13 +191,17 @@ class InterlockPipelineModule(PipelineModule):
         return [p for p in self.parameters() if p.requires_grad and id(p) not in others]
 
     def add_placeholder(self) -> None:
-        """Gives a stage that is frozen as a whole a parameter that nothing depends on.
+        """Gives a stage in which nothing learns, in some phase, a parameter that nothing depends on.
 
         DeepSpeed's optimizers refuse an empty list, and every stage needs one: it counts the steps and
         keeps the learning rate. Call it once layers are frozen and heads are built.
         """
-        if not any(parameter.requires_grad for parameter in self.parameters()):
-            self.placeholder = nn.Parameter(torch.zeros(1))
+        if self.layer_parameters():
+            return
+        for phase in self.schedule.phases:
+            heads = self.heads_of(phase.plan).values()
+            if not any(parameter.requires_grad for head in heads for parameter in head.parameters()):
+                self.placeholder = nn.Parameter(torch.zeros(1))
 
     def get_tied_weights_and_groups(self) -> list[Any]:
         """As DeepSpeed's, of weights that have gradients to be summed: frozen ones have none."""
@@ -224,7 +258,7 @@ class InterlockPipelineModule(PipelineModule):
         """Ties across stages need an all-reduce over the pipe at every step: keep it, or cut them."""
         keys = sorted({spec.key for spec in self._layer_specs if isinstance(spec, TiedLayerSpec)})
         across = [key for key in keys if self._num_stages_of(key) > 1]
-        if not across or self.plan.is_end_to_end:
+        if not across or self.schedule.is_end_to_end:
             return
         names = ", ".join(map(repr, across))
         if interlock.tied_weights == "error":
@@ -233,7 +267,7 @@ class InterlockPipelineModule(PipelineModule):
                 '"untie" (each stage trains its own copy) or "sync" (all-reduce at every step, no streaming)'
             )
         if interlock.tied_weights == "sync":
-            self._keeps_ties = True
+            self.keeps_ties = True
             message = f"tied weights {names} stay tied: their all-reduce ends streaming across batches"
         else:
             message = f"tied weights {names} are untied: equal at first, then each stage trains its own copy"

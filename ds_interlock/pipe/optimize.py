@@ -43,6 +43,11 @@ class OptimizerMixin:
             norm = squared.sqrt()
         return norm
 
+    def _norm_over_what_steps_together(self: Any) -> None:
+        """Tells ZeRO, which asks only once, over which ranks norms are to be taken from now on."""
+        if hasattr(self.optimizer, "model_parallel_group"):
+            self.optimizer.model_parallel_group = self.mpu.get_model_parallel_group()
+
     def _reduce_non_expert_gradients(self: Any, grads: list[Tensor], elements_per_buffer: int) -> None:
         """DeepSpeed's all-reduce over the replicas, unless this stage has only one and nothing would change.
 

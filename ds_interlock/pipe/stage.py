@@ -171,7 +171,7 @@ class StageWork:
         scaled = value / self.num_micro_batches
         with self.weight_pass():
             (scaled if head.weight == 1.0 else scaled * head.weight).backward()  # type: ignore[no-untyped-call]
-        entry.of_heads[loss] = _gradients_of(_floats(hidden))
+        entry.of_heads[loss] = _gradients_of(floats(hidden))
 
     def _loss_at(self, loss: int, hidden: Hidden, labels: Any) -> Tensor:
         head: Any = self.heads.get(loss)
@@ -207,12 +207,12 @@ class StageWork:
 
     def _relay(self, action: Action) -> Gradients:
         entry = self._in_flight[action.micro_batch]
-        inputs = _floats(entry.inputs)
+        inputs = floats(entry.inputs)
         outputs, cotangents = self._cotangents(entry, frozenset(action.losses))
         found = torch.autograd.grad(
             outputs, inputs, cotangents, retain_graph=self._pass_done(action), allow_unused=True
         )
-        return tuple(_or_zeros(gradient, tensor) for gradient, tensor in zip(found, inputs, strict=True))
+        return tuple(or_zeros(gradient, tensor) for gradient, tensor in zip(found, inputs, strict=True))
 
     def _weight_gradient(self, action: Action) -> None:
         entry = self._in_flight[action.micro_batch]
@@ -229,7 +229,7 @@ class StageWork:
         if outputs:  # a first stage may be frozen as a whole
             with self.weight_pass():
                 torch.autograd.backward(outputs, cotangents, retain_graph=more)
-        return _gradients_of(_floats(entry.inputs))
+        return _gradients_of(floats(entry.inputs))
 
     def _pass_done(self, action: Action) -> bool:
         """Counts a backward pass; True if another follows and the graph must stay."""
@@ -249,7 +249,7 @@ class StageWork:
             at.setdefault(self.plan.stage_bounds[self.stage + 1], []).append(entry.of_bundles[bundle])
         outputs, cotangents = [], []
         for position, arrived in at.items():
-            tensors = _floats(entry.hidden[position])
+            tensors = floats(entry.hidden[position])
             summed = [reduce(torch.add, parts) for parts in zip(*arrived, strict=True)]
             for tensor, cotangent in zip(tensors, summed, strict=True):
                 if tensor.requires_grad:
@@ -268,17 +268,24 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.requires_grad_() if tensor.is_floating_point() else tensor
 
 
-def _floats(hidden: Hidden) -> tuple[Tensor, ...]:
+def leaves(hidden: Hidden) -> Hidden:
+    """The same values without history; the floating-point ones are to have gradients."""
+    return _map(_map(hidden, torch.Tensor.detach), _leaf)
+
+
+def floats(hidden: Hidden) -> tuple[Tensor, ...]:
+    """The tensors of ``hidden`` that have gradients."""
     tensors = (hidden,) if isinstance(hidden, Tensor) else hidden
     return tuple(tensor for tensor in tensors if tensor.is_floating_point())
 
 
-def _or_zeros(gradient: Tensor | None, tensor: Tensor) -> Tensor:
+def or_zeros(gradient: Tensor | None, tensor: Tensor) -> Tensor:
+    """``gradient``, or that of a ``tensor`` on which nothing depends."""
     return torch.zeros_like(tensor) if gradient is None else gradient
 
 
 def _gradients_of(tensors: tuple[Tensor, ...]) -> Gradients:
-    return tuple(_or_zeros(tensor.grad, tensor) for tensor in tensors)
+    return tuple(or_zeros(tensor.grad, tensor) for tensor in tensors)
 
 
 def _shapes(value: Any) -> str:

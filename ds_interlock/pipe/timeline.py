@@ -35,6 +35,11 @@ class Recorder:
         """Ends the recording ``name`` and returns it; empty if it was never begun."""
         return self._recordings.pop(name, [])
 
+    def forget(self) -> None:
+        """Takes what has been recorded so far out of all recordings that are under way."""
+        for spans in self._recordings.values():
+            spans.clear()
+
     @contextmanager
     def span(self, action: Action, batch: int) -> Iterator[None]:
         """Records the time its body takes as the time of ``action``."""

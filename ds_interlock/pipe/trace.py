@@ -11,7 +11,7 @@ from datetime import timedelta
 
 from deepspeed.utils import logger
 
-from ds_interlock.config import TraceConfig
+from ds_interlock.config_monitoring import TraceConfig
 from ds_interlock.files import replace_text
 from ds_interlock.pipe.report import job_store
 from ds_interlock.pipe.timeline import Recorder, Rows, from_zero, measured_and_simulated, title_of

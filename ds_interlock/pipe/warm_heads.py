@@ -24,7 +24,7 @@ from ds_interlock.pipe.instructions import InterlockSchedule
 from ds_interlock.pipe.stage import StageWork
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.lower import Program, evaluation_program
-from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.schedule.plan import GradientFlowPlan, loss_name
 
 
 def head_program(plan: GradientFlowPlan, num_micro_batches: int) -> Program:
@@ -40,8 +40,8 @@ def head_program(plan: GradientFlowPlan, num_micro_batches: int) -> Program:
 class HeadWork(StageWork):
     """The work of one stage while its heads are fitted. To be carried out without a graph."""
 
-    def __init__(self, work: StageWork) -> None:
-        super().__init__(work.plan, work.stage, work.run_layers, [], work.heads, work.loss_fn)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.parameters_of = {
             loss: [parameter for parameter in head.parameters() if parameter.requires_grad]
             for loss, head in self.heads.items()
@@ -113,6 +113,8 @@ class WarmHeadsMixin:
     ) -> dict[str, list[float]]:
         """Fits the auxiliary heads for some batches; layers and optimizer stay as they are, bit for bit.
 
+        Those of all phases of a schedule are fitted, also the ones that are not in use yet.
+
         ``interlock.head.warmup_steps`` does this in front of the first training batch, unless it has been
         done by hand. All ranks must call it. Without auxiliary heads it does nothing, and reads no data.
 
@@ -126,11 +128,12 @@ class WarmHeadsMixin:
         self._heads_are_fitted = True
         if data_iter is not None:
             self.set_dataiterator(data_iter)
-        if len(self.plan.heads) == 1:
+        plan = self.module.schedule.plan_with_all_heads
+        if len(plan.heads) == 1:
             return {}
         self.module.train()
-        schedule = InterlockSchedule(head_program(self.plan, self.micro_batches), self.stage_id)
-        training, work = self._work, HeadWork(self._work)
+        schedule = InterlockSchedule(head_program(plan, self.micro_batches), self.stage_id)
+        training, work = self._work, self._work_of(plan, HeadWork)
         optimizer = HeadOptimizer(work.head_parameters, self.module.head_config.warmup_learning_rate)
         self._work = work
         try:
@@ -138,7 +141,7 @@ class WarmHeadsMixin:
         finally:
             self._work = training
         optimizer.tell_deepspeed()
-        told: dict[str, list[float]] = self._told_losses(losses)
+        told: dict[str, list[float]] = self._told_losses(plan, losses)
         return told
 
     def _warm_up_heads(self: Any) -> None:
@@ -160,9 +163,11 @@ class WarmHeadsMixin:
         losses: dict[int, Tensor] = self._average_over_replicas(work.mean_losses())
         return losses
 
-    def _told_losses(self: Any, losses: list[dict[int, Tensor]]) -> dict[str, list[float]]:
+    def _told_losses(
+        self: Any, plan: GradientFlowPlan, losses: list[dict[int, Tensor]]
+    ) -> dict[str, list[float]]:
         told = {
-            self.loss_name(loss): [float(of_batch[loss]) for of_batch in losses]
+            loss_name(plan, loss): [float(of_batch[loss]) for of_batch in losses]
             for loss in (losses[0] if losses else ())
         }
         if self.grid.get_data_parallel_rank() == 0:

@@ -244,6 +244,11 @@ class GradientFlowPlan:
         return tuple(bundles)
 
 
+def loss_name(plan: GradientFlowPlan, loss: int) -> str:
+    """How the loss with this index in ``plan.heads`` is called in reports, in every plan with this place."""
+    return "final_loss" if loss == plan.final else f"loss_after_layer_{plan.heads[loss].after_layer}"
+
+
 def _bounds(num_stages: int | None, stage_bounds: Sequence[int] | None) -> tuple[int, ...]:
     """The bounds meant by either argument."""
     if (num_stages is None) == (stage_bounds is None):

@@ -1,0 +1,130 @@
+"""A gradient-flow plan for every step: the reach of the losses as a schedule.
+
+    step       0            2000                  8000
+    phase      0: window 1  1: window 2           2: global
+    heads      a  b  c         b  c                              built once, a..c, kept throughout
+
+A run with one plan is a schedule of one phase; whatever differs between phases derives from here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ds_interlock.errors import PlanError, list_faults
+from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A plan, and the number of optimizer steps after which it comes into force."""
+
+    from_step: int
+    plan: GradientFlowPlan
+
+
+@dataclass(frozen=True)
+class PlanSchedule:
+    """Which plan is in force at which step. All plans are for the same layers in the same stages.
+
+    Attributes:
+        phases: In order; the first from step 0.
+
+    Raises:
+        PlanError: Listing every fault, if the phases do not fit together.
+    """
+
+    phases: tuple[Phase, ...]
+
+    @classmethod
+    def of(cls, *phases: tuple[int, GradientFlowPlan]) -> "PlanSchedule":
+        """A schedule of ``(from_step, plan)`` pairs."""
+        return cls(tuple(Phase(from_step, plan) for from_step, plan in phases))
+
+    @classmethod
+    def constant(cls, plan: GradientFlowPlan) -> "PlanSchedule":
+        """The same plan from beginning to end."""
+        return cls.of((0, plan))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "phases", tuple(self.phases))
+        faults = _faults(self.phases)
+        if faults:
+            raise PlanError(list_faults("schedule of gradient-flow plans", faults))
+
+    @property
+    def stage_bounds(self) -> tuple[int, ...]:
+        """The stage bounds of all plans."""
+        return self.phases[0].plan.stage_bounds
+
+    @property
+    def is_constant(self) -> bool:
+        """True if there is one phase only."""
+        return len(self.phases) == 1
+
+    @property
+    def is_end_to_end(self) -> bool:
+        """True if every phase is ordinary backpropagation."""
+        return all(phase.plan.is_end_to_end for phase in self.phases)
+
+    def phase_at(self, step: int) -> int:
+        """The number of the phase in force once ``step`` optimizer steps are done."""
+        return max(number for number, phase in enumerate(self.phases) if phase.from_step <= step)
+
+    def plan_at(self, step: int) -> GradientFlowPlan:
+        """The plan in force once ``step`` optimizer steps are done."""
+        return self.phases[self.phase_at(step)].plan
+
+    @cached_property
+    def heads(self) -> tuple[LossHead, ...]:
+        """The auxiliary heads of all phases, one for each place, in the order of their first phase.
+
+        Those of the first phase keep the index that they have in its plan. The weight of a head is that
+        of its first phase.
+        """
+        first: dict[int, LossHead] = {}
+        for phase in self.phases:
+            for head in phase.plan.heads[:-1]:
+                first.setdefault(head.after_layer, head)
+        return tuple(first.values())
+
+    def head_number(self, after_layer: int) -> int:
+        """The index in ``heads`` of the one behind ``after_layer`` layers."""
+        return [head.after_layer for head in self.heads].index(after_layer)
+
+    def is_idle(self, head: int, phase: int) -> bool:
+        """True if the head with this index takes no part in the phase with this number."""
+        places = {place.after_layer for place in self.phases[phase].plan.heads[:-1]}
+        return self.heads[head].after_layer not in places
+
+    @cached_property
+    def plan_with_all_heads(self) -> GradientFlowPlan:
+        """A plan with the heads of all phases, to go forward by: its gradient flow is nobody's."""
+        bounds = self.stage_bounds
+        heads = sorted(self.heads, key=lambda head: head.after_layer)
+        heads.append(self.phases[0].plan.heads[-1])
+        behind = [
+            frozenset(loss for loss, head in enumerate(heads) if head.after_layer >= stop)
+            for stop in bounds[1:]
+        ]
+        return GradientFlowPlan(bounds, tuple(heads), tuple(behind))
+
+
+def _faults(phases: Sequence[Phase]) -> list[str]:
+    """Everything that is wrong with ``phases``, empty if nothing is."""
+    if not phases:
+        return ["it has no phases: the first must begin at step 0"]
+    faults = []
+    steps = [phase.from_step for phase in phases]
+    if steps[0] != 0:
+        faults.append(f"the first phase begins at step {steps[0]}, expected 0")
+    if any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
+        faults.append(f"the phases begin at steps {steps}, expected rising numbers")
+    bounds = phases[0].plan.stage_bounds
+    for number, phase in enumerate(phases):
+        if phase.plan.stage_bounds != bounds:
+            faults.append(
+                f"phase {number} is for stage_bounds {list(phase.plan.stage_bounds)}, phase 0 for "
+                f"{list(bounds)}: a schedule cannot move layers between stages"
+            )
+    return faults

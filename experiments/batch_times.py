@@ -1,0 +1,334 @@
+"""How long a batch takes on K devices, for every mode of an experiment.
+
+    python -m experiments.batch_times transformer        # docs/experiments/transformer_batch_times.json
+
+    layers, loss and heads             a real pipeline: K processes,         how long a batch of the
+    of the model, timed in       ─►    the engine, and layers that     ─►    same work takes, for every
+    one thread                         sleep in these proportions            mode and number of micro-batches
+    (stage_profile.py)                 (sleeping_pipeline.py)                (this file)
+
+Whatever the number M of micro-batches, a batch is the same work: a micro-batch is taken to be 1/M of it, and
+to need 1/M of its time. The model's optimizer step and the size of its messages are left out; what the engine
+itself needs is in, as large beside ``--milliseconds`` as it is.
+
+A mode whose gradient reach changes ("schedule") has a time for each phase. Sections that differ only in how
+heads learn share a measurement. Differences from the experiment's model (``modes.NAME.model``) are left out.
+To be run on a machine that does nothing else.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from tqdm import tqdm
+
+from benchmarks.results import machine, markdown, versions
+from ds_interlock import InterlockConfig
+from ds_interlock.errors import ConfigError, DataError
+from ds_interlock.files import replace_text
+from experiments import definition
+from experiments.definition import GLOBAL, Definition
+from experiments.run import RESULTS
+from experiments.sleeping_pipeline import Pipeline
+from experiments.stage_profile import LEARNING_KEYS, TaskProfile, without_learning
+from experiments.tasks import make_task
+from experiments.time_to_loss import phase_sections
+
+FORMAT = 1
+"""Of the file. Raise it when a reader of the old one would be misled; old files are then refused."""
+
+Section = dict[str, Any]
+_Phase = tuple[str, int | None, Section]
+"""A mode, the step that a phase of it begins at (None: it has no others), the section then in force."""
+
+# The file.
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Head(_Record):
+    """An auxiliary head of some mode, and what its forward and backward take together."""
+
+    after_layer: int
+    section: Section
+    """Its "interlock.head", without what time does not depend on."""
+    units: float
+
+
+class Stage(_Record):
+    """What the layers of a stage take, in units, and the heads on it."""
+
+    forward: float
+    input_gradient: float
+    weight_gradient: float
+    loss: float
+    """The final loss, on the last stage."""
+    heads: tuple[Head, ...]
+
+
+class ProfileOfStages(_Record):
+    """The proportions that the stages sleep in. The unit is the mean forward of a stage."""
+
+    stage_bounds: tuple[int, ...]
+    stages: tuple[Stage, ...]
+    unit_seconds: float
+    """The unit on the machine that was profiled, for a whole batch of the experiment."""
+
+
+class Row(_Record):
+    """A mode, or a phase of one, with M micro-batches."""
+
+    mode: str
+    phase: int | None
+    """The step that the phase begins at; None if the mode has one phase only."""
+    interlock: Section
+    """The section that is in force."""
+    micro_batches: int
+    seconds: float
+    """What a batch of sleeping stages took: M micro-batches with a mean forward of ``milliseconds``."""
+    relative_seconds: float
+    """The same in units of the mean stage forward of a whole batch: of the same work whatever M."""
+    predicted: float
+    """What the simulator says, in the same unit."""
+    floor: float
+    """No bubble, no extra work: the slowest stage's own passes, in the same unit."""
+    times_global: float
+    """Speed: global's time with as many micro-batches, over this one."""
+
+
+class BatchTimes(_Record):
+    """The contents of the file."""
+
+    format: Literal[1] = 1
+    experiment: str
+    milliseconds: float
+    command: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    profile: ProfileOfStages
+    rows: tuple[Row, ...]
+
+
+def read(path: Path) -> BatchTimes:
+    """The batch times in a file.
+
+    Raises:
+        DataError: If there is no such file, or it is none of ours, or one of another version.
+    """
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(
+            f"{path}: cannot read the batch times: {error}; measure them with `{_command('NAME')}`"
+        ) from error
+    found = contents.get("format") if isinstance(contents, dict) else None
+    if found != FORMAT:
+        raise DataError(
+            f"{path}: format {found}, expected {FORMAT}: the file is from another version of this package; "
+            f"measure again with `{_command('NAME')}`"
+        )
+    try:
+        return BatchTimes.model_validate(contents)
+    except ValidationError as error:
+        keys = ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors())
+        raise DataError(
+            f"{path}: not batch times as this version describes them (wrong or missing: {keys}); measure "
+            f"again with `{_command('NAME')}`"
+        ) from error
+
+
+def batch_seconds(times: BatchTimes, section: Mapping[str, Any], micro_batches: int) -> float:
+    """What a batch of the experiment takes on a device for each stage, at the speed that was profiled.
+
+    Args:
+        times: From ``read``.
+        section: The "interlock" section of a mode with one phase, or of a phase (``phase_sections``).
+        micro_batches: How many the batch is split into, M.
+
+    Raises:
+        ConfigError: If the section has phases.
+        DataError: If this was not measured.
+    """
+    wanted = _what_counts(section, times.profile.stage_bounds)
+    for row in times.rows:
+        if row.micro_batches == micro_batches and wanted == _what_counts(
+            row.interlock, times.profile.stage_bounds
+        ):
+            return row.relative_seconds * times.profile.unit_seconds
+    raise DataError(
+        f"no batch time of {json.dumps(dict(section))} with {micro_batches} micro-batches: measure it with "
+        f"`{_command(times.experiment)} --micro_batches {micro_batches}`"
+    )
+
+
+def _command(name: str) -> str:
+    return f"python -m experiments.batch_times {name}"
+
+
+def _what_counts(section: Mapping[str, Any], stage_bounds: Sequence[int]) -> Hashable:
+    """All that the time of a batch depends on: equal for sections that a batch takes as long under."""
+    config = _one_phase(section)
+    plan = config.plan(stage_bounds)
+    streams = config.streaming and not plan.is_end_to_end
+    return plan, streams, config.extra_in_flight, None if plan.is_end_to_end else config.head
+
+
+def _one_phase(section: Mapping[str, Any]) -> InterlockConfig:
+    """The section, checked, without what its heads learn by."""
+    if "schedule" in section:
+        raise ConfigError(
+            "interlock.schedule: a batch takes another time in every phase; ask for one of phase_sections"
+        )
+    config = InterlockConfig.from_deepspeed({"interlock": section})
+    return config.model_copy(update={"head": without_learning(config.head)})
+
+
+# The command.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, writes the file and prints the table; the exit status."""
+    args = _arguments(argv)
+    torch.set_num_threads(1)
+    try:
+        found = definition.load(args.name)
+        times = _measured(found, _phases(found, args.modes), args, argv)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    replace_text(args.output, times.model_dump_json(indent=1) + "\n")
+    print(table(times))
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", help=f"the experiment: {', '.join(definition.names())}")
+    parser.add_argument(
+        "--micro_batches", type=int, nargs="+", default=[1, 4, 8], metavar="M", help="of a batch (1 4 8)"
+    )
+    parser.add_argument(
+        "--milliseconds", type=float, default=40.0, help="mean sleep of a stage's forward (%(default)s)"
+    )
+    parser.add_argument("--modes", nargs="+", metavar="MODE", help="only these modes, and global (all)")
+    parser.add_argument("--output", type=Path, help=f"the file ({RESULTS}/NAME_batch_times.json)")
+    args = parser.parse_args(argv)
+    if min(args.micro_batches) < 1:
+        parser.error(f"--micro_batches: got {min(args.micro_batches)}, expected at least 1")
+    if not args.milliseconds > 0:
+        parser.error(f"--milliseconds: got {args.milliseconds:g}, expected more than 0")
+    args.output = args.output or RESULTS / f"{args.name}_batch_times.json"
+    return args
+
+
+def _phases(found: Definition, modes: Sequence[str] | None) -> list[_Phase]:
+    """What to measure, global first."""
+    unknown = [mode for mode in modes or () if mode not in found.modes]
+    if unknown:
+        raise ConfigError(
+            f"--modes: the experiment has no {', '.join(unknown)}: expected some of {', '.join(found.modes)}"
+        )
+    chosen = [GLOBAL, *(mode for mode in modes or found.modes if mode != GLOBAL)]
+    return [
+        (mode, step if "schedule" in found.modes[mode].interlock else None, section)
+        for mode in chosen
+        for step, section in phase_sections(found.modes[mode].interlock)
+    ]
+
+
+def _measured(
+    found: Definition, phases: Sequence[_Phase], args: argparse.Namespace, argv: Sequence[str] | None
+) -> BatchTimes:
+    run = next(run for run in found.runs(args.name) if run.mode == GLOBAL)
+    profile = TaskProfile.measure(make_task(run.model_copy(update={"model": found.model})))
+    given = sys.argv[1:] if argv is None else argv
+    rows = _rows(phases, profile, args.micro_batches, args.milliseconds / 1000)
+    return BatchTimes(
+        experiment=args.name,
+        milliseconds=args.milliseconds,
+        command=shlex.join(["python", "-m", "experiments.batch_times", *given]),
+        machine=machine(),
+        versions=versions(),
+        profile=_described(profile, run.training.num_micro_batches),
+        rows=tuple(rows),
+    )
+
+
+def _rows(
+    phases: Sequence[_Phase], profile: TaskProfile, micro_batches: Sequence[int], unit_seconds: float
+) -> list[Row]:
+    """Measures every pipeline that there is among the phases once, one after the other."""
+    model = profile.model
+    keys = [_what_counts(section, model.stage_bounds) for _, _, section in phases]
+    pipelines: dict[Hashable, Pipeline] = {}
+    for key, (_, _, section) in zip(keys, phases, strict=True):
+        if key not in pipelines:
+            config = _one_phase(section)
+            pipelines[key] = Pipeline(config, model, profile.heads_of(config))
+    bar = tqdm(pipelines.items(), unit="pipeline", disable=None)
+    seconds = {key: pipeline.seconds(micro_batches, unit_seconds) for key, pipeline in bar}
+    return [
+        Row(
+            mode=mode,
+            phase=from_step,
+            interlock=section,
+            micro_batches=num,
+            seconds=taken,
+            relative_seconds=taken / (num * unit_seconds),
+            predicted=pipelines[key].predicted(num) / num,
+            floor=model.floor,
+            times_global=seconds[keys[0]][num] / taken,
+        )
+        for key, (mode, from_step, section) in zip(keys, phases, strict=True)
+        for num, taken in seconds[key].items()
+    ]
+
+
+def _described(profile: TaskProfile, num_micro_batches: int) -> ProfileOfStages:
+    model = profile.model
+    sums = {name: model.stage_sums(name) for name in ("forward", "input_gradient", "weight_gradient")}
+    bounds = list(pairwise(model.stage_bounds))
+    stages = [
+        Stage(
+            **{name: of_stages[number] for name, of_stages in sums.items()},
+            loss=model.loss if number == len(bounds) - 1 else 0.0,
+            heads=tuple(
+                Head(after_layer=after_layer, section=config.model_dump(exclude=LEARNING_KEYS), units=units)
+                for (config, after_layer), units in profile.heads.items()
+                if start < after_layer <= stop
+            ),
+        )
+        for number, (start, stop) in enumerate(bounds)
+    ]
+    return ProfileOfStages(
+        stage_bounds=model.stage_bounds,
+        stages=tuple(stages),
+        unit_seconds=profile.unit_seconds * num_micro_batches,
+    )
+
+
+def table(times: BatchTimes) -> str:
+    """The rows, as Markdown."""
+    header = ["mode", "from step", "M", "stage forwards a batch", "predicted", "floor", "times global"]
+    return markdown(
+        header,
+        [
+            (r.mode, r.phase, r.micro_batches, r.relative_seconds, r.predicted, r.floor, r.times_global)
+            for r in times.rows
+        ],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

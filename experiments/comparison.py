@@ -1,0 +1,230 @@
+"""The runs of an experiment beside each other: by mode and seed, and what one mode has over another.
+
+Modes are compared seed by seed: all modes of a seed start from the same weights and see the same batches,
+so that a difference between two of them varies less than either.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ds_interlock.errors import DataError
+from experiments import results_file
+from experiments.definition import GLOBAL, Run
+from experiments.results_file import Record
+from experiments.time_to_loss import Curve
+
+LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number that was found once for each of some seeds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation; None of a single seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> "Spread | None":
+        """Of the values if there are any and each of them is a number."""
+        found = tuple(values)
+        known = tuple(value for value in found if value is not None)
+        return cls(known) if known and len(known) == len(found) else None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of the results file: what was run, and what was measured.
+
+    Attributes:
+        run: What decides all the rest.
+        record: The whole line.
+    """
+
+    run: Run
+    record: Record
+
+    @property
+    def budget(self) -> int:
+        """Batches after which quality is compared."""
+        return self.run.training.num_steps
+
+    @property
+    def final(self) -> dict[str, float]:
+        """What the model scores at the end of the budget: "loss", and for images "error"."""
+        found: dict[str, float] = self.record["final"]
+        return found
+
+    @property
+    def curve(self) -> Curve:
+        """Validation losses on the way."""
+        points = self.record["curve"]
+        return Curve(tuple(p["step"] for p in points), tuple(p["loss"] for p in points))
+
+    def series(self, key: str) -> dict[int, Any]:
+        """What the points of the curve have under ``key``, by step; points without it are left out."""
+        return {point["step"]: point[key] for point in self.record["curve"] if point.get(key) is not None}
+
+    def at_the_end(self, key: str) -> Any:
+        """The last of ``series`` within the budget; None if there is none."""
+        within = [value for step, value in self.series(key).items() if step <= self.budget]
+        return within[-1] if within else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All results of an experiment.
+
+    Attributes:
+        name: Of the experiment.
+        results: By mode and seed, modes in the order in which they were met.
+    """
+
+    name: str
+    results: dict[str, dict[int, Result]]
+
+    @property
+    def reference(self) -> Result:
+        """A global run: model, budget and measurements are the same for all."""
+        return next(iter(self.results[GLOBAL].values()))
+
+    @property
+    def modes(self) -> list[str]:
+        """Their names."""
+        return list(self.results)
+
+    @property
+    def all(self) -> list[Result]:
+        """Every run."""
+        return [result for of_mode in self.results.values() for result in of_mode.values()]
+
+    def section(self, mode: str) -> dict[str, Any]:
+        """The "interlock" section of the mode."""
+        return next(iter(self.results[mode].values())).run.interlock
+
+    def is_global(self, mode: str) -> bool:
+        """Whether the mode is ordinary backpropagation throughout, maybe of another model."""
+        return next(iter(self.results[mode].values())).run.section.is_global
+
+    @property
+    def is_images(self) -> bool:
+        """Whether quality is an error rate rather than a loss."""
+        return self.reference.run.model.kind == "images"
+
+    @property
+    def budget(self) -> int:
+        """Batches after which quality is compared."""
+        return self.reference.budget
+
+    def quality(self, result: Result) -> float:
+        """What modes are judged by, less is better: test error in %, or validation loss in nats."""
+        return 100 * result.final["error"] if self.is_images else result.final["loss"]
+
+    def spread(self, mode: str, measure: Callable[[Result], float | None]) -> Spread | None:
+        """What ``measure`` finds in each run of the mode."""
+        return Spread.of(measure(result) for result in self.results[mode].values())
+
+    def paired(self, modes: Sequence[str], measure: Callable[..., float | None]) -> Spread | None:
+        """What ``measure`` finds in the runs of ``modes`` of one seed, for each seed that all of them have.
+
+        Returns:
+            None if there is no such seed, or no number for one of them.
+        """
+        runs = [self.results.get(mode, {}) for mode in modes]
+        seeds = [seed for seed in runs[0] if all(seed in of_mode for of_mode in runs)]
+        return Spread.of(measure(*(of_mode[seed] for of_mode in runs)) for seed in seeds)
+
+    def gain_over_local(self, mode: str) -> Spread | None:
+        """Quality less that of local, seed by seed: below 0 the mode is better."""
+        return self.paired([mode, LOCAL], lambda one, local: self.quality(one) - self.quality(local))
+
+    def recovered(self, mode: str) -> Spread | None:
+        """Share of the gap between local and global that the mode closes, seed by seed.
+
+        Returns:
+            None also if local is not worse than global in one of the seeds: there is no gap then.
+        """
+        return self.paired([mode, LOCAL, GLOBAL], self._share)
+
+    def _share(self, one: Result, local: Result, end_to_end: Result) -> float | None:
+        gap = self.quality(local) - self.quality(end_to_end)
+        return (self.quality(local) - self.quality(one)) / gap if gap > 0 else None
+
+
+def read(path: Path, order: Sequence[str]) -> Comparison:
+    """The comparison of all runs in a results file.
+
+    Args:
+        path: The file, named after the experiment.
+        order: Modes in the order that they are to have; others follow.
+
+    Raises:
+        DataError: If a line is none of ours, there is no global run, or two runs cannot be compared.
+    """
+    results: dict[str, dict[int, Result]] = {mode: {} for mode in order}
+    for number, record in enumerate(results_file.read(path), start=1):
+        result = _parse(path, number, record)
+        of_mode = results.setdefault(result.run.mode, {})
+        if result.run.seed in of_mode:
+            raise DataError(
+                f"{path}, line {number}: a second run of mode {result.run.mode}, seed {result.run.seed}: the "
+                "experiment's file has changed in between; remove the line that is out of date"
+            )
+        of_mode[result.run.seed] = result
+    results = {mode: dict(sorted(of_mode.items())) for mode, of_mode in results.items() if of_mode}
+    if GLOBAL not in results:
+        raise DataError(
+            f"{path}: no run of mode global, which the others are compared with: run "
+            f"`python -m experiments.run {path.stem} --modes global --resume`"
+        )
+    found = Comparison(path.stem, results)
+    _check_comparable(path, found)
+    return found
+
+
+def _parse(path: Path, number: int, record: Record) -> Result:
+    try:
+        return Result(Run.model_validate(record["run"]), record)
+    except (KeyError, ValidationError) as error:
+        faults = error.errors() if isinstance(error, ValidationError) else [{"loc": error.args}]
+        keys = ", ".join(".".join(map(str, fault["loc"])) for fault in faults)
+        raise DataError(
+            f"{path}, line {number}: not a run as this version describes it (wrong or missing: {keys}): "
+            "remove the line, and run the experiment again with --resume"
+        ) from error
+
+
+def _check_comparable(path: Path, found: Comparison) -> None:
+    for of_mode in found.results.values():
+        first = next(iter(of_mode.values())).run
+        for run in (result.run for result in of_mode.values()):
+            if _of_experiment(run) != _of_experiment(found.reference.run) or _of_mode(run) != _of_mode(first):
+                raise DataError(
+                    f"{path}: mode {run.mode}, seed {run.seed} is not of the same experiment as the runs "
+                    "before: the experiment's file has changed in between; remove the lines that are out "
+                    "of date, and run it again with --resume"
+                )
+
+
+def _of_experiment(run: Run) -> tuple[Any, ...]:
+    """What all runs of an experiment have in common."""
+    samples = (run.measurements.num_samples, run.measurements.num_final_samples)
+    return run.training, run.num_stages, run.model.kind, samples
+
+
+def _of_mode(run: Run) -> tuple[Any, ...]:
+    """What all runs of a mode have in common as well."""
+    return run.model, run.interlock, run.num_steps

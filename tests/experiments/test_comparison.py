@@ -1,0 +1,78 @@
+"""What one mode has over another, in quality and in time, with numbers worked by hand."""
+
+import pytest
+from made_up_results import LOSSES, SECONDS, compared, mode_of, record, records
+
+from experiments.comparison import Spread
+from experiments.efficiency import Efficiency
+from experiments.report_tables import cell, percent, quality, speed_up
+
+
+def test_images_are_judged_by_their_error() -> None:
+    errors = {"global": (0.10, 0.12), "local": (0.20, 0.20), "window 2": (0.14, 0.16)}
+    images = {"kind": "images", "depth": 20}
+    runs = compared(
+        record(mode, seed, LOSSES[mode][seed], model=images, error=error)
+        for mode, of_mode in errors.items()
+        for seed, error in enumerate(of_mode)
+    )
+    table = quality(runs)
+    assert "| mode | test error, % | test loss | minus local, points | gap recovered | seeds |" in table
+    # Shares 6 / 10 and 4 / 8.
+    assert "| window 2 | 15.00 ± 1.41 | 2.170 ± 0.042 | -5.00 ± 1.41 | 55 ± 7 % | 2 |" in table
+
+
+def test_modes_are_compared_on_the_seeds_that_they_share() -> None:
+    runs = compared(line for line in records() if line["run"]["mode"] != "local" or line["run"]["seed"] == 1)
+    assert runs.gain_over_local("window 2") == Spread((pytest.approx(-0.36),))
+    assert runs.recovered("window 2") == Spread((pytest.approx(0.9),))
+    assert "| window 2 | 8.762 ± 0.372 | 2.170 ± 0.042 | -0.360 | 90 % | 2 |" in quality(runs)
+
+
+def test_without_a_gap_no_share_of_it() -> None:
+    lines = records()
+    for line in lines:
+        if line["run"]["mode"] == "local" and line["run"]["seed"] == 0:
+            line["final"]["loss"] = 1.9
+    assert compared(lines).recovered("window 2") is None
+    assert "| window 2 | 8.762 ± 0.372 | 2.170 ± 0.042 | -0.030 ± 0.467 | – | 2 |" in quality(compared(lines))
+
+
+def test_a_target_that_some_seeds_miss_has_no_speed_up() -> None:
+    lines = [line for line in records() if line["run"]["mode"] != "local"]
+    lines[-1]["curve"][-1]["loss"] = 2.11  # of window 2, seed 1; its target is 2.1
+    found = Efficiency.of(compared(lines), [4, 1], lambda section, m: SECONDS[mode_of(section)][m])
+    assert found.micro_batches == (1, 4)
+    assert found.steps("window 2") == [pytest.approx(125), None]
+    assert found.speed_up("window 2", 1) is None
+    assert "| window 2 | not in 150 steps (1 of 2 seeds do) | 4.00 | 1.25 | – | – |" in speed_up(found)
+
+
+def test_global_is_held_to_the_rule_of_the_others() -> None:
+    dips = record("global", 0, [3.0, 1.8, 2.0])  # at 2.0, where it ends, after 50 + 50 * 1.0 / 1.2 steps
+    dips["run"]["training"]["num_steps"] = 150
+    other = record("window 2", 0, [3.0, 2.0, 1.8])
+    other["run"]["training"]["num_steps"] = 150
+    found = Efficiency.of(compared([dips, other]), [1], lambda section, m: SECONDS[mode_of(section)][m])
+    assert found.speed_up("global", 1) == Spread((1.0,))
+    assert found.speed_up("window 2", 1) == Spread((pytest.approx(8 * (50 + 50 / 1.2) / (2 * 100)),))
+
+
+def test_phases_of_a_schedule_add_up() -> None:
+    section = {"schedule": [{"from_step": 0, "window": 1}, {"from_step": 100, "mode": "global"}]}
+    line = record("growing", 0, [3.2, 2.4, 1.6], section=section)  # at 2.0 after 125 steps
+    runs = compared([record("global", 0, LOSSES["global"][0]), line])
+    found = Efficiency.of(runs, [1], lambda section, m: 1.0 if section.get("window") == 1 else 8.0)
+    assert found.speed_up("growing", 1) == Spread((pytest.approx(800 / (100 * 1 + 25 * 8)),))
+    assert "| growing | 125 | 8.00 → 1.00 | 2.67 |" in speed_up(found)
+    # 800 s are 100 steps of 1 s and 87.5 of 8 s: beyond the curve.
+    assert found.at_equal_time("growing", 1).is_bound
+    assert found.at_equal_time("growing", 1).loss == Spread((1.6,))
+
+
+def test_cells() -> None:
+    assert cell(Spread((1.0, 2.0, 4.5)), 2) == "2.50 ± 1.80"
+    assert cell(Spread((1.25,)), 1, signed=True) == "+1.2"
+    assert percent(Spread((0.5, 1.0))) == "75 ± 35 %"
+    assert Spread.of([1.0, None]) is None
+    assert Spread.of([]) is None

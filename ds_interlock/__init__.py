@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ds_interlock.pipe.initialize import initialize
     from ds_interlock.pipe.module import InterlockPipelineModule
     from ds_interlock.pipe.start import init_distributed
+    from ds_interlock.schedule.phases import PlanSchedule
     from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
 
 _HOME = {
@@ -38,6 +39,7 @@ _HOME = {
     "init_distributed": "pipe.start",
     "initialize": "pipe.initialize",
     "InterlockPipelineModule": "pipe.module",
+    "PlanSchedule": "schedule.phases",
     "GradientFlowPlan": "schedule.plan",
     "LossHead": "schedule.plan",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "LossHead",
     "PeerError",
     "PlanError",
+    "PlanSchedule",
     "ScheduleError",
     "init_distributed",
     "initialize",

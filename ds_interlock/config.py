@@ -244,6 +244,11 @@ class InterlockConfig(Section):
         )
 
     @property
+    def mode_name(self) -> str:
+        """What results call the mode: its name, or "schedule" where it changes on the way."""
+        return self.mode if self.schedule is None else "schedule"
+
+    @property
     def is_global(self) -> bool:
         """True for ordinary backpropagation throughout, which is left to DeepSpeed's own engine."""
         return all(section.mode == "global" for _, section in self.phases)

@@ -15,8 +15,7 @@ def bring_base_states(run: Run) -> None:
 
     A new run computes them; a resumed one must find them where the first part of it left them.
     """
-    plan, head = run.engine.plan, run.engine.interlock.head
-    if head.kl_weight == 0 or len(plan.heads) == 1:
+    if run.engine.interlock.head.kl_weight == 0 or not run.engine.module.schedule.heads:
         return
     folder = Path(run.args.output_dir) / FOLDER
     batches: list[EvaluationBatches] = []  # of all replicas

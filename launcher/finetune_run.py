@@ -184,7 +184,7 @@ class Run:
             merge_adapter=bool(args.lora_r) and not is_adapter,
         )
         metrics = {
-            "mode": interlock.mode,
+            "mode": interlock.mode_name,
             "window": interlock.window,
             "num_stages": args.num_stages,
             "seed": args.seed,

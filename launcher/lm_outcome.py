@@ -31,7 +31,7 @@ class Outcome:
         validation_blocks: The validation data; likewise.
         num_validated: How many blocks an evaluation took.
         tokens_per_second: Of training, evaluations and checkpoints left out.
-        mode: ``interlock.mode``.
+        mode: ``interlock.mode_name``.
         window: ``interlock.window``.
         num_stages: Pipeline stages.
         seed: ``--seed``.

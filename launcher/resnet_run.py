@@ -114,7 +114,7 @@ class Run:
             metrics = self._metrics(interlock, train_loss, score)
             write_json(output_dir / "metrics.json", metrics)
             window = f", window {interlock.window:g}" if interlock.window else ""
-            print(f"mode {interlock.mode}{window}, {self.step} steps: {_described(score)}")
+            print(f"mode {interlock.mode_name}{window}, {self.step} steps: {_described(score)}")
 
     def _metrics(self, interlock: InterlockConfig, train_loss: float, score: Score) -> dict[str, Any]:
         return {
@@ -124,7 +124,7 @@ class Run:
             "num_test_images": score.num_images,
             "num_test_errors": score.num_errors,
             "images_per_second": self.trained_images / self.seconds if self.trained_images else None,
-            "mode": interlock.mode,
+            "mode": interlock.mode_name,
             "window": interlock.window,
             "num_stages": self.args.num_stages,
             "depth": self.args.depth,

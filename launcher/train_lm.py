@@ -220,7 +220,7 @@ class Run:
             validation_blocks=self.validation_blocks,
             num_validated=self.num_eval_batches * self.blocks_per_batch,
             tokens_per_second=self.trained_tokens / self.seconds,
-            mode=interlock.mode,
+            mode=interlock.mode_name,
             window=interlock.window,
             num_stages=self.args.num_stages,
             seed=self.args.seed,

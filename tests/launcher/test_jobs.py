@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -39,12 +40,12 @@ def run(script: str, *arguments: object, ranks: int = 2) -> subprocess.Completed
 
 
 def train_lm(
-    output_dir: Path, *arguments: object, mode: str = "interlock"
+    output_dir: Path, *arguments: object, config: object = "configs/interlock.json"
 ) -> subprocess.CompletedProcess[str]:
     small = "--vocab_size 300 --seq_length 16 --width 16 --num_blocks 4 --num_heads 2 --max_eval_samples 32"
     return run(
         "launcher/train_lm.py",
-        *("--deepspeed_config", f"configs/{mode}.json", "--output_dir", output_dir, "--generate", 8),
+        *("--deepspeed_config", config, "--output_dir", output_dir, "--generate", 8),
         *small.split(),
         *arguments,
     )
@@ -89,18 +90,40 @@ def test_trains_in_interlock_mode_and_leaves_a_hugging_face_model(text: Path, tm
 
 @pytest.mark.parametrize("mode", ["global", "local"])
 def test_the_config_alone_changes_the_mode(mode: str, text: Path, tmp_path: Path) -> None:
-    job = train_lm(tmp_path, "--train_file", text, "--max_steps", 2, mode=mode)
+    job = train_lm(tmp_path, "--train_file", text, "--max_steps", 2, config=f"configs/{mode}.json")
     assert job.returncode == 0, job.stdout + job.stderr
     assert json.loads((tmp_path / "metrics.json").read_text())["mode"] == mode
 
 
+def test_the_window_changes_on_the_way(text: Path, tmp_path: Path) -> None:
+    contents = json.loads((ROOT / "configs/schedule.json").read_text())
+    for number, phase in enumerate(contents["interlock"]["schedule"]):
+        phase["from_step"] = number
+    contents["interlock"]["myopia"] = {"every": 1}
+    contents["tensorboard"] = {"enabled": True, "output_path": str(tmp_path / "monitor"), "job_name": "job"}
+    config = tmp_path / "schedule.json"
+    config.write_text(json.dumps(contents))
+    job = train_lm(tmp_path / "out", "--train_file", text, "--max_steps", 4, config=config)
+    assert job.returncode == 0, job.stdout + job.stderr
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["mode"], metrics["steps"]) == ("schedule", 4)
+    assert math.isclose(metrics["validation_loss"], metrics["exported_validation_loss"], abs_tol=1e-4)
+
+    monitor = EventAccumulator(str(tmp_path / "monitor" / "job")).Reload()
+    # Two stages: under window 1 stage 0 has a loss of its own, window 2 is global already.
+    assert len(monitor.Scalars("Train/stage_0/loss_after_layer_4")) == 1
+    cosines = [event.value for event in monitor.Scalars("Train/stage_0/gradient_cosine")]
+    assert len(cosines) == 4
+    assert -1 <= cosines[0] < 0.999
+    assert cosines[2:] == [1, 1]
+
+
 def test_the_configs_differ_in_their_section_alone() -> None:
-    configs = [
-        json.loads((ROOT / f"configs/{mode}.json").read_text()) for mode in ("global", "local", "interlock")
-    ]
+    names = ("global", "local", "interlock", "schedule")
+    configs = [json.loads((ROOT / f"configs/{name}.json").read_text()) for name in names]
     sections = [config.pop("interlock") for config in configs]
-    assert configs[0] == configs[1] == configs[2]
-    assert [section["mode"] for section in sections] == ["global", "local", "interlock"]
+    assert all(config == configs[0] for config in configs)
+    assert [section.get("mode") for section in sections] == ["global", "local", "interlock", None]
 
 
 def assert_fails_with(job: subprocess.CompletedProcess[str], error: str, times: int = 1) -> None:

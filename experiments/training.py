@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.results import machine, versions
-from ds_interlock.errors import DataError
+from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.pipe.in_process import InProcessPipeline, MicroBatch
 from ds_interlock.pipe.myopia import gradient_cosines
 from experiments.averaging import PolynomialAverage
@@ -39,7 +39,7 @@ def train(
 
     Raises:
         DataError: If data is missing, or the checkpoint belongs to another run.
-        FloatingPointError: If the loss is no number any more.
+        ConfigError: If the loss is no number any more.
     """
     torch.manual_seed(run.seed)
     training = Training(run, device)
@@ -109,8 +109,9 @@ class Training:
             if self.step == self.run.training.num_steps:
                 self.final = self._score(measure.num_final_samples)
         if any(math.isnan(value) for value in found.values()):
-            raise FloatingPointError(
-                f"{self.run.mode}, seed {self.run.seed}: the loss is nan at step {self.step}"
+            raise ConfigError(
+                f"mode {self.run.mode}, seed {self.run.seed}: the loss is nan at step {self.step}; set a "
+                "lower training.learning_rate in the experiment's file"
             )
         self.curve.append(point)
         return ", ".join(f"{name} {value:.4f}" for name, value in found.items())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_interlock.errors import DataError
+from ds_interlock.errors import ConfigError, DataError
 from experiments import definition, prose, results_file, run
 from experiments.averaging import PolynomialAverage
 from experiments.definition import Definition, Run
@@ -185,6 +185,12 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     training.save(tmp_path / "a.pt")
     with pytest.raises(DataError, match="the experiment's file has changed since"):
         train(tiny_run(measurements={**TINY["measurements"], "num_samples": 9}), tmp_path / "a.pt")
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
+    wild = tiny_run("global", training={**TINY["training"], "learning_rate": 1e30, "warmup_steps": 0})
+    with pytest.raises(ConfigError, match="mode global, seed 0: the loss is nan at step 2; set a lower"):
+        train(wild, tmp_path / "a.pt")
 
 
 def test_a_definition_needs_a_global_mode_and_known_keys() -> None:

@@ -1,0 +1,42 @@
+"""docs/results.md and the README say what the results files in the repository say."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from experiments import definition, report, results_file
+from experiments.definition import Run
+
+DOCS = Path(__file__).parents[2] / "docs"
+README = DOCS.parent / "README.md"
+PUBLISHED = [name for name in definition.names() if (DOCS / "experiments" / f"{name}.jsonl").exists()]
+
+
+def test_the_page_is_made_from_the_files(tmp_path: Path) -> None:
+    shutil.copytree(DOCS / "experiments", tmp_path / "experiments")
+    report.write(tmp_path / "experiments", tmp_path / "results.md")
+    assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text()
+
+
+def test_the_pictures_of_the_page_are_there() -> None:
+    pictures = re.findall(r"!\[.*\]\((.*)\)", (DOCS / "results.md").read_text())
+    assert pictures
+    assert all((DOCS / picture).is_file() for picture in pictures)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_result_is_of_a_run_that_is_defined(name: str) -> None:
+    """A definition that changes after its runs leaves results of something else."""
+    runs = definition.load(name).runs(name)
+    for record in results_file.read(DOCS / "experiments" / f"{name}.jsonl"):
+        assert Run.model_validate(record["run"]) in runs
+
+
+def test_the_readme_quotes_the_page() -> None:
+    page = (DOCS / "results.md").read_text().splitlines()
+    section = README.read_text().split("\n## Better than local")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ") and "---" not in line]
+    assert len(rows) > 10
+    assert [row for row in rows if row not in page] == []

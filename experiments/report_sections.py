@@ -64,6 +64,12 @@ def section(experiment: Experiment, folder: Path) -> str:
     return "\n\n".join([*parts, *(["### Conclusions", conclusions] if conclusions else [])])
 
 
+def _duration(minutes: float, cpu: bool) -> str:
+    if cpu:
+        return f"{minutes:g} minutes of one core, {minutes / 2:g} of two"
+    return f"{minutes:g} minutes of one device"
+
+
 def _budget(reference: Result) -> str:
     """Model and budget in one line."""
     run, training = reference.run, reference.run.training
@@ -98,7 +104,7 @@ def _command(experiment: Experiment) -> str:
     minutes = sum(result.record["seconds"] for result in results) / 60
     return (
         f"`python -m experiments.run {experiment.name} {'--jobs 2' if cpu else f'--device {device}'}`, about "
-        f"{experiment.definition.minutes:g} minutes of one {'core' if cpu else 'device'}. The {len(results)} "
+        f"{_duration(experiment.definition.minutes, cpu)}. The {len(results)} "
         f"runs in [{experiment.name}.jsonl]({experiment.results_link}) trained for {minutes:.0f} minutes in "
         f"all. What the modes are is in `experiments/definitions/{experiment.name}.toml`."
     )

@@ -67,26 +67,16 @@ def make_task(run: Run) -> Task:
     return Prose(run, run.model) if isinstance(run.model, ProseModel) else Pictures(run, run.model)
 
 
-class AttentionLayer(nn.Module):
-    """The first half of a Transformer block: hidden_btd -> hidden_btd."""
+class ResidualBranch(nn.Module):
+    """Half of a Transformer block, attention or MLP: hidden_btd -> hidden_btd."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, norm: nn.Module, branch: nn.Module) -> None:
         super().__init__()
-        self.norm, self.attention = block.norm_1, block.attention
+        self.norm, self.branch = norm, branch
 
     def forward(self, hidden_btd: Tensor) -> Tensor:
-        return hidden_btd + self.attention(self.norm(hidden_btd))
-
-
-class MLPLayer(nn.Module):
-    """The second half of a Transformer block: hidden_btd -> hidden_btd."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.norm, self.mlp = block.norm_2, block.mlp
-
-    def forward(self, hidden_btd: Tensor) -> Tensor:
-        return hidden_btd + self.mlp(self.norm(hidden_btd))
+        branch_btd: Tensor = self.branch(self.norm(hidden_btd))
+        return hidden_btd + branch_btd
 
 
 class Prose:
@@ -207,7 +197,9 @@ def _cut_into_halves(
     first_blocks = [config.num_blocks * stage // num_stages for stage in range(num_stages + 1)]
     for start, stop in zip(first_blocks, first_blocks[1:], strict=False):
         for block in blocks[start:stop]:
-            layers += [AttentionLayer(block), MLPLayer(block)]
+            assert isinstance(block, Block)
+            layers.append(ResidualBranch(block.norm_1, block.attention))
+            layers.append(ResidualBranch(block.norm_2, block.mlp))
         if border_norm and stop < config.num_blocks:
             layers.append(nn.LayerNorm(config.width))
         bounds.append(len(layers))

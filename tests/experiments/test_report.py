@@ -105,7 +105,10 @@ def test_the_page_says_what_was_run_and_where(bench: Bench) -> None:
         in page
     )
     assert "100 steps of 32 samples, AdamW with learning rate 0.002 after 10 steps of warm-up" in page
-    assert "`python -m experiments.run tiny --jobs 2`, about 7 minutes of one core. The 6 runs" in page
+    assert (
+        "`python -m experiments.run tiny --jobs 2`, about 7 minutes of one core, 3.5 of two. The 6 runs"
+        in page
+    )
     assert "[tiny.jsonl](experiments/tiny.jsonl) trained for 9 minutes" in page
     assert "- tiny: Abacus 9, 2 cores, 3 GiB, Linux x; one core a run; python 3.99, torch 9.9.\n" in page
     assert "Not run yet" not in page

@@ -75,7 +75,7 @@ bench: $(INSTALLED)  ## all benchmarks, half an hour on a quiet machine, into do
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name --output docs/benchmarks/$$name.json || exit 1; \
 	done
 
-EXPERIMENTS := transformer resnet
+EXPERIMENTS := $(basename $(notdir $(wildcard experiments/definitions/*.toml)))
 experiments: $(INSTALLED) data  ## all experiments (hours), into docs/experiments and docs/results.md
 	for name in $(EXPERIMENTS); do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m experiments.run $$name --resume --jobs 2 && \

@@ -10,11 +10,23 @@ from pathlib import Path
 
 def replace_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes ``text`` to ``path`` in UTF-8, making its folder if there is none."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    with unfinished_file(Path(path)) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def unfinished_file(target: Path) -> Iterator[Path]:
+    """A name beside ``target`` to write a file under; it gets that name when the block ends well.
+
+    The folder is made if there is none. After an error nothing is left behind.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(target.name + ".unfinished")
+    try:
+        yield draft
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 @contextmanager

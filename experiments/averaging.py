@@ -19,10 +19,13 @@ _ETA = 8
 
 
 class PolynomialAverage:
-    """The average of a module's parameters and floating-point buffers over the steps so far."""
+    """The average of a module's parameters over the steps so far.
+
+    Batch norm's statistics are of no use with them: ``torch.optim.swa_utils.update_bn`` makes others.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self._live = [t for t in module.state_dict(keep_vars=True).values() if t.is_floating_point()]
+        self._live = list(module.parameters())
         self.tensors = [t.detach().clone() for t in self._live]
         self.num_steps = 0
 

@@ -83,17 +83,9 @@ class Measurements(_Section):
     """The myopia meter: at the evaluations after a multiple of so many steps, on the next batch."""
 
 
-class Mode(_Section):
-    """One row of the table."""
-
+class _Interlocked(_Section):
     interlock: dict[str, Any]
-    """The section of a DeepSpeed config."""
-    model: dict[str, Any] = {}
-    """Differences from the experiment's model."""
-    num_steps: int | None = Field(None, ge=1)
-    """Steps to go on to beyond the budget, to see when the mode reaches global's loss."""
-    seeds: tuple[int, ...] | None = None
-    """Seeds, if not the experiment's."""
+    """The "interlock" section of a DeepSpeed config."""
 
     @property
     def section(self) -> InterlockConfig:
@@ -101,7 +93,18 @@ class Mode(_Section):
         return InterlockConfig.from_deepspeed({"interlock": self.interlock})
 
 
-class Run(_Section):
+class Mode(_Interlocked):
+    """One row of the table."""
+
+    model: dict[str, Any] = {}
+    """Differences from the experiment's model."""
+    num_steps: int | None = Field(None, ge=1)
+    """Steps to go on to beyond the budget, to see when the mode reaches global's loss."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds, if not the experiment's."""
+
+
+class Run(_Interlocked):
     """Everything that decides what a run does."""
 
     experiment: str
@@ -111,14 +114,8 @@ class Run(_Section):
     model: ProseModel | ImageModel = Field(discriminator="kind")
     training: Training
     measurements: Measurements
-    interlock: dict[str, Any]
     num_steps: int
     """Batches to train on: the budget, ``training.num_steps``, or more."""
-
-    @property
-    def section(self) -> InterlockConfig:
-        """The "interlock" section, checked."""
-        return InterlockConfig.from_deepspeed({"interlock": self.interlock})
 
 
 class Definition(_Section):

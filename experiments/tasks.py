@@ -8,6 +8,7 @@ Shape suffixes: b micro-batch, t position, d width.
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from ds_interlock.images.score import Score
 from ds_interlock.models.lm import Block, LMConfig, lm_layers, lm_loss
 from ds_interlock.models.resnet import ResNetConfig, classification_loss, resnet_heads, resnet_layers
 from ds_interlock.pipe.heads import HeadFactory, head_factory
-from ds_interlock.pipe.in_process import InProcessPipeline, MicroBatch
+from ds_interlock.pipe.in_process import MicroBatch
 from experiments.definition import ImageModel, ProseModel, Run
 from experiments.prose import VOCAB_SIZE, load_prose
 
@@ -48,9 +49,7 @@ class Task(Protocol):
     def batch(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step, on the CPU."""
 
-    def evaluate(
-        self, net: InProcessPipeline, num_samples: int, batch_size: int, device: str
-    ) -> dict[str, float]:
+    def evaluate(self, num_samples: int, batch_size: int, device: str) -> dict[str, float]:
         """Final validation loss (``loss``, nats) and, where there is one, ``error`` (share)."""
 
     def probe(self) -> Any:
@@ -106,16 +105,12 @@ class Prose:
         windows = self._windows(self.train, sizes, self.run.seed * 2**32 + step)
         return [(window_bt[:, :-1], window_bt[:, 1:]) for window_bt in windows]
 
-    def evaluate(
-        self, net: InProcessPipeline, num_samples: int, batch_size: int, device: str
-    ) -> dict[str, float]:
+    def evaluate(self, num_samples: int, batch_size: int, device: str) -> dict[str, float]:
         windows = self._windows(self.validation, (num_samples,), _VALIDATION_SEED).to(device)
         total = 0.0
-        net.eval()
         for window_bt in windows.split(batch_size):
-            total += self.loss_fn(_through(self.layers, window_bt[:, :-1]), window_bt[:, 1:]).item() * len(
-                window_bt
-            )
+            loss = self.loss_fn(_through(self.layers, window_bt[:, :-1]), window_bt[:, 1:])
+            total += loss.item() * len(window_bt)
         return {"loss": total / num_samples}
 
     def probe(self) -> Tensor:
@@ -147,9 +142,8 @@ class Pictures:
             seed=run.seed,
         )
         self.layers = [spec.build() for spec in resnet_layers(self.config)]
-        num_blocks = self.config.num_blocks
-        first_blocks = [-(-num_blocks * stage // run.num_stages) for stage in range(run.num_stages)]
-        self.stage_bounds = [0, *(1 + block for block in first_blocks[1:]), len(self.layers)]
+        first_blocks = _first_blocks(self.config.num_blocks, run.num_stages)
+        self.stage_bounds = [0, *(1 + block for block in first_blocks[1:-1]), len(self.layers)]
         self.loss_fn = classification_loss
 
     def heads(self, section: InterlockConfig) -> HeadFactory:
@@ -160,10 +154,7 @@ class Pictures:
         self.iterator.position = step * num_micro_batches
         return [next(self.iterator) for _ in range(num_micro_batches)]
 
-    def evaluate(
-        self, net: InProcessPipeline, num_samples: int, batch_size: int, device: str
-    ) -> dict[str, float]:
-        net.eval()
+    def evaluate(self, num_samples: int, batch_size: int, device: str) -> dict[str, float]:
         score = Score()
         for images, labels in evaluation_batches(
             self.test.first(num_samples), self.normalisation, batch_size
@@ -187,6 +178,14 @@ def pictures() -> ImageData:
     return load_fashion_mnist(None)
 
 
+def _first_blocks(num_blocks: int, num_stages: int) -> list[int]:
+    """The first block of every stage, and the number of all: if they do not divide, the last have more.
+
+    The first has the stem or the embedding beside its blocks.
+    """
+    return [num_blocks * stage // num_stages for stage in range(num_stages + 1)]
+
+
 def _cut_into_halves(
     config: LMConfig, num_stages: int, border_norm: bool
 ) -> tuple[list[nn.Module], list[int]]:
@@ -194,8 +193,7 @@ def _cut_into_halves(
     tokens, positions, *blocks, norm, unembedding = (spec.build() for spec in lm_layers(config))
     layers: list[nn.Module] = [tokens, positions]
     bounds = [0]
-    first_blocks = [config.num_blocks * stage // num_stages for stage in range(num_stages + 1)]
-    for start, stop in zip(first_blocks, first_blocks[1:], strict=False):
+    for start, stop in pairwise(_first_blocks(config.num_blocks, num_stages)):
         for block in blocks[start:stop]:
             assert isinstance(block, Block)
             layers.append(ResidualBranch(block.norm_1, block.attention))

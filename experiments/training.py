@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from benchmarks.results import machine, versions
 from ds_interlock.errors import ConfigError, DataError
+from ds_interlock.files import unfinished_file
 from ds_interlock.pipe.in_process import InProcessPipeline, MicroBatch
 from ds_interlock.pipe.myopia import gradient_cosines
 from experiments.averaging import PolynomialAverage
@@ -21,6 +23,9 @@ from experiments.tasks import Task, make_task
 
 Progress = Callable[[int, str], None]
 """Called with the steps done and a few words."""
+
+_NUM_BATCH_NORM_STEPS = 20
+"""Of training, whose batches give batch norm its statistics in an evaluation."""
 
 
 def train(
@@ -80,7 +85,7 @@ class Training:
         started = time.perf_counter()
         self._set_learning_rate()
         self.net.change_plan(self.net.schedule.plan_at(self.step))
-        losses = self.net.accumulate_gradients(self._batch())
+        losses = self.net.accumulate_gradients(self._batch(self.step))
         self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -101,9 +106,10 @@ class Training:
         self._losses.clear()
         point: dict[str, Any] = {"step": self.step, "train_loss": train_loss}
         if measure.cosines_every and self.step % measure.cosines_every == 0:
-            cosines = gradient_cosines(self.net, self._batch())
+            cosines = gradient_cosines(self.net, self._batch(self.step))
             point["cosine"] = [None if math.isnan(cosine) else cosine for cosine in cosines]
         with self.average.in_place():
+            self._measure_batch_norms()
             found = self._score(measure.num_samples)
             point |= {**found, "stage_rms": self.stage_rms()}
             if self.step == self.run.training.num_steps:
@@ -116,12 +122,18 @@ class Training:
         self.curve.append(point)
         return ", ".join(f"{name} {value:.4f}" for name, value in found.items())
 
-    def _batch(self) -> list[MicroBatch]:
-        return [(x.to(self.device), y.to(self.device)) for x, y in self.task.batch(self.step)]
+    def _batch(self, step: int) -> list[MicroBatch]:
+        return [(x.to(self.device), y.to(self.device)) for x, y in self.task.batch(step)]
+
+    def _measure_batch_norms(self) -> None:
+        """Statistics that belong to the average of the weights, from the last batches; none without norms."""
+        steps = range(max(0, self.step - _NUM_BATCH_NORM_STEPS), self.step)
+        inputs = (x for step in steps for x, _ in self._batch(step))
+        update_bn(inputs, nn.Sequential(*self.task.layers))
 
     def _score(self, num_samples: int) -> dict[str, float]:
-        batch_size = self.run.measurements.evaluation_batch_size
-        return self.task.evaluate(self.net, num_samples, batch_size, self.device)
+        self.net.eval()
+        return self.task.evaluate(num_samples, self.run.measurements.evaluation_batch_size, self.device)
 
     @torch.no_grad()
     def stage_rms(self) -> list[float]:
@@ -163,10 +175,8 @@ class Training:
             "curve": self.curve,
             "final": self.final,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        torch.save(state, unfinished)
-        unfinished.replace(path)
+        with unfinished_file(path) as draft:
+            torch.save(state, draft)
 
     def load(self, path: Path) -> None:
         """Goes on where ``save`` was called."""

@@ -10,7 +10,7 @@ Shape suffixes: n positions, d hidden width.
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ds_interlock.errors import ConfigError
+from ds_interlock.files import unfinished_file
 
 _STATES = "states"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -79,19 +80,15 @@ def new_states_file(
     Raises:
         ConfigError: If it cannot be written.
     """
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
+    with ExitStack() as stack:
         with _disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = stack.enter_context(unfinished_file(path))
             unfinished.write_bytes(_header(shape, dtype, fingerprint))
             file = unfinished.open("ab", buffering=0)
         with file:
             writer = StatesWriter(file, path, shape, dtype)
             yield writer
         assert writer.num_missing == 0, f"{writer.num_missing} of {shape[0]} positions were not appended"
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _header(shape: tuple[int, int], dtype: torch.dtype, fingerprint: Mapping[str, str]) -> bytes:

@@ -301,11 +301,11 @@ class BatchNorm(nn.BatchNorm2d):
         mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
         assert mean is not None, "statistics are tracked"
         assert count is not None, "with their number"
-        assert self.momentum is not None, "and forgotten at a fixed rate"
         if self.training:
             count.add_(1)
+        share = 1 / count.item() if self.momentum is None else self.momentum  # None: the mean of all batches
         weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
-        return F.batch_norm(hidden_bchw, mean, variance, weight, bias, self.training, self.momentum, self.eps)
+        return F.batch_norm(hidden_bchw, mean, variance, weight, bias, self.training, share, self.eps)
 
 
 def _convolution(in_channels: int, out_channels: int, *, size: int = 3, stride: int = 1) -> nn.Conv2d:

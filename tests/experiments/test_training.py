@@ -125,6 +125,19 @@ def test_the_average_is_polynomial() -> None:
     assert module.weight.item() == 4.0
 
 
+def test_averaged_weights_are_judged_with_batch_norms_of_their_own() -> None:
+    """Not with those of the weights of the last steps, which are others."""
+    training = Training(tiny_run(model=IMAGES), "cpu")
+    for _ in range(3):
+        training.do_step()
+    training.evaluate()
+    stem = training.task.layers[0]
+    inputs = [images for step in range(3) for images, _ in training.task.batch(step)]
+    with training.average.in_place(), torch.no_grad():
+        means = [stem.convolution(images).mean(dim=(0, 2, 3)) for images in inputs]
+    torch.testing.assert_close(stem.norm.running_mean, torch.stack(means).mean(dim=0))
+
+
 def test_prose_reads_a_sword_module_and_drops_its_markup(tmp_path: Path) -> None:
     import zlib
 

@@ -12,7 +12,7 @@ to need 1/M of its time. The model's optimizer step and the size of its messages
 itself needs is in, as large beside ``--milliseconds`` as it is.
 
 A mode whose gradient reach changes ("schedule") has a time for each phase. Sections that differ only in how
-heads learn share a measurement. Differences from the experiment's model (``modes.NAME.model``) are left out.
+heads learn share a measurement. Modes with a model of their own (``modes.NAME.model``) are not timed.
 To be run on a machine that does nothing else.
 """
 
@@ -239,7 +239,14 @@ def _phases(found: Definition, modes: Sequence[str] | None) -> list[_Phase]:
         raise ConfigError(
             f"--modes: the experiment has no {', '.join(unknown)}: expected some of {', '.join(found.modes)}"
         )
-    chosen = [GLOBAL, *(mode for mode in modes or found.modes if mode != GLOBAL)]
+    own_model = [mode for mode in modes or () if found.modes[mode].model]
+    if own_model:
+        raise ConfigError(
+            f"--modes: {', '.join(own_model)} would be timed with another model than the experiment's; leave "
+            "out modes that have a model of their own"
+        )
+    timed = modes or [mode for mode in found.modes if not found.modes[mode].model]
+    chosen = [GLOBAL, *(mode for mode in timed if mode != GLOBAL)]
     return [
         (mode, step if "schedule" in found.modes[mode].interlock else None, section)
         for mode in chosen

@@ -119,6 +119,10 @@ class Comparison:
         """Whether the mode is ordinary backpropagation throughout, maybe of another model."""
         return next(iter(self.results[mode].values())).run.section.is_global
 
+    def has_own_model(self, mode: str) -> bool:
+        """Whether the model differs from that of global, and so what a batch takes with it."""
+        return next(iter(self.results[mode].values())).run.model != self.reference.run.model
+
     @property
     def is_images(self) -> bool:
         """Whether quality is an error rate rather than a loss."""

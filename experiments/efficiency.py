@@ -38,7 +38,8 @@ class Efficiency:
     Attributes:
         comparison: The runs.
         micro_batches: The numbers of micro-batches M that batches were timed with.
-        phases: What a batch takes, by mode and M; modes that were not timed are left out.
+        phases: What a batch takes, by mode and M; modes that were not timed, or have a model of their own,
+            are left out.
     """
 
     comparison: Comparison
@@ -57,6 +58,8 @@ class Efficiency:
         numbers = tuple(sorted(set(micro_batches)))
         phases = {}
         for mode in comparison.modes:
+            if comparison.has_own_model(mode):
+                continue
             section = comparison.section(mode)
             try:
                 phases[mode] = {m: _phases(section, m, batch_seconds) for m in numbers}

@@ -139,7 +139,8 @@ def _times(experiment: Experiment) -> list[str]:
     efficiency = experiment.efficiency
     if efficiency is None:
         return [f"No batch times here; {command} measures them."]
-    missing = [mode for mode in experiment.comparison.modes if mode not in efficiency.modes]
+    found = experiment.comparison
+    missing = [m for m in found.modes if m not in efficiency.modes and not found.has_own_model(m)]
     return [
         report_tables.speed_up(efficiency),
         *([f"Not timed yet: {', '.join(missing)}; {command} does."] if missing else []),

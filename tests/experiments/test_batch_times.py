@@ -47,6 +47,9 @@ interlock = { mode = "global" }
 
 [modes.local]
 interlock = { mode = "local" }
+
+[modes."local, border norm"]
+interlock = { mode = "local" }
 model = { border_norm = true }
 
 [modes."window 2"]
@@ -271,6 +274,10 @@ def test_files_that_are_none_of_ours_are_refused(tmp_path: Path) -> None:
         (
             ["tiny", "--modes", "local", "wide"],
             "--modes: the experiment has no wide: expected some of global",
+        ),
+        (
+            ["tiny", "--modes", "local", "local, border norm"],
+            "--modes: local, border norm would be timed with another model than the experiment's",
         ),
     ],
 )

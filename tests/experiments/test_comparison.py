@@ -70,6 +70,15 @@ def test_phases_of_a_schedule_add_up() -> None:
     assert found.at_equal_time("growing", 1).loss == Spread((1.6,))
 
 
+def test_a_model_of_its_own_has_no_time() -> None:
+    """Sections say nothing of the model, so that it would be given the time of the experiment's."""
+    own = record("local", 0, [3.2, 2.4], model={"kind": "prose", "num_blocks": 3, "border_norm": True})
+    own["run"]["mode"] = "local, border norm"
+    lines = [*records(), own]
+    found = Efficiency.of(compared(lines), [1], lambda section, m: SECONDS[mode_of(section)][m])
+    assert found.modes == ["global", "local", "window 2"]
+
+
 def test_cells() -> None:
     assert cell(Spread((1.0, 2.0, 4.5)), 2) == "2.50 ± 1.80"
     assert cell(Spread((1.25,)), 1, signed=True) == "+1.2"

@@ -5,7 +5,7 @@ All cut the model at the same places, train with plain SGD, and step once a batc
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -45,6 +45,7 @@ class Workload:
         micro_batch: ``(inputs, labels)``; every micro-batch is this one.
         head: Builds an auxiliary head; None: as ``interlock.head`` says.
         plan: Makes the plan in place of the configuration's; see ``InterlockPipelineModule``.
+        stage_bounds: Where our engines cut, in place of stages that take the same.
     """
 
     layers: list[LayerSpec]
@@ -53,9 +54,12 @@ class Workload:
     micro_batch: tuple[Tensor, Tensor]
     head: Callable[[LossHead], torch.nn.Module] | None = None
     plan: Callable[[list[int]], GradientFlowPlan] | None = None
+    stage_bounds: Sequence[int] | None = None
 
     def bounds(self, num_stages: int) -> list[int]:
         """Where the layers are cut: ``num_stages + 1`` rising layer numbers."""
+        if self.stage_bounds is not None:
+            return list(self.stage_bounds)
         return [int(bound) for bound in partition_balanced(self.layer_seconds, num_stages)]
 
 
@@ -73,12 +77,15 @@ def make_engine(name: str, work: Workload, section: dict[str, Any] | None = None
     torch.manual_seed(0)
     if name in TORCH_SCHEDULES:
         return TorchPipeline(TORCH_SCHEDULES[name], work, LEARNING_RATE)
-    pipeline = {
+    pipeline: dict[str, Any] = {
         "layers": work.layers,
         "loss_fn": work.loss_fn,
         "num_stages": dist.get_world_size(),
-        "partition_method": "uniform",
     }
+    if work.stage_bounds is None:
+        pipeline["partition_method"] = "uniform"
+    else:
+        pipeline["stage_bounds"] = work.stage_bounds
     batch_size = len(work.micro_batch[0])
     config = {
         "train_micro_batch_size_per_gpu": batch_size,
@@ -91,7 +98,7 @@ def make_engine(name: str, work: Workload, section: dict[str, Any] | None = None
         net = PipelineModule(**pipeline)
         engine = deepspeed.initialize(model=net, config=config)[0]
     else:
-        section = section or MODES[name]
+        section = MODES[name] if section is None else section
         interlock = ds_interlock.InterlockConfig.from_deepspeed({"interlock": section})
         net = ds_interlock.InterlockPipelineModule(
             **pipeline, interlock=interlock, head=work.head, plan=work.plan

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.pipe import LayerSpec
 from torch import Tensor
 
-import ds_interlock
-from benchmarks.engines import LEARNING_RATE, Workload, seconds_of_a_batch
+from benchmarks.engines import Workload, make_engine, seconds_of_a_batch
 from benchmarks.ranks import run_ranks
 from benchmarks.sleeping import SleepingHead, SleepingLayer, sleep, sleeping_loss, use_exact_timers
 from ds_interlock import InterlockConfig
@@ -97,7 +95,9 @@ def measure(
     """
     use_exact_timers()
     work = _workload(model, head_seconds, unit_seconds)
-    engine = _engine(interlock, work, model.stage_bounds)
+    # A head sleeps whatever its section says; fitting it first, and measuring on the way, only takes time.
+    section = interlock.model_dump(exclude={"head", "trace", "myopia"}, exclude_defaults=True)
+    engine = make_engine("", work, section)
     return {m: seconds_of_a_batch(engine, work, m, num) for m, num in num_batches.items()}
 
 
@@ -112,29 +112,8 @@ def _workload(model: StagedModel, head_seconds: dict[int, float], unit_seconds: 
         loss_fn=_FinalLoss(unit_seconds * model.loss),
         micro_batch=(torch.ones(1, _WIDTH), torch.zeros(1, _WIDTH)),
         head=lambda place: _Head(head_seconds[place.after_layer]),
+        stage_bounds=model.stage_bounds,
     )
-
-
-def _engine(interlock: InterlockConfig, work: Workload, stage_bounds: Sequence[int]) -> Any:
-    """As ``benchmarks.engines.make_engine``, but cut where the model is."""
-    # A head sleeps whatever its section says; fitting it first, and measuring on the way, only takes time.
-    section = interlock.model_dump(exclude={"head", "trace", "myopia"}, exclude_defaults=True)
-    net = ds_interlock.InterlockPipelineModule(
-        layers=work.layers,
-        loss_fn=work.loss_fn,
-        num_stages=dist.get_world_size(),
-        stage_bounds=stage_bounds,
-        head=work.head,
-    )
-    config = {
-        "train_micro_batch_size_per_gpu": len(work.micro_batch[0]),
-        "gradient_accumulation_steps": 1,
-        "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
-        "gradient_clipping": 0.0,  # DeepSpeed's default is 1
-        "steps_per_print": None,
-        "interlock": section,
-    }
-    return ds_interlock.initialize(model=net, config=config)[0]
 
 
 class _FinalLoss:

@@ -18,6 +18,7 @@ import faulthandler
 import gc
 import os
 import pickle
+import random
 import resource
 import shutil
 import signal
@@ -230,10 +231,16 @@ def caught(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Exception
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port nobody listens on.
+
+    It is below those that systems hand out by themselves: one of these may be in use again before the job
+    that it is for has begun to listen.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise RuntimeError("somebody listens on each of a hundred ports between 20,000 and 32,000")
 
 
 # On the ranks.

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import free_port
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,10 +24,8 @@ pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 
 def run(script: str, *arguments: object, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """Starts a job as a user does, and waits for it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, "--master_port", port]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [launcher, "--num_gpus", ranks, "--master_port", free_port()]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(
         [str(word) for word in (*command, script, *arguments)],

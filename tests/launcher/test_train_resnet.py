@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import RankPool
+from ranks import RankPool, free_port
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
@@ -214,11 +213,9 @@ def test_the_configs_differ_in_their_section_alone() -> None:
 
 def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Starts the job with four processes, as a user does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [launcher, "--num_gpus", 4, "--master_port", port, "launcher/train_resnet.py", *arguments]
+    options = ["--num_gpus", 4, "--master_port", free_port()]
+    command = [launcher, *options, "launcher/train_resnet.py", *arguments]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(
         [str(word) for word in command],

@@ -113,15 +113,19 @@ class Comparison:
 
     def section(self, mode: str) -> dict[str, Any]:
         """The "interlock" section of the mode."""
-        return next(iter(self.results[mode].values())).run.interlock
+        return self._first_run(mode).interlock
 
     def is_global(self, mode: str) -> bool:
         """Whether the mode is ordinary backpropagation throughout, maybe of another model."""
-        return next(iter(self.results[mode].values())).run.section.is_global
+        return self._first_run(mode).section.is_global
 
     def has_own_model(self, mode: str) -> bool:
         """Whether the model differs from that of global, and so what a batch takes with it."""
-        return next(iter(self.results[mode].values())).run.model != self.reference.run.model
+        return self._first_run(mode).model != self.reference.run.model
+
+    def _first_run(self, mode: str) -> Run:
+        """Of any seed: what the runs of a mode have in common is in each of them."""
+        return next(iter(self.results[mode].values())).run
 
     @property
     def is_images(self) -> bool:

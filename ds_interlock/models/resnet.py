@@ -301,9 +301,11 @@ class BatchNorm(nn.BatchNorm2d):
         mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
         assert mean is not None, "statistics are tracked"
         assert count is not None, "with their number"
+        share = self.momentum
         if self.training:
             count.add_(1)
-        share = 1 / count.item() if self.momentum is None else self.momentum  # None: the mean of all batches
+        if share is None:  # the running statistics are the mean over all batches
+            share = 1 / count.item() if self.training else 0.0
         weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
         return F.batch_norm(hidden_bchw, mean, variance, weight, bias, self.training, share, self.eps)
 

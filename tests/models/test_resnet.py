@@ -101,6 +101,10 @@ def test_images_may_come_as_bytes():
 def test_batch_norm_is_pytorchs(momentum: float | None):
     torch.manual_seed(1)
     own, theirs = BatchNorm(3, momentum=momentum), nn.BatchNorm2d(3, momentum=momentum)
+    untrained = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(own.eval()(untrained), theirs.eval()(untrained), rtol=0, atol=0)
+    own.train()
+    theirs.train()
     for images in torch.randn(4, 2, 3, 5, 5):
         torch.testing.assert_close(own(images), theirs(images), rtol=0, atol=0)
     for name, tensor in theirs.state_dict().items():

@@ -84,7 +84,7 @@ experiments: $(INSTALLED) data  ## all experiments (hours), into docs/experiment
 	$(BIN)/python -m experiments.report
 
 docs: $(INSTALLED)  ## write docs/config.md from the config class
-	$(BIN)/python -m ds_interlock.config > docs/config.md
+	$(BIN)/python -m ds_interlock.config.reference > docs/config.md
 
 clean:  ## remove caches and build products; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -31,9 +31,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.results import add_output, collect, markdown, new_figure, publish
 from ds_interlock.config import HeadConfig
-from ds_interlock.cross_entropy import linear_cross_entropy
+from ds_interlock.heads.cross_entropy import linear_cross_entropy
+from ds_interlock.heads.factory import head_factory
 from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
-from ds_interlock.pipe.heads import head_factory
 from ds_interlock.schedule.plan import LossHead
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -20,12 +20,12 @@ import torch
 
 from benchmarks.results import add_output, collect, markdown, new_figure, publish
 from ds_interlock.config import HeadConfig
-from ds_interlock.hf.data import BlockIterator, TokenBlocks, encode_documents, load_text
-from ds_interlock.hf.tokenizer import load_tokenizer
+from ds_interlock.heads.factory import head_factory
+from ds_interlock.hf.data.text import BlockIterator, TokenBlocks, encode_documents, load_text
+from ds_interlock.hf.data.tokenizer import load_tokenizer
 from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
-from ds_interlock.pipe.heads import head_factory
-from ds_interlock.pipe.in_process import InProcessPipeline
 from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.stage.in_process import InProcessPipeline
 
 GLOBAL = "ordinary backpropagation"
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["deepspeed", "ds_interlock.pipe.initialize", "torch.distributed.pipelining"]
+PRELOADED = ["deepspeed", "ds_interlock.engine.initialize", "torch.distributed.pipelining"]
 _DIED = "the process died"
 _GRACE_SECONDS = 1.0
 _LOG_LINES = 40

@@ -34,11 +34,11 @@ from benchmarks.ranks import run_ranks
 from benchmarks.torch_peers import TORCH_SCHEDULES
 from ds_interlock.config import HeadConfig, InterlockConfig
 from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
-from ds_interlock.pipe.measure import Stopwatch
-from ds_interlock.pipe.measure_link import measure_link
-from ds_interlock.pipe.profile_model import calls_in_sequence, device_name, profile_model
 from ds_interlock.planning.forecast import forecast
 from ds_interlock.planning.profile import Profile
+from ds_interlock.profiling.layers import Stopwatch
+from ds_interlock.profiling.link import measure_link
+from ds_interlock.profiling.model import calls_in_sequence, device_name, profile_model
 
 NUM_STAGES = 2
 FLOOR = "floor"

@@ -25,12 +25,12 @@ import torch
 
 from benchmarks import results
 from ds_interlock import GradientFlowPlan, HeadConfig, InProcessPipeline, InterlockConfig
+from ds_interlock.heads.factory import head_factory
 from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
-from ds_interlock.pipe.heads import head_factory
-from ds_interlock.pipe.measure import Stopwatch
-from ds_interlock.pipe.profile_model import calls_in_sequence, device_name, profile_model
 from ds_interlock.planning.forecast import compare
 from ds_interlock.planning.profile import Profile
+from ds_interlock.profiling.layers import Stopwatch
+from ds_interlock.profiling.model import calls_in_sequence, device_name, profile_model
 
 # The shapes of GPT-2 (Radford et al. 2019, table 2), between them one of 760 M, and a small one for CPUs.
 MODEL_SIZES: dict[str, dict[str, int]] = {

@@ -17,14 +17,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ds_interlock.config import HeadConfig, InterlockConfig
+    from ds_interlock.engine.engine import InterlockEngine
+    from ds_interlock.engine.initialize import initialize
+    from ds_interlock.engine.module import InterlockPipelineModule
     from ds_interlock.errors import ConfigError, DataError, PeerError, PlanError, ScheduleError
-    from ds_interlock.pipe.engine import InterlockEngine
-    from ds_interlock.pipe.in_process import InProcessPipeline
-    from ds_interlock.pipe.initialize import initialize
-    from ds_interlock.pipe.module import InterlockPipelineModule
-    from ds_interlock.pipe.start import init_distributed
     from ds_interlock.schedule.phases import PlanSchedule
     from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
+    from ds_interlock.stage.in_process import InProcessPipeline
+    from ds_interlock.transport.start import init_distributed
 
 _HOME = {
     "HeadConfig": "config",
@@ -34,11 +34,11 @@ _HOME = {
     "PeerError": "errors",
     "PlanError": "errors",
     "ScheduleError": "errors",
-    "InterlockEngine": "pipe.engine",
-    "InProcessPipeline": "pipe.in_process",
-    "init_distributed": "pipe.start",
-    "initialize": "pipe.initialize",
-    "InterlockPipelineModule": "pipe.module",
+    "InterlockEngine": "engine.engine",
+    "InProcessPipeline": "stage.in_process",
+    "init_distributed": "transport.start",
+    "initialize": "engine.initialize",
+    "InterlockPipelineModule": "engine.module",
     "PlanSchedule": "schedule.phases",
     "GradientFlowPlan": "schedule.plan",
     "LossHead": "schedule.plan",

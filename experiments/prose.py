@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ds_interlock.errors import DataError
-from ds_interlock.hf.data import read_documents, sotu_folder, split_documents
+from ds_interlock.hf.data.text import read_documents, sotu_folder, split_documents
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 VOCAB_SIZE = len(ALPHABET)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ds_interlock import InterlockConfig
 from ds_interlock.config import HeadConfig
-from ds_interlock.pipe.in_process import build_head
-from ds_interlock.pipe.measure import (
+from ds_interlock.profiling.layers import (
     Stopwatch,
     first_tensor,
     median_of_rounds,
@@ -20,7 +19,8 @@ from ds_interlock.pipe.measure import (
     profile_head,
     profile_layers,
 )
-from ds_interlock.pipe.profile_model import LossFn, calls_in_sequence
+from ds_interlock.profiling.model import LossFn, calls_in_sequence
+from ds_interlock.stage.in_process import build_head
 from experiments.staged_model import LayerCosts, StagedModel
 from experiments.tasks import Task
 

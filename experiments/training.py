@@ -15,8 +15,8 @@ from torch.optim.swa_utils import update_bn
 from benchmarks.results import machine, versions
 from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.files import unfinished_file
-from ds_interlock.pipe.in_process import InProcessPipeline, MicroBatch
-from ds_interlock.pipe.myopia import gradient_cosines
+from ds_interlock.stage.in_process import InProcessPipeline, MicroBatch
+from ds_interlock.stage.myopia import gradient_cosines
 from experiments.averaging import PolynomialAverage
 from experiments.definition import Run
 from experiments.tasks import Task, make_task

@@ -25,12 +25,12 @@ import ds_interlock
 from ds_interlock import InterlockConfig, InterlockPipelineModule
 from ds_interlock.config import check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError, DataError, PlanError
-from ds_interlock.hf.adapt import add_lora, freeze, lora_config, scale_learning_rates
-from ds_interlock.hf.balance import default_bounds, describe, parse_bounds
-from ds_interlock.hf.check import check_layers
-from ds_interlock.hf.cut import Blueprint, End
-from ds_interlock.hf.description import ModelDescription
-from ds_interlock.hf.pretrained import Pretrained, open_pretrained
+from ds_interlock.hf.export.description import ModelDescription
+from ds_interlock.hf.model.adapt import add_lora, freeze, lora_config, scale_learning_rates
+from ds_interlock.hf.model.balance import default_bounds, describe, parse_bounds
+from ds_interlock.hf.model.check import check_layers
+from ds_interlock.hf.model.cut import Blueprint, End
+from ds_interlock.hf.model.pretrained import Pretrained, open_pretrained
 from ds_interlock.models.lm import lm_loss
 
 _HIGH_LEARNING_RATE = 5e-4  # for weights that are trained already

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ds_interlock.hf.batches import EvaluationBatches
+from ds_interlock.hf.data.batches import EvaluationBatches
 
 
 @contextmanager

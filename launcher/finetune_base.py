@@ -5,9 +5,9 @@ from pathlib import Path
 from finetune_run import Run
 from job import errors_told_to_all
 
-from ds_interlock.hf.base_states import FOLDER, BaseStates, Share, digest_of_model, record
-from ds_interlock.hf.batches import EvaluationBatches
-from ds_interlock.hf.states_file import check_room
+from ds_interlock.hf.data.batches import EvaluationBatches
+from ds_interlock.hf.model.base_states import FOLDER, BaseStates, Share, digest_of_model, record
+from ds_interlock.hf.model.states_file import check_room
 
 
 def bring_base_states(run: Run) -> None:

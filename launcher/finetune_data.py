@@ -10,11 +10,11 @@ from job import errors_told_to_all
 from transformers import PreTrainedTokenizerBase
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.hf.pretrained import Pretrained
-from ds_interlock.hf.records import Record
-from ds_interlock.hf.rows import ClassifiedRows, PackedRows, PaddedRows, Rows, padding_id
-from ds_interlock.hf.samples import SampleSet, encode_classified, encode_records
-from ds_interlock.hf.sources import RecordData, load_records
+from ds_interlock.hf.data.records import Record
+from ds_interlock.hf.data.rows import ClassifiedRows, PackedRows, PaddedRows, Rows, padding_id
+from ds_interlock.hf.data.samples import SampleSet, encode_classified, encode_records
+from ds_interlock.hf.data.sources import RecordData, load_records
+from ds_interlock.hf.model.pretrained import Pretrained
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from ds_interlock import InterlockConfig
 from ds_interlock.files import unfinished_folder
-from ds_interlock.hf.batches import BatchShape, EvaluationBatches, TrainingBatches
-from ds_interlock.hf.description import ModelDescription
-from ds_interlock.hf.export import export_model
-from ds_interlock.hf.pretrained import Pretrained
+from ds_interlock.hf.data.batches import BatchShape, EvaluationBatches, TrainingBatches
+from ds_interlock.hf.export.description import ModelDescription
+from ds_interlock.hf.export.model import export_model
+from ds_interlock.hf.model.pretrained import Pretrained
 
 _BEST = "best"
 

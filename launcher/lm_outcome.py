@@ -10,9 +10,9 @@ from job import write_json
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_interlock.hf.data import TokenBlocks, unigram_perplexity
-from ds_interlock.hf.export_lm import export_gpt2, read_layer_states
-from ds_interlock.hf.tokenizer import Tokenizer, same_ids
+from ds_interlock.hf.data.text import TokenBlocks, unigram_perplexity
+from ds_interlock.hf.data.tokenizer import Tokenizer, same_ids
+from ds_interlock.hf.export.lm import export_gpt2, read_layer_states
 from ds_interlock.models.lm import LMConfig, lm_loss
 
 _EVALUATED_AT_ONCE = 16
@@ -88,7 +88,8 @@ def finish(
     beginning: str = exported_tokenizer.decode(blocks.tokens[:2000], skip_special_tokens=True)
     if not same_ids(tokenizer, exported_tokenizer, beginning):
         print(
-            "warning: the exported tokenizer gives other ids than training saw, see ds_interlock.hf.tokenizer"
+            "warning: the exported tokenizer gives other ids than training saw, see "
+            "ds_interlock.hf.data.tokenizer"
         )
     if num_generated:
         sample = sample_text(model, exported_tokenizer, blocks.tokens, num_generated, outcome.seed)

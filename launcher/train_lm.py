@@ -33,8 +33,8 @@ import ds_interlock
 from ds_interlock import InterlockConfig, InterlockPipelineModule
 from ds_interlock.config import read_deepspeed
 from ds_interlock.errors import ConfigError, DataError, PlanError
-from ds_interlock.hf.data import BlockIterator, TextData, TokenBlocks, encode_documents, load_text
-from ds_interlock.hf.tokenizer import Tokenizer, load_tokenizer
+from ds_interlock.hf.data.text import BlockIterator, TextData, TokenBlocks, encode_documents, load_text
+from ds_interlock.hf.data.tokenizer import Tokenizer, load_tokenizer
 from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
 
 

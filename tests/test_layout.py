@@ -1,8 +1,10 @@
-"""The imports point one way: ``hf -> pipe -> schedule``; and importing the package is cheap."""
+"""Where things are: imports go one way and never in a circle, planning needs no torch, rooms are small."""
 
 import ast
 import subprocess
 import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,71 +12,67 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ds_interlock"
 
-# What the files of a folder must not import. `schedule` is pure Python: it plans without a GPU library.
-FORBIDDEN = {
-    "schedule": (
-        "torch",
-        "deepspeed",
-        "transformers",
-        "numpy",
-        *(f"ds_interlock.{n}" for n in ("pipe", "hf")),
-    ),
-    "planning": (
-        "torch",
-        "deepspeed",
-        "transformers",
-        "numpy",
-        *(f"ds_interlock.{n}" for n in ("pipe", "hf")),
-    ),
-    "pipe": ("transformers", "ds_interlock.hf", "ds_interlock.models"),
-    "models": ("ds_interlock.hf", "ds_interlock.pipe"),
-    "images": ("transformers", "ds_interlock.pipe"),
+# What a folder may import of the others, besides `errors` and `files`. docs/design.md draws it.
+MAY_IMPORT = {
+    "schedule": set(),
+    "config": {"schedule"},
+    "planning": {"config", "schedule"},
+    "transport": {"schedule"},
+    "stage": {"schedule"},
+    "heads": {"config", "schedule"},
+    "models": {"heads", "schedule"},
+    "engine": {"config", "heads", "schedule", "stage", "transport"},
+    "profiling": {"config", "heads", "planning", "schedule", "transport"},
+    "hf/data": {"heads", "sampling"},
+    "hf/model": {"config", "heads", "hf/data", "models", "planning", "profiling", "schedule"},
+    "hf/export": {"heads", "hf/model", "models", "schedule"},
+    "images": {"heads", "hf/data", "sampling"},
+    "verification": {"config", "heads", "schedule", "stage"},
 }
-PURE = ("ds_interlock", "ds_interlock.errors", "ds_interlock.config")
+# These plan without a GPU library.
+PURE = ("errors", "files", "config", "schedule", "planning")
+GPU_LIBRARIES = ("torch", "deepspeed", "transformers", "numpy")
 
-BLOCK_TORCH = """
-import importlib, sys
-for name in ("torch", "deepspeed", "transformers"):
-    sys.modules[name] = None  # any import of it now raises ImportError
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-"""
+TREES = ("ds_interlock",)
+MOST_FILES = 16  # 15 and an __init__
+MOST_LINES = 400
 
 
-def imports(path: Path) -> set[str]:
-    """Full names of all that the file imports, wherever in the file."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import; write ds_interlock. ..."
-            found.update({node.module, *(f"{node.module}.{alias.name}" for alias in node.names)})
-    return found
-
-
-@pytest.mark.parametrize("folder", FORBIDDEN)
-def test_imports_point_one_way(folder: str) -> None:
-    files = sorted((PACKAGE / folder).rglob("*.py"))
-    assert files, f"{folder} is empty: nothing was checked"
+def test_imports_go_one_way() -> None:
     wrong = [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for path in files
-        for name in sorted(imports(path))
-        if any(name == forbidden or name.startswith(f"{forbidden}.") for forbidden in FORBIDDEN[folder])
+        f"{module} imports {imported}"
+        for module, all_imported in graph().items()
+        for imported in sorted(all_imported)
+        if room(module) in MAY_IMPORT
+        and imported.startswith("ds_interlock")
+        and room(imported) not in MAY_IMPORT[room(module)] | {room(module), "errors", "files"}
     ]
     assert not wrong
 
 
+def test_every_folder_of_the_package_has_its_rule() -> None:
+    folders = {room(module) for module in graph() if module.startswith("ds_interlock.")}
+    assert folders - set(MAY_IMPORT) == {"cli", "commands", "errors", "files", "sampling"}
+    assert set(MAY_IMPORT) <= folders
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    try:
+        list(TopologicalSorter(graph()).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
 def test_planning_needs_no_torch() -> None:
-    modules = [
-        f"ds_interlock.{folder}.{path.stem}"
-        for folder in ("schedule", "planning")
-        for path in sorted((PACKAGE / folder).glob("[!_]*.py"))
-    ]
+    modules = [module for module in graph() if room(module) in PURE]
     assert "ds_interlock.schedule.plan" in modules
+    code = (
+        "import importlib, sys\n"
+        f"for name in {GPU_LIBRARIES}: sys.modules[name] = None\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", BLOCK_TORCH, *PURE, *modules],
+        [sys.executable, "-c", code, "ds_interlock", *modules],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -88,6 +86,39 @@ def test_the_package_says_that_it_is_typed() -> None:
     assert (PACKAGE / "py.typed").exists()
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
-def test_no_file_is_longer_than_one_concept(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+def test_files_and_folders_are_small() -> None:
+    for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
+        assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
+        assert (folder / "__init__.py").read_text().startswith('"""'), f"{folder} does not say what it is"
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES, path
+
+
+@cache
+def graph() -> dict[str, frozenset[str]]:
+    """The modules of this repository that each of them imports, wherever in its file."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for tree in TREES
+        for path in (ROOT / tree).rglob("*.py")
+        if path.stem != "__init__"  # hands out names of its folder, which do not import it
+    }
+    return {module: frozenset(_imports(path) & set(paths)) for module, path in paths.items()}
+
+
+def room(module: str) -> str:
+    """The folder of a module of the package, or its name if it stands alone."""
+    parts = module.split(".")[1:]
+    return "/".join(parts[:-1]) or parts[-1]
+
+
+def _imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write ds_interlock. ..."
+            assert node.module is not None
+            found.update({node.module, *(f"{node.module}.{alias.name}" for alias in node.names)})
+    return found

@@ -65,8 +65,8 @@ def run(options: argparse.Namespace) -> int:
     with Console(stderr=True).status("importing transformers") as status:
         import torch
 
-        from ds_interlock.hf.draft import export_draft
-        from ds_interlock.hf.export import export_model
+        from ds_interlock.hf.export.draft import export_draft
+        from ds_interlock.hf.export.model import export_model
 
         status.update(f"writing {options.output}")
         form: Any = {

@@ -174,8 +174,8 @@ def _profile(
     from rich.console import Console
 
     with Console(stderr=True).status("importing transformers"):
-        from ds_interlock.hf.pretrained import load_config
-        from ds_interlock.hf.profile import estimate_profile
+        from ds_interlock.hf.model.pretrained import load_config
+        from ds_interlock.hf.model.profile import estimate_profile
 
         return estimate_profile(
             options.model,

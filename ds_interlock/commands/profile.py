@@ -73,10 +73,10 @@ def run(options: argparse.Namespace) -> int:
         import torch
         from deepspeed.accelerator import get_accelerator
 
-        from ds_interlock.hf.pretrained import empty_model, load_config
-        from ds_interlock.hf.profile import measure_profile
-        from ds_interlock.hf.surgery import Skeleton
-        from ds_interlock.pipe.measure_link import measure_link
+        from ds_interlock.hf.model.pretrained import empty_model, load_config
+        from ds_interlock.hf.model.profile import measure_profile
+        from ds_interlock.hf.model.surgery import Skeleton
+        from ds_interlock.profiling.link import measure_link
 
         if get_accelerator().device_name() == "cpu":
             torch.set_num_threads(options.threads)

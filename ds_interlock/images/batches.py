@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ds_interlock.errors import DataError
+from ds_interlock.heads.labels import IGNORED_LABEL
 from ds_interlock.images.augment import CropsAndFlips
 from ds_interlock.images.data import Images, Normalisation
-from ds_interlock.labels import IGNORED_LABEL
-from ds_interlock.order import ResumableIterator, epoch_order
+from ds_interlock.sampling import ResumableIterator, epoch_order
 
 MicroBatch = tuple[Tensor, Tensor]
 """(images_bchw, labels_b): float32 and int64."""

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_interlock.heads.labels import IGNORED_LABEL
 from ds_interlock.images.batches import MicroBatch
-from ds_interlock.labels import IGNORED_LABEL
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def load_images(
 
 def _load_hub(name: str, config: str | None) -> ImageData:
     # Only here: it imports transformers, which takes seconds.
-    from ds_interlock.hf.data import load_splits
+    from ds_interlock.hf.data.text import load_splits
 
     splits = load_splits(name, config)
     test = next((split for split in ("test", "validation") if split in splits), None)

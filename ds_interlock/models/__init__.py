@@ -1,0 +1,1 @@
+"""Models written as pipeline layers: a pre-LayerNorm decoder, and ResNets."""

@@ -1,7 +1,7 @@
 """A small decoder-only Transformer language model, as a list of layers for ``PipelineModule``.
 
 The shape is GPT-2's, so that a trained model exports to a plain Hugging Face checkpoint
-(``ds_interlock.hf.export``). Each line is one layer, hence one place where the pipeline can be cut:
+(``ds_interlock.hf.export.model``). Each line is one layer, hence one place where the pipeline can be cut:
 
     layer 0          TokenEmbedding      ids_bt     -> hidden_btd
     layer 1          PositionEmbedding   hidden_btd -> hidden_btd
@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
-from ds_interlock.cross_entropy import cross_entropy_sum, linear_cross_entropy
 from ds_interlock.errors import ConfigError, list_faults
-from ds_interlock.labels import Labels
+from ds_interlock.heads.cross_entropy import cross_entropy_sum, linear_cross_entropy
+from ds_interlock.heads.labels import Labels
 
 GPT2_INIT_STD = 0.02
 """Of GPT-2's initial weights, at a width of 768."""
@@ -228,9 +228,9 @@ def unembed(embedding: nn.Module, hidden_btd: Tensor) -> Tensor:
 class LMLoss(nn.Module):
     """Cross-entropy over the labels of a micro-batch that are not ``IGNORED_LABEL``: their mean.
 
-    Labels come in the three forms of ``ds_interlock.labels``: alone, with a normaliser that takes the place
-    of their number, or with the base model's hidden states too, which have no part in this loss. They are
-    not shifted here: ``labels_bt[:, t]`` is the token after position t. Outputs ``[b, c]`` with labels
+    Labels come in the three forms of ``ds_interlock.heads.labels``: alone, with a normaliser that takes the
+    place of their number, or with the base model's hidden states too, which have no part in this loss. They
+    are not shifted here: ``labels_bt[:, t]`` is the token after position t. Outputs ``[b, c]`` with labels
     ``[b]``, one class for each sequence, are taken as well. A micro-batch of ignored labels only has loss 0.
 
     ``PipelineModule`` keeps the loss as a submodule, so it follows ``train()`` and ``eval()``: labels are

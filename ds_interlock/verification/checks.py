@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ds_interlock.config import InterlockConfig
-from ds_interlock.pipe.heads import head_factory
-from ds_interlock.pipe.in_process import InProcessPipeline
+from ds_interlock.heads.factory import head_factory
 from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.stage.in_process import InProcessPipeline
 from ds_interlock.verification.rank import Outcome, Run
 from ds_interlock.verification.ranks import run_job
 from ds_interlock.verification.reference import (

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import TCPStore  # torch.distributed has it without a type
 
 from ds_interlock.config import InterlockConfig
-from ds_interlock.config_section import SECTION
+from ds_interlock.config.strict import SECTION
 from ds_interlock.verification.reference import (
     NUM_SAMPLES,
     loss_fn,

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ds_interlock.pipe.in_process import InProcessPipeline
 from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.stage.in_process import InProcessPipeline
 
 WIDTH = 16
 NUM_CLASSES = 7

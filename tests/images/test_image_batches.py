@@ -9,11 +9,11 @@ from image_files import random_images
 from torch import Tensor, nn
 
 from ds_interlock.errors import DataError
+from ds_interlock.heads.labels import IGNORED_LABEL
 from ds_interlock.images.augment import PADDING, CropsAndFlips
 from ds_interlock.images.batches import ImageIterator, evaluation_batches, num_evaluation_batches
 from ds_interlock.images.data import Images, Normalisation
 from ds_interlock.images.score import Score, evaluate
-from ds_interlock.labels import IGNORED_LABEL
 
 IMAGES = random_images(23, (3, 10, 12), 23)  # every label is another one
 AS_THEY_ARE = Normalisation(torch.zeros(3), torch.ones(3))

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from families import DECODERS, ENCODERS  # isort: skip - finetuning says where it is
 
-from ds_interlock.hf.rows import ClassifiedRows
-from ds_interlock.hf.samples import encode_classified
-from ds_interlock.hf.sources import load_records
+from ds_interlock.hf.data.rows import ClassifiedRows
+from ds_interlock.hf.data.samples import encode_classified
+from ds_interlock.hf.data.sources import load_records
 
 INTERLOCK = {"mode": "interlock", "window": 2, "timeout_seconds": 60}
 

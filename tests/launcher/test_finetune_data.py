@@ -20,7 +20,7 @@ from finetuning import (
 from ranks import RankPool
 from tiny_tokenizers import CHATML
 
-from ds_interlock.hf.rows import PaddedRows
+from ds_interlock.hf.data.rows import PaddedRows
 
 SPLITS = {"1x4": (1, 4, 1), "2x2": (2, 2, 1), "4x1": (4, 1, 1), "1x2, two replicas": (1, 2, 2)}
 """Micro-batch size, micro-batches, replicas."""

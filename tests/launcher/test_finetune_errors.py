@@ -30,7 +30,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from ds_interlock.hf.export import export_model
+from ds_interlock.hf.export.model import export_model
 
 SMALL_FILES = 2**15
 

@@ -15,8 +15,8 @@ from ranks import RankPool
 
 from families import save_tiny  # isort: skip - finetuning says where it is
 
-from ds_interlock.hf.batches import BatchShape, TrainingBatches
-from ds_interlock.hf.rows import PackedRows, PaddedRows, Rows
+from ds_interlock.hf.data.batches import BatchShape, TrainingBatches
+from ds_interlock.hf.data.rows import PackedRows, PaddedRows, Rows
 
 KL_ONLY = {**LOCAL, "head": {"cross_entropy_weight": 0.0, "kl_weight": 1.0, "warmup_steps": 0}}
 SEED = 42  # what the job has if none is given

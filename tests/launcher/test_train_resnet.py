@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT / "launcher"), str(ROOT / "tests" / "images")]
 from image_files import striped_images, write_idx  # noqa: E402
 
 from ds_interlock import ConfigError, InterlockConfig  # noqa: E402
-from ds_interlock.hf.export_lm import read_layer_states  # noqa: E402
+from ds_interlock.hf.export.lm import read_layer_states  # noqa: E402
 from ds_interlock.images.batches import evaluation_batches  # noqa: E402
 from ds_interlock.images.data import Normalisation  # noqa: E402
 from ds_interlock.images.score import Score, evaluate  # noqa: E402

@@ -11,7 +11,7 @@ from deepspeed.pipe import TiedLayerSpec
 from torch import Tensor, nn
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.labels import IGNORED_LABEL
+from ds_interlock.heads.labels import IGNORED_LABEL
 from ds_interlock.models.lm import LMConfig, LMLoss, build_lm, lm_layers, lm_loss
 
 SMALL = LMConfig(vocab_size=37, seq_length=12, width=24, num_blocks=3, num_heads=4, seed=5)

@@ -1,0 +1,101 @@
+"""The DeepSpeed config around the section: reading the file, and refusing what no pipeline here can do."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hjson
+
+from ds_interlock.config.faults import shown_as_json
+from ds_interlock.errors import ConfigError, list_faults
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A DeepSpeed setting that no mode but ``global`` can work with."""
+
+    key: str
+    values: tuple[object, ...]
+    reason: str
+
+
+REFUSALS = (
+    Refusal(
+        "fp16.enabled",
+        (True,),
+        "fp16 needs loss scaling: on an overflow anywhere every stage has to skip the same step and change "
+        "to the same new scale, so none could step before all have compared notes across the whole pipeline; "
+        "stages that step on their own would soon relay gradients under scales that their neighbours do not "
+        'have. Use "bf16": {"enabled": true}, which needs no scale',
+    ),
+    Refusal(
+        "zero_optimization.stage",
+        (2, 3),
+        "ZeRO 2 and 3 reduce, partition and free gradients (3: weights too) during a backward pass as if it "
+        "were the only one; here several go through a stage for each micro-batch, and gradients accumulate "
+        "over all of them. DeepSpeed's own pipeline refuses these stages too. Use 0 or 1",
+    ),
+    Refusal(
+        "pipeline.use_reentrant",
+        (True,),
+        "re-entrant activation checkpointing allows one backward pass for each forward and no gradient with "
+        "respect to the input alone; a stage needs both, to relay gradients. Use false",
+    ),
+)
+
+
+def check_deepspeed(config: Mapping[str, Any]) -> None:
+    """Refuses DeepSpeed settings that this engine cannot work with, in any mode.
+
+    Args:
+        config: The whole DeepSpeed config.
+
+    Raises:
+        ConfigError: Naming the JSON key of every such setting, and why.
+    """
+    faults = []
+    for refusal in REFUSALS:
+        value: Any = config
+        for key in refusal.key.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value in refusal.values:
+            faults.append(f"{refusal.key}: {shown_as_json(value)} is not supported: {refusal.reason}")
+    if faults:
+        raise ConfigError(list_faults("DeepSpeed config", faults))
+
+
+def read_deepspeed(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a DeepSpeed config file as DeepSpeed does: JSON in which comments are allowed.
+
+    Raises:
+        ConfigError: If there is no such file, it is no JSON object, or has a key twice.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the DeepSpeed config: {error}") from error
+    try:
+        contents = hjson.loads(text, object_pairs_hook=_object) if text.strip() else None
+    except hjson.HjsonDecodeError as error:
+        raise ConfigError(
+            f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+        ) from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(contents, dict):
+        raise ConfigError(
+            f"{path}: got {shown_as_json(contents)}, expected a JSON object: the keys of a DeepSpeed config "
+            "between { and }"
+        )
+    return contents
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        named = ", ".join(f'"{key}"' for key in twice)
+        raise ConfigError(f"the same object has {named} more than once: keep one of them")
+    return dict(pairs)

@@ -1,0 +1,42 @@
+"""The parts of the ``"interlock"`` section about looking at a run: what is recorded, what is measured."""
+
+from pydantic import Field, field_validator
+
+from ds_interlock.config.faults import shown_as_json
+from ds_interlock.config.strict import Section
+
+
+class TraceConfig(Section):
+    """Which training batches to record, and where to: what every stage did, and when."""
+
+    path: str = Field(
+        min_length=1,
+        description="Where to write, without an ending: `path.json` is a trace for https://ui.perfetto.dev, "
+        "`path.svg` a picture, both with the measured batches above the same batches as simulated.",
+    )
+    batches: list[int] = Field(
+        [10, 12],
+        description="The first and the last training batch to record, counted from 1 in this run.",
+    )
+
+    @field_validator("batches", mode="after")
+    @classmethod
+    def _first_and_last(cls, batches: list[int]) -> list[int]:
+        if len(batches) != 2 or not 1 <= batches[0] <= batches[1]:
+            raise ValueError(f"got {shown_as_json(batches)}, expected [first, last] with 1 <= first <= last")
+        return batches
+
+
+class MyopiaConfig(Section):
+    """How often to measure what the plan hides from each stage.
+
+    That is the cosine between the stage's gradient and the global one, for the same weights and samples.
+    Training is the same with it and without, bit for bit.
+    """
+
+    every: int = Field(
+        ge=1,
+        description="Measure in front of every n-th training batch, the first one included, on its first "
+        "micro-batch: the plan in force and ordinary backpropagation each go through it once more. Reported "
+        "as `Train/stage_K/gradient_cosine`. A phase that is `global` has cosines of 1 and measures nothing.",
+    )

@@ -1,0 +1,56 @@
+"""``"interlock": {"schedule": [...]}``: one entry for each phase of the training."""
+
+from collections.abc import Sequence
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from ds_interlock.config.faults import shown_as_json
+from ds_interlock.config.strict import DEFAULT_WINDOW, Mode, Section, window_of
+from ds_interlock.schedule.plan import Combine
+
+
+class PhaseConfig(Section):
+    """One phase of `schedule`: how gradients flow from some step on.
+
+    All other keys of the section hold for the whole run.
+    """
+
+    from_step: int = Field(
+        ge=0,
+        description="The number of optimizer steps after which the phase begins: 0 for the first, then "
+        "rising.",
+    )
+    mode: Mode | None = Field(
+        None, description="As the section's; `interlock` if there is a `window`, otherwise needed."
+    )
+    window: float | None = Field(
+        None,
+        ge=1,
+        validate_default=True,
+        description=f"As the section's; {DEFAULT_WINDOW} if `mode` is `interlock` and this is not given.",
+    )
+    combine: Combine | None = Field(None, description="As the section's, whose value it is if not given.")
+
+    @field_validator("window", mode="after")
+    @classmethod
+    def _mode_or_window(cls, window: float | None, info: ValidationInfo) -> float | None:
+        mode = info.data.get("mode", "interlock")  # missing if it is faulty itself
+        if mode is None and window is None:
+            raise ValueError('missing, and so is mode: say one of them, as "window": 2 or "mode": "global"')
+        return window_of(mode, window)
+
+    def keys(self, combine: Combine) -> dict[str, object]:
+        """The keys in which a section for this phase alone differs; its ``combine`` is the default."""
+        mode = self.mode or "interlock"
+        return {"schedule": None, "mode": mode, "window": self.window, "combine": self.combine or combine}
+
+
+def checked_phases(phases: Sequence[PhaseConfig]) -> None:
+    """Raises ValueError if the phases are not in order."""
+    steps = [phase.from_step for phase in phases]
+    if not steps:
+        raise ValueError('got [], expected at least one phase, as [{"from_step": 0, "window": 1}]')
+    if steps[0] != 0:
+        raise ValueError(f"the first phase has from_step {steps[0]}, expected 0: every step needs a phase")
+    if any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
+        raise ValueError(f"from_step is {shown_as_json(steps)} in this order, expected rising numbers")

@@ -1,0 +1,302 @@
+"""The ``"interlock"`` section of a DeepSpeed config: what can be said in it, and what is wrong with it.
+
+    configs/interlock.json                       InterlockConfig                 GradientFlowPlan
+    {"train_batch_size": 32, ...    read,        mode, window, combine, ...      which loss trains
+     "interlock": {"mode": ...,   ─────────►       head: HeadConfig     ──────►  which stage
+       "head": {"type": ...}}}    from_deepspeed                        plan()
+
+A config without the section is a config for ordinary (``global``) backpropagation. Whatever is wrong
+with the section is collected and raised as one ``ConfigError`` that names the JSON key of every fault.
+
+The models below are the only description of the section: ``python -m ds_interlock.config.reference``
+prints the reference ``docs/config.md`` from them.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from ds_interlock.config.deepspeed import read_deepspeed
+from ds_interlock.config.faults import fault_of, misspelt_sections, shown_as_json
+from ds_interlock.config.monitoring import MyopiaConfig, TraceConfig
+from ds_interlock.config.schedule import PhaseConfig, checked_phases
+from ds_interlock.config.strict import DEFAULT_WINDOW, SECTION, Mode, Section, window_of
+from ds_interlock.errors import ConfigError, PlanError, list_faults
+from ds_interlock.schedule.phases import PlanSchedule
+from ds_interlock.schedule.plan import Combine, GradientFlowPlan
+
+_LENS_WARMUP_STEPS = 20
+
+TiedWeights = Literal["untie", "sync", "error"]
+HeadType = Literal["auto", "linear", "norm_linear", "low_rank", "block_linear", "lens"]
+TranslatorPlace = Literal["after_norm", "before_norm"]
+
+
+class HeadConfig(Section):
+    """How the auxiliary heads are built and weighted. The final loss is the model's own."""
+
+    type: HeadType = Field(
+        "auto",
+        description="What a head is, if the module is given no `head` of its own. `auto`: `lens` for a "
+        "pretrained model, `norm_linear` for one that starts from random weights. `linear`: an unembedding. "
+        "`norm_linear`: a norm of the model's kind, then an unembedding. `low_rank`: a norm, then an "
+        "unembedding of rank `rank`. `block_linear`: one more layer of the kind in front of the head, "
+        "then a norm and an unembedding. `lens`: a trainable affine translator, then a frozen copy of the "
+        "model's own norm and unembedding. docs/heads.md says what each costs.",
+    )
+    translator: TranslatorPlace = Field(
+        "after_norm",
+        description="Where the translator of a `lens` is. `after_norm`: norm, translator, unembedding; it "
+        "folds into the unembedding, so that stages and head make a smaller model of the same architecture "
+        "(it has a bias only if the model has one to fold it into, in the norm or the unembedding). "
+        "`before_norm`: translator, norm, unembedding, as in the tuned lens.",
+    )
+    cross_entropy_weight: float = Field(
+        1.0, ge=0, description="Factor of the cross-entropy with the labels in what a head learns from."
+    )
+    kl_weight: float = Field(
+        0.0,
+        ge=0,
+        validate_default=True,
+        description="Factor of KL(base || head) in what a head learns from: the divergence of its outputs "
+        "from those of the frozen base model, over the same labelled positions. Needs a `lens`, and labels "
+        "that bring the base model's hidden states along (docs/heads.md). In evaluation a head's loss is the "
+        "cross-entropy alone.",
+    )
+    fused: bool = Field(
+        True,
+        description="Compute unembedding and loss of a head in one, never holding all its logits, where the "
+        "loss function has a method `fused_linear`, as that of the language model has, and nothing follows "
+        "the unembedding. The numbers are the same to rounding.",
+    )
+    token_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the labelled positions, drawn at random in every micro-batch, on which a head "
+        "computes its loss in training: an unbiased estimate at a fraction of the cost. Needs one label for "
+        "each position, and a loss function that averages over positions and looks at each by itself: it "
+        "must not shift the labels (shift them in the data). The final loss always uses all positions.",
+    )
+    learning_rate_scale: float = Field(
+        1.0, gt=0, description="Learning rate of the heads' own parameters, as a multiple of the model's."
+    )
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="Factor of every auxiliary loss in the gradients it takes part in; the final loss has 1.",
+    )
+    rank: int = Field(64, ge=1, description="Rank of the unembedding of a `low_rank` head.")
+    warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="Batches for which the heads alone are fitted before the first training batch of a new "
+        "run; layers, optimizer and learning rate schedule stay as they are. If not given, "
+        f"{_LENS_WARMUP_STEPS} for a lens into a pretrained model, otherwise 0.",
+    )
+    warmup_learning_rate: float = Field(
+        1e-3, gt=0, description="Learning rate of these batches; their optimizer is AdamW without decay."
+    )
+
+    @field_validator("kl_weight", mode="after")
+    @classmethod
+    def _has_an_objective(cls, kl_weight: float, info: ValidationInfo) -> float:
+        kind = info.data.get("type", "lens")  # missing if it is faulty itself
+        if kl_weight > 0 and kind not in ("auto", "lens"):
+            raise ValueError(
+                f'got {shown_as_json(kl_weight)}, but type is "{kind}": only a lens has the base model\'s '
+                'unembedding; set type to "lens", or kl_weight to 0'
+            )
+        if kl_weight == 0 and info.data.get("cross_entropy_weight") == 0:
+            raise ValueError("got 0, as cross_entropy_weight: nothing is left to learn; set one above 0")
+        return kl_weight
+
+    def resolve(self, *, pretrained: bool) -> "HeadConfig":
+        """This section with what is left open replaced by what it means for a model."""
+        kind = ("lens" if pretrained else "norm_linear") if self.type == "auto" else self.type
+        steps = self.warmup_steps
+        if steps is None:
+            # A lens reads the middle of a trained model worse than chance until its translator has learned.
+            steps = _LENS_WARMUP_STEPS if pretrained and kind == "lens" else 0
+        return self.model_copy(update={"type": kind, "warmup_steps": steps})
+
+
+class InterlockConfig(Section):
+    """The whole ``"interlock"`` section. Without arguments: ordinary backpropagation."""
+
+    mode: Mode = Field(
+        "global",
+        description="`global`: ordinary backpropagation, DeepSpeed's own schedule and numbers. `local`: "
+        "every stage is trained by the loss at its own end. `interlock`: every loss reaches back over "
+        "`window` stages.",
+    )
+    window: float | None = Field(
+        None,
+        ge=1,
+        validate_default=True,
+        description="Mode `interlock` only: the number of stages one loss reaches back over, its own "
+        "included, from 1 (as `local`) to the number of stages (as `global`); "
+        f"{DEFAULT_WINDOW} if not given. A fraction moves the heads into the next stage: 1.25 puts them "
+        "after a quarter of its layers.",
+    )
+    schedule: list[PhaseConfig] | None = Field(
+        None,
+        description="In place of `mode` and `window`: how gradients flow from which step on, a list of "
+        'phases as `[{"from_step": 0, "window": 1}, {"from_step": 2000, "mode": "global"}]`; see below. The '
+        "heads of all phases are built at the beginning; one that a phase does not use stays as it is.",
+    )
+    combine: Combine = Field(
+        "sum",
+        description="Which losses in reach train a stage. `sum`: all that reach back a full window. "
+        "`farthest`: the last one only, as in the code released with the paper; weaker on Transformers.",
+    )
+    head_stride: int = Field(
+        1,
+        ge=1,
+        description="Build a head only at every n-th stage, counted back from the last; at most `window`.",
+    )
+    streaming: bool = Field(
+        True,
+        description="Let a stage go on to the next batch once its own work on this one is done. The numbers "
+        "are the same without; `train_batch` then returns the exact loss of its batch.",
+    )
+    tied_weights: TiedWeights = Field(
+        "untie",
+        description="What becomes of weights tied between stages outside mode `global`. `untie`: each stage "
+        "trains its own copy. `sync`: keep them equal by an all-reduce in every batch, and therefore without "
+        "streaming. `error`: refuse the model.",
+    )
+    timeout_seconds: float = Field(
+        300, gt=0, description="How long a stage waits for a neighbour before it gives up with an error."
+    )
+    extra_in_flight: int = Field(
+        0,
+        ge=0,
+        description="Micro-batches a stage may hold beyond those that the plan needs; can hide a slow "
+        "network at the price of memory.",
+    )
+    head: HeadConfig = Field(HeadConfig(), description="The auxiliary heads; see below.")
+    trace: TraceConfig | None = Field(
+        None, description="Record some batches as a trace and a picture; see below. Nothing is, by default."
+    )
+
+    myopia: MyopiaConfig | None = Field(
+        None, description="Measure how far each stage's gradient is from the global one; see below."
+    )
+
+    @field_validator("window", mode="after")
+    @classmethod
+    def _window_goes_with_interlock(cls, window: float | None, info: ValidationInfo) -> float | None:
+        return window_of(info.data.get("mode"), window)  # the mode is missing if it is faulty itself
+
+    @field_validator("schedule", mode="after")
+    @classmethod
+    def _phases_are_in_order(cls, schedule: list[PhaseConfig] | None) -> list[PhaseConfig] | None:
+        if schedule is not None:
+            checked_phases(schedule)
+        return schedule
+
+    @model_validator(mode="after")
+    def _schedule_or_mode(self) -> "InterlockConfig":
+        given = [key for key in ("mode", "window") if key in self.model_fields_set]
+        if self.schedule is not None and given:
+            named = " and ".join(given)
+            raise ValueError(
+                f"schedule and {named} are both given: remove {named} (each phase of the schedule has its "
+                "own), or remove schedule"
+            )
+        return self
+
+    @classmethod
+    def from_deepspeed(cls, config: str | os.PathLike[str] | Mapping[str, Any]) -> "InterlockConfig":
+        """Reads the ``"interlock"`` section of a DeepSpeed config.
+
+        Args:
+            config: Path of a DeepSpeed JSON config, or its contents as a dictionary.
+
+        Raises:
+            ConfigError: Listing every fault of the section, or saying why the file cannot be read.
+        """
+        if isinstance(config, Mapping):
+            source, contents = "DeepSpeed config", config
+        else:
+            source, contents = str(config), read_deepspeed(config)
+        faults = misspelt_sections(contents, SECTION)
+        try:
+            section = cls.model_validate(contents.get(SECTION, {}))
+        except ValidationError as error:
+            faults += [fault_of(SECTION, cls, detail) for detail in error.errors()]
+        if faults:
+            raise ConfigError(list_faults(source, faults))
+        return section
+
+    @property
+    def phases(self) -> tuple[tuple[int, "InterlockConfig"], ...]:
+        """For each phase of the schedule its first step and a section that means this phase alone."""
+        if self.schedule is None:
+            return ((0, self),)
+        return tuple(
+            (phase.from_step, self.model_copy(update=phase.keys(self.combine))) for phase in self.schedule
+        )
+
+    @property
+    def mode_name(self) -> str:
+        """What results call the mode: its name, or "schedule" where it changes on the way."""
+        return self.mode if self.schedule is None else "schedule"
+
+    @property
+    def is_global(self) -> bool:
+        """True for ordinary backpropagation throughout, which is left to DeepSpeed's own engine."""
+        return all(section.mode == "global" for _, section in self.phases)
+
+    def plan_schedule(self, stage_bounds: Sequence[int]) -> PlanSchedule:
+        """The gradient-flow plans of all phases; see ``plan``.
+
+        Raises:
+            ConfigError: Naming the phase that does not fit ``stage_bounds``.
+        """
+        plans = []
+        for number, (step, section) in enumerate(self.phases):
+            try:
+                plans.append((step, section.plan(stage_bounds)))
+            except ConfigError as error:
+                if self.schedule is None:
+                    raise
+                raise ConfigError(f"{SECTION}.schedule[{number}]: {error}") from error
+        return PlanSchedule.of(*plans)
+
+    def plan(self, stage_bounds: Sequence[int]) -> GradientFlowPlan:
+        """The gradient-flow plan of a section without a schedule, for a model cut at ``stage_bounds``.
+
+        Args:
+            stage_bounds: ``num_stages + 1`` rising layer numbers, the first 0.
+
+        Raises:
+            PlanError: If ``stage_bounds`` are no bounds.
+            ConfigError: If the section does not fit them, or has a schedule.
+        """
+        if self.schedule is not None:
+            raise ConfigError(
+                f"{SECTION}.schedule: one plan is asked for, but {len(self.schedule)} phases are given; take "
+                "each by itself (InterlockConfig.phases, plan_schedule)"
+            )
+        end_to_end = GradientFlowPlan.end_to_end(stage_bounds=stage_bounds)
+        if self.is_global:
+            return end_to_end
+        window = 1 if self.window is None else self.window
+        try:
+            return GradientFlowPlan.n_wise(
+                None,
+                window,
+                self.combine,
+                head_stride=self.head_stride,
+                stage_bounds=stage_bounds,
+                head_weight=self.head.weight,
+            )
+        except PlanError as error:
+            keys = {"mode": self.mode, "window": window, "head_stride": self.head_stride}
+            said = ", ".join(f"{SECTION}.{key} {shown_as_json(value)}" for key, value in keys.items())
+            num = end_to_end.num_stages
+            raise ConfigError(f"{said} do not fit a model of {num} stages: {error}") from error

@@ -1,0 +1,304 @@
+"""``InterlockPipelineModule``: a ``PipelineModule`` with a gradient-flow plan and loss heads.
+
+Layers, partitioning and parameter names are DeepSpeed's. Added are the plan (or a schedule of them), made
+from the configuration and DeepSpeed's own partition; the heads of this stage, under ``heads.``; a forward
+over a range of layers, so that a head can sit inside a stage; and what becomes of tied weights and
+of process groups that span the pipe when stages step on their own.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.utils import set_random_seed
+from deepspeed.utils import logger
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ds_interlock.config import InterlockConfig
+from ds_interlock.errors import ConfigError
+from ds_interlock.heads.factory import head_factory
+from ds_interlock.schedule.phases import PlanSchedule
+from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.stage.in_process import MakeHead, build_head
+from ds_interlock.stage.work import Hidden
+
+
+class StageGrid:
+    """DeepSpeed's grid of process groups, as seen by a stage that steps on its own.
+
+    DeepSpeed clips gradients and looks for overflow over ``get_model_parallel_group()``, which
+    spans the pipe. Here it spans the tensor-parallel ranks of this stage; all else is unchanged.
+
+    Args:
+        grid: DeepSpeed's.
+        steps_alone: Whether the stage steps on its own now; a schedule may change that.
+    """
+
+    def __init__(self, grid: Any, steps_alone: Callable[[], bool]) -> None:
+        self._grid = grid
+        self._steps_alone = steps_alone
+
+    def get_model_parallel_group(self) -> Any:
+        """The ranks that hold other parts of what steps together."""
+        if self._steps_alone():
+            return self._grid.get_slice_parallel_group()
+        return self._grid.get_model_parallel_group()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+
+class InterlockPipelineModule(PipelineModule):
+    """A model as a sequence of layers, cut into pipeline stages with losses of their own.
+
+    Args:
+        layers: As ``PipelineModule``: ``LayerSpec``, ``TiedLayerSpec``, modules, callables.
+        interlock: The mode. If None, ``ds_interlock.initialize`` takes it from its config.
+        head: Builds an auxiliary head, a module that maps the hidden state to what the last layer
+            would output. If None, heads are made as ``interlock.head`` says, with the sizes of the
+            model's last layers.
+        pretrained: Whether the layers bring the weights of a trained model: heads of type ``auto`` are
+            then lenses.
+        plan: Makes the plan, or a schedule of plans, from the stage bounds, in place of what ``interlock``
+            means: for gradient flows that the configuration has no words for, as deep supervision.
+        stage_bounds: Where to cut, in place of a ``partition_method``: stage k gets the layers
+            ``stage_bounds[k] .. stage_bounds[k + 1] - 1``. ``num_stages + 1`` rising layer numbers, from 0
+            to the number of layers.
+        **pipeline: The other keyword arguments of ``PipelineModule``.
+
+    Raises:
+        ConfigError: If stages, layers and configuration do not fit together.
+    """
+
+    def __init__(
+        self,
+        layers: Any,
+        *,
+        interlock: InterlockConfig | None = None,
+        head: MakeHead | None = None,
+        pretrained: bool = False,
+        plan: Callable[[list[int]], GradientFlowPlan | PlanSchedule] | None = None,
+        stage_bounds: Sequence[int] | None = None,
+        **pipeline: Any,
+    ) -> None:
+        layers = list(layers)
+        topology = pipeline.get("topology")
+        num_stages = topology.get_dim("pipe") if topology else pipeline.get("num_stages")
+        if stage_bounds is not None:
+            if pipeline.get("partition_method") is not None:
+                raise ConfigError("got both stage_bounds and partition_method: leave out one of them")
+            pipeline["partition_method"] = _checked_bounds(stage_bounds, len(layers), num_stages)
+        if num_stages and num_stages > len(layers):
+            raise ConfigError(
+                f"{num_stages} stages for {len(layers)} layers: every stage needs at least one; use at "
+                f"most num_stages={len(layers)}, or more layers"
+            )
+        super().__init__(layers, **pipeline)
+        self._make_head = head
+        self._pretrained = pretrained
+        self._make_plan = plan
+        self.keeps_ties = False
+        self.phase = 0
+        self.interlock: InterlockConfig | None = None
+        if any(start >= stop for start, stop in zip(self.parts, self.parts[1:], strict=False)):
+            raise ConfigError(
+                f'partition_method "{pipeline.get("partition_method", "parameters")}" leaves a stage without '
+                f'layers: {list(self.parts)}; use partition_method="uniform" or fewer stages'
+            )
+        self.heads = nn.ModuleDict()
+        self.placeholder: nn.Parameter | None = None
+        if interlock is not None:
+            self.bind(interlock)
+
+    def bind(self, interlock: InterlockConfig) -> None:
+        """Makes the plans and builds this stage's heads. Happens once; the modes are then fixed.
+
+        Raises:
+            ConfigError: If another configuration was bound before, or the plan is impossible.
+        """
+        if self.interlock is not None:
+            if self.interlock != interlock:
+                raise ConfigError(
+                    'the "interlock" section given to ds_interlock.initialize differs from the one that '
+                    f"InterlockPipelineModule was built with: {interlock!r} is not {self.interlock!r}; "
+                    "read both from the same file"
+                )
+            return
+        bounds = [int(bound) for bound in self.parts]
+        made = self._make_plan(bounds) if self._make_plan else interlock.plan_schedule(bounds)
+        self.schedule = made if isinstance(made, PlanSchedule) else PlanSchedule.constant(made)
+        if list(self.schedule.stage_bounds) != bounds:
+            raise ConfigError(
+                f"plan({bounds}) returned a plan for stage_bounds {list(self.schedule.stage_bounds)}: it "
+                "must keep the bounds it is given, which are those of partition_method"
+            )
+        self.interlock = interlock
+        self.head_config = interlock.head.resolve(pretrained=self._pretrained)
+        make_head = self._make_head
+        if make_head is None and self.schedule.heads:
+            # On every rank, also where there is no head: a model it cannot size one for is refused by all.
+            make_head = head_factory(interlock.head, self._layer_specs, self._pretrained)
+        for number, place in enumerate(self.schedule.heads):
+            if place.stage == self.stage_id:
+                assert make_head is not None
+                built = build_head(make_head, number, place, self.base_seed)
+                self.heads[str(number)] = built.to(get_accelerator().device_name(self.local_rank))
+        self.activation_checkpoint_func = partial(checkpoint, use_reentrant=False)
+        self._settle_tied_weights(interlock)
+
+    @property
+    def plan(self) -> GradientFlowPlan:
+        """The gradient-flow plan in force: that of the phase with the number ``phase``."""
+        return self.schedule.phases[self.phase].plan
+
+    @property
+    def steps_alone(self) -> bool:
+        """True if a stage's update depends on its window only, not on the whole pipeline. Same on all."""
+        return not self.plan.is_end_to_end and not self.keeps_ties
+
+    def mpu(self) -> Any:
+        """The process groups, as DeepSpeed's optimizers use them."""
+        if self.schedule.is_end_to_end or self.keeps_ties:
+            return self._grid
+        return StageGrid(self._grid, lambda: self.steps_alone)
+
+    def heads_of(self, plan: GradientFlowPlan) -> dict[int, nn.Module]:
+        """This stage's auxiliary heads, by their loss in ``plan``."""
+        return {
+            loss: self.heads[str(self.schedule.head_number(plan.heads[loss].after_layer))]
+            for loss in plan.losses_at(self.stage_id)
+            if loss != plan.final
+        }
+
+    def idle_phases(self, head: int) -> tuple[int, ...]:
+        """The phases in which the head with this number takes no part."""
+        return tuple(
+            phase for phase in range(len(self.schedule.phases)) if self.schedule.is_idle(head, phase)
+        )
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of this stage's heads."""
+        return [parameter for parameter in self.heads.parameters() if parameter.requires_grad]
+
+    def layer_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of this stage's layers."""
+        others = {id(self.placeholder), *map(id, self.heads.parameters())}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in others]
+
+    def add_placeholder(self) -> None:
+        """Gives a stage in which nothing learns, in some phase, a parameter that nothing depends on.
+
+        DeepSpeed's optimizers refuse an empty list, and every stage needs one: it counts the steps and
+        keeps the learning rate. Call it once layers are frozen and heads are built.
+        """
+        if self.layer_parameters():
+            return
+        for phase in self.schedule.phases:
+            heads = self.heads_of(phase.plan).values()
+            if not any(parameter.requires_grad for head in heads for parameter in head.parameters()):
+                self.placeholder = nn.Parameter(torch.zeros(1))
+
+    def get_tied_weights_and_groups(self) -> list[Any]:
+        """As DeepSpeed's, of weights that have gradients to be summed: frozen ones have none."""
+        return [tie for tie in super().get_tied_weights_and_groups() if tie[0].requires_grad]
+
+    def _synchronize_tied_weights(self) -> None:
+        with torch.no_grad():  # as a broadcast that autograd saw, it would be part of every backward pass
+            super()._synchronize_tied_weights()
+
+    def begin_micro_batch(self) -> None:
+        """Moves the offset from which ``seed_layers`` seeds the layers, as DeepSpeed does."""
+        self.micro_offset += 1
+
+    def run_layers(self, hidden: Hidden, start: int, stop: int) -> Hidden:
+        """Applies the layers ``start .. stop - 1``, counted over the whole model.
+
+        As ``PipelineModule.forward``, which knows no ranges: with ``activation_checkpoint_interval``
+        the layers are recomputed in the backward pass, in groups of that many.
+        """
+        first = start - self._local_start
+        last = stop - self._local_start
+        interval = self.activation_checkpoint_interval
+        if interval == 0 or not torch.is_grad_enabled():
+            return self._run_local(first, last, self.micro_offset + 1, hidden)
+        for begin in range(first, last, interval):
+            end = min(begin + interval, last)
+            run = partial(self._run_local, begin, end, self.micro_offset + 1)
+            if self._is_checkpointable(self.forward_funcs[begin:end]):
+                hidden = self.activation_checkpoint_func(run, hidden)
+            else:
+                hidden = run(hidden)
+        return hidden
+
+    def _partition_layers(self, method: str | list[int] = "uniform") -> None:
+        """As DeepSpeed's, by the name of a method; or at the given bounds."""
+        if isinstance(method, str):
+            super()._partition_layers(method)
+            return
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self.parts = method
+        self._set_bounds(start=method[stage], stop=method[stage + 1])
+
+    def _run_local(self, begin: int, end: int, micro_offset: int, hidden: Hidden) -> Hidden:
+        """Local layers ``begin .. end - 1``; a recomputation must see the offset of its forward."""
+        for index in range(begin, end):
+            if self.seed_layers:
+                self.curr_layer = index + self._local_start
+                seed = self.base_seed * micro_offset + self.curr_layer
+                (self.seed_fn or set_random_seed)(seed)
+            hidden = self.forward_funcs[index](hidden)
+        return hidden
+
+    def _settle_tied_weights(self, interlock: InterlockConfig) -> None:
+        """Ties across stages need an all-reduce over the pipe at every step: keep it, or cut them."""
+        keys = sorted({spec.key for spec in self._layer_specs if isinstance(spec, TiedLayerSpec)})
+        across = [key for key in keys if self._num_stages_of(key) > 1]
+        if not across or self.schedule.is_end_to_end:
+            return
+        names = ", ".join(map(repr, across))
+        if interlock.tied_weights == "error":
+            raise ConfigError(
+                f'weights {names} are tied across stages, and interlock.tied_weights is "error": use '
+                '"untie" (each stage trains its own copy) or "sync" (all-reduce at every step, no streaming)'
+            )
+        if interlock.tied_weights == "sync":
+            self.keeps_ties = True
+            message = f"tied weights {names} stay tied: their all-reduce ends streaming across batches"
+        else:
+            message = f"tied weights {names} are untied: equal at first, then each stage trains its own copy"
+            self.tied_comms: dict[str, Any] = {}
+            for parameter in self.tied_modules.parameters():
+                parameter.ds_pipe_replicated = False
+        if self.global_rank == 0:
+            logger.info("interlock: %s (interlock.tied_weights)", message)
+
+    def _num_stages_of(self, key: str) -> int:
+        layers = [
+            number
+            for number, spec in enumerate(self._layer_specs)
+            if isinstance(spec, TiedLayerSpec) and spec.key == key
+        ]
+        return len({self.stage_owner(number) for number in layers})
+
+
+def _checked_bounds(stage_bounds: Sequence[int], num_layers: int, num_stages: int | None) -> list[int]:
+    bounds = [int(bound) for bound in stage_bounds]
+    rises = all(start < stop for start, stop in pairwise(bounds))
+    if not rises or bounds[:1] != [0] or bounds[-1:] != [num_layers]:
+        raise ConfigError(
+            f"stage_bounds {bounds}: expected rising numbers from 0 to {num_layers}, the number of layers"
+        )
+    if num_stages and len(bounds) != num_stages + 1:
+        raise ConfigError(
+            f"stage_bounds {bounds} make {len(bounds) - 1} stages, but num_stages is {num_stages}: give "
+            f"{num_stages + 1} numbers"
+        )
+    return bounds
+
+
+__all__ = ["InterlockPipelineModule", "LayerSpec", "TiedLayerSpec"]

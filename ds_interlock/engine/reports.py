@@ -1,0 +1,176 @@
+"""Reports that travel on their own: losses, gradient norms and learning rates, late but never mixed up.
+
+A training batch under local or interlock has no collective over the pipe, so nobody can hand the
+final loss to stage 0. Instead every stage posts what it has measured for a batch to the job's
+key-value store, in a thread of its own, and reads there which batch the last stage has got to:
+
+    last stage ── post(batch 5, final loss) ──────►  "final" = (5, 2.314)  ──► newest() everywhere
+    stage k    ── post(batch 7, loss, norm, lr) ──►  "values/k/0": batches 5 to 7, a parcel
+    rank 0     ◄─ collected() ──────────────────────  "values/0/0", "values/1/0", ... ──► the monitor
+
+No stage ever waits for this: ``newest`` and ``collected`` return what has arrived.
+"""
+
+import itertools
+import json
+import math
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_interlock.transport.links import CLOSE_SECONDS
+
+_purposes = itertools.count()
+
+_EXCHANGE_SECONDS = 0.25
+"""Values travel in parcels, so that short batches do not pay for them one by one."""
+
+_PAUSE_SECONDS = 0.02
+"""A report is posted when its stage turns to the next batch, and this thread would be in the way."""
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What one stage measured for one batch.
+
+    Attributes:
+        batch: Number of the batch since the engine was made.
+        values: Numbers by name; tensors are read in the reporting thread.
+        final_loss: The final loss of the batch, from the last stage; None from the others.
+    """
+
+    batch: int
+    values: Mapping[str, float | Tensor | None]
+    final_loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """A report as it arrives on the rank that collects them.
+
+    Attributes:
+        stage: Who measured it.
+        batch: Number of the batch since the engine was made.
+        values: Numbers by name.
+    """
+
+    stage: int
+    batch: int
+    values: dict[str, float]
+
+
+class Reporter:
+    """Posts this stage's reports, and reads how far the others have got.
+
+    Args:
+        stage: This stage.
+        num_stages: Stages of the pipeline.
+        posts: Whether this rank speaks for its stage: one data-parallel replica does.
+        collects: Whether this rank gathers everybody's reports: rank 0 does.
+    """
+
+    def __init__(self, stage: int, num_stages: int, *, posts: bool, collects: bool) -> None:
+        self.stage = stage
+        self.posts = posts
+        self.collects = collects
+        self._unsent: list[Any] = []
+        self._num_sent = 0
+        self._num_collected = [0] * num_stages
+        self._next_exchange = 0.0
+        self._store = job_store()
+        self._newest: tuple[int, float] = -1, math.nan
+        self._collected: queue.SimpleQueue[StageReport] = queue.SimpleQueue()
+        self._jobs: queue.Queue[BatchReport | None] = queue.Queue()
+        self._closed = False
+        self._flushing = threading.Event()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="interlock reports", daemon=True)
+        self._thread.start()
+
+    def post(self, report: BatchReport) -> None:
+        """Sends a report off; returns at once."""
+        self._jobs.put(report)
+
+    def newest(self) -> tuple[int, float]:
+        """Batch and value of the newest final loss that has reached this stage; (-1, nan) at first."""
+        return self._newest
+
+    def collected(self) -> list[StageReport]:
+        """Takes the reports that have arrived here since the last call, in order within a stage."""
+        return [self._collected.get() for _ in range(self._collected.qsize())]
+
+    def flush(self) -> None:
+        """Waits until this stage's reports are posted and those of the others, as far as posted, read.
+
+        Raises:
+            RuntimeError: If the store could not be reached.
+        """
+        self._flushing.set()
+        self._jobs.put(None)
+        self._jobs.join()
+        self._flushing.clear()
+        if self._failure is not None:
+            raise RuntimeError("reports could not be posted: the job's store is gone") from self._failure
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._closed = True
+        self._flushing.set()
+        self._jobs.put(None)
+        self._thread.join(CLOSE_SECONDS)  # a thread in a collective when the process ends would abort it
+
+    def _work(self) -> None:
+        while not self._closed:
+            report = self._jobs.get()
+            if report is not None:
+                self._flushing.wait(_PAUSE_SECONDS)
+            try:
+                if self._failure is None:
+                    self._exchange(report)
+            except Exception as error:  # noqa: BLE001 - kept for flush(): it must not end the training
+                self._failure = error
+            finally:
+                self._jobs.task_done()
+
+    def _exchange(self, report: BatchReport | None) -> None:
+        if report is not None and self.posts:
+            if report.final_loss is not None:
+                self._store.set("final", json.dumps([report.batch, float(report.final_loss)]))
+            values = {name: float(value) for name, value in report.values.items() if value is not None}
+            self._unsent.append([report.batch, values])
+        if self._jobs.empty() and (self._newest[0] >= 0 or self._store.check(["final"])):
+            batch, loss = json.loads(self._store.get("final"))
+            self._newest = batch, loss
+        if report is None or time.monotonic() > self._next_exchange:
+            self._next_exchange = time.monotonic() + _EXCHANGE_SECONDS
+            self._send_values()
+            if self.collects:
+                self._collect()
+
+    def _send_values(self) -> None:
+        if self._unsent:
+            self._store.set(f"values/{self.stage}/{self._num_sent}", json.dumps(self._unsent))
+            self._num_sent += 1
+            self._unsent = []
+
+    def _collect(self) -> None:
+        for stage in range(len(self._num_collected)):
+            while self._store.check([key := f"values/{stage}/{self._num_collected[stage]}"]):
+                for batch, values in json.loads(self._store.get(key)):
+                    self._collected.put(StageReport(stage, batch, values))
+                self._store.delete_key(key)
+                self._num_collected[stage] += 1
+
+
+def job_store() -> Any:
+    """A part of the job's key-value store for one purpose. All ranks must call it in the same order."""
+    store = dist.distributed_c10d._get_default_store()
+    # A connection of its own, that no collective's set-up can keep busy.
+    own = store.clone() if hasattr(store, "clone") else store
+    return dist.distributed_c10d.PrefixStore(f"ds_interlock/{next(_purposes)}", own)

@@ -1,0 +1,235 @@
+"""Cross-entropy of language model outputs, also straight from hidden states, without all logits at once.
+
+    labels_n ────────────────────────────────────────┐
+    hidden_nd ── rows 0..r ──► logits_rv ──► loss, gradient of logits_rv ──► added to the gradients of
+              ── rows r..2r ─► logits_rv ──► ...     (in place)              hidden, weight and bias
+
+A vocabulary's logits are the largest tensor of a language model: 50,000 float32 numbers, 200 kB, for
+every position, and as much again for their gradient. ``linear_cross_entropy`` holds those of a few
+hundred positions at a time. Gradients are computed in the forward pass, while a chunk's logits are there,
+so nothing is computed twice; what needs no gradient (a frozen weight) gets none computed.
+
+Shape suffixes: n positions, r positions of a chunk, d hidden width, v output (vocabulary) entry.
+"""
+
+import importlib
+import importlib.util
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_interlock.heads.labels import IGNORED_LABEL
+
+CHUNK_BYTES = 2**26
+"""What the logits of one chunk may take; with 50,000 outputs in float32, those of 335 positions."""
+
+Backend: TypeAlias = Literal["full", "chunked", "torch", "liger"]
+
+
+def cross_entropy_sum(logits_nv: Tensor, labels_n: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Sum of the cross-entropy over the labels that are not ``IGNORED_LABEL``.
+
+    Args:
+        logits_nv: Floating point. Half precision is too coarse for a log-softmax over a vocabulary, so
+            the loss is computed in float32 at least.
+        labels_n: int64.
+        label_smoothing: Share of the target that is spread evenly over the outputs.
+    """
+    return F.cross_entropy(
+        logits_nv.to(_wide(logits_nv.dtype)),
+        labels_n,
+        ignore_index=IGNORED_LABEL,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+
+
+def linear_cross_entropy(
+    hidden_nd: Tensor,
+    weight_vd: Tensor,
+    bias_v: Tensor | None,
+    labels_n: Tensor,
+    label_smoothing: float = 0.0,
+    *,
+    backend: Backend | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """``cross_entropy_sum(F.linear(hidden_nd, weight_vd, bias_v), labels_n)`` in bounded memory.
+
+    The numbers are the same to rounding. Unless all logits fit into one chunk, gradients can be taken
+    once, and not differentiated again.
+
+    Args:
+        hidden_nd: Floating point, of the same type as ``weight_vd`` (unless under autocast).
+        weight_vd: The unembedding. If it does not require a gradient, none is computed.
+        bias_v: Its bias, or None.
+        labels_n: int64; ``IGNORED_LABEL`` takes no part.
+        label_smoothing: As for ``cross_entropy_sum``.
+        backend: What computes it; None for ``fastest_backend``.
+        chunk_bytes: What the logits of one chunk may take.
+
+    Returns:
+        The sum, a scalar in float32 at least.
+    """
+    device = hidden_nd.device.type
+    if torch.is_autocast_enabled(device):  # which does not reach into an autograd function
+        dtype = torch.get_autocast_dtype(device)
+        hidden_nd, weight_vd = hidden_nd.to(dtype), weight_vd.to(dtype)
+        bias_v = None if bias_v is None else bias_v.to(dtype)
+    rows = max(1, chunk_bytes // (weight_vd.shape[0] * _wide(hidden_nd.dtype).itemsize))
+    if backend is None:
+        backend = "full" if len(hidden_nd) <= rows else fastest_backend(hidden_nd, label_smoothing)
+    if not torch.is_grad_enabled():  # autograd functions ask tensors, not the mode, what needs a gradient
+        hidden_nd, weight_vd = hidden_nd.detach(), weight_vd.detach()
+        bias_v = None if bias_v is None else bias_v.detach()
+    match backend:
+        case "full":
+            return cross_entropy_sum(F.linear(hidden_nd, weight_vd, bias_v), labels_n, label_smoothing)
+        case "liger":
+            return _liger(hidden_nd, weight_vd, bias_v, labels_n, label_smoothing)
+        case "torch":
+            return _torch(hidden_nd, weight_vd, bias_v, labels_n, label_smoothing, rows)
+        case "chunked":
+            chunked: Tensor = _ChunkedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+                hidden_nd, weight_vd, bias_v, labels_n, label_smoothing, rows
+            )
+            return chunked
+
+
+def fastest_backend(hidden_nd: Tensor, label_smoothing: float = 0.0) -> Backend:
+    """What to compute more logits with than fit into a chunk.
+
+    On a GPU Liger's kernels, where they are installed. torch's own function, at the same chunk size,
+    takes as long as ours on a CPU, and several times as long at the chunk size it chooses; it knows no
+    label smoothing, and returns the loss of half precision inputs in half precision. So it is taken on
+    accelerators only, and where neither matters.
+    """
+    on_accelerator = hidden_nd.device.type != "cpu"
+    if hidden_nd.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        return "liger"
+    has_torchs = hasattr(F, "linear_cross_entropy") and hidden_nd.dtype.itemsize >= 4
+    return "torch" if on_accelerator and has_torchs and label_smoothing == 0 else "chunked"
+
+
+def _torch(
+    hidden_nd: Tensor,
+    weight_vd: Tensor,
+    bias_v: Tensor | None,
+    labels_n: Tensor,
+    label_smoothing: float,
+    rows: int,
+) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+    return F.linear_cross_entropy(
+        hidden_nd,
+        weight_vd,
+        labels_n,
+        linear_bias=bias_v,
+        reduction="sum",
+        ignore_index=IGNORED_LABEL,
+        label_smoothing=label_smoothing,
+        options=options,
+    )
+
+
+def _liger(
+    hidden_nd: Tensor, weight_vd: Tensor, bias_v: Tensor | None, labels_n: Tensor, label_smoothing: float
+) -> Tensor:
+    # Not imported by name: it is an extra, and importing it takes a GPU.
+    liger: Any = importlib.import_module("liger_kernel.transformers.functional")
+    loss: Tensor = liger.liger_fused_linear_cross_entropy(
+        hidden_nd,
+        weight_vd,
+        labels_n,
+        bias_v,
+        ignore_index=IGNORED_LABEL,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+        accum_dtype=torch.float32,  # of the weight's gradient, over chunks
+    )
+    return loss
+
+
+class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+    """See the picture at the top of the file."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_nd: Tensor,
+        weight_vd: Tensor,
+        bias_v: Tensor | None,
+        labels_n: Tensor,
+        label_smoothing: float,
+        rows: int,
+    ) -> Tensor:
+        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+        total = hidden_nd.new_zeros((), dtype=_wide(hidden_nd.dtype))
+        hidden_gradient = torch.empty_like(hidden_nd) if of_hidden else None
+        weight_gradient = bias_gradient = None
+        for start in range(0, max(1, len(hidden_nd)), rows):  # without positions, gradients are zeros
+            hidden_rd, labels_r = hidden_nd[start : start + rows], labels_n[start : start + rows]
+            logits_rv = F.linear(hidden_rd, weight_vd, bias_v)
+            loss, gradient_rv = _loss_and_gradient(logits_rv, labels_r, label_smoothing)
+            del logits_rv
+            total += loss
+            # Zeroed here, where it is d numbers a row and not v.
+            counted_r1 = (labels_r != IGNORED_LABEL).unsqueeze(1).to(hidden_rd.dtype)
+            if hidden_gradient is not None:
+                hidden_gradient[start : start + rows] = (gradient_rv @ weight_vd) * counted_r1
+            if of_weight:
+                weight_gradient = _add_product(weight_gradient, gradient_rv.T, hidden_rd * counted_r1)
+            if of_bias:
+                bias_gradient = _add_product(bias_gradient, gradient_rv.T, counted_r1)
+        ctx.gradients = (
+            hidden_gradient,
+            None if weight_gradient is None else weight_gradient.to(weight_vd.dtype),
+            None if bias_gradient is None else bias_gradient.squeeze(1).to(weight_vd.dtype),
+        )
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of a chunked linear_cross_entropy can be taken only once")
+        gradients, ctx.gradients = ctx.gradients, None
+        # In place: a copy of the weight's gradient would be as large as a chunk's logits, or larger.
+        return (
+            *(None if gradient is None else gradient.mul_(scale) for gradient in gradients),
+            None,
+            None,
+            None,
+        )
+
+
+def _loss_and_gradient(logits_rv: Tensor, labels_r: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """The summed loss, and its gradient by ``logits_rv`` but for ignored rows, which are not zeroed."""
+    num_outputs = logits_rv.shape[1]
+    counted_r = labels_r != IGNORED_LABEL
+    target_r1 = labels_r.where(counted_r, 0).unsqueeze(1)
+    log_probability_rv = F.log_softmax(logits_rv, -1, dtype=_wide(logits_rv.dtype))
+    loss_r = log_probability_rv.gather(1, target_r1).squeeze(1) * (label_smoothing - 1)
+    if label_smoothing:
+        loss_r -= label_smoothing * log_probability_rv.mean(1)
+    gradient_rv = log_probability_rv.exp_()
+    if label_smoothing:
+        gradient_rv -= label_smoothing / num_outputs
+    gradient_rv.scatter_add_(1, target_r1, gradient_rv.new_full(target_r1.shape, label_smoothing - 1))
+    return loss_r.where(counted_r, 0).sum(), gradient_rv.to(logits_rv.dtype)
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """``total + left @ right``, summed in float32 at least; in place."""
+    if total is None:
+        return (left @ right).to(_wide(left.dtype))
+    if total.dtype == left.dtype:
+        return torch.addmm(total, left, right, out=total)
+    return total.add_(left @ right)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

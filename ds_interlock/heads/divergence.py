@@ -1,0 +1,90 @@
+"""How far the outputs of a head are from those of the model it is a lens into, in bounded memory.
+
+    base_nd ──── rows 0..r ──► unembed ──► log p_rv ─┐
+    hidden_nd ── rows 0..r ──► unembed ──► log q_rv ─┴► sum of p (log p - log q) ──► gradient of the rows
+
+Outputs over a vocabulary are large, and here there are two sets of them. As in the chunked cross-entropy
+(``ds_interlock.heads.cross_entropy``) a few hundred positions at a time are computed, and their gradient with
+them, in the forward pass.
+
+Shape suffixes: n positions, r positions of a chunk, d hidden width, v output (vocabulary) entry.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_interlock.heads.cross_entropy import CHUNK_BYTES
+
+Unembed = Callable[[Tensor], Tensor]
+
+
+def kl_divergence(
+    hidden_nd: Tensor, base_nd: Tensor, unembed: Unembed, num_outputs: int, *, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
+    """Sum over positions of KL(softmax(unembed(base)) || softmax(unembed(hidden))).
+
+    Gradients reach ``hidden_nd`` alone, and can be taken once.
+
+    Args:
+        hidden_nd: Floating point.
+        base_nd: The same shape and type; a constant.
+        unembed: From ``[r, d]`` to ``[r, v]``, each position by itself; its weights are frozen.
+        num_outputs: v.
+        chunk_bytes: What the outputs of one chunk may take, both sets together, in float32 at least.
+
+    Returns:
+        The sum, a scalar in float32 at least.
+    """
+    rows = max(1, chunk_bytes // (2 * num_outputs * _wide(hidden_nd.dtype).itemsize))
+    if not torch.is_grad_enabled():  # autograd functions ask tensors, not the mode, what needs a gradient
+        hidden_nd = hidden_nd.detach()
+    total: Tensor = _ChunkedDivergence.apply(  # type: ignore[no-untyped-call]
+        hidden_nd, base_nd.detach(), unembed, rows
+    )
+    return total
+
+
+class _ChunkedDivergence(torch.autograd.Function):
+    """See the picture at the top of the file."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_nd: Tensor, base_nd: Tensor, unembed: Unembed, rows: int) -> Tensor:
+        total = hidden_nd.new_zeros((), dtype=_wide(hidden_nd.dtype))
+        ctx.gradient = torch.empty_like(hidden_nd) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden_nd), rows):
+            chunk = slice(start, start + rows)
+            log_p_rv = _log_probabilities(unembed(base_nd[chunk]))
+            if ctx.gradient is None:
+                total += _sum(log_p_rv, _log_probabilities(unembed(hidden_nd[chunk])))
+                continue
+            with torch.enable_grad():
+                hidden_rd = hidden_nd[chunk].detach().requires_grad_()
+                loss = _sum(log_p_rv, _log_probabilities(unembed(hidden_rd)))
+            (ctx.gradient[chunk],) = torch.autograd.grad(loss, hidden_rd)
+            total += loss.detach()
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        if ctx.gradient is None:
+            raise RuntimeError("the gradient of kl_divergence can be taken only once")
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(scale), None, None, None
+
+
+def _log_probabilities(outputs_rv: Tensor) -> Tensor:
+    return F.log_softmax(outputs_rv, -1, dtype=_wide(outputs_rv.dtype))
+
+
+def _sum(log_p_rv: Tensor, log_q_rv: Tensor) -> Tensor:
+    return F.kl_div(log_q_rv, log_p_rv, reduction="sum", log_target=True)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,129 @@
+"""What an auxiliary head is made of: the parts between the hidden state and the outputs.
+
+The names of the parts are those of the checkpoint: ``translator``, ``norm``, ``down``, ``unembedding``, and
+``tail_0`` ... for what the model does to the outputs of its unembedding.
+
+Shape suffixes: b batch, t position in the sequence, d hidden width.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from deepspeed.pipe import LayerSpec
+from torch import Tensor, nn
+
+from ds_interlock.config import HeadConfig
+from ds_interlock.errors import ConfigError
+from ds_interlock.heads.output_layers import Layer, ModelEnd, built, has_weights, look_at
+
+UNEMBEDDING = "unembedding"
+
+
+def make_readout(config: HeadConfig, end: ModelEnd) -> nn.Sequential:
+    """Norm, unembedding and what follows it, as ``config.type`` says."""
+    parts = _lens(config, end) if config.type == "lens" else _new_parts(config, end)
+    readout = nn.Sequential()
+    for name, part in parts.items():
+        readout.add_module(name, part)
+    for number, layer in enumerate(end.tail):
+        readout.add_module(f"tail_{number}", _another_weightless(layer))
+    return readout
+
+
+def _lens(config: HeadConfig, end: ModelEnd) -> dict[str, nn.Module]:
+    """A translator on one side of the frozen norm.
+
+    Behind the norm, ``unembedding(translator(x))`` is an unembedding again; the constant that a bias adds
+    needs a bias of the norm or the unembedding to go into.
+    """
+    norm = {} if end.copy_norm is None else {"norm": end.copy_norm()}
+    unembedding = {UNEMBEDDING: end.copy_unembedding()}
+    if config.translator == "before_norm":
+        return {"translator": Translator(end.width), **norm, **unembedding}
+    has_bias = any(
+        getattr(part, "bias", None) is not None for part in (*norm.values(), *unembedding.values())
+    )
+    return {**norm, "translator": Translator(end.width, bias=has_bias), **unembedding}
+
+
+def _new_parts(config: HeadConfig, end: ModelEnd) -> dict[str, nn.Module]:
+    parts: dict[str, nn.Module] = {}
+    width = end.width
+    if end.make_norm is not None and config.type != "linear":
+        parts["norm"] = end.make_norm()
+    if config.type == "low_rank":
+        parts["down"] = nn.Linear(width, config.rank, bias=False)
+        width = config.rank
+    parts[UNEMBEDDING] = _new_unembedding(width, end)
+    return parts
+
+
+class Translator(nn.Module):
+    """An affine map of the hidden state that starts as the identity: ``[..., d]`` to ``[..., d]``.
+
+    It turns the hidden state of a layer into the basis that a frozen unembedding reads.
+
+    Source: Belrose et al.: Eliciting Latent Predictions from Transformers with the Tuned Lens,
+    arXiv 2303.08112, 2023, section 3.
+    """
+
+    def __init__(self, width: int, bias: bool = True) -> None:
+        super().__init__()
+        self.change = nn.Linear(width, width, bias=bias)
+        for parameter in self.change.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, hidden_btd: Tensor) -> Tensor:
+        return hidden_btd + self.change(hidden_btd)  # type: ignore[no-any-return]
+
+
+class _Function(nn.Module):
+    """A plain function among modules."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, inputs: Any) -> Any:
+        return self.function(inputs)
+
+
+def _new_unembedding(width: int, end: ModelEnd) -> nn.Linear:
+    unembedding = nn.Linear(width, end.num_outputs, bias=end.bias)
+    if end.init_std is not None:
+        nn.init.normal_(unembedding.weight, std=end.init_std)
+        if end.bias:
+            nn.init.zeros_(unembedding.bias)
+    return unembedding
+
+
+def _another_weightless(layer: Layer) -> nn.Module:
+    if isinstance(layer, LayerSpec):
+        return built(layer)
+    return copy.deepcopy(layer) if isinstance(layer, nn.Module) else _Function(layer)
+
+
+def another_like(layer: Layer, name: str) -> nn.Module:
+    """One more layer of the kind of ``layer``, with new weights.
+
+    Raises:
+        ConfigError: If ``layer`` is no block: a function, an embedding, a layer without weights.
+    """
+    module = look_at(layer, name)
+    parts = [] if module is None else [part for part in module.modules() if has_weights(part, recurse=False)]
+    if module is None or not parts or isinstance(parts[0], nn.Embedding):
+        what = getattr(layer, "__name__", repr(layer)) if module is None else type(module).__name__
+        raise ConfigError(
+            "interlock.head.type: block_linear repeats the layer in front of the head, which must turn a "
+            f"hidden state into a hidden state; {name} is {what}. Choose another type, or cut the stages "
+            "elsewhere"
+        )
+    if isinstance(layer, LayerSpec):
+        return built(layer)
+    another = copy.deepcopy(module)
+    for part in another.modules():
+        reset = getattr(part, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return another

@@ -1,0 +1,1 @@
+"""Text and labelled samples as token batches."""

@@ -1,0 +1,186 @@
+"""Micro-batches for stage 0: rows in turn, and the number that makes a batch's loss its token mean.
+
+    samples ──shuffled──► rows ──► batch:   micro-batch 0       micro-batch 1      ...  M-1
+                                            replica 0 1 .. R-1  replica 0 1 .. R-1
+
+A micro-batch is ``(inputs, (labels, normaliser))``, or ``(inputs, (labels, normaliser, base))``: the forms
+of ``ds_interlock.heads.labels``. Its loss is the sum of the cross-entropy over its
+labels that are not ignored, divided by the normaliser; DeepSpeed takes the mean over the M micro-batches
+of a batch and over R replicas. With the normaliser (labels in the whole batch) / (M * R) that mean is the
+mean over the labels of the batch, however its rows are dealt out. The mean of micro-batches' means would
+not be: it weighs a label more where there are few. Every replica goes through the same rows, so each can
+count the labels of the others.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ds_interlock.errors import DataError
+from ds_interlock.hf.data.rows import Inputs, Row, Rows
+from ds_interlock.sampling import ResumableIterator, epoch_order
+
+MicroBatch: TypeAlias = tuple[Inputs, tuple[Tensor, ...]]
+
+BaseOfRows: TypeAlias = Callable[[Sequence[Row], int], Tensor]
+"""From rows and t to the base model's hidden states ``[b, t, d]``, as ``BaseStates.stack``."""
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How the rows of a batch are dealt out.
+
+    Attributes:
+        micro_batch_size: Rows in a micro-batch (train_micro_batch_size_per_gpu).
+        num_micro_batches: Micro-batches of a replica in a batch (gradient_accumulation_steps).
+        num_replicas: Data-parallel replicas.
+    """
+
+    micro_batch_size: int
+    num_micro_batches: int
+    num_replicas: int = 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in a batch."""
+        return self.micro_batch_size * self.num_micro_batches * self.num_replicas
+
+    def rows_of(self, rows: Sequence[Row], micro_batch: int, replica: int) -> Sequence[Row]:
+        """What of ``rows`` belongs to a replica's micro-batch, which is counted over all batches."""
+        start = (micro_batch * self.num_replicas + replica) * self.micro_batch_size
+        return rows[start : start + self.micro_batch_size]
+
+    def normaliser(self, num_labels: int, num_batches: int = 1) -> Tensor:
+        """Float32 [1]: divided by it, losses have as mean over ``num_batches`` that over ``num_labels``."""
+        # Without any label the losses are 0, and may be divided by anything else.
+        return torch.tensor([max(num_labels, 1) / (self.num_micro_batches * self.num_replicas * num_batches)])
+
+
+class TrainingBatches(ResumableIterator[MicroBatch]):
+    """Endless micro-batches for one data-parallel replica, in an order fixed by the seed.
+
+    In every epoch the samples are shuffled and put into rows anew; the last rows, which fill no batch, are
+    left out. The order depends on nothing but the arguments, so a resumed run sees the micro-batches that
+    an undisturbed one would have.
+
+    Args:
+        rows: The samples, and how they fill rows.
+        shape: How rows make up a batch.
+        replica: Number of this data-parallel replica.
+        seed: Decides the order.
+
+    Attributes:
+        base_of_rows: If set, labels have what the base model makes of the rows as their third part.
+
+    Raises:
+        DataError: If the samples may not fill a batch.
+    """
+
+    base_of_rows: BaseOfRows | None = None
+
+    def __init__(self, rows: Rows[Any], shape: BatchShape, *, replica: int = 0, seed: int = 0) -> None:
+        if rows.fewest < shape.num_rows:
+            raise DataError(
+                f"{len(rows.samples)} training samples may fill as few as {rows.fewest} rows of "
+                f"{rows.seq_length} positions, and one batch takes {shape.num_rows} "
+                f"(train_micro_batch_size_per_gpu {shape.micro_batch_size} x "
+                f"gradient_accumulation_steps {shape.num_micro_batches} x {shape.num_replicas} replicas): "
+                "give more data, or make one of these smaller in the DeepSpeed config"
+            )
+        self.rows = rows
+        self.shape = shape
+        self.replica = replica
+        self.seed = seed
+        self._begin_epoch(0, first_position=0)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the inputs are, by the names of a Hugging Face model's arguments."""
+        return self.rows.names
+
+    def __next__(self) -> MicroBatch:
+        self._find_epoch()
+        number = self.position - self._first_position
+        batch = number // self.shape.num_micro_batches * self.shape.num_rows
+        num_labels = self.rows.num_labels(self._epoch_rows[batch : batch + self.shape.num_rows])
+        rows = self.shape.rows_of(self._epoch_rows, number, self.replica)
+        inputs, labels = self.rows.stack(rows)
+        base = () if self.base_of_rows is None else (self.base_of_rows(rows, labels.shape[1]),)
+        self.position += 1
+        return inputs, (labels, self.shape.normaliser(num_labels), *base)
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """What the position is a position in."""
+        return {
+            "num_samples": len(self.rows.samples),
+            "num_tokens": sum(len(sample.ids) for sample in self.rows.samples),
+            "inputs": ", ".join(self.names),
+            "seq_length": self.rows.seq_length,
+            "micro_batch_size": self.shape.micro_batch_size,
+            "num_micro_batches": self.shape.num_micro_batches,
+            "num_replicas": self.shape.num_replicas,
+            "seed": self.seed,
+        }
+
+    def _find_epoch(self) -> None:
+        """Makes the epoch's rows that ``position`` is in.
+
+        Epochs may differ in their number of rows, so a position is found by going through them.
+        """
+        if self.position < self._first_position:
+            self._begin_epoch(0, first_position=0)
+        while self.position >= self._end_position:
+            self._begin_epoch(self._epoch + 1, self._end_position)
+
+    def _begin_epoch(self, epoch: int, first_position: int) -> None:
+        order = epoch_order(len(self.rows.samples), self.seed, epoch).tolist()
+        self._epoch = epoch
+        self._epoch_rows = self.rows.arrange(order)
+        num_batches = len(self._epoch_rows) // self.shape.num_rows
+        self._first_position = first_position
+        self._end_position = first_position + num_batches * self.shape.num_micro_batches
+
+
+class EvaluationBatches:
+    """All samples once, in whole batches; each iteration starts anew.
+
+    The last batch is filled up with rows of padding. The mean of all losses, over micro-batches, batches and
+    replicas, is the mean over all labels.
+
+    Args:
+        rows: The samples, and how they fill rows.
+        shape: How rows make up a batch.
+        replica: Number of this data-parallel replica.
+
+    Attributes:
+        num_batches: Batches in an iteration, the same for all replicas.
+    """
+
+    def __init__(self, rows: Rows[Any], shape: BatchShape, *, replica: int = 0) -> None:
+        if not rows.samples:
+            raise DataError("there is no validation sample: expected at least one")
+        self.rows = rows
+        self.shape = shape
+        self.replica = replica
+        arranged = rows.arrange(range(len(rows.samples)))
+        self.num_batches = -(-len(arranged) // shape.num_rows)
+        self._normaliser = shape.normaliser(rows.num_labels(arranged), self.num_batches)
+        self._arranged = arranged + [()] * (self.num_batches * shape.num_rows - len(arranged))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the inputs are, by the names of a Hugging Face model's arguments."""
+        return self.rows.names
+
+    def rows_of_micro_batches(self) -> Iterator[Sequence[Row]]:
+        """The rows of each micro-batch of this replica; the last may be without samples."""
+        for number in range(self.num_batches * self.shape.num_micro_batches):
+            yield self.shape.rows_of(self._arranged, number, self.replica)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for rows in self.rows_of_micro_batches():
+            inputs, labels = self.rows.stack(rows)
+            yield inputs, (labels, self._normaliser)

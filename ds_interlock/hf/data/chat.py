@@ -1,0 +1,123 @@
+"""Chats as text, and which of it the assistant wrote.
+
+    messages ──chat template──► <|user|>hello<|end|><|assistant|>hi<|end|><|user|>...
+                                                                ╰───┬───╯ span: characters to be learned
+                       ids         ...  ...  ...      ...       ...  ...      ...
+                       is_learned                               yes  yes
+
+The spans come from the template's own ``{% generation %}`` tags. A template without them is rendered up to
+each turn of the assistant, and up to behind it: the span lies between.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ds_interlock.errors import DataError
+from ds_interlock.hf.data.records import Chat
+
+Span: TypeAlias = tuple[int, int]
+"""First character, and the one behind the last."""
+
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def render_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
+    """The text of a chat, special tokens included, and the spans in it that the assistant wrote.
+
+    A span holds all that the template puts behind its prompt for the assistant: the end of the turn, too.
+
+    Args:
+        chat: At least one message is the assistant's.
+        tokenizer: Its chat template is used.
+
+    Raises:
+        DataError: If there is no template, it refuses the chat, or it does not show what the assistant
+            wrote; names where the chat came from.
+    """
+    template = _template_of(tokenizer)
+    try:
+        if _GENERATION_TAG.search(template):
+            return _render_with_tags(chat.messages, template, tokenizer)
+        return _render_turn_by_turn(chat, tokenizer)
+    except (TemplateError, TypeError) as error:
+        raise DataError(f"{chat.where}: the chat template refuses this chat ({error})") from error
+
+
+def is_learned(offsets: Sequence[Span], is_special: Sequence[bool], spans: Sequence[Span]) -> list[bool]:
+    """Which tokens have a character inside one of ``spans``.
+
+    Args:
+        offsets: The characters of each token.
+        is_special: True for tokens that stand for no text.
+        spans: In rising order, without overlap.
+    """
+    ends = [end for _, end in spans]
+    learned = []
+    for (first, end), special in zip(offsets, is_special, strict=True):
+        # A byte-level tokenizer may trim spaces off its offsets: of a token of spaces nothing is left,
+        # and both its ends stand behind the last one.
+        first = min(first, end - 1)
+        nearest = bisect_right(ends, first)
+        learned.append(not special and nearest < len(spans) and spans[nearest][0] < end)
+    return learned
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        template: str = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, which chats need: use an "
+            "instruction-tuned model, or set chat_template in its tokenizer_config.json"
+        ) from error
+    return template
+
+
+def _render_with_tags(
+    messages: Sequence[Mapping[str, Any]], template: str, tokenizer: Any
+) -> tuple[str, list[Span]]:
+    # Not through apply_chat_template(return_assistant_tokens_mask=True): where a span begins or ends with
+    # a space that the tokenizer trims off its offsets, that marks the rest of the chat, or nothing more.
+    render: Any = render_jinja_template  # its types say less than it takes and returns
+    rendered, spans = render(
+        conversations=[messages],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return rendered[0], [span for span in spans[0] if span[0] < span[1]]
+
+
+def _render_turn_by_turn(chat: Chat, tokenizer: Any) -> tuple[str, list[Span]]:
+    def render(num_messages: int, add_generation_prompt: bool) -> str:
+        text: str = tokenizer.apply_chat_template(
+            chat.messages[:num_messages], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return text
+
+    whole = render(len(chat.messages), add_generation_prompt=False)
+    spans = []
+    for number, message in enumerate(chat.messages):
+        if message["role"] != "assistant":
+            continue
+        if number == 0:
+            raise DataError(
+                f"{chat.where}: the first message is the assistant's; expected the user's before it"
+            )
+        before = render(number, add_generation_prompt=True)
+        behind = render(number + 1, add_generation_prompt=False)
+        if not (behind.startswith(before) and whole.startswith(behind)):
+            raise DataError(
+                f"{chat.where}: the chat template renders messages[{number}] otherwise once it knows what "
+                "follows, so the assistant's part cannot be told apart: mark it in the template with "
+                "{% generation %} and {% endgeneration %}, or give each of the assistant's turns a chat "
+                "that ends with it"
+            )
+        spans.append((len(before), len(behind)))
+    return whole, spans

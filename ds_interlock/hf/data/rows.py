@@ -1,0 +1,206 @@
+"""How samples fill the rows of a micro-batch: padded, packed, or as they are.
+
+    padded    [a a a a a .]   packed    [a a a a a c c .]   plain   [a a a a a a]
+              [b b b . . .]             [b b b d d d d d]           [b b b b b b]
+
+A row is the numbers of its samples; one without any is filled with padding, and teaches nothing.
+
+Shape suffixes: b rows, t positions.
+"""
+
+from abc import ABC, abstractmethod
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Generic, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ds_interlock.errors import DataError
+from ds_interlock.heads.labels import IGNORED_LABEL
+from ds_interlock.hf.data.samples import AnySample, ClassifiedSample, Sample
+
+Row: TypeAlias = tuple[int, ...]
+Inputs: TypeAlias = Tensor | tuple[Tensor, ...]
+
+PADDING_MULTIPLE = 8
+"""Padded rows have a length that this divides: fewer different shapes, and tensor cores like them."""
+
+_MAX_OPEN_ROWS = 256  # rows that a sample may still join; with more, packing gains little and takes longer
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token id for positions that nobody looks at."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in ids if token is not None), 0)
+
+
+class Rows(ABC, Generic[AnySample]):
+    """A way to fill rows.
+
+    Args:
+        samples: None longer than ``seq_length``.
+        seq_length: Positions of the longest row.
+        pad_id: Token id of positions without a sample, see ``padding_id``.
+    """
+
+    names: tuple[str, ...]
+    """What the inputs are, by the names of a Hugging Face model's arguments."""
+
+    def __init__(self, samples: Sequence[AnySample], seq_length: int, pad_id: int = 0) -> None:
+        self.samples: Sequence[AnySample] = samples
+        self.seq_length = seq_length
+        self.pad_id = pad_id
+        self._ids = [sample.ids for sample in samples]
+        self._num_labels = [sample.num_labels for sample in samples]
+        longest = max(map(len, self._ids), default=0)
+        if longest > seq_length:
+            raise DataError(
+                f"a sample has {longest} positions: expected at most {seq_length}, the --seq_length"
+            )
+
+    @property
+    def fewest(self) -> int:
+        """The rows that there are at least, whatever the order of the samples."""
+        return len(self.samples)
+
+    def arrange(self, order: Iterable[int]) -> list[Row]:
+        """Rows of all samples, which come in the order given by their numbers."""
+        return [(number,) for number in order]
+
+    def num_labels(self, rows: Iterable[Row]) -> int:
+        """Labels in ``rows`` that are not ignored."""
+        return sum(self._num_labels[number] for number in chain.from_iterable(rows))
+
+    @abstractmethod
+    def stack(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
+        """The inputs, as ``names`` says, and the labels of a micro-batch, all int64."""
+
+
+class PaddedRows(Rows[Sample]):
+    """A sample in each row, padded on the right to the longest of the micro-batch."""
+
+    names: tuple[str, ...] = ("input_ids", "attention_mask")
+
+    def stack(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
+        ids = _joined(self._ids, rows)
+        length = _padded_length(ids, self.seq_length)
+        inputs = _padded(ids, length, self.pad_id), _attention_mask(ids, length)
+        return inputs, _labels(self.samples, rows, length)
+
+
+class ClassifiedRows(Rows[ClassifiedSample]):
+    """A text and its class in each row, padded as ``PaddedRows``.
+
+    ``names`` has "token_type_ids" last, if the tokenizer makes them.
+    """
+
+    names: tuple[str, ...] = ("input_ids", "attention_mask")
+
+    def __init__(self, samples: Sequence[ClassifiedSample], seq_length: int, pad_id: int = 0) -> None:
+        super().__init__(samples, seq_length, pad_id)
+        self._type_ids = [sample.token_type_ids or [] for sample in samples]
+        if all(sample.token_type_ids is not None for sample in samples):
+            self.names = (*self.names, "token_type_ids")
+
+    def stack(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
+        ids = _joined(self._ids, rows)
+        length = _padded_length(ids, self.seq_length)
+        inputs = [_padded(ids, length, self.pad_id), _attention_mask(ids, length)]
+        if "token_type_ids" in self.names:
+            inputs.append(_padded(_joined(self._type_ids, rows), length, 0))
+        labels = [self.samples[row[0]].label if row else IGNORED_LABEL for row in rows]
+        return tuple(inputs), torch.tensor(labels)
+
+
+class PackedRows(Rows[Sample]):
+    """Several samples in each row of ``seq_length``, told apart by positions that begin anew.
+
+    Hugging Face's masks keep a token from looking across such a border; the padding at the end is a
+    segment of its own. No label crosses a border, because a sample's labels are all its own tokens.
+    """
+
+    names: tuple[str, ...] = ("input_ids", "position_ids")
+
+    @property
+    def fewest(self) -> int:
+        # Two that are longer than half a row never share one; and all must fit.
+        lengths = [len(ids) for ids in self._ids]
+        num_long = sum(2 * length > self.seq_length for length in lengths)
+        return max(num_long, -(-sum(lengths) // self.seq_length))
+
+    def arrange(self, order: Iterable[int]) -> list[Row]:
+        rows: list[list[int]] = []
+        open_rows: list[tuple[int, int]] = []  # (free positions, number of the row), sorted
+        for number in order:
+            length = len(self._ids[number])
+            fit = bisect_left(open_rows, (length, 0))  # the fullest row that still has room
+            if fit < len(open_rows):
+                free, row = open_rows.pop(fit)
+            else:
+                free, row = self.seq_length, len(rows)
+                rows.append([])
+            rows[row].append(number)
+            insort(open_rows, (free - length, row))
+            if len(open_rows) > _MAX_OPEN_ROWS:
+                del open_rows[0]  # the fullest
+        return [tuple(row) for row in rows]
+
+    def stack(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
+        positions = []
+        for row in rows:
+            lengths = [len(self._ids[number]) for number in row]
+            padding = self.seq_length - sum(lengths)
+            positions.append([position for length in (*lengths, padding) for position in range(length)])
+        ids_bt = _padded(_joined(self._ids, rows), self.seq_length, self.pad_id)
+        return (ids_bt, torch.tensor(positions)), _labels(self.samples, rows, self.seq_length)
+
+
+class PlainRows(Rows[Sample]):
+    """A sample in each row, all of exactly ``seq_length`` positions: text cut into blocks.
+
+    Raises:
+        DataError: If a sample is shorter.
+    """
+
+    names: tuple[str, ...] = ("input_ids",)
+
+    def __init__(self, samples: Sequence[Sample], seq_length: int, pad_id: int = 0) -> None:
+        super().__init__(samples, seq_length, pad_id)
+        shortest = min(map(len, self._ids), default=seq_length)
+        if shortest < seq_length:
+            raise DataError(
+                f"a sample has {shortest} positions, and rows without padding need {seq_length} in each: use "
+                "packing or padding"
+            )
+
+    def stack(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
+        ids_bt = _padded(_joined(self._ids, rows), self.seq_length, self.pad_id)
+        return ids_bt, _labels(self.samples, rows, self.seq_length)
+
+
+def _joined(values: Sequence[Sequence[int]], rows: Sequence[Row]) -> list[list[int]]:
+    """The values of each row's samples, one sample behind the other."""
+    return [[value for number in row for value in values[number]] for row in rows]
+
+
+def _labels(samples: Sequence[Sample], rows: Sequence[Row], length: int) -> Tensor:
+    """The labels of each row, filled up to ``length`` positions with ignored ones."""
+    labels = [[label for number in row for label in samples[number].labels] for row in rows]
+    return _padded(labels, length, IGNORED_LABEL)
+
+
+def _padded_length(rows: Sequence[Sequence[int]], seq_length: int) -> int:
+    longest = max(1, *map(len, rows))
+    return min(-(-longest // PADDING_MULTIPLE) * PADDING_MULTIPLE, seq_length)
+
+
+def _padded(rows: Sequence[list[int]], length: int, filler: int) -> Tensor:
+    return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
+
+
+def _attention_mask(rows: Sequence[Sequence[int]], length: int) -> Tensor:
+    """1 at tokens, 0 at padding; a row without tokens keeps a 1: softmax over nothing is not a number."""
+    return _padded([[1] * max(1, len(row)) for row in rows], length, 0)

@@ -1,0 +1,287 @@
+"""Records in, samples out: what one sequence shows a model, and what it is to say at each position.
+
+tokens       a    b    c    d    e          Document, cut into pieces of seq_length + 1 = 4
+ids         [a    b    c]  [d]              that overlap by one: each token is a label once
+labels      [b    c    d]  [e]
+
+tokens       P    P    C    C   <end>       Completion; Chat alike, with several learned spans
+ids         [P    P    C    C]
+labels      [-    C    C   <end>]           - is IGNORED_LABEL
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Generic, TypeVar, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from ds_interlock.errors import DataError
+from ds_interlock.heads.labels import IGNORED_LABEL
+from ds_interlock.hf.data.chat import Span, is_learned, render_chat
+from ds_interlock.hf.data.records import Chat, Classified, Completion, Document, Record
+
+_TOGETHER = 1000  # texts given to the tokenizer at once: it works on them in parallel
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sequence for a language model.
+
+    Attributes:
+        ids: Token ids.
+        labels: For each position the id of the token behind it, or ``IGNORED_LABEL`` where there is
+            nothing to learn. The last token predicts nothing, and is in no ``ids``.
+    """
+
+    ids: list[int]
+    labels: list[int]
+
+    @property
+    def num_labels(self) -> int:
+        """Positions with something to learn."""
+        return len(self.labels) - self.labels.count(IGNORED_LABEL)
+
+
+@dataclass(frozen=True)
+class ClassifiedSample:
+    """A sequence, or a pair of them, and its class.
+
+    Attributes:
+        ids: Token ids, special ones included.
+        token_type_ids: Which of a pair each token belongs to; None if the tokenizer does not say.
+        label: The class.
+    """
+
+    ids: list[int]
+    token_type_ids: list[int] | None
+    label: int
+
+    @property
+    def num_labels(self) -> int:
+        """One: the class."""
+        return 1
+
+
+AnySample = TypeVar("AnySample", Sample, ClassifiedSample)
+
+
+@dataclass(frozen=True)
+class SampleSet(Generic[AnySample]):
+    """Samples, and what became of records that were too long.
+
+    Attributes:
+        samples: In the order of their records.
+        num_cut: Prompts, chats and classified texts that were longer than ``seq_length``, and were cut at
+            the end. (Documents lose nothing: they are cut into pieces.)
+        num_dropped: Those among them of which nothing to be learned was left; they make no sample.
+    """
+
+    samples: Sequence[AnySample]
+    num_cut: int
+    num_dropped: int
+
+    def summary(self) -> str:
+        """The numbers in one line."""
+        num_tokens = sum(len(sample.ids) for sample in self.samples)
+        num_labels = sum(sample.num_labels for sample in self.samples)
+        text = f"{len(self.samples)} samples, {num_tokens} tokens, {num_labels} labels"
+        if self.num_cut:
+            text += f"; {self.num_cut} longer than --seq_length were cut"
+        if self.num_dropped:
+            text += f", of which {self.num_dropped} lost all their labels and are left out"
+        return text
+
+
+def encode_records(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, seq_length: int
+) -> SampleSet[Sample]:
+    """Samples for a language model; every token that is to be learned is a label once.
+
+    Special tokens are those that the tokenizer adds itself, and one that ends each document and each
+    completion. A chat has those of its template instead. Prompt and completion are joined as they are: a
+    space between them must be written in one of them.
+
+    Args:
+        records: Documents, completions and chats.
+        tokenizer: One that ``tokenizers`` implements ("fast"), unless all records are documents.
+        seq_length: The most positions that a sample may have.
+
+    Raises:
+        DataError: If the tokenizer lacks what a record needs, or nothing is left to learn.
+    """
+    samples: list[Sample] = []
+    num_cut = num_dropped = 0
+    for record, tokens in zip(records, _tokenise_all(records, tokenizer), strict=True):
+        if isinstance(record, Document):
+            samples += _pieces(tokens, seq_length)
+            continue
+        num_cut += len(tokens.ids) > seq_length + 1
+        sample = _sample(tokens, 0, seq_length)
+        if sample.num_labels:
+            samples.append(sample)
+        else:
+            num_dropped += 1
+    if not samples:
+        raise DataError(
+            f"none of the {len(records)} records has anything to learn within the first {seq_length} tokens: "
+            "give a larger --seq_length, or shorter prompts"
+        )
+    return SampleSet(samples, num_cut, num_dropped)
+
+
+def encode_contiguous(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, seq_length: int
+) -> SampleSet[Sample]:
+    """Documents as one line of tokens, cut into samples of exactly ``seq_length`` positions.
+
+    A sample may hold the end of one document and the start of the next. The rest is left out.
+
+    Args:
+        records: Documents.
+        tokenizer: Any.
+        seq_length: The positions of every sample.
+
+    Raises:
+        DataError: If a record is no document, or the documents do not fill one sample.
+    """
+    for record in records:
+        if not isinstance(record, Document):
+            raise DataError(f"{record.where}: only documents can be joined; use packing or padding")
+    line = [token for tokens in _tokenise_all(records, tokenizer) for token in tokens.ids]
+    samples = [sample for sample in _pieces(_Tokens(line, line), seq_length) if len(sample.ids) == seq_length]
+    if not samples:
+        raise DataError(
+            f"the text has {len(line)} tokens, and one sample takes {seq_length + 1}: give more text, or a "
+            "smaller --seq_length"
+        )
+    return SampleSet(samples, num_cut=0, num_dropped=0)
+
+
+def encode_classified(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    seq_length: int,
+    label_ids: Mapping[int | str, int],
+) -> SampleSet[ClassifiedSample]:
+    """Samples for a classifier, with the special tokens that the tokenizer adds.
+
+    Args:
+        records: Classified texts and pairs.
+        tokenizer: Any.
+        seq_length: The most tokens that a sample may have. Of a pair the longer text is cut.
+        label_ids: The id of each class, as ``load_records`` gives it.
+    """
+    classified = [record for record in records if isinstance(record, Classified)]
+    assert len(classified) == len(records)
+    samples, num_cut = [], 0
+    for record in classified:
+        encoded = _encode_text(record, tokenizer)
+        if len(encoded["input_ids"]) > seq_length:
+            encoded = _encode_text(record, tokenizer, truncation=True, max_length=seq_length)
+            num_cut += 1
+        samples.append(
+            ClassifiedSample(encoded["input_ids"], encoded.get("token_type_ids"), label_ids[record.label])
+        )
+    return SampleSet(samples, num_cut, num_dropped=0)
+
+
+def _encode_text(record: Classified, tokenizer: Any, **options: Any) -> Mapping[str, list[int]]:
+    return cast(Mapping[str, list[int]], tokenizer(record.text, record.text_pair, verbose=False, **options))
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A record's tokens, and those among them that are to be learned.
+
+    Attributes:
+        ids: Token ids.
+        targets: For each token its id, or ``IGNORED_LABEL`` if it is not to be learned.
+    """
+
+    ids: list[int]
+    targets: list[int]
+
+
+def _tokenise_all(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
+    """The tokens of each record."""
+    for _, group in groupby(records, type):
+        alike = list(group)
+        for start in range(0, len(alike), _TOGETHER):
+            yield from _tokenise(alike[start : start + _TOGETHER], tokenizer)
+
+
+def _tokenise(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
+    """The tokens of records of one kind."""
+    match records[0]:
+        case Document():
+            texts = [record.text for record in records if isinstance(record, Document)]
+            for ids in tokenizer(texts, verbose=False)["input_ids"]:
+                yield _ended(_Tokens(ids, ids.copy()), tokenizer)
+        case Completion():
+            passages = [_passage(record) for record in records if isinstance(record, Completion)]
+            for tokens in _tokenise_spans(passages, tokenizer, add_special_tokens=True):
+                yield _ended(tokens, tokenizer)
+        case Chat():
+            chats = [render_chat(record, tokenizer) for record in records if isinstance(record, Chat)]
+            yield from _tokenise_spans(chats, tokenizer, add_special_tokens=False)
+        case Classified():
+            raise DataError(f"{records[0].where}: a classified text cannot train a language model")
+
+
+def _passage(record: Completion) -> tuple[str, list[Span]]:
+    """Prompt and completion as one text: what is said must not depend on where the prompt ends."""
+    text = record.prompt + record.completion
+    return text, [(len(record.prompt), len(text))]
+
+
+def _tokenise_spans(
+    passages: Sequence[tuple[str, list[Span]]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    add_special_tokens: bool,
+) -> Iterator[_Tokens]:
+    """The tokens of each text; those with a character in one of its spans are to be learned."""
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"the tokenizer {type(tokenizer).__name__} cannot say which characters a token stands for, which "
+            'prompts and chats need: use a "fast" one (PreTrainedTokenizerFast)'
+        )
+    encoding = tokenizer(
+        [text for text, _ in passages],
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    for number, (_, spans) in enumerate(passages):
+        ids = encoding["input_ids"][number]
+        is_special = [text is None for text in encoding.sequence_ids(number)]
+        learned = is_learned(encoding["offset_mapping"][number], is_special, spans)
+        targets = [token if keep else IGNORED_LABEL for token, keep in zip(ids, learned, strict=True)]
+        yield _Tokens(ids, targets)
+
+
+def _ended(tokens: _Tokens, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
+    """The tokens with one token at the end that says so, to be learned, and one at the start at most."""
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if end is None:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path!r} has neither an eos_token nor a sep_token: one is "
+            "needed to mark where a text ends; set eos_token in its tokenizer_config.json"
+        )
+    start = tokenizer.bos_token_id
+    # Texts may have been written with the start that the tokenizer adds.
+    first = 1 if start is not None and tokens.ids[:2] == [start, start] else 0
+    last = len(tokens.ids) - (tokens.ids[-1:] == [end])
+    return _Tokens([*tokens.ids[first:last], end], [*tokens.targets[first:last], end])
+
+
+def _sample(tokens: _Tokens, start: int, seq_length: int) -> Sample:
+    """The sample of at most ``seq_length`` positions that begins with the token ``start``."""
+    end = start + seq_length + 1
+    return Sample(tokens.ids[start:end][:-1], tokens.targets[start + 1 : end])
+
+
+def _pieces(tokens: _Tokens, seq_length: int) -> list[Sample]:
+    """Samples that have every token but the first as a label once."""
+    return [_sample(tokens, start, seq_length) for start in range(0, len(tokens.ids) - 1, seq_length)]

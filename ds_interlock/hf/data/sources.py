@@ -1,0 +1,192 @@
+"""Files and data sets in, records out.
+
+    *.txt, folders of *.txt  ──► a Document for each text
+    *.jsonl, *.json          ──► a record for each line, which holds one JSON object
+    a data set               ──► a record for each row of its splits
+
+The first object of a file says which format (``records``) the whole file has.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from ds_interlock.errors import DataError
+from ds_interlock.hf.data.records import Classified, Document, Record, Task, kind_of, records_of
+from ds_interlock.hf.data.text import VALIDATION_SHARE, load_splits, read_documents, sotu_folder
+from ds_interlock.sampling import set_aside
+
+
+@dataclass(frozen=True)
+class RecordData:
+    """Records to train on and records to validate on.
+
+    Attributes:
+        train: The training records.
+        validation: The validation records.
+        label_ids: The id of each class; empty but for classification.
+    """
+
+    train: Sequence[Record]
+    validation: Sequence[Record]
+    label_ids: Mapping[int | str, int]
+
+    @property
+    def num_labels(self) -> int:
+        """How many classes a model must tell apart; 0 but for classification."""
+        return max(self.label_ids.values(), default=-1) + 1
+
+
+def load_records(
+    train_files: Sequence[str] = (),
+    validation_files: Sequence[str] = (),
+    dataset: str | None = None,
+    dataset_config: str | None = None,
+    *,
+    task: Task = "causal",
+    seed: int = 0,
+) -> RecordData:
+    """The records of files or of a data set.
+
+    Args:
+        train_files: ``*.txt`` (or folders of them), ``*.jsonl``, ``*.json``; or give ``dataset``.
+        validation_files: The same, for validation. Without them the validation split of the data
+            set is used; if it has none, a seeded 5 % of the training records.
+        dataset: "sotu" for the package of that name, else a name for ``datasets.load_dataset``.
+        dataset_config: Its configuration's name.
+        task: "classification" expects classes, "causal" the other formats.
+        seed: Decides which records validate.
+
+    Raises:
+        DataError: If anything is missing, malformed or empty; names the file and the line.
+    """
+    if bool(train_files) == bool(dataset):
+        raise DataError("give either --train_file or --dataset: exactly one of them is the training data")
+    validation: list[Record] = []
+    if dataset:
+        train, validation = _read_dataset(dataset, dataset_config, task)
+    else:
+        train = read_records(train_files, task)
+    if validation_files:
+        validation = read_records(validation_files, task)
+    # Before a share is set aside: a class that only the share has is still one that the user gave.
+    label_ids = _label_ids(train)
+    if not validation:
+        if len(train) < 2:
+            raise DataError(
+                "there is only 1 training record, and validation needs one that training does not see: "
+                "give a --validation_file, or more records"
+            )
+        train, validation = set_aside(train, VALIDATION_SHARE, seed)
+    _check_labels(validation, label_ids)
+    return RecordData(train, validation, label_ids)
+
+
+def read_records(paths: Sequence[str], task: Task = "causal") -> list[Record]:
+    """The records in files: those of all texts first, then those of each file of JSON lines.
+
+    Raises:
+        DataError: As ``load_records``.
+    """
+    texts, json_files = [], []
+    for path in paths:
+        ending = Path(path).suffix.lower()
+        if ending in (".jsonl", ".json"):
+            json_files.append(Path(path))
+        elif ending == ".txt" or Path(path).is_dir():
+            texts.append(path)
+        else:
+            raise DataError(
+                f"{path} ends in {ending!r}: expected .txt (documents), .jsonl or .json (an object a line)"
+            )
+    if texts and task == "classification":
+        raise DataError(
+            f'{texts[0]} is plain text: --task classification needs JSON lines with "text" and "label"'
+        )
+    records: list[Record] = []
+    if texts:
+        name = ", ".join(texts)
+        documents = enumerate(read_documents(texts), 1)
+        records += [Document(text, f"document {number} of {name}") for number, text in documents]
+    for file in json_files:
+        found = list(records_of(_json_objects(file), task))
+        if not found:
+            raise DataError(f"{file} is empty: expected one JSON object a line")
+        records += found
+    return records
+
+
+def _read_dataset(name: str, config: str | None, task: Task) -> tuple[list[Record], list[Record]]:
+    """Records of the splits "train" and "validation" (empty if there is none).
+
+    Rows without text are passed over: data sets of plain text have them for blank lines.
+    """
+    if name == "sotu":
+        return read_records([str(sotu_folder())], task), []
+    splits = load_splits(name, config)
+    train, validation = (
+        list(records_of(_rows(splits[split], f"data set {name}, {split}"), task)) if split in splits else []
+        for split in ("train", "validation")
+    )
+    if not train:
+        raise DataError(f"data set {name!r} is empty: its training split holds no record")
+    return train, validation
+
+
+def _rows(split: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, row in enumerate(split):
+        has_text = not isinstance(row.get("text"), str | None) or (row.get("text") or "").strip()
+        if "text" not in row or has_text:
+            yield f"{name} row {number}", row
+
+
+def _json_objects(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Where each object of a file is, and the object. Blank lines are passed over."""
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    where = f"{file} line {number}"
+                    yield where, _json_object(line.rstrip(), where)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error.reason}); convert the file, as with iconv") from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: malformed JSON ({error.msg} at column {error.colno}); expected one whole object a line"
+        ) from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected a JSON object, got {kind_of(value)}")
+    return value
+
+
+def _label_ids(train: Sequence[Record]) -> dict[int | str, int]:
+    """The id of each class: integers are their own ids, strings are numbered in sorted order."""
+    classified = [record for record in train if isinstance(record, Classified)]
+    for record in classified:
+        if isinstance(record.label, str) != isinstance(classified[0].label, str):
+            raise DataError(
+                f'{record.where}: "label" is {kind_of(record.label)}, and {kind_of(classified[0].label)} in '
+                f"{classified[0].where}; use one kind"
+            )
+    labels = sorted({record.label for record in classified}, key=lambda label: cast(Any, label))
+    if labels and isinstance(labels[0], int):
+        return {label: cast(int, label) for label in labels}
+    return {label: number for number, label in enumerate(labels)}
+
+
+def _check_labels(validation: Sequence[Record], label_ids: Mapping[int | str, int]) -> None:
+    for record in validation:
+        if isinstance(record, Classified) and record.label not in label_ids:
+            known = ", ".join(str(label) for label in label_ids)
+            raise DataError(
+                f"{record.where}: no training record has the label {record.label!r}, only {known}"
+            )

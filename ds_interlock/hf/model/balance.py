@@ -1,0 +1,68 @@
+"""Where to cut a model so that its stages have equally much to do."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ds_interlock.config import InterlockConfig
+from ds_interlock.errors import ConfigError
+from ds_interlock.hf.model.cut import Block, Blueprint, Front, Logits
+from ds_interlock.planning.partition import balanced_bounds
+
+
+def default_bounds(blueprint: Blueprint, interlock: InterlockConfig, num_stages: int) -> list[int]:
+    """Bounds of stages of equal work, counted in matrix parameters.
+
+    A token costs as many products as the matrices have parameters; embeddings are looked up. The
+    unembedding can weigh as much as many blocks. Where stages have heads of their own, each has one like
+    it, on ``token_fraction`` of the tokens, and only what the last stage has beyond that is counted.
+    ``ds-interlock plan`` tells more.
+
+    Args:
+        blueprint: The model.
+        interlock: Has the mode and the heads.
+        num_stages: Stages to cut into.
+
+    Raises:
+        ConfigError: If there are more stages than blocks.
+    """
+    num_blocks = blueprint.skeleton.anatomy.num_blocks
+    if num_stages > num_blocks:
+        raise ConfigError(
+            f"{num_stages} stages for the {num_blocks} blocks of --model: every stage needs at least one; "
+            f"use 1 to {num_blocks} processes, or fewer --num_stages with data-parallel replicas"
+        )
+    in_heads = 0.0 if interlock.is_global else interlock.head.token_fraction
+    return balanced_bounds([_work(layer, in_heads) for layer in blueprint.outline], num_stages)
+
+
+def _work(layer: nn.Module, in_heads: float) -> float:
+    if isinstance(layer, Front | Logits):
+        return 0.0
+    work = float(sum(p.numel() for p in layer.parameters() if p.dim() >= 2))
+    return work if isinstance(layer, Block) else work * (1 - in_heads)
+
+
+def parse_bounds(text: str) -> Sequence[int]:
+    """Reads ``--stage_bounds 0,9,18``.
+
+    Raises:
+        ConfigError: If it is no list of numbers.
+    """
+    try:
+        return [int(bound) for bound in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--stage_bounds {text}: expected layer numbers such as 0,9,18,27,33") from None
+
+
+def describe(blueprint: Blueprint, bounds: Sequence[int]) -> str:
+    """What each stage holds, for people: blocks, and millions of parameters."""
+    lines = []
+    for stage, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        own = blueprint.outline[start:stop]
+        num_blocks = sum(isinstance(layer, Block) for layer in own)
+        others = [type(layer).__name__.lower() for layer in own if not isinstance(layer, Block)]
+        size = sum(p.numel() for layer in own for p in layer.parameters()) / 1e6
+        what = ", ".join([f"{num_blocks} block{'s' * (num_blocks != 1)}", *others])
+        lines.append(f"stage {stage}: layers {start} to {stop - 1} ({what}), {size:.4g} M parameters")
+    return "\n".join(lines)

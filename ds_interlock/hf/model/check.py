@@ -1,0 +1,191 @@
+"""The check at load: the pipelined layers must give the whole model's logits.
+
+    every stage       its layers, as they will train ──► logits of the pipeline ─┐
+                                                                                 ├─ equal?
+    the last stage    the model's own forward, never cut, ───► logits ───────────┘
+                      each module's weights read when it is called and dropped behind it
+
+So the reference costs the memory of one block, not of the model.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_interlock.errors import ConfigError
+from ds_interlock.hf.model.cut import HFLayer, Values
+from ds_interlock.hf.model.pretrained import Pretrained
+from ds_interlock.hf.model.surgery import find_anatomy
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+"""By dtype, of the largest logit (1 at least); anything else is compared as ``_HALF_TOLERANCE``."""
+
+_HALF_TOLERANCE = 3e-2
+_ROWS, _POSITIONS = 2, 16
+
+
+def probe(pretrained: Pretrained, inputs: Sequence[str], num_positions: int) -> tuple[Tensor, ...]:
+    """A small batch with everything in it that the data will have: padding, or several samples in a row.
+
+    Args:
+        pretrained: The model.
+        inputs: Names of the tensors that stage 0 is fed.
+        num_positions: At most so many.
+
+    Returns:
+        int64 ``[2, t]`` for each name.
+    """
+    length = min(_POSITIONS, num_positions)
+    split = max(1, length * 2 // 3)
+    ids_bt = torch.randint(
+        pretrained.config.get_text_config().vocab_size,
+        (_ROWS, length),
+        generator=torch.Generator().manual_seed(0),
+    )
+    mask_bt = torch.ones_like(ids_bt)
+    mask_bt[1, split:] = 0
+    positions_bt = torch.arange(length).repeat(_ROWS, 1)
+    positions_bt[1, split:] -= split
+    known = {
+        "input_ids": ids_bt,
+        "attention_mask": mask_bt,
+        "position_ids": positions_bt,
+        "token_type_ids": torch.zeros_like(ids_bt),
+    }
+    return tuple(known[name] for name in inputs)
+
+
+@torch.no_grad()
+def reference_logits(
+    pretrained: Pretrained, inputs: Mapping[str, Tensor], values: Values, own: Mapping[str, Tensor]
+) -> Tensor:
+    """What the whole model makes of ``inputs``, with the weights of one module in memory at a time.
+
+    Samples that share a row are given to it one by one, so that packing is checked too.
+
+    Args:
+        pretrained: The model.
+        inputs: By name, ``[b, t]`` each.
+        values: Reads weights.
+        own: Weights that are in memory already, which are taken as they are.
+
+    Returns:
+        Logits ``[b, t, v]``, or ``[b, c]`` of a classifier.
+    """
+    model = pretrained.new_model()
+    device = inputs["input_ids"].device
+    with _weights_on_demand(model, values, own, device):
+        if "position_ids" not in inputs:
+            return _logits(model, inputs)
+        rows = zip(inputs["input_ids"], inputs["position_ids"], strict=True)
+        return torch.stack([_logits_of_row(model, ids_t, positions_t) for ids_t, positions_t in rows])
+
+
+def _logits_of_row(model: Any, ids_t: Tensor, positions_t: Tensor) -> Tensor:
+    starts = [*(positions_t == 0).nonzero().flatten().tolist(), len(ids_t)]
+    pieces = [
+        _logits(model, {"input_ids": ids_t[None, start:stop]})[0]
+        for start, stop in zip(starts, starts[1:], strict=False)
+    ]
+    return torch.cat(pieces)
+
+
+def _logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    logits: Tensor = model(**inputs, **options).logits
+    return logits
+
+
+@contextmanager
+def _weights_on_demand(
+    model: Any, values: Values, own: Mapping[str, Tensor], device: torch.device
+) -> Iterator[None]:
+    """Within it, every part and block of ``model`` has its weights while it is called."""
+    anatomy = find_anatomy(model)
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    parts = [*anatomy.front, *anatomy.end, *([anatomy.unembedding] if anatomy.unembedding else [])]
+    parts += [f"{anatomy.blocks}.{index}" for index in range(anatomy.num_blocks)]
+
+    def fill(path: str, module: nn.Module) -> None:
+        wanted = {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
+        found = values({name: tensor for name, tensor in wanted.items() if name not in own})
+        found = {**found, **{name: own[name] for name in wanted if name in own}}
+        inside = {name.removeprefix(f"{path}."): tensor.to(device) for name, tensor in found.items()}
+        module.load_state_dict(inside, assign=True, strict=False)
+
+    def drop(module: nn.Module) -> None:
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    handles = []
+    for path in parts:
+        module = model.get_submodule(path)
+        handles += [
+            module.register_forward_pre_hook(lambda module, _, path=path: fill(path, module)),
+            module.register_forward_hook(lambda module, *_: drop(module)),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_inputs: Sequence[str]) -> float:
+    """Compares the pipeline's logits with the model's. All ranks must call it.
+
+    Args:
+        engine: An ``InterlockEngine`` over the layers of a blueprint.
+        pretrained: The model.
+        num_positions: The longest sequence of the job.
+        own_inputs: Names of the tensors that stage 0 is fed.
+
+    Returns:
+        On the last stage the largest difference over the largest logit; elsewhere 0.
+
+    Raises:
+        ConfigError: On the last stage, if they differ.
+    """
+    inputs = probe(pretrained, own_inputs, num_positions)
+    labels = torch.zeros_like(inputs[0] if pretrained.task == "causal" else inputs[0][:, 0])
+    fed = inputs if len(inputs) > 1 else inputs[0]
+    outputs = engine.eval_batch(iter([(fed, labels)]), compute_loss=False, num_micro_batches=1)
+    if not engine.is_last_stage():
+        return 0.0
+    layers = [module for module in engine.module.modules() if isinstance(module, HFLayer)]
+    own = {name: tensor for layer in layers for name, tensor in layer.state_dict().items()}
+    given = {name: tensor.to(engine.device) for name, tensor in zip(own_inputs, inputs, strict=True)}
+    expected = reference_logits(pretrained, given, pretrained.blueprint().values, own)
+    return compare(outputs[0], expected, given, pretrained)
+
+
+def compare(got: Tensor, expected: Tensor, inputs: Mapping[str, Tensor], pretrained: Pretrained) -> float:
+    """The largest difference over the largest logit, at positions that are no padding.
+
+    Raises:
+        ConfigError: If it is more than the tolerance of the model's dtype.
+    """
+    difference = (got.float() - expected.float()).abs()
+    if "attention_mask" in inputs and difference.dim() == 3:
+        difference = difference * inputs["attention_mask"][..., None]
+    relative = (difference.max() / expected.float().abs().max().clamp(min=1)).item()
+    tolerance = TOLERANCE.get(expected.dtype, _HALF_TOLERANCE)
+    if not relative <= tolerance:
+        place = "b, t, v" if difference.dim() == 3 else "b, c"
+        index = [int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)]
+        packed = "position_ids" in inputs
+        hint = (
+            "without --packing it may" if packed else "it has parts that its pipeline plan does not tell of"
+        )
+        raise ConfigError(
+            f"--model {pretrained.name}: cut into pipeline layers, {type(pretrained.config).__name__} does "
+            f"not compute what it does whole: at [{place}] = {index} the logit is {got[tuple(index)]:.6g}, "
+            f"the model's {expected[tuple(index)]:.6g} (largest difference {difference.max():.2g}, "
+            f"allowed {tolerance:g} of the largest logit); {hint}"
+        )
+    return relative

@@ -1,0 +1,251 @@
+"""The layers that a Hugging Face model is cut into, as ``PipelineModule`` wants them.
+
+    layer 0        Front         ids_bt, ...  -> hidden_btd
+    layer 1..      Block         hidden_btd   -> hidden_btd
+    then           End           hidden_btd   -> hidden_btd, or a classifier's logits_bc
+    then           Unembedding   hidden_btd   -> logits_btv
+    perhaps        Logits        logits_btv   -> logits_btv      soft-capped or scaled, where a model does it
+
+Masks and positions travel beside the hidden state, as integers, where the data has them. Every layer's
+parameters have their full Hugging Face names (``7.model.layers.6.mlp.up_proj.weight``): the files of a
+pipeline checkpoint are, side by side, the state dict of the model.
+
+Shape suffixes: b batch, t position, d hidden width, v vocabulary, c class.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from torch import Tensor, nn
+
+from ds_interlock.errors import ConfigError
+from ds_interlock.hf.model.surgery import Skeleton
+
+TIE = "embedding"
+"""Key of the tied weights, as ``TiedLayerSpec`` has it."""
+
+_TRAVELS = ("attention_mask", "position_ids")
+
+Values: TypeAlias = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""From a part of a model's state dict, without contents, to as much of it as there are values for."""
+
+Hidden: TypeAlias = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Blueprint:
+    """What a process needs to build the layers that it owns.
+
+    Attributes:
+        skeleton: The model without weights.
+        values: The weights, read when a layer is built.
+        inputs: What stage 0 is fed, in order: ``input_ids`` and perhaps ``attention_mask``,
+            ``position_ids``, ``token_type_ids``, ``[b, t]`` each.
+        tie: Whether a tied unembedding stays tied while it trains. Both are built from the same values
+            in any case; frozen ones need no tie.
+        prepare: What is done to a layer once it has its weights: adapters, freezing.
+    """
+
+    skeleton: Skeleton
+    values: Values
+    inputs: tuple[str, ...] = ("input_ids",)
+    tie: bool = True
+    prepare: list[Callable[[nn.Module], None]] = field(default_factory=list)
+
+    @property
+    def context(self) -> tuple[str, ...]:
+        """What travels beside the hidden state."""
+        return tuple(name for name in self.inputs if name in _TRAVELS)
+
+    @cached_property
+    def outline(self) -> list[nn.Module]:
+        """All layers without weights, to look at; a tied unembedding as the module it is on its own stage."""
+        specs = self.layers()
+        with torch.device("meta"):
+            return [spec.build() for spec in specs]
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The model's parameters by name, without contents, in the order of its layers; a tied one once."""
+        return {name: tensor for layer in self.outline for name, tensor in layer.named_parameters()}
+
+    def layers(self) -> list[LayerSpec]:
+        """The whole model as layer specifications; see the picture at the top of the file."""
+        anatomy = self.skeleton.anatomy
+        specs = [LayerSpec(Front, self), *(LayerSpec(Block, self, i) for i in range(anatomy.num_blocks))]
+        specs.append(LayerSpec(End, self))
+        if anatomy.unembedding is None:
+            return specs
+        if anatomy.tied and self.tie:
+            weight = f"{anatomy.embedding}.weight"
+            specs[0] = TiedLayerSpec(TIE, Front, self, tied_weight_attr=weight)
+            specs.append(
+                TiedLayerSpec(
+                    TIE, Embedding, self, tied_weight_attr=weight, forward_fn=partial(unembed, weight)
+                )
+            )
+        else:
+            specs.append(LayerSpec(Unembedding, self))
+        if self.skeleton.changes_logits():
+            specs.append(LayerSpec(Logits, self))
+        return specs
+
+
+def build_all(specs: Sequence[LayerSpec]) -> list[Callable[[Any], Any]]:
+    """The whole model in one process. A tied layer's second use is a function over the first's module."""
+    tied: dict[str, nn.Module] = {}
+    layers: list[Callable[[Any], Any]] = []
+    for spec in specs:
+        if not isinstance(spec, TiedLayerSpec):
+            layers.append(spec.build())
+            continue
+        first = tied.get(spec.key)
+        if first is None:
+            first = tied[spec.key] = spec.build()
+        layers.append(first if spec.forward_fn is None else partial(spec.forward_fn, first))
+    return layers
+
+
+class HFLayer(nn.Module):
+    """Some of a model's modules under their own names, with their weights.
+
+    Built on the meta device it has no weights, and nothing is read.
+
+    Args:
+        blueprint: The model.
+        paths: Names of the modules.
+    """
+
+    def __init__(self, blueprint: Blueprint, paths: Sequence[str]) -> None:
+        super().__init__()
+        self.blueprint = blueprint
+        self.paths = tuple(paths)
+        for path in paths:
+            _plant(self, path, copy.deepcopy(blueprint.skeleton.original(path)))
+        if torch.get_default_device().type != "meta":
+            self._fill()
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The modules by name."""
+        return {path: self.get_submodule(path) for path in self.paths}
+
+    def split(self, hidden: Hidden) -> tuple[Tensor, dict[str, Tensor]]:
+        """The hidden state, and what travels beside it, by name."""
+        if isinstance(hidden, Tensor):
+            return hidden, {}
+        return hidden[0], dict(zip(self.blueprint.context, hidden[1:], strict=True))
+
+    def _fill(self) -> None:
+        own = self.state_dict()
+        found = dict(self.blueprint.values(own))
+        # A buffer that no checkpoint has is what the model's own code made it.
+        found |= {name: own[name] for name in own.keys() - found.keys() if not own[name].is_meta}
+        missing = own.keys() - found.keys()
+        if missing:
+            raise ConfigError(f"--model: its weights lack {', '.join(sorted(missing))}")
+        self.load_state_dict(found, assign=True)
+        for prepare in self.blueprint.prepare:
+            prepare(self)
+
+
+def _plant(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Makes ``module`` a submodule of ``root`` by the dotted name ``path``."""
+    *owners, name = path.split(".")
+    for owner in owners:
+        if owner not in root._modules:
+            root.add_module(owner, nn.Module())
+        root = root.get_submodule(owner)
+    root.add_module(name, module)
+
+
+class Front(HFLayer):
+    """Everything in front of the blocks: the inputs to the hidden state (and what travels beside it)."""
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        super().__init__(blueprint, blueprint.skeleton.anatomy.front)
+
+    def forward(self, inputs: Hidden) -> Hidden:
+        given = dict(
+            zip(self.blueprint.inputs, inputs if isinstance(inputs, tuple) else (inputs,), strict=True)
+        )
+        hidden_btd = self.blueprint.skeleton.front(self.parts(), given)
+        context = tuple(given[name] for name in self.blueprint.context)
+        return (hidden_btd, *context) if context else hidden_btd
+
+
+class Block(HFLayer):
+    """One of the model's own blocks.
+
+    Args:
+        blueprint: The model.
+        index: Its number among the blocks.
+    """
+
+    def __init__(self, blueprint: Blueprint, index: int) -> None:
+        self.index = index
+        super().__init__(blueprint, [f"{blueprint.skeleton.anatomy.blocks}.{index}"])
+
+    def forward(self, hidden: Hidden) -> Hidden:
+        hidden_btd, context = self.split(hidden)
+        inputs, options = self.blueprint.skeleton.arguments(self.index, hidden_btd, context)
+        (block,) = self.parts().values()
+        result = block(hidden_btd, *inputs, **options)
+        hidden_btd = result[0] if isinstance(result, tuple) else result
+        return (hidden_btd, *context.values()) if context else hidden_btd
+
+
+class End(HFLayer):
+    """Everything behind the blocks but the unembedding: the final norm, or pooling and classifier."""
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        super().__init__(blueprint, blueprint.skeleton.anatomy.end)
+
+    def forward(self, hidden: Hidden) -> Tensor:
+        hidden_btd, context = self.split(hidden)
+        return self.blueprint.skeleton.end(self.parts(), hidden_btd, context, self.training)
+
+
+class Unembedding(HFLayer):
+    """From the hidden state to logits."""
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        unembedding = blueprint.skeleton.anatomy.unembedding
+        assert unembedding is not None, "a language model has one"
+        super().__init__(blueprint, [unembedding])
+
+    def forward(self, hidden_btd: Tensor) -> Tensor:
+        (unembedding,) = self.parts().values()
+        logits_btv = unembedding(hidden_btd)
+        assert isinstance(logits_btv, Tensor)
+        return logits_btv
+
+
+class Embedding(HFLayer):
+    """The token embedding once more, where it serves as a tied unembedding on another stage."""
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        super().__init__(blueprint, [blueprint.skeleton.anatomy.embedding])
+
+
+def unembed(weight_name: str, embedding: nn.Module, hidden_btd: Tensor) -> Tensor:
+    """logits_btv by the embedding's weight; the ``forward_fn`` of a tied unembedding."""
+    owner, _, attribute = weight_name.rpartition(".")
+    return F.linear(hidden_btd, getattr(embedding.get_submodule(owner), attribute))
+
+
+class Logits(nn.Module):
+    """What the model does to its logits at last: soft-capping, scaling. It has no weights."""
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        super().__init__()
+        self.blueprint = blueprint
+
+    def forward(self, logits_btv: Tensor) -> Tensor:
+        # A head may unembed chosen positions, [n, v]; the model's own code expects rows of them.
+        rows_btv = logits_btv.reshape(-1, *logits_btv.shape[-2:])
+        return self.blueprint.skeleton.logits(rows_btv).reshape_as(logits_btv)

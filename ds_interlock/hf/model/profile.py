@@ -1,0 +1,144 @@
+"""The profile of a Hugging Face causal language model: timed here, or estimated from its configuration.
+
+Its layers are those that ``launcher/finetune.py`` trains (``hf/cut.py``), so that stage bounds planned
+with the profile are stage bounds of the job. Weights are random, or have no contents.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ds_interlock.config import HeadConfig
+from ds_interlock.hf.model.cut import Blueprint, Values
+from ds_interlock.hf.model.pretrained import empty_model
+from ds_interlock.hf.model.surgery import Skeleton
+from ds_interlock.models.lm import lm_loss
+from ds_interlock.planning.profile import Profile
+from ds_interlock.profiling.layers import FlopMeter, MakeOptimizer, Stopwatch
+from ds_interlock.profiling.model import calls_in_sequence, device_name, profile_model
+
+_STD = 0.02  # of random weights
+
+
+def estimate_profile(
+    name: str,
+    config: Any,
+    head: HeadConfig,
+    *,
+    micro_batch_size: int,
+    seq_length: int,
+    flops_per_second: float,
+    link: tuple[float, float],
+) -> Profile:
+    """A profile from sizes alone, in bf16: matrix products at an assumed speed. Loads no weights.
+
+    Args:
+        name: What to call the model.
+        config: Its Hugging Face configuration.
+        head: The auxiliary heads.
+        micro_batch_size: Samples in a micro-batch.
+        seq_length: Tokens of a sample.
+        flops_per_second: What a device reaches, not its peak.
+        link: Latency in seconds and bandwidth in bytes per second between two stages.
+
+    Raises:
+        ConfigError: If the model cannot be cut into layers.
+    """
+    latency_seconds, bandwidth = link
+    assumed = (
+        f"estimated: matrix products and attention at {flops_per_second / 1e12:g} TFLOP/s, links of "
+        f"{bandwidth / 1e9:g} GB/s and {latency_seconds * 1e6:g} us"
+    )
+    device = torch.device("meta")
+    layers = _layers(config, torch.bfloat16, device)
+    # transformers asks tensors of the meta device for values, those of this mode not. Buffers outside the
+    # layers, such as rotary frequencies, are none of its tensors.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ids_bt = torch.zeros(micro_batch_size, seq_length, dtype=torch.int64, device=device)
+        return profile_model(
+            calls_in_sequence((layer.to_empty(device=device) for layer in layers), ids_bt),
+            head,
+            lm_loss(),
+            ids_bt,
+            FlopMeter(flops_per_second),
+            None,
+            model=name,
+            device="assumed",
+            source=assumed,
+            link=link,
+        )
+
+
+def measure_profile(
+    name: str,
+    config: Any,
+    head: HeadConfig,
+    *,
+    dtype: torch.dtype,
+    micro_batch_size: int,
+    seq_length: int,
+    make_optimizer: MakeOptimizer,
+    num_rounds: int,
+    link: tuple[float, float] | None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Profile:
+    """A profile measured on this process's accelerator, with random weights.
+
+    Args:
+        name: What to call the model.
+        config: Its Hugging Face configuration.
+        head: The auxiliary heads.
+        dtype: Of weights and activations.
+        micro_batch_size: Samples in a micro-batch.
+        seq_length: Tokens of a sample.
+        make_optimizer: Makes the optimizer of a list of parameters.
+        num_rounds: Rounds each time is the median of.
+        link: Latency in seconds and bandwidth in bytes per second between two stages, if known.
+        progress: Told what is being measured.
+
+    Raises:
+        ConfigError: If the model cannot be cut into layers.
+    """
+    accelerator = get_accelerator()
+    device = torch.device(accelerator.current_device_name())
+    ids_bt = torch.randint(config.vocab_size, (micro_batch_size, seq_length), device=device)
+    measured = f"measured on {device_name(device)}" + ("" if link else "; the link was not measured")
+    return profile_model(
+        calls_in_sequence(_layers(config, dtype, device), ids_bt),
+        head,
+        lm_loss(),
+        ids_bt,
+        Stopwatch(accelerator.synchronize, num_rounds),
+        make_optimizer,
+        model=name,
+        device=device_name(device),
+        source=measured,
+        link=link,
+        progress=progress,
+    )
+
+
+def _layers(config: Any, dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
+    """The layers of a job, as they train, a tied unembedding with a weight of its own.
+
+    As on a pipeline: the last stage has a copy, computes a gradient for it and steps it.
+    """
+    skeleton = Skeleton(empty_model(config, "causal", dtype))
+    blueprint = Blueprint(skeleton, _random_values(device), tie=False)
+    return [spec.build().to(device).train() for spec in blueprint.layers()]
+
+
+def _random_values(device: torch.device) -> Values:
+    def values(wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # What is not on the meta device are buffers, with the values that the model's code gave them.
+        return {
+            name: torch.empty_like(like, device=device).normal_(std=_STD)
+            for name, like in wanted.items()
+            if like.is_meta
+        }
+
+    return values

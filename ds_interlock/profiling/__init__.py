@@ -1,0 +1,1 @@
+"""What layers, heads and links cost, measured or counted."""

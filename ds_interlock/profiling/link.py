@@ -1,0 +1,89 @@
+"""Latency and bandwidth between two stages, measured with the engine's own messages.
+
+Two processes play ping-pong over the ``Links`` that stages talk through: with an empty message for the
+latency, with one of the size of a hidden state for the bandwidth.
+"""
+
+import os
+import socket
+import statistics
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch.multiprocessing.spawn import spawn
+
+from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.transport.links import Links
+
+_NUM_TURNS = 30
+_TIMEOUT_SECONDS = 60.0
+
+
+def measure_link(num_bytes: int) -> tuple[float, float] | None:
+    """Times messages between two processes of this machine.
+
+    Args:
+        num_bytes: Size of the large message, as of a hidden state.
+
+    Returns:
+        Latency in seconds and bandwidth in bytes per second; None on a machine with one accelerator
+        only, which has no link to measure.
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu" and accelerator.device_count() < 2:
+        return None
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "seconds"
+        spawn(_play, args=(port, num_bytes, str(result)), nprocs=2)  # type: ignore[no-untyped-call]
+        small, large = map(float, result.read_text().split())
+    return small, num_bytes / max(large - small, 1e-9)
+
+
+def _play(rank: int, port: int, num_bytes: int, result: str) -> None:
+    """One of the two processes; rank 0 writes the seconds of a small and of a large message."""
+    torch.set_num_threads(1)
+    accelerator = get_accelerator()
+    device = torch.device(accelerator.device_name(rank) if accelerator.device_name() != "cpu" else "cpu")
+    if device.type != "cpu":
+        accelerator.set_device(rank)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    backend = "gloo" if device.type == "cpu" else accelerator.communication_backend_name()
+    timeout = timedelta(seconds=_TIMEOUT_SECONDS)
+    dist.init_process_group(backend, rank=rank, world_size=2, timeout=timeout)
+    links = Links([0, 1], rank, device, _TIMEOUT_SECONDS)
+    small = _one_way_seconds(links, rank, torch.zeros(1, device=device))
+    payload = torch.zeros(max(1, num_bytes // 4), device=device)
+    large = _one_way_seconds(links, rank, payload)
+    if rank == 0:
+        Path(result).write_text(f"{small} {large}")
+    dist.barrier()
+    links.close()
+    dist.destroy_process_group()
+
+
+def _one_way_seconds(links: Links, rank: int, message: torch.Tensor) -> float:
+    """Half of the median time there and back."""
+    there, back = Action(0, Kind.SEND_FORWARD, 0), Action(1, Kind.SEND_GRADIENT, 0)
+    seconds = []
+    for turn in range(_NUM_TURNS):
+        start = time.perf_counter()
+        if rank == 0:
+            links.post(Action(0, Kind.RECV_GRADIENT, 0), turn)
+            links.send(there, turn, message)
+            links.take(Action(0, Kind.RECV_GRADIENT, 0))
+            get_accelerator().synchronize()
+        else:
+            links.post(Action(1, Kind.RECV_FORWARD, 0), turn)
+            links.take(Action(1, Kind.RECV_FORWARD, 0))
+            links.send(back, turn, message)
+        seconds.append(time.perf_counter() - start)
+    links.flush()
+    return statistics.median(seconds) / 2

@@ -1,0 +1,159 @@
+"""The profile of a model from the calls of its layers: each layer, a head, the loss, by one meter."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+import ds_interlock
+from ds_interlock.config import HeadConfig
+from ds_interlock.heads.factory import head_factory
+from ds_interlock.heads.output_layers import has_weights
+from ds_interlock.planning.profile import Profile
+from ds_interlock.profiling.layers import (
+    FlopMeter,
+    LayerCall,
+    MakeOptimizer,
+    Meter,
+    first_tensor,
+    median_of_rounds,
+    num_rounds_of,
+    profile_head,
+    profile_layers,
+)
+from ds_interlock.schedule.plan import LossHead
+
+LossFn = Callable[[Any, Any], Tensor]
+
+
+@torch.no_grad()
+def calls_in_sequence(layers: Iterable[nn.Module], inputs: Tensor) -> list[LayerCall]:
+    """The calls of layers that take one another's result, as those of a ``PipelineModule`` do."""
+    calls = []
+    for number, layer in enumerate(layers):
+        calls.append(LayerCall(f"{number} {type(layer).__name__}", layer, (inputs,)))
+        inputs = layer(inputs)
+    return calls
+
+
+def profile_model(
+    calls: list[LayerCall],
+    head_config: HeadConfig,
+    loss_fn: LossFn,
+    labels_bt: Tensor,
+    meter: Meter,
+    make_optimizer: MakeOptimizer | None,
+    *,
+    model: str,
+    device: str,
+    source: str,
+    link: tuple[float, float] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Profile:
+    """Measures everything a plan of this model depends on.
+
+    Args:
+        calls: The layers with their inputs; the last one with weights makes the outputs from a hidden state
+            ``[b, t, d]``.
+        head_config: The auxiliary heads. Type ``auto`` is that of a model that is not pretrained, unless
+            the heads learn from a base model.
+        loss_fn: ``loss_fn(outputs, labels)``, a scalar.
+        labels_bt: int64.
+        meter: A ``Stopwatch``, or a ``FlopMeter`` for tensors without contents.
+        make_optimizer: Makes the optimizer of a list of parameters; None where nothing runs.
+        model: What to call the model.
+        device: What to call the device.
+        source: How this was measured or estimated.
+        link: Latency in seconds and bandwidth in bytes per second between two stages, if known.
+        progress: Told what is being measured.
+    """
+    head_config = head_config.resolve(pretrained=head_config.kl_weight > 0)
+    layers = profile_layers(calls, meter, make_optimizer, progress)
+    progress("head")
+    unembedding = next(call for call in reversed(calls) if has_weights(call.module))
+    hidden_btd = first_tensor([value for value in unembedding.inputs if isinstance(value, Tensor)]).detach()
+    head = _head(head_config, calls, hidden_btd)
+    head_loss = _head_loss(head, head_config, loss_fn, labels_bt, meter)
+    head_profile = profile_head(head, head_loss, hidden_btd, meter, make_optimizer, head_config.type)
+    progress("loss")
+    last = calls[-1]
+    with torch.no_grad():
+        outputs = first_tensor(last.module(*last.inputs, **last.options))
+    leaf = outputs.detach().requires_grad_()
+    loss_rounds = [
+        meter(lambda: loss_fn(leaf, labels_bt).backward())[0]  # type: ignore[no-untyped-call]
+        for _ in range(num_rounds_of(meter))
+    ]
+    latency_seconds, bandwidth = link or (0.0, None)
+    return Profile(
+        model=model,
+        device=device,
+        source=source,
+        dtype=str(hidden_btd.dtype).removeprefix("torch."),
+        micro_batch_size=labels_bt.shape[0],
+        seq_length=labels_bt.shape[1],
+        layers=tuple(layers),
+        head=head_profile,
+        loss_seconds=median_of_rounds(loss_rounds),
+        label_bytes=labels_bt.numel() * labels_bt.element_size(),
+        latency_seconds=latency_seconds,
+        bandwidth_bytes_per_second=bandwidth,
+        versions={
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+            "ds_interlock": ds_interlock.__version__,
+        },
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """What people call ``device``; of a CPU with how many threads, which times depend on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+
+
+def _head(config: HeadConfig, calls: list[LayerCall], hidden_btd: Tensor) -> nn.Module:
+    """A head as the pipeline would build it behind the middle of the model."""
+    make_head = head_factory(config, [call.module for call in calls])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(hidden_btd.dtype)
+    try:
+        with hidden_btd.device:
+            return make_head(LossHead(stage=0, after_layer=len(calls) // 2)).train()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _head_loss(
+    head: nn.Module, config: HeadConfig, loss_fn: LossFn, labels_bt: Tensor, meter: Meter
+) -> Callable[[Tensor], Tensor]:
+    """From a hidden state to the head's loss, on the share of positions it is computed on."""
+    if not isinstance(meter, FlopMeter):
+        return lambda hidden_btd: head.loss(  # type: ignore[operator]
+            hidden_btd, _taught(labels_bt, hidden_btd) if config.kl_weight > 0 else labels_bt, loss_fn
+        )
+    # Which positions are drawn depends on labels, and they have no contents: as many, then, but the first.
+    chosen = max(1, round(config.token_fraction * labels_bt.shape[1]))
+    return partial(_products_of_head, head, config, chosen)
+
+
+def _products_of_head(head: nn.Module, config: HeadConfig, chosen: int, hidden_btd: Tensor) -> Tensor:
+    """The matrix products of a head's loss: those of each objective, and of the base model's outputs."""
+    outputs = []
+    if config.cross_entropy_weight > 0:
+        outputs.append(head(hidden_btd[:, :chosen]).sum())
+    if config.kl_weight > 0:
+        outputs.append(head(hidden_btd[:, :chosen]).sum())
+        with torch.no_grad():
+            head(hidden_btd.detach()[:, :chosen])
+    return torch.stack(outputs).sum()
+
+
+def _taught(labels_bt: Tensor, hidden_btd: Tensor) -> tuple[Tensor, ...]:
+    """Labels with hidden states of a base model, of which the time does not depend on the values."""
+    normaliser_1 = torch.full((1,), float(labels_bt.numel()), device=labels_bt.device)
+    return labels_bt, normaliser_1, hidden_btd.detach()

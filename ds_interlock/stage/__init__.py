@@ -1,0 +1,1 @@
+"""One stage's share of the work, and the pipeline of stages in one process."""

@@ -1,0 +1,322 @@
+"""Messages between neighbouring stages: one process group for each direction, asynchronous, bounded.
+
+    stage k                                                  stage k+1
+    Sender   ── forward group: activations and labels ──►  Receiver
+    Receiver ◄── gradient group: gradients ──────────────  Sender
+
+Activations and gradients never queue behind each other. A send returns at once and is waited for
+only when ``SEND_AHEAD`` later ones have been started. A receive is *posted* when the program says so
+and *taken* when the work needs it; in between, its frame moves while the stage computes. What comes
+behind the frame can be received once the frame is there: on a link whose messages have such tensors, a
+thread waits for frames, so that these move during the work too. On the others whoever takes a message
+waits for it: one thread less to wake.
+
+A neighbour that died closes its connection; one that does not answer within
+``interlock.timeout_seconds`` is given up; one that runs another schedule sends a message that is not
+the one expected (``message.py``). Either way the error names it.
+"""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_interlock.errors import PeerError
+from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.lower import receive_of
+from ds_interlock.schedule.simulate import SEND_AHEAD
+from ds_interlock.transport.message import FRAME_BYTES, decode, encode
+
+CLOSE_SECONDS = 5.0
+"""How long to wait for a thread at the end; one that waits for a dead neighbour may take longer."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The process groups of one direction.
+
+    Attributes:
+        frame: Moves frames, always in the CPU's memory.
+        payload: Moves large tensors, on the backend of the device.
+    """
+
+    frame: Any
+    payload: Any
+
+    @property
+    def is_one(self) -> bool:
+        """True if tensors are in the CPU's memory, as frames are."""
+        return self.frame is self.payload
+
+    def destroy(self) -> None:
+        """Frees its connections and threads."""
+        dist.destroy_process_group(self.frame)
+        if not self.is_one:
+            dist.destroy_process_group(self.payload)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The rank at the other end, and how errors call it."""
+
+    rank: int
+    stage: int
+
+    def __str__(self) -> str:
+        return f"stage {self.stage} (rank {self.rank})"
+
+
+def new_groups(device: torch.device, timeout_seconds: float) -> tuple[Group, Group]:
+    """The forward and the gradient group. Every rank of the job must call this at the same point."""
+    # Longer than our own limit: the error that names the neighbour is the one to be seen.
+    timeout = timedelta(seconds=2 * timeout_seconds + 60)
+
+    def group() -> Group:
+        frame = dist.new_group(backend="gloo", timeout=timeout)
+        return Group(frame, frame if device.type == "cpu" else dist.new_group(timeout=timeout))
+
+    return group(), group()
+
+
+class Sender:
+    """Sends to one neighbour, in order."""
+
+    def __init__(self, group: Group, peer: Peer, timeout_seconds: float) -> None:
+        self.group = group
+        self.peer = peer
+        self.timeout = timedelta(seconds=timeout_seconds)
+        self._num_sent = 0
+        self._under_way: deque[tuple[list[Any], list[Tensor]]] = deque()
+
+    def send(self, receive: Action, batch: int, *structures: Any) -> None:
+        """Starts to send tensors (alone, in a tuple, or None) as what the action ``receive`` expects.
+
+        Raises:
+            PeerError: If the neighbour is gone, or has not taken an earlier message in time.
+        """
+        frame, tensors = encode(receive, batch, structures, inline=self.group.is_one)
+        with _named(self.peer, "sending to"):
+            works = [dist.isend(frame, self.peer.rank, group=self.group.frame)]
+            works += [
+                dist.isend(t, self.peer.rank, group=self.group.payload, tag=_tag(self._num_sent))
+                for t in tensors
+                if t.numel()
+            ]
+        self._num_sent += 1
+        # The buffers must live until they are on their way.
+        self._under_way.append((works, [frame, *tensors]))
+        while len(self._under_way) > SEND_AHEAD:
+            self._wait_for_oldest()
+
+    def flush(self) -> None:
+        """Waits until everything has been received."""
+        while self._under_way:
+            self._wait_for_oldest()
+
+    def _wait_for_oldest(self) -> None:
+        works, _ = self._under_way.popleft()
+        with _named(self.peer, "sending to"):
+            for work in works:
+                work.wait(self.timeout)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """A message that a receive is posted for: what it must be, and the frame that it arrives in."""
+
+    receive: Action
+    batch: int
+    number: int
+    frame: Tensor
+    work: Any
+    in_background: bool
+
+
+class Receiver:
+    """Receives from one neighbour, in the order in which receives are posted."""
+
+    def __init__(self, group: Group, peer: Peer, device: torch.device, timeout_seconds: float) -> None:
+        self.group = group
+        self.peer = peer
+        self.device = device
+        self.timeout_seconds = timeout_seconds
+        self._num_posted = 0
+        self._order: deque[_Expected] = deque()
+        self._held: dict[Action, list[Any]] = {}
+        self._has_tensors_behind = True  # the newest message; of the first nothing is known
+        self._listener: threading.Thread | None = None
+        self._handed_over: queue.SimpleQueue[_Expected | None] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[list[Any] | BaseException] = queue.SimpleQueue()
+
+    def post(self, receive: Action, batch: int) -> None:
+        """Expects the message of ``receive`` next on this link."""
+        frame = torch.empty(FRAME_BYTES, dtype=torch.uint8)
+        with _named(self.peer, "receiving from"):
+            work = dist.irecv(frame, self.peer.rank, group=self.group.frame)
+        # An accelerator orders its transfers by the stream of the thread that asks for them.
+        in_background = self._has_tensors_behind and self.group.is_one
+        expected = _Expected(receive, batch, self._num_posted, frame, work, in_background)
+        self._num_posted += 1
+        self._order.append(expected)
+        if in_background:
+            self._listen_for(expected)
+
+    def take(self, receive: Action) -> list[Any]:
+        """The structures sent for ``receive``; waits for them.
+
+        Raises:
+            PeerError: If the neighbour is gone, sends something else, or nothing in time.
+        """
+        while receive not in self._held:
+            expected = self._order.popleft()
+            self._held[expected.receive] = self._wait_for(expected)
+        return self._held.pop(receive)
+
+    def close(self) -> None:
+        """Ends the thread once all posted receives are complete."""
+        self._handed_over.put(None)
+        if self._listener is not None:
+            self._listener.join(CLOSE_SECONDS)
+
+    def _wait_for(self, expected: _Expected) -> list[Any]:
+        start = time.monotonic()
+        try:
+            if not expected.in_background:
+                return self._receive(expected, timedelta(seconds=self.timeout_seconds))
+            arrived = self._arrived.get(timeout=self.timeout_seconds)
+        except (queue.Empty, PeerError) as error:
+            if isinstance(error, PeerError) and time.monotonic() - start < self.timeout_seconds:
+                raise
+            raise PeerError(
+                f"{self.peer} sent nothing for {self.timeout_seconds:g} s while {expected.receive} was "
+                "due (interlock.timeout_seconds): it hangs, died, or is slower than that"
+            ) from None
+        if isinstance(arrived, BaseException):
+            raise arrived
+        return arrived
+
+    def _receive(self, expected: _Expected, timeout: timedelta | None = None) -> list[Any]:
+        """Waits for a frame, and receives what it announces."""
+        with _named(self.peer, "receiving from"):
+            _wait(expected.work, timeout)
+            contents = decode(expected.frame, expected.receive, expected.batch, str(self.peer))
+            tensors = contents.empty(self.device)
+            works = [
+                dist.irecv(t, self.peer.rank, group=self.group.payload, tag=_tag(expected.number))
+                for t in tensors
+                if t.numel()
+            ]
+            for work in works:
+                # An accelerator's stream waits, not this process; with a limit, the process would.
+                _wait(work, timeout if self.group.is_one else None)
+        self._has_tensors_behind = bool(tensors)
+        return contents.structures(tensors)
+
+    def _listen_for(self, expected: _Expected) -> None:
+        if self._listener is None:
+            # A daemon: a process that fails must not wait for a message that will never come.
+            self._listener = threading.Thread(target=self._listen, name=f"from {self.peer}", daemon=True)
+            self._listener.start()
+        self._handed_over.put(expected)
+
+    def _listen(self) -> None:
+        while (expected := self._handed_over.get()) is not None:
+            try:
+                self._arrived.put(self._receive(expected))
+            except PeerError as error:
+                self._arrived.put(error)
+                return
+
+
+class Links:
+    """The links of one stage: to and from the stage in front of it and the one behind it.
+
+    Every rank of the job must make its links at the same point.
+
+    Args:
+        ranks: The ranks of this pipeline, by stage.
+        stage: This stage.
+        device: Where tensors are received to.
+        timeout_seconds: After how long a silent neighbour is given up.
+    """
+
+    def __init__(
+        self, ranks: Sequence[int], stage: int, device: torch.device, timeout_seconds: float
+    ) -> None:
+        self._groups = forward, gradient = new_groups(device, timeout_seconds)
+        self._senders: dict[Kind, Sender] = {}
+        self._receivers: dict[Kind, Receiver] = {}
+        if stage > 0:
+            front = Peer(ranks[stage - 1], stage - 1)
+            self._receivers[Kind.RECV_FORWARD] = Receiver(forward, front, device, timeout_seconds)
+            self._senders[Kind.SEND_GRADIENT] = Sender(gradient, front, timeout_seconds)
+        if stage + 1 < len(ranks):
+            behind = Peer(ranks[stage + 1], stage + 1)
+            self._senders[Kind.SEND_FORWARD] = Sender(forward, behind, timeout_seconds)
+            self._receivers[Kind.RECV_GRADIENT] = Receiver(gradient, behind, device, timeout_seconds)
+
+    def send(self, send: Action, batch: int, *structures: Any) -> None:
+        """Starts the send action ``send``; see ``Sender.send``."""
+        self._senders[send.kind].send(receive_of(send), batch, *structures)
+
+    def post(self, receive: Action, batch: int) -> None:
+        """Expects the message of ``receive`` next on its link."""
+        self._receivers[receive.kind].post(receive, batch)
+
+    def take(self, receive: Action) -> list[Any]:
+        """The structures sent for ``receive``; see ``Receiver.take``."""
+        return self._receivers[receive.kind].take(receive)
+
+    def flush(self) -> None:
+        """Waits until everything sent has been received."""
+        for sender in self._senders.values():
+            sender.flush()
+
+    def close(self) -> None:
+        """Ends the receiving threads and the process groups. Every rank must close its links."""
+        for receiver in self._receivers.values():
+            receiver.close()
+        for group in self._groups:
+            group.destroy()
+
+
+class _named:  # noqa: N801 - reads as a statement
+    """Turns whatever a process group raises into a PeerError that names the neighbour."""
+
+    def __init__(self, peer: Peer, doing: str) -> None:
+        self.peer, self.doing = peer, doing
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RuntimeError) and not isinstance(error, PeerError):
+            detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            # The neighbour's own error is the one to read, not the way this one came about.
+            raise PeerError(
+                f"{self.doing} {self.peer} failed; it has most likely stopped: see its own error ({detail})"
+            ) from None
+
+
+def _wait(work: Any, timeout: timedelta | None) -> None:
+    assert work is not None, "a rank of the group always gets work to wait for"
+    if timeout is None:
+        work.wait()
+    else:
+        work.wait(timeout)
+
+
+def _tag(number: int) -> int:
+    """What tells the tensors behind one frame from those behind the next, and from frames."""
+    return 1 + number % _NUM_TAGS
+
+
+_NUM_TAGS = 2**16

@@ -1,0 +1,347 @@
+"""A run saved and resumed continues as if nothing had happened, bit for bit, or says why it cannot."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_jobs import (
+    BF16,
+    BF16_ZERO_1,
+    FP32_ZERO_1,
+    WARMUP,
+    Job,
+    Outcome,
+    assert_same,
+    data_for,
+    is_same,
+    make_engine,
+    micro_batches,
+    parameters_of,
+)
+from ranks import RankPool, caught
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ds_interlock import ConfigError
+
+HEAD = {"type": "block_linear", "token_fraction": 0.4, "weight": 0.7}
+INTERLOCK = {"mode": "interlock", "window": 2, "head": HEAD}
+HALF = 5
+
+
+class Sequences(Dataset[tuple[Tensor, Tensor]]):
+    """Training data of which an epoch is 3 1/2 batches: a resumed run starts in the midst of one."""
+
+    def __init__(self) -> None:
+        self.samples = [(x[0], y[0]) for x, y in micro_batches(28, seed=8)]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.samples[index]
+
+
+class Stream:
+    """Endless micro-batches, different for each replica, that know where they are."""
+
+    def __init__(self, replica: int) -> None:
+        self.micro_batches = micro_batches(9, replica=replica)
+        self.position = 0
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        self.position += 1
+        return self.micro_batches[self.position % len(self.micro_batches)]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def load_in_this_process() -> None:
+    """DeepSpeed gives every loader two worker processes, which take seconds to end."""
+    from deepspeed.runtime import dataloader
+
+    def without_workers(*args: Any, **kwargs: Any) -> Any:
+        return DataLoader(*args, **{**kwargs, "num_workers": 0})
+
+    dataloader.DataLoader = without_workers
+
+
+def engine_with_data(job: Job, training_data: Any) -> Any:
+    load_in_this_process()
+    engine = make_engine(job, training_data=training_data)
+    if training_data is None:
+        engine.set_dataiterator(Stream(engine.grid.get_data_parallel_rank()))
+    return engine
+
+
+def train_on(engine: Any, num_batches: int) -> Outcome:
+    """Trains on the engine's own data."""
+    returned = [float(engine.train_batch()) for _ in range(num_batches)]
+    return Outcome(returned, float(engine.drain()), parameters_of(engine))
+
+
+def undisturbed_and_resumed(
+    job: Job, folder: str, training_data: Any = None
+) -> tuple[Outcome, Outcome, Outcome]:
+    """10 batches in one go, saved on the way; its second half again in a new engine; and half-way."""
+    engine = engine_with_data(job, training_data)
+    half_way = train_on(engine, HALF)
+    engine.save_checkpoint(folder, client_state={"note": 12})
+    undisturbed = train_on(engine, HALF)
+    engine.destroy()
+
+    torch.manual_seed(31)  # whatever the new process has drawn
+    engine = engine_with_data(job, training_data)
+    engine.train_batch()  # not a fresh engine either
+    _, client_state = engine.load_checkpoint(folder)
+    assert client_state is not None
+    assert client_state["note"] == 12
+    assert engine.global_steps == HALF
+    resumed = train_on(engine, HALF)
+    engine.destroy()
+    return undisturbed, resumed, half_way
+
+
+def assert_resumes(pool: RankPool, job: Job, folder: Path, training_data: Any = None) -> None:
+    results = pool.run(
+        undisturbed_and_resumed,
+        job=job,
+        folder=str(folder),
+        training_data=training_data,
+        within_seconds=120,
+    )
+    undisturbed, resumed, half_way = ([result[part] for result in results] for part in range(3))
+    assert_same(undisturbed, resumed)
+    assert not is_same(undisturbed, half_way)
+    if job.section is not None and not job.section.get("streaming", True):
+        assert [o.returned for o in undisturbed] == [o.returned for o in resumed]
+
+
+@pytest.mark.parametrize("extra", [{}, BF16, BF16_ZERO_1], ids=["fp32", "bf16", "bf16, ZeRO 1"])
+@pytest.mark.parametrize("section", [INTERLOCK, {"mode": "global"}], ids=["interlock", "global"])
+def test_resumed_run(ranks4: RankPool, tmp_path: Path, section, extra):
+    assert_resumes(ranks4, Job(section, extra=extra | WARMUP, dropout=0.2), tmp_path)
+
+
+@pytest.mark.parametrize("extra", [{}, BF16, BF16_ZERO_1], ids=["fp32", "bf16", "bf16, ZeRO 1"])
+@pytest.mark.parametrize("steps", [(3, 7), (HALF, 8)], ids=["within a phase", "between phases"])
+def test_resumed_run_whose_plan_changes(ranks4: RankPool, tmp_path: Path, steps, extra):
+    """Window 1 uses a head that window 2 does not, before and after the checkpoint: it rests in it."""
+    phases = [{"from_step": step, "window": w} for step, w in zip((0, *steps), (1, 2, 1), strict=True)]
+    section = {"schedule": phases, "head": HEAD}
+    assert_resumes(ranks4, Job(section, extra=extra | WARMUP, dropout=0.2), tmp_path)
+
+
+def test_resumed_run_on_training_data_of_the_engine(ranks4: RankPool, tmp_path: Path):
+    assert_resumes(ranks4, Job(INTERLOCK, dropout=0.2), tmp_path, Sequences())
+
+
+@pytest.mark.parametrize(
+    "extra", [FP32_ZERO_1, BF16, BF16_ZERO_1], ids=["fp32, ZeRO 1", "bf16", "bf16, ZeRO 1"]
+)
+def test_resumed_run_with_replicas(ranks4: RankPool, tmp_path: Path, extra):
+    section = {"mode": "local", "streaming": False, "head": HEAD}
+    assert_resumes(ranks4, Job(section, num_stages=2, extra=extra | WARMUP, dropout=0.2), tmp_path)
+
+
+@pytest.mark.parametrize("tied_weights", ["untie", "sync"])
+def test_resumed_run_with_tied_weights(ranks4: RankPool, tmp_path: Path, tied_weights):
+    section = {**INTERLOCK, "tied_weights": tied_weights, "head": {"type": "norm_linear"}}
+    assert_resumes(ranks4, Job(section, tied=True, dropout=0.2), tmp_path)
+
+
+def test_resumed_run_with_seeded_layers_and_heads_at_their_own_rate(ranks4: RankPool, tmp_path: Path):
+    section = {**INTERLOCK, "window": 1.5, "head": {**HEAD, "learning_rate_scale": 0.3}}
+    job = Job(section, extra=WARMUP, dropout=0.2, module={"seed_layers": True})
+    assert_resumes(ranks4, job, tmp_path)
+
+
+# Data that the engine does not own.
+
+
+def resume_with_own_iterator(job: Job, folder: str) -> tuple[Outcome, Outcome, int]:
+    engine = make_engine(job)
+    data = data_for(engine, job)
+    for _ in range(2):
+        engine.train_batch(data)
+    engine.save_checkpoint(folder)
+    returned = [float(engine.train_batch(data)) for _ in range(3)]
+    undisturbed = Outcome(returned, float(engine.drain()), parameters_of(engine))
+
+    engine = make_engine(job)
+    engine.load_checkpoint(folder)
+    data = data_for(engine, job)
+    if engine.is_first_stage():
+        for _ in range(engine.consumed_micro_batches):
+            next(data)
+    returned = [float(engine.train_batch(data)) for _ in range(3)]
+    resumed = Outcome(returned, float(engine.drain()), parameters_of(engine))
+    return undisturbed, resumed, engine.consumed_micro_batches
+
+
+def test_the_engine_says_how_far_into_the_data_it_was(ranks4: RankPool, tmp_path: Path):
+    job = Job(INTERLOCK, num_micro_batches=3, dropout=0.2)
+    results = ranks4.run(resume_with_own_iterator, job=job, folder=str(tmp_path))
+    assert_same([r[0] for r in results], [r[1] for r in results])
+    assert [r[2] for r in results] == [15, 0, 0, 0]
+
+
+# Refusals, and what can be taken all the same.
+
+
+def load_under_other_modes(folder: str) -> dict[str, Any]:
+    engine = make_engine(Job(INTERLOCK))
+    engine.train_batch(iter(micro_batches(4)))
+    engine.save_checkpoint(folder, tag="first")
+    saved = parameters_of(engine)
+
+    other = make_engine(Job({"mode": "local", "head": HEAD}))
+    before = parameters_of(other)
+    refused = caught(other.load_checkpoint, folder)
+    untouched = all(torch.equal(p, before[name]) for name, p in parameters_of(other).items())
+    other.load_checkpoint(folder, load_module_only=True)
+    other_loaded = parameters_of(other)
+
+    end_to_end = make_engine(Job({"mode": "global"}))
+    end_to_end.load_checkpoint(folder, tag="first", load_module_only=True)
+    end_to_end.train_batch(iter(micro_batches(4)))
+    return {
+        "saved": saved,
+        "refused": refused,
+        "untouched": untouched,
+        "before": before,
+        "loaded": other_loaded,
+        "steps": end_to_end.global_steps,
+        "final": float(end_to_end.drain()),
+    }
+
+
+def test_another_mode_is_refused_but_may_take_the_module(ranks4: RankPool, tmp_path: Path):
+    results = ranks4.run(load_under_other_modes, folder=str(tmp_path))
+    for result in results:
+        assert isinstance(result["refused"], ConfigError)
+        assert "trained_by" in str(result["refused"])
+        assert "load_module_only=True" in str(result["refused"])
+        assert result["untouched"]
+        assert result["final"] == results[0]["final"] > 0
+    # Heads of window 2 sit at the ends of stages 1 and 2, those of local at 0, 1 and 2. The same place
+    # has another index in either plan.
+    for stage, result in enumerate(results):
+        saved_heads = {n.split(".", 2)[2]: p for n, p in result["saved"].items() if n.startswith("heads.")}
+        for name, loaded in result["loaded"].items():
+            if not name.startswith("heads."):
+                assert torch.equal(loaded, result["saved"][name])
+            elif stage == 0:
+                assert torch.equal(loaded, result["before"][name]), "there is no head to take"
+            else:
+                assert torch.equal(loaded, saved_heads[name.split(".", 2)[2]])
+                assert not torch.equal(loaded, result["before"][name])
+
+
+def load_what_is_not_there(folder: str) -> tuple[Any, Exception | None]:
+    engine = make_engine(Job(INTERLOCK))
+    return engine.load_checkpoint(folder), caught(engine.load_checkpoint, folder, tag="global_step7")
+
+
+def test_a_checkpoint_that_is_not_there(ranks4: RankPool, tmp_path: Path):
+    for nothing, error in ranks4.run(load_what_is_not_there, folder=str(tmp_path)):
+        assert nothing == (None, None)
+        assert isinstance(error, ConfigError)
+        assert "global_step7" in str(error)
+        assert "is missing" in str(error)
+
+
+# Interrupted saves.
+
+
+def load_what_was_being_replaced(folder: str) -> bool:
+    engine = make_engine(Job(INTERLOCK))
+    engine.train_batch(iter(micro_batches(4)))
+    engine.save_checkpoint(folder, tag="only")
+    saved = parameters_of(engine)
+    if engine.global_rank == 0:
+        (Path(folder) / "only").rename(Path(folder) / "only.replaced")
+    torch.distributed.barrier()
+    engine = make_engine(Job(INTERLOCK))
+    engine.load_checkpoint(folder)
+    return all(torch.equal(saved[name], parameter) for name, parameter in parameters_of(engine).items())
+
+
+def test_a_replacement_cut_off_between_its_renames_loses_nothing(ranks4: RankPool, tmp_path: Path):
+    assert all(ranks4.run(load_what_was_being_replaced, folder=str(tmp_path)))
+
+
+class DiskFullError(OSError):
+    """Raised by the test in the middle of a save."""
+
+
+def interrupt_a_save(folder: str) -> dict[str, Any]:
+    """Saves once; all ranks fail half-way through the second save; then a new engine loads."""
+    job = Job(INTERLOCK)
+    engine = make_engine(job)
+    engine.train_batch(iter(micro_batches(4)))
+    engine.save_checkpoint(folder, tag="good")
+    good = parameters_of(engine)
+    engine.train_batch(iter(micro_batches(4, seed=6)))
+
+    genuine, saved = torch.save, []
+
+    def save(obj: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        saved.append(str(path))
+        if "interlock_rank" in str(path):
+            raise DiskFullError("no space left")
+        genuine(obj, path, *args, **kwargs)
+
+    torch.save = save
+    try:
+        error = caught(engine.save_checkpoint, folder, tag="good")  # the very name of the good one
+    finally:
+        torch.save = genuine
+    torch.distributed.barrier()
+    on_disk = sorted(path.name for path in Path(folder).iterdir())
+    latest = (Path(folder) / "latest").read_text()
+
+    engine = make_engine(job)
+    engine.load_checkpoint(folder)
+    loaded = parameters_of(engine)
+    engine.save_checkpoint(folder, tag="next")
+    return {
+        "error": error,
+        "num_saved": len(saved),
+        "on_disk": on_disk,
+        "latest": latest,
+        "same": all(torch.equal(loaded[name], parameter) for name, parameter in good.items()),
+        "afterwards": (Path(folder) / "latest").read_text(),
+    }
+
+
+def test_an_interrupted_save_leaves_the_last_checkpoint_in_force(ranks4: RankPool, tmp_path: Path):
+    for result in ranks4.run(interrupt_a_save, folder=str(tmp_path)):
+        assert isinstance(result["error"], DiskFullError)
+        assert result["num_saved"] > 1, "it must have been in the middle of it"
+        assert result["latest"] == "good"
+        assert "good" in result["on_disk"]
+        assert result["same"]
+        assert result["afterwards"] == "next"
+
+
+def save_twice(folder: str) -> tuple[list[str], dict[str, Tensor], dict[str, Tensor]]:
+    engine = make_engine(Job(INTERLOCK))
+    for seed in (5, 6):
+        engine.train_batch(iter(micro_batches(4, seed=seed)))
+        engine.save_checkpoint(folder, tag="only")
+    newest = parameters_of(engine)
+    engine = make_engine(Job(INTERLOCK))
+    engine.load_checkpoint(folder)
+    return sorted(path.name for path in Path(folder).iterdir()), newest, parameters_of(engine)
+
+
+def test_a_checkpoint_can_be_replaced_and_leaves_nothing_behind(ranks4: RankPool, tmp_path: Path):
+    for on_disk, newest, loaded in ranks4.run(save_twice, folder=str(tmp_path)):
+        assert [name for name in on_disk if name != "zero_to_fp32.py"] == ["latest", "only"]
+        assert all(torch.equal(loaded[name], parameter) for name, parameter in newest.items())

@@ -1,0 +1,187 @@
+"""What reaches DeepSpeed's monitor, and that it is about the right batch."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_jobs import (
+    BF16,
+    BF16_ZERO_1,
+    FP32_ZERO_1,
+    WARMUP,
+    Job,
+    data_for,
+    layers,
+    loss_fn,
+    make_engine,
+    micro_batches,
+    parameters_of,
+)
+from ranks import RankPool
+from torch import Tensor
+
+from ds_interlock import InProcessPipeline, InterlockConfig
+from ds_interlock.heads.factory import head_factory
+
+INTERLOCK = {"mode": "interlock", "window": 2, "head": {"token_fraction": 0.5}}
+NUM_BATCHES = 6
+SAMPLES = [8 * batch for batch in range(1, NUM_BATCHES + 1)]  # 4 micro-batches of 2
+
+
+def monitored(job: Job, folder: Path) -> Job:
+    monitors = {
+        name: {"enabled": True, "output_path": str(folder), "job_name": name}
+        for name in ("csv_monitor", "tensorboard")
+    }
+    return job.but(extra={**WARMUP, **job.extra, **monitors})
+
+
+def train_and_report(job: Job) -> dict[str, Any]:
+    engine = make_engine(job)
+    data = data_for(engine, job)
+    returned, rates = [], []
+    for _ in range(job.num_batches):
+        rates.append(engine.get_lr()[0])
+        returned.append(float(engine.train_batch(data)))
+    final = float(engine.drain())
+    losses = engine.stage_losses()
+    engine.destroy()
+    return {"returned": returned, "final": final, "rates": rates, "stage_losses": losses}
+
+
+def read(folder: Path) -> dict[str, dict[int, float]]:
+    """The values of every CSV file by sample count."""
+    found = {}
+    for path in sorted((folder / "csv_monitor").glob("*.csv")):
+        header, *rows = csv.reader(path.read_text().splitlines())
+        assert header[0] == "step"
+        values = {int(step): float(value) for step, value in rows}
+        assert len(values) == len(rows), f"{path.name} has a sample count twice"
+        found[path.stem] = values
+    return found
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, BF16, BF16_ZERO_1, FP32_ZERO_1], ids=["fp32", "bf16", "bf16, ZeRO 1", "fp32, ZeRO 1"]
+)
+def test_every_stage_reports_every_batch_in_its_place(ranks4: RankPool, tmp_path: Path, extra):
+    job = Job(INTERLOCK, num_batches=NUM_BATCHES, dropout=0.2, extra=extra)
+    exact_folder, folder = tmp_path / "exact", tmp_path / "streaming"
+    exact_job = monitored(job.but(section={**INTERLOCK, "streaming": False}), exact_folder)
+    exact = ranks4.run(train_and_report, job=exact_job)[0]
+    streaming = ranks4.run(train_and_report, job=monitored(job, folder))[0]
+    reports = read(folder)
+
+    own = {stage: ["gradient_norm", "learning_rate"] for stage in range(4)}
+    own[1].append("loss_after_layer_6")
+    own[2].append("loss_after_layer_9")
+    own[3].append("final_loss")
+    for stage, names in own.items():
+        for name in names:
+            values = reports[f"Train_stage_{stage}_{name}"]
+            assert list(values) == SAMPLES
+            assert all(value > 0 and math.isfinite(value) for value in values.values()), name
+        assert list(reports[f"Train_stage_{stage}_learning_rate"].values()) == pytest.approx(exact["rates"])
+    assert sum("loss" in name for name in reports) == 4, "no stage reports a loss that it has not"
+    assert len(set(exact["rates"])) > 1, "the rate must move"
+
+    assert list(reports["Train_Samples_train_loss"].items()) == list(
+        zip(SAMPLES, exact["returned"], strict=True)
+    )
+    stage_reports = {name: values for name, values in reports.items() if name.startswith("Train_stage")}
+    assert stage_reports == {n: v for n, v in read(exact_folder).items() if n.startswith("Train_stage")}
+    assert streaming["final"] == exact["final"] == exact["returned"][-1]
+    assert streaming["stage_losses"] == {
+        f"stage_{stage}/{name}": reports[f"Train_stage_{stage}_{name}"][SAMPLES[-1]]
+        for stage, names in own.items()
+        for name in names
+        if "loss" in name
+    }
+
+
+def test_tensorboard_has_the_same(ranks4: RankPool, tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    job = monitored(Job({"mode": "local"}, num_micro_batches=1, num_batches=3), tmp_path)
+    result = ranks4.run(train_and_report, job=job)[0]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    final = events.Scalars("Train/Samples/train_loss")
+    assert [event.step for event in final] == [2, 4, 6]
+    assert final[-1].value == pytest.approx(result["final"])
+    for stage in range(4):
+        loss = "final_loss" if stage == 3 else f"loss_after_layer_{3 * stage + 3}"
+        for name in (loss, "gradient_norm", "learning_rate"):
+            assert [event.step for event in events.Scalars(f"Train/stage_{stage}/{name}")] == [2, 4, 6]
+
+
+# The values themselves.
+
+
+def first_batch(job: Job) -> tuple[dict[str, Tensor], dict[str, float], Any]:
+    engine = make_engine(job)
+    before = parameters_of(engine)
+    engine.train_batch(data_for(engine, job))
+    engine.drain()
+    losses, plan = engine.stage_losses(), engine.plan
+    engine.destroy()
+    return before, losses, plan
+
+
+@pytest.mark.parametrize("num_stages", [4, 2])
+def test_losses_and_norms_are_those_of_one_process(ranks4: RankPool, tmp_path: Path, num_stages):
+    section = {"mode": "local", "head": {"type": "linear", "weight": 0.7}}
+    job = monitored(Job(section, num_stages=num_stages, num_micro_batches=3, num_batches=1), tmp_path)
+    results = ranks4.run(first_batch, job=job)
+    plan = results[0][2]
+    specs = layers()
+    head = head_factory(InterlockConfig.from_deepspeed(job.config()).head, specs)
+    net = InProcessPipeline([spec.build() for spec in specs], loss_fn, plan, head)
+    net.load_state_dict({name: value for before, _, _ in results for name, value in before.items()})
+    num_replicas = 4 // num_stages
+    batch = [mb for replica in range(num_replicas) for mb in micro_batches(3, replica=replica)]
+    losses = net.accumulate_gradients(batch)
+
+    names = [f"stage_{h.stage}/loss_after_layer_{h.after_layer}" for h in plan.heads[:-1]]
+    names.append(f"stage_{num_stages - 1}/final_loss")
+    expected = {name: float(losses[loss]) for loss, name in enumerate(names)}
+    assert results[0][1] == pytest.approx(expected, rel=1e-6)
+    assert all(other == {} for _, other, _ in results[1:]), "reports are gathered on rank 0"
+    reports = read(tmp_path)
+    gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
+    for stage in range(num_stages):
+        of_stage = [gradients[name] for name in results[stage * num_replicas][0]]
+        norm = float(torch.nn.utils.get_total_norm(of_stage))
+        (reported,) = reports[f"Train_stage_{stage}_gradient_norm"].values()
+        assert reported == pytest.approx(norm, rel=1e-5)
+
+
+def two_engines_at_once(jobs: tuple[Job, Job]) -> list[list[float]]:
+    """Trains two engines in turns; what each returned."""
+    engines = [make_engine(job) for job in jobs]
+    data = [data_for(engine, job) for engine, job in zip(engines, jobs, strict=True)]
+    returned: list[list[float]] = [[], []]
+    for _ in range(jobs[0].num_batches):
+        for number, engine in enumerate(engines):
+            returned[number].append(float(engine.train_batch(data[number])))
+            engine.drain()
+    return returned
+
+
+def test_two_engines_in_one_process_keep_their_reports_apart(ranks4: RankPool):
+    jobs = (
+        Job({"mode": "local"}, num_batches=4),
+        Job({"mode": "interlock", "window": 3}, num_batches=4, num_micro_batches=3),
+    )
+    exact = [
+        ranks4.run(train_and_report, job=job.but(section={**job.section, "streaming": False}))[0]["returned"]
+        for job in jobs
+        if job.section is not None
+    ]
+    assert not set(exact[0]) & set(exact[1])
+    for returned in ranks4.run(two_engines_at_once, jobs=jobs):
+        for values, allowed in zip(returned, exact, strict=True):
+            assert {value for value in values if value == value} <= set(allowed)

@@ -1,0 +1,46 @@
+"""What the simulator makes of measured spans: played through at given costs, these are found again."""
+
+import pytest
+
+from ds_interlock.engine.timeline import measured_and_simulated, measured_costs
+from ds_interlock.schedule import CostModel, GradientFlowPlan, simulate, training_program
+
+COSTS = CostModel(
+    forward=[4.0, 5.0, 6.0],
+    input_gradient=[8.0, 4.0, 6.0],
+    weight_gradient=[8.0, 7.0, 3.0],
+    head=0.75,
+    final_head=0.25,
+    optimizer=[0.5, 0.25, 0.125],
+)
+
+
+@pytest.mark.parametrize("window", [1.5, 2, 3])
+def test_costs_are_found_again(window):
+    plan = GradientFlowPlan.n_wise(window=window, stage_bounds=[0, 4, 8, 12])
+    program = training_program(plan, 3)
+    streaming = not plan.is_end_to_end
+    rows = simulate(program, COSTS, num_batches=2, streaming=streaming).spans
+    found = measured_costs(plan, rows)
+    for kind in ("forward", "optimizer"):
+        assert getattr(found, kind) == pytest.approx(getattr(COSTS, kind)), kind
+    both = [i + w for i, w in zip(COSTS.input_gradient, COSTS.weight_gradient, strict=True)]
+    found_both = [i + w for i, w in zip(found.input_gradient, found.weight_gradient, strict=True)]
+    assert found_both == pytest.approx(both)
+    for stage in range(3):
+        if plan.bundles(stage) and not plan.is_end_to_end:
+            assert found.input_gradient[stage] == pytest.approx(COSTS.input_gradient[stage])
+        if any(loss != plan.final for loss in plan.losses_at(stage)):
+            assert found.head[stage] == pytest.approx(0.75)
+    assert found.final_head == pytest.approx(0.25)
+
+
+def test_what_was_simulated_looks_the_same_when_simulated_again():
+    plan = GradientFlowPlan.n_wise(window=1.5, stage_bounds=[0, 4, 8, 12])
+    program = training_program(plan, 2)
+    rows = simulate(program, COSTS, num_batches=8).spans
+    last = tuple(tuple(span for span in row if span.batch >= 6) for row in rows)
+    measured, simulated = measured_and_simulated(program, last, streaming=True)
+    lengths = [max(row[-1].end for row in timeline.rows) for timeline in (measured, simulated)]
+    assert lengths[1] == pytest.approx(lengths[0], rel=0.1)
+    assert {span.batch for row in simulated.rows for span in row} == {0, 1}

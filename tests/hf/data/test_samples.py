@@ -1,0 +1,133 @@
+"""What each position of a sample is to say: by hand on a tokenizer of letters."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_tokenizers import bert, byte_level, letters
+
+from ds_interlock.errors import DataError
+from ds_interlock.heads.labels import IGNORED_LABEL
+from ds_interlock.hf.data.records import Classified, Completion, Document
+from ds_interlock.hf.data.samples import (
+    ClassifiedSample,
+    Sample,
+    encode_classified,
+    encode_contiguous,
+    encode_records,
+)
+
+START, END, A, B, C, D = 0, 1, 3, 4, 5, 6  # ids of ``letters``
+N = IGNORED_LABEL
+LETTERS = letters()
+
+
+def documents(*texts):
+    return [Document(text, f"document {number}") for number, text in enumerate(texts)]
+
+
+def completions(*pairs):
+    return [Completion(*pair, f"line {number}") for number, pair in enumerate(pairs)]
+
+
+def test_a_document_is_learned_whole_and_ends():
+    data = encode_records(documents("ab", "c"), LETTERS, 8)
+    assert data.samples == [Sample([START, A, B], [A, B, END]), Sample([START, C], [C, END])]
+    assert (data.num_cut, data.num_dropped) == (0, 0)
+    assert data.summary() == "2 samples, 5 tokens, 5 labels"
+
+
+def test_a_long_document_is_cut_into_pieces():
+    (first, second) = encode_records(documents("abcd"), LETTERS, 3).samples
+    assert first == Sample([START, A, B], [A, B, C])
+    assert second == Sample([C, D], [D, END])
+    # Seq_length + 1 tokens are one piece.
+    assert encode_records(documents("ab"), LETTERS, 3).samples == [Sample([START, A, B], [A, B, END])]
+
+
+@given(st.lists(st.text("abcd \n", min_size=1, max_size=30), min_size=1, max_size=5), st.integers(1, 12))
+def test_every_token_of_a_document_but_the_first_is_a_label_once(texts, seq_length):
+    samples = encode_records(documents(*texts), LETTERS, seq_length).samples
+    labels = [label for sample in samples for label in sample.labels]
+    assert labels == [token for text in texts for token in [*LETTERS(text)["input_ids"][1:], END]]
+    assert max(len(sample.ids) for sample in samples) <= seq_length
+    assert all(sample.ids[1:] == sample.labels[:-1] for sample in samples)
+
+
+def test_special_tokens_are_not_doubled():
+    assert encode_records(documents("<s>a</s>"), LETTERS, 8).samples == [Sample([START, A], [A, END])]
+    (sample,) = encode_records(completions(("<s>a", "b</s>")), LETTERS, 8).samples
+    assert sample == Sample([START, A, B], [N, B, END])
+
+
+def test_only_the_completion_is_learned_and_its_end():
+    (sample,) = encode_records(completions(("ab", "cd")), LETTERS, 8).samples
+    assert sample == Sample([START, A, B, C, D], [N, N, C, D, END])
+    assert sample.num_labels == 3
+
+
+def test_prompt_and_completion_are_one_text():
+    tokenizer = byte_level()
+    (sample,) = encode_records(completions(("hello ", "there")), tokenizer, 20).samples
+    assert tokenizer.decode([*sample.ids, sample.labels[-1]]) == "hello there<|endoftext|>"
+    assert tokenizer.decode([x for x in sample.labels if x != N]) == " there<|endoftext|>"
+
+
+def test_long_prompts_are_cut_and_dropped_if_nothing_is_left():
+    data = encode_records(completions(("ab", "cd"), ("abcd", "a"), ("a", "b")), LETTERS, 3)
+    assert data.samples == [Sample([START, A, B], [N, N, C]), Sample([START, A, B], [N, B, END])]
+    assert (data.num_cut, data.num_dropped) == (2, 1)
+    with pytest.raises(
+        DataError, match="none of the 1 records has anything to learn within the first 3 tokens"
+    ):
+        encode_records(completions(("abcd", "a")), LETTERS, 3)
+
+
+def test_records_of_different_kinds_keep_their_order():
+    records = [*documents("a"), *completions(("b", "c")), *documents("d")]
+    samples = encode_records(records, LETTERS, 8).samples
+    assert [sample.ids[1] for sample in samples] == [A, B, D]
+
+
+def test_more_records_than_are_tokenised_together():
+    samples = encode_records(documents(*(["a", "bb", "ccc"] * 700)), LETTERS, 8).samples
+    assert [len(sample.ids) for sample in samples] == [2, 3, 4] * 700
+
+
+def test_contiguous_samples_cross_documents_and_are_all_full():
+    data = encode_contiguous(documents("ab", "cd", "a"), LETTERS, 3)
+    # <s> a b </s> <s> c d </s> <s> a </s>
+    assert data.samples == [
+        Sample([START, A, B], [A, B, END]),
+        Sample([END, START, C], [START, C, D]),
+        Sample([D, END, START], [END, START, A]),
+    ]
+    with pytest.raises(DataError, match="the text has 3 tokens, and one sample takes 4"):
+        encode_contiguous(documents("a"), LETTERS, 3)
+    with pytest.raises(DataError, match="line 0: only documents can be joined"):
+        encode_contiguous(completions(("a", "b")), LETTERS, 3)
+
+
+def test_a_tokenizer_must_know_an_end():
+    with pytest.raises(DataError, match="neither an eos_token nor a sep_token"):
+        encode_records(documents("a"), letters(eos_token=None), 8)
+    assert encode_records(documents("a"), letters(eos_token=None, sep_token="b"), 8).samples[0].labels == [
+        A,
+        B,
+    ]
+
+
+def test_classified_texts_cannot_train_a_language_model():
+    with pytest.raises(DataError, match="line 0: a classified text"):
+        encode_records([Classified("a", None, 1, "line 0")], LETTERS, 8)
+
+
+def test_classified_texts_and_pairs():
+    records = [Classified("w0 w1", None, "no", "line 0"), Classified("w0", "w1 w2", "yes", "line 1")]
+    data = encode_classified(records, bert(), 8, {"no": 0, "yes": 1})
+    assert data.samples == [
+        ClassifiedSample([2, 4, 5, 3], [0, 0, 0, 0], 0),
+        ClassifiedSample([2, 4, 3, 5, 6, 3], [0, 0, 0, 1, 1, 1], 1),
+    ]
+    data = encode_classified(records, bert(pair=False), 5, {"no": 0, "yes": 1})
+    assert data.samples[1] == ClassifiedSample([2, 4, 3, 5, 3], None, 1)
+    assert (data.num_cut, data.num_dropped) == (1, 0)

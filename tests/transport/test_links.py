@@ -1,0 +1,295 @@
+"""Messages between two ranks: what arrives, and what is said when nothing does."""
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from ranks import RankPool, caught
+
+from ds_interlock import PeerError
+from ds_interlock.schedule.action import Action
+from ds_interlock.schedule.simulate import SEND_AHEAD
+from ds_interlock.transport.links import Links, Peer, Receiver, Sender, new_groups
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def ranks2() -> Iterator[RankPool]:
+    with RankPool(2, deepspeed=False) as pool:
+        yield pool
+
+
+def links(timeout_seconds: float = 20.0) -> tuple[int, Links]:
+    rank = torch.distributed.get_rank()
+    return rank, Links([0, 1], rank, CPU, timeout_seconds)
+
+
+def forward(micro_batch: int) -> tuple[Action, Action]:
+    """The send on stage 0 and the receive on stage 1."""
+    return Action.parse(f"0SEND_F{micro_batch}"), Action.parse(f"1RECV_F{micro_batch}")
+
+
+# What arrives.
+
+
+def structures() -> list[tuple[Any, Any]]:
+    """Hidden states and labels of all forms; shapes change from message to message."""
+    generator = torch.Generator().manual_seed(4)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return [
+        (noise(2, 5, 3), torch.arange(10).reshape(2, 5)),
+        (noise(2, 9, 3), torch.arange(18).reshape(2, 9)),
+        ((noise(4), torch.tensor([[True], [False]]), torch.tensor([3, -1], dtype=torch.int32)), None),
+        (noise(3, 3).bfloat16(), (torch.tensor(7, dtype=torch.uint8), noise(1).double())),
+        (noise(0, 4), torch.empty(0, dtype=torch.int64)),
+        ((noise(0), noise(2).half()), ()),
+        (noise(6, 4).T, noise(5)[::2]),
+        (torch.tensor(2.5), (torch.tensor([1], dtype=torch.int8),)),
+        (noise(1, 1, 1, 1, 2), torch.tensor([1, 2], dtype=torch.int16)),
+    ]
+
+
+def exchange() -> list[Any]:
+    rank, between = links()
+    sent = structures()
+    if rank == 0:
+        for micro_batch, structure in enumerate(sent):
+            between.send(forward(micro_batch)[0], 3, *structure)
+        between.flush()
+        return []
+    for micro_batch in range(len(sent)):
+        between.post(forward(micro_batch)[1], 3)
+    return [between.take(forward(micro_batch)[1]) for micro_batch in range(len(sent))]
+
+
+def test_every_form_dtype_and_shape_arrives_as_it_was_sent(ranks2: RankPool):
+    _, received = ranks2.run(exchange)
+    for got, expected in zip(received, structures(), strict=True):
+        for one, other in zip(got, expected, strict=True):
+            assert type(one) is type(other)
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def send_from_changing_buffer() -> float:
+    rank, between = links()
+    send, receive = forward(0)
+    if rank == 1:
+        time.sleep(0.3)
+        between.post(receive, 0)
+        return float(between.take(receive)[0].sum())
+    buffer = torch.ones(100_000)
+    between.send(send, 0, buffer.clone(), None)
+    del buffer
+    between.flush()
+    return 0.0
+
+
+def test_a_tensor_that_the_sender_drops_still_arrives(ranks2: RankPool):
+    assert ranks2.run(send_from_changing_buffer) == [0.0, 100_000.0]
+
+
+def exchange_both_ways() -> list[float]:
+    """Large messages in both directions at once, each taken only after everything was sent."""
+    rank, between = links()
+    ours = [("0SEND_F{}", "0RECV_I{}@2+5"), ("1SEND_I{}@2+5", "1RECV_F{}")][rank]
+    num = SEND_AHEAD
+    for index in range(num):
+        between.post(Action.parse(ours[1].format(index)), 0)
+    for index in range(num):
+        between.send(Action.parse(ours[0].format(index)), 0, (torch.full((300_000,), 10.0 * rank + index),))
+    between.flush()
+    return [float(between.take(Action.parse(ours[1].format(index)))[0][0][-1]) for index in range(num)]
+
+
+def test_directions_do_not_wait_for_each_other(ranks2: RankPool):
+    num = SEND_AHEAD
+    assert ranks2.run(exchange_both_ways) == [[10.0 + i for i in range(num)], [0.0 + i for i in range(num)]]
+
+
+def take_in_another_order() -> list[float]:
+    """Messages may be taken in another order than they arrive in."""
+    rank, between = links()
+    if rank == 0:
+        for micro_batch in range(3):
+            between.send(forward(micro_batch)[0], 0, torch.tensor(float(micro_batch)))
+        between.flush()
+        return []
+    for micro_batch in range(3):
+        between.post(forward(micro_batch)[1], 0)
+    return [float(between.take(forward(micro_batch)[1])[0]) for micro_batch in (2, 0, 1)]
+
+
+def test_messages_are_kept_until_they_are_taken(ranks2: RankPool):
+    assert ranks2.run(take_in_another_order)[1] == [2.0, 0.0, 1.0]
+
+
+def run_away(pause_seconds: float) -> tuple[int, float]:
+    """Rank 0 sends as fast as it can; rank 1 takes nothing for a while. How many had gone by then?"""
+    rank, between = links()
+    num = 4 * SEND_AHEAD
+    payload = torch.zeros(2_000_000)  # more than a socket buffers
+    torch.distributed.barrier()
+    start = time.monotonic()
+    if rank == 1:
+        time.sleep(pause_seconds)
+        for micro_batch in range(num):
+            between.post(forward(micro_batch)[1], 0)
+            between.take(forward(micro_batch)[1])
+        return 0, 0.0
+    early = 0
+    for micro_batch in range(num):
+        between.send(forward(micro_batch)[0], 0, payload)
+        early += time.monotonic() - start < pause_seconds
+    between.flush()
+    return early, time.monotonic() - start
+
+
+def test_a_sender_runs_ahead_but_not_away(ranks2: RankPool):
+    (early, seconds), _ = ranks2.run(run_away, pause_seconds=1.0)
+    assert early == SEND_AHEAD
+    assert seconds > 1.0
+
+
+def send_many_tensors() -> Exception | None:
+    rank, between = links()
+    tensors = tuple(torch.zeros(1) for _ in range(200))
+    return caught(between.send, forward(0)[0], 0, tensors) if rank == 0 else None
+
+
+def test_too_many_tensors_for_a_header(ranks2: RankPool):
+    error, _ = ranks2.run(send_many_tensors)
+    assert isinstance(error, ValueError)
+    assert "200 tensors" in str(error)
+
+
+# What is said when something else arrives, or nothing.
+
+
+def send_and_expect(send: str, expected: str, batches: tuple[int, int]) -> Exception | None:
+    rank, between = links()
+    if rank == 0:
+        between.send(Action.parse(send), batches[0], torch.zeros(2))
+    else:
+        between.post(Action.parse(expected), batches[1])
+    error = None if rank == 0 else caught(between.take, Action.parse(expected))
+    torch.distributed.barrier()
+    return error
+
+
+@pytest.mark.parametrize(
+    ("send", "expected", "batches", "sent"),
+    [
+        ("0SEND_F3", "1RECV_F4", (0, 0), "1RECV_F3 of batch 0 where 1RECV_F4 of batch 0"),
+        ("0SEND_F4", "1RECV_F4", (6, 7), "1RECV_F4 of batch 6 where 1RECV_F4 of batch 7"),
+    ],
+)
+def test_a_message_that_is_not_the_one_expected(ranks2: RankPool, send, expected, batches, sent):
+    _, error = ranks2.run(send_and_expect, send=send, expected=expected, batches=batches)
+    assert isinstance(error, PeerError)
+    assert "stage 0 (rank 0)" in str(error)
+    assert sent in str(error)
+    assert "different schedules" in str(error)
+
+
+def send_other_relay() -> Exception | None:
+    """Rank 1 relays the sum of losses 1 and 2 where rank 0 expects loss 1 alone."""
+    rank, between = links()
+    expected = Action.parse("0RECV_I0@1")
+    if rank == 1:
+        between.send(Action.parse("1SEND_I0@1+2"), 0, (torch.zeros(2),))
+    else:
+        between.post(expected, 0)
+    error = None if rank == 1 else caught(between.take, expected)
+    torch.distributed.barrier()
+    return error
+
+
+def test_a_relay_of_other_losses(ranks2: RankPool):
+    error, _ = ranks2.run(send_other_relay)
+    assert isinstance(error, PeerError)
+    assert "stage 1 (rank 1) sent 0RECV_I0@1+2" in str(error)
+    assert "where 0RECV_I0@1 " in str(error)
+
+
+def wait_for_nothing(timeout_seconds: float) -> tuple[Exception | None, float]:
+    rank, between = links(timeout_seconds)
+    start = time.monotonic()
+    receive = forward(5)[1]
+    error = None
+    if rank == 1:
+        between.post(receive, 0)
+        error = caught(between.take, receive)
+    seconds = time.monotonic() - start
+    torch.distributed.barrier()
+    return error, seconds
+
+
+def test_a_silent_neighbour(ranks2: RankPool):
+    _, (error, seconds) = ranks2.run(wait_for_nothing, timeout_seconds=1.5)
+    assert isinstance(error, PeerError)
+    assert 1.4 < seconds < 10
+    assert "stage 0 (rank 0) sent nothing for 1.5 s while 1RECV_F5 was due" in str(error)
+    assert "interlock.timeout_seconds" in str(error)
+
+
+def send_to_the_deaf(timeout_seconds: float) -> tuple[Exception | None, float]:
+    rank, between = links(timeout_seconds)
+    start = time.monotonic()
+
+    def send() -> None:
+        for micro_batch in range(SEND_AHEAD + 1):
+            between.send(forward(micro_batch)[0], 0, torch.zeros(2_000_000))
+
+    error = caught(send) if rank == 0 else None
+    seconds = time.monotonic() - start
+    torch.distributed.barrier()
+    return error, seconds
+
+
+def test_a_neighbour_that_takes_nothing(ranks2: RankPool):
+    (error, seconds), _ = ranks2.run(send_to_the_deaf, timeout_seconds=1.5)
+    assert isinstance(error, PeerError)
+    assert 1.4 < seconds < 10
+    assert "sending to stage 1 (rank 1) failed" in str(error)
+
+
+def survive_a_death() -> tuple[Exception | None, Exception | None, float]:
+    """Rank 1 dies at its second message; rank 0 was promised 60 s. Called on new ranks only."""
+    forward_group, gradient_group = new_groups(CPU, 60)
+    if torch.distributed.get_rank() == 1:
+        sender = Sender(gradient_group, Peer(0, 0), 60)
+        sender.send(Action.parse("0RECV_I0@1"), 0, (torch.ones(1),))
+        sender.flush()
+        time.sleep(0.2)
+        os._exit(7)
+    receiver = Receiver(gradient_group, Peer(1, 1), CPU, 60)
+    for micro_batch in range(2):
+        receiver.post(Action.parse(f"0RECV_I{micro_batch}@1"), 0)
+    receiver.take(Action.parse("0RECV_I0@1"))
+    start = time.monotonic()
+    receiving = caught(receiver.take, Action.parse("0RECV_I1@1"))
+    sender = Sender(forward_group, Peer(1, 1), 60)
+
+    def send() -> None:
+        sender.send(Action.parse("1RECV_F0"), 0, torch.zeros(10))
+        sender.flush()
+
+    return receiving, caught(send), time.monotonic() - start
+
+
+def test_a_neighbour_that_dies_is_noticed_at_once():
+    with RankPool(2, deepspeed=False) as pool:
+        results = pool.run_mortals(survive_a_death)
+    assert results.keys() == {0}
+    receiving, sending, seconds = results[0]
+    for error, doing in ((receiving, "receiving from"), (sending, "sending to")):
+        assert isinstance(error, PeerError)
+        assert f"{doing} stage 1 (rank 1) failed; it has most likely stopped" in str(error)
+    assert seconds < 10

@@ -1,6 +1,7 @@
 """Where things are: imports go one way and never in a circle, planning needs no torch, rooms are small."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -12,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ds_interlock"
 
-# What a folder may import of the others, besides `errors` and `files`. docs/design.md draws it.
+# What a folder may import of the others, besides `errors` and `files`.
 MAY_IMPORT = {
     "schedule": set(),
     "config": {"schedule"},
@@ -54,6 +55,15 @@ def test_every_folder_of_the_package_has_its_rule() -> None:
     folders = {room(module) for module in graph() if module.startswith("ds_interlock.")}
     assert folders - set(MAY_IMPORT) == {"cli", "commands", "errors", "files", "sampling"}
     assert set(MAY_IMPORT) <= folders
+
+
+def test_design_md_lists_every_folder_below_those_that_it_imports() -> None:
+    layout = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("## 6. Layout")[1]
+    listed = re.findall(r"^\| `([\w/]+)` \| ", layout, re.MULTILINE)
+    folders = [path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("__init__.py")]
+    assert sorted(listed) == sorted(set(folders) - {"."})
+    for number, folder in enumerate(listed):
+        assert MAY_IMPORT.get(folder, set()) - {"sampling"} <= set(listed[:number]), folder
 
 
 def test_nothing_imports_in_a_circle() -> None:

@@ -1,4 +1,4 @@
-"""Interlocking backpropagation on DeepSpeed pipelines: windows of stages instead of a flush.
+"""Interlocking backpropagation for DeepSpeed pipelines: each loss trains a window of stages.
 
     import ds_interlock
 

@@ -1,13 +1,13 @@
 """The console script ``ds-interlock``.
 
-    ds-interlock plan configs/interlock.json --stages 8          what it would cost
-    ds-interlock profile configs/interlock.json --model gpt2 -o profile.json     what layers cost here
+    ds-interlock plan configs/interlock.json --stages 8          predict time and memory
+    ds-interlock profile configs/interlock.json --model gpt2 -o profile.json     time the layers
     ds-interlock verify configs/interlock.json --stages 4        check gradients
-    ds-interlock export out/checkpoints out/model                a fine-tuned model for transformers
+    ds-interlock export out/checkpoints out/model                write a model for transformers
 
-Exit status: 0 if all is well, 1 if a check failed or could not be carried out, 2 if the input is
-wrong; errors are one message on standard error. What a command needs is imported when it runs:
-importing torch and DeepSpeed takes seconds, ``--help`` should not.
+Exit status: 0 if all is well, 1 if a check failed or could not run, 2 if the input is wrong; errors are
+one message on standard error. A command imports what it needs when it runs: importing torch and
+DeepSpeed takes seconds, ``--help`` should not.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ds-interlock",
-        description="Interlocking backpropagation on DeepSpeed pipelines.",
+        description="Interlocking backpropagation for DeepSpeed pipelines.",
         epilog="Exit status: 0 all well, 1 a check failed, 2 wrong input.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

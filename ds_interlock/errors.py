@@ -1,8 +1,8 @@
 """The errors a user can meet. Each says what was wrong, what was expected, and what to do.
 
 ``ConfigError``, ``PlanError`` and ``ScheduleError`` are ValueErrors: the input was wrong.
-``PeerError`` is a RuntimeError: the input was fine, but another process of the job went away or
-disagreed. ``assert`` is kept for what cannot happen.
+``PeerError`` is a RuntimeError: the input was right, but another process of the job ended or
+disagreed. ``assert`` is for what cannot happen.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class PlanError(ValueError):
 
 
 class ScheduleError(ValueError):
-    """A program does not carry out its plan. Shows the grid with the faulty action marked."""
+    """A program does not do what its plan says. Shows the grid with the faulty action marked."""
 
 
 class DataError(ValueError):
@@ -29,7 +29,7 @@ class PeerError(RuntimeError):
 
 
 def list_faults(subject: str, faults: Sequence[str]) -> str:
-    """One message for all faults of ``subject``: a line if there is one, a list if there are more."""
+    """One message for all faults of ``subject``: a line for one fault, a list for several."""
     if len(faults) == 1:
         return f"{subject}: {faults[0]}"
     return "\n".join([f"{subject}: {len(faults)} faults", *(f"  - {fault}" for fault in faults)])

@@ -16,6 +16,8 @@ MODULE = re.compile(r"(?:python -m|--module) ((?:ds_interlock|benchmarks|experim
 NAME = re.compile(r"`(ds_interlock\.[\w.]*\w)")
 PATH = re.compile(r"\b((?:launcher|configs|tests|benchmarks|experiments|ds_interlock)/[\w/]+\.\w+)")
 
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -54,6 +56,24 @@ def test_the_readme_is_short_and_lists_every_page() -> None:
     assert {f"docs/{page.name}" for page in PAGES if page.parent != ROOT} <= set(LINK.findall(readme))
 
 
+@pytest.mark.parametrize(
+    ("heading", "page", "section"),
+    [
+        ("Is it faster for my job?", "benchmarks.md", "| K = 8 |"),
+        ("Does it learn as well?", "results.md", "## Transformer language model, 8 stages"),
+    ],
+)
+def test_the_numbers_of_the_readme_are_those_of_the_pages(heading: str, page: str, section: str) -> None:
+    quoted = (ROOT / "README.md").read_text(encoding="utf-8").split(f"## {heading}")[1].split("\n## ")[0]
+    source = (ROOT / "docs" / page).read_text(encoding="utf-8").split(section)[1].split("\n## ")[0]
+    source = source.split("\n| K = ")[0]
+    rows = [row for row in _rows(quoted) if NUMBER.findall(" ".join(row[1:]))][1:]
+    assert len(rows) >= 3
+    for name, *cells in rows:
+        known = [number for row in _rows(source) if row[0] in name for number in NUMBER.findall(str(row))]
+        assert set(NUMBER.findall(" ".join(cells))) <= set(known), name
+
+
 def test_the_picture_of_the_timelines_is_what_its_command_draws(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -70,6 +90,15 @@ def _module(name: str) -> Path | None:
     path = ROOT.joinpath(*name.split("."))
     files = (path.with_suffix(".py"), path / "__init__.py")
     return next((file for file in files if file.exists()), None)
+
+
+def _rows(text: str) -> list[list[str]]:
+    """The rows of all tables, cell by cell."""
+    return [
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
 
 
 def _anchors(page: Path) -> set[str]:

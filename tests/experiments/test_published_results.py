@@ -1,4 +1,4 @@
-"""docs/results.md and the README say what the results files in the repository say."""
+"""docs/results.md says what the results files in the repository say."""
 
 import re
 import shutil
@@ -10,7 +10,6 @@ from experiments import definition, report, results_file
 from experiments.definition import Run
 
 DOCS = Path(__file__).parents[2] / "docs"
-README = DOCS.parent / "README.md"
 PUBLISHED = [name for name in definition.names() if (DOCS / "experiments" / f"{name}.jsonl").exists()]
 
 
@@ -32,11 +31,3 @@ def test_every_result_is_of_a_run_that_is_defined(name: str) -> None:
     runs = definition.load(name).runs(name)
     for record in results_file.read(DOCS / "experiments" / f"{name}.jsonl"):
         assert Run.model_validate(record["run"]) in runs
-
-
-def test_the_readme_quotes_the_page() -> None:
-    page = (DOCS / "results.md").read_text().splitlines()
-    section = README.read_text().split("\n## Better than local")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| ") and "---" not in line]
-    assert len(rows) > 10
-    assert [row for row in rows if row not in page] == []

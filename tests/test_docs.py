@@ -1,5 +1,6 @@
 """The pages: links lead somewhere, what they name exists, and the README stays short."""
 
+import json
 import re
 import subprocess
 import sys
@@ -72,6 +73,17 @@ def test_the_numbers_of_the_readme_are_those_of_the_pages(heading: str, page: st
     for name, *cells in rows:
         known = [number for row in _rows(source) if row[0] in name for number in NUMBER.findall(str(row))]
         assert set(NUMBER.findall(" ".join(cells))) <= set(known), name
+
+
+def test_the_speeds_are_those_of_the_results_file() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "docs" / "benchmarks" / "pipeline_peers.json").read_text(encoding="utf-8"))
+    for stages in results["arguments"]["stages"]:
+        _, *rows = _rows(f"| K = {stages} |" + page.split(f"| K = {stages} |")[1].split("\n\n")[0])
+        for engine, *cells in rows:
+            measured = [r for r in results["rows"] if (r["stages"], r["engine"]) == (stages, engine)]
+            speeds = [f"{row['times_deepspeed']:.2f}" if "seconds" in row else "–" for row in measured]
+            assert cells == speeds or not measured, (stages, engine)
 
 
 def test_the_picture_of_the_timelines_is_what_its_command_draws(tmp_path: Path) -> None:

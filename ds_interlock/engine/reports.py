@@ -1,8 +1,8 @@
 """Reports that travel on their own: losses, gradient norms and learning rates, late but never mixed up.
 
-A training batch under local or interlock has no collective over the pipe, so nobody can hand the
-final loss to stage 0. Instead every stage posts what it has measured for a batch to the job's
-key-value store, in a thread of its own, and reads there which batch the last stage has got to:
+A training batch under local or interlock has no collective over the pipe that could bring the final loss to
+stage 0. Instead every stage posts what it has measured for a batch to the job's key-value store, in a thread
+of its own, and reads there which batch the last stage has got to:
 
     last stage ── post(batch 5, final loss) ──────►  "final" = (5, 2.314)  ──► newest() everywhere
     stage k    ── post(batch 7, loss, norm, lr) ──►  "values/k/0": batches 5 to 7, a parcel
@@ -24,7 +24,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_interlock.engine.ranks import StageRanks
 from ds_interlock.transport.links import CLOSE_SECONDS
+
+COSINE = "gradient_cosine"
+"""What the result of ``interlock.myopia`` is called in reports."""
 
 _purposes = itertools.count()
 
@@ -55,7 +59,7 @@ class StageReport:
     """A report as it arrives on the rank that collects them.
 
     Attributes:
-        stage: Who measured it.
+        stage: The stage that measured it.
         batch: Number of the batch since the engine was made.
         values: Numbers by name.
     """
@@ -66,22 +70,15 @@ class StageReport:
 
 
 class Reporter:
-    """Posts this stage's reports, and reads how far the others have got.
+    """Posts this stage's reports, and reads how far the others have got. Rank 0 collects all reports."""
 
-    Args:
-        stage: This stage.
-        num_stages: Stages of the pipeline.
-        posts: Whether this rank speaks for its stage: one data-parallel replica does.
-        collects: Whether this rank gathers everybody's reports: rank 0 does.
-    """
-
-    def __init__(self, stage: int, num_stages: int, *, posts: bool, collects: bool) -> None:
-        self.stage = stage
-        self.posts = posts
-        self.collects = collects
+    def __init__(self, ranks: StageRanks) -> None:
+        self._stage = ranks.stage
+        self._posts = ranks.speaks_for_stage
+        self._collects = ranks.global_rank == 0
         self._unsent: list[Any] = []
         self._num_sent = 0
-        self._num_collected = [0] * num_stages
+        self._num_collected = [0] * ranks.num_stages
         self._next_exchange = 0.0
         self._store = job_store()
         self._newest: tuple[int, float] = -1, math.nan
@@ -139,7 +136,7 @@ class Reporter:
                 self._jobs.task_done()
 
     def _exchange(self, report: BatchReport | None) -> None:
-        if report is not None and self.posts:
+        if report is not None and self._posts:
             if report.final_loss is not None:
                 self._store.set("final", json.dumps([report.batch, float(report.final_loss)]))
             values = {name: float(value) for name, value in report.values.items() if value is not None}
@@ -150,12 +147,12 @@ class Reporter:
         if report is None or time.monotonic() > self._next_exchange:
             self._next_exchange = time.monotonic() + _EXCHANGE_SECONDS
             self._send_values()
-            if self.collects:
+            if self._collects:
                 self._collect()
 
     def _send_values(self) -> None:
         if self._unsent:
-            self._store.set(f"values/{self.stage}/{self._num_sent}", json.dumps(self._unsent))
+            self._store.set(f"values/{self._stage}/{self._num_sent}", json.dumps(self._unsent))
             self._num_sent += 1
             self._unsent = []
 

@@ -21,10 +21,15 @@ Rows = tuple[tuple[Span, ...], ...]
 
 
 class Recorder:
-    """Notes start and end of this stage's actions for as many recordings as are under way."""
+    """Notes start and end of this stage's actions for as many recordings as are under way.
 
-    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
-        self.synchronize = synchronize  # an accelerator works on after its calls have returned
+    Attributes:
+        batch: The number of the batch that actions belong to.
+    """
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self.batch = 0
+        self._synchronize = synchronize  # an accelerator works on after its calls have returned
         self._recordings: dict[str, list[Span]] = {}
 
     def start(self, name: str) -> None:
@@ -41,7 +46,7 @@ class Recorder:
             spans.clear()
 
     @contextmanager
-    def span(self, action: Action, batch: int) -> Iterator[None]:
+    def span(self, action: Action) -> Iterator[None]:
         """Records the time its body takes as the time of ``action``."""
         if not self._recordings:
             yield
@@ -49,8 +54,8 @@ class Recorder:
         # Wall-clock time, so that the rows of ranks on one machine can be laid over each other.
         start = time.time()
         yield
-        self.synchronize()
-        span = Span(action, batch, start, time.time())
+        self._synchronize()
+        span = Span(action, self.batch, start, time.time())
         for spans in self._recordings.values():
             spans.append(span)
 

@@ -12,6 +12,7 @@ from datetime import timedelta
 from deepspeed.utils import logger
 
 from ds_interlock.config.monitoring import TraceConfig
+from ds_interlock.engine.ranks import StageRanks
 from ds_interlock.engine.reports import job_store
 from ds_interlock.engine.timeline import Recorder, Rows, from_zero, measured_and_simulated, title_of
 from ds_interlock.files import replace_text
@@ -30,79 +31,65 @@ class Tracer:
     Args:
         config: Which batches, and where to write.
         recorder: Notes the actions of this stage.
-        stage: This stage.
-        num_stages: Stages of the pipeline.
-        posts: Whether this rank speaks for its stage.
-        collects: Whether this rank writes the files.
-        timeout_seconds: How long the writer waits for the other stages.
+        ranks: This rank; rank 0 writes the files.
+        timeout_seconds: How long rank 0 waits for the other stages.
     """
 
     def __init__(
-        self,
-        config: TraceConfig,
-        recorder: Recorder,
-        stage: int,
-        num_stages: int,
-        *,
-        posts: bool,
-        collects: bool,
-        timeout_seconds: float,
+        self, config: TraceConfig, recorder: Recorder, ranks: StageRanks, timeout_seconds: float
     ) -> None:
-        self.config = config
-        self.recorder = recorder
-        self.stage = stage
-        self.num_stages = num_stages
-        self.posts = posts
-        self.collects = collects
-        self.timeout = timedelta(seconds=timeout_seconds)
+        self._config = config
+        self._recorder = recorder
+        self._ranks = ranks
+        self._timeout = timedelta(seconds=timeout_seconds)
         self._store = job_store()
         self._thread: threading.Thread | None = None
 
     def batch_begins(self, batch: int) -> None:
-        """To be told before every training batch, counted from 1."""
-        if batch == self.config.batches[0]:
-            self.recorder.start(_RECORDING)
+        """To be called before every training batch, counted from 1."""
+        if batch == self._config.batches[0]:
+            self._recorder.start(_RECORDING)
 
     def batch_is_done(self, batch: int, program: Program, *, streaming: bool) -> None:
-        """To be told after every training batch: hands the recording over after the last one."""
-        if batch != self.config.batches[1]:
+        """To be called after every training batch: collects the recording after the last one."""
+        if batch != self._config.batches[1]:
             return
-        spans = self.recorder.stop(_RECORDING)
+        spans = self._recorder.stop(_RECORDING)
         self._thread = threading.Thread(
-            target=self._hand_over, args=(spans, program, streaming), name=_RECORDING, daemon=True
+            target=self._finish, args=(spans, program, streaming), name=_RECORDING, daemon=True
         )
         self._thread.start()
 
     def flush(self) -> None:
-        """Waits until what was handed over is in the store and, on the rank that writes, in the files."""
+        """Waits until the recording is in the store and, on the rank that writes, in the files."""
         if self._thread is not None:
             self._thread.join()
 
     def close(self) -> None:
-        """Says so if the run ended too early for the recording."""
-        if self._thread is None and self.collects:
+        """Warns if the run ended too early for the recording."""
+        if self._thread is None and self._ranks.global_rank == 0:
             logger.warning(
                 "interlock.trace: the run ended before batch %d, the last one to record; nothing was written",
-                self.config.batches[1],
+                self._config.batches[1],
             )
 
-    def _hand_over(self, spans: Sequence[Span], program: Program, streaming: bool) -> None:
+    def _finish(self, spans: Sequence[Span], program: Program, streaming: bool) -> None:
         try:
-            if self.posts:
-                told = [[str(span.action), span.batch, span.start, span.end] for span in spans]
-                self._store.set(str(self.stage), json.dumps(told))
-            if self.collects:
+            if self._ranks.speaks_for_stage:
+                row = [[str(span.action), span.batch, span.start, span.end] for span in spans]
+                self._store.set(str(self._ranks.stage), json.dumps(row))
+            if self._ranks.global_rank == 0:
                 self._write(self._collect(), program, streaming)
         except (OSError, RuntimeError, ValueError) as error:  # a picture must not end the training
-            logger.warning("interlock.trace: nothing was written to %s: %s", self.config.path, error)
+            logger.warning("interlock.trace: nothing was written to %s: %s", self._config.path, error)
 
     def _collect(self) -> Rows:
-        self._store.wait([str(stage) for stage in range(self.num_stages)], self.timeout)
-        told = [json.loads(self._store.get(str(stage))) for stage in range(self.num_stages)]
-        return from_zero([[Span(Action.parse(text), *rest) for text, *rest in row] for row in told])
+        self._store.wait([str(stage) for stage in range(self._ranks.num_stages)], self._timeout)
+        rows = [json.loads(self._store.get(str(stage))) for stage in range(self._ranks.num_stages)]
+        return from_zero([[Span(Action.parse(text), *rest) for text, *rest in row] for row in rows])
 
     def _write(self, rows: Rows, program: Program, streaming: bool) -> None:
         timelines = measured_and_simulated(program, rows, streaming=streaming)
         title = title_of(program)
-        replace_text(f"{self.config.path}.json", json.dumps(chrome_trace(timelines, title)))
-        replace_text(f"{self.config.path}.svg", render_svg(timelines, title))
+        replace_text(f"{self._config.path}.json", json.dumps(chrome_trace(timelines, title)))
+        replace_text(f"{self._config.path}.svg", render_svg(timelines, title))

@@ -17,7 +17,8 @@ from ds_interlock.errors import ConfigError
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
-from ds_interlock.stage.in_process import InProcessPipeline, build_head
+from ds_interlock.stage.heads import build_head
+from ds_interlock.stage.in_process import InProcessPipeline
 
 LM = LMConfig(vocab_size=VOCABULARY, seq_length=7, width=WIDTH, num_blocks=2, num_heads=3, seed=5)
 PLACE = LossHead(stage=0, after_layer=3)

@@ -29,10 +29,10 @@ from torch import distributed as dist
 from ds_interlock.engine.data import TrainingData
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
 from ds_interlock.engine.module import InterlockPipelineModule
-from ds_interlock.engine.ranks import StageRanks
 from ds_interlock.errors import ConfigError
 from ds_interlock.files import replace_folder, replace_text
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
+from ds_interlock.transport.ranks import StageRanks
 
 _UNFINISHED = ".unfinished"
 _REPLACED = ".replaced"

@@ -8,8 +8,8 @@ from deepspeed.utils import logger
 from torch import Tensor
 
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
-from ds_interlock.engine.ranks import StageRanks
 from ds_interlock.errors import DataError
+from ds_interlock.transport.ranks import StageRanks
 
 
 class TrainingData:

@@ -37,16 +37,14 @@ from ds_interlock.engine.instructions import INSTRUCTIONS, InterlockSchedule
 from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.engine.myopia import MyopiaMeter
 from ds_interlock.engine.optimizer import StageOptimizer
-from ds_interlock.engine.progress import Progress
-from ds_interlock.engine.ranks import StageRanks
-from ds_interlock.engine.reports import COSINE
+from ds_interlock.engine.reports import COSINE, Progress
 from ds_interlock.engine.runner import StageRunner
-from ds_interlock.engine.timeline import Rows, draw, gather
-from ds_interlock.engine.trace import Tracer
+from ds_interlock.engine.timeline import Rows, Tracer, draw, gather
 from ds_interlock.engine.unused_heads import UnusedHeads
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.plan import GradientFlowPlan, loss_name
 from ds_interlock.stage.backward import AccumulateGradients
+from ds_interlock.transport.ranks import StageRanks
 
 _TIMELINE = "timeline"
 

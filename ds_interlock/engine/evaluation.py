@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
-from ds_interlock.engine.ranks import StageRanks
 from ds_interlock.engine.runner import StageRunner
 from ds_interlock.stage.hidden import Hidden
+from ds_interlock.transport.ranks import StageRanks
 
 
 class Evaluation:

@@ -20,13 +20,13 @@ from deepspeed.utils import logger, safe_set_full_fp32_param
 from torch import Tensor, nn
 
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
-from ds_interlock.engine.ranks import StageRanks
 from ds_interlock.engine.runner import StageRunner
 from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.lower import Program, evaluation_program
 from ds_interlock.schedule.plan import GradientFlowPlan, loss_name
 from ds_interlock.stage.backward import HeadLoss, LayerPass
 from ds_interlock.stage.hidden import Gradients, Hidden
+from ds_interlock.transport.ranks import StageRanks
 
 
 def head_program(plan: GradientFlowPlan, num_micro_batches: int) -> Program:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ds_interlock.engine.data import TrainingData
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
-from ds_interlock.engine.ranks import StageRanks
 from ds_interlock.engine.runner import StageRunner
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.myopia import (
@@ -24,6 +23,7 @@ from ds_interlock.stage.myopia import (
     unchanged_buffers,
     unchanged_random_state,
 )
+from ds_interlock.transport.ranks import StageRanks
 
 
 class MyopiaMeter:

@@ -9,7 +9,7 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from torch import Tensor
 
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
-from ds_interlock.engine.ranks import StageRanks
+from ds_interlock.transport.ranks import StageRanks
 
 
 class StageOptimizer:

@@ -8,7 +8,6 @@ from deepspeed.accelerator import get_accelerator
 from ds_interlock.engine.data import TrainingData
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
 from ds_interlock.engine.instructions import InterlockSchedule
-from ds_interlock.engine.ranks import StageRanks
 from ds_interlock.engine.timeline import Recorder
 from ds_interlock.schedule import Program, evaluation_program, training_program, verify, verify_evaluation
 from ds_interlock.schedule.plan import GradientFlowPlan
@@ -16,6 +15,7 @@ from ds_interlock.stage.backward import Backward
 from ds_interlock.stage.interpreter import Interpreter
 from ds_interlock.stage.work import StageWork
 from ds_interlock.transport.links import Links
+from ds_interlock.transport.ranks import StageRanks
 
 
 class StageRunner:

@@ -129,9 +129,9 @@ def _groups(model: InterlockPipelineModule) -> dict[_Group, list[nn.Parameter]]:
 def _parameter_groups(
     groups: Mapping[_Group, list[nn.Parameter]], config: dict[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """What DeepSpeed is given to train: a list of groups, and schedules that know of their rates.
+    """The parameters for DeepSpeed's optimizer: a list of groups, and schedules that know their rates.
 
-    DeepSpeed's schedulers set a rate for each group from scalars or from lists with one number a
+    DeepSpeed's schedulers set a rate for each group from scalars or from lists with one number for each
     group, so the scalars of a stage with other rates than the configured one become lists.
     """
     if list(groups) == [_Group(1.0, ())]:

@@ -130,8 +130,8 @@ class InterlockPipelineModule(PipelineModule):
                 )
             return
         bounds = [int(bound) for bound in self.parts]
-        made = self._make_plan(bounds) if self._make_plan else interlock.plan_schedule(bounds)
-        self.schedule = made if isinstance(made, PlanSchedule) else PlanSchedule.constant(made)
+        plan = self._make_plan(bounds) if self._make_plan else interlock.plan_schedule(bounds)
+        self.schedule = plan if isinstance(plan, PlanSchedule) else PlanSchedule.constant(plan)
         if list(self.schedule.stage_bounds) != bounds:
             raise ConfigError(
                 f"plan({bounds}) returned a plan for stage_bounds {list(self.schedule.stage_bounds)}: it "
@@ -234,7 +234,7 @@ class InterlockPipelineModule(PipelineModule):
         return hidden
 
     def _partition_layers(self, method: str | list[int] = "uniform") -> None:
-        """As DeepSpeed's, by the name of a method; or at the given bounds."""
+        """As DeepSpeed's, by the name of a method; or at these bounds."""
         if isinstance(method, str):
             super()._partition_layers(method)
             return

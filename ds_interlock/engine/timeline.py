@@ -78,7 +78,7 @@ class Recorder:
 
 
 def gather(spans: list[Span], stage: int, num_stages: int) -> Rows:
-    """Everybody's spans, in seconds since the first began. A collective call."""
+    """The spans of all stages, in seconds since the first began. A collective call."""
     gathered: list[tuple[int, list[Span]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (stage, spans))
     rows: list[list[Span]] = [[] for _ in range(num_stages)]
@@ -92,7 +92,7 @@ def gather(spans: list[Span], stage: int, num_stages: int) -> Rows:
 def measured_costs(plan: GradientFlowPlan, rows: Rows) -> CostModel:
     """The costs that ``rows`` were run at: for each stage the median of each kind of action.
 
-    A relay from a head inside its stage crosses a part of it, and counts for the whole. A stage that
+    A relay from a head within its stage crosses a part of it, and counts for the whole. A stage that
     relays nothing does not show what its input gradient costs alone; half of a backward pass is taken.
     """
     forward, relay, backward, head, step = [], [], [], [], []
@@ -148,7 +148,7 @@ def measured_and_simulated(program: Program, rows: Rows, *, streaming: bool) -> 
 
 def title_of(program: Program) -> str:
     """What a picture of ``program`` is called."""
-    return f"{program.num_micro_batches} micro-batches a batch on {program.plan.num_stages} stages"
+    return f"{program.num_micro_batches} micro-batches per batch on {program.plan.num_stages} stages"
 
 
 def draw(program: Program, rows: Rows, *, streaming: bool) -> str:
@@ -165,7 +165,7 @@ def from_zero(rows: Sequence[Sequence[Span]]) -> Rows:
 
 
 def _renumbered(rows: Sequence[Sequence[Span]], first: int) -> Rows:
-    """``rows`` told as if batch ``first`` were the first and began at zero."""
+    """``rows`` with batch ``first`` numbered 0 and beginning at zero."""
     return from_zero([[replace(span, batch=span.batch - first) for span in row] for row in rows])
 
 

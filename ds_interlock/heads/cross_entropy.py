@@ -6,7 +6,7 @@
 
 A vocabulary's logits are the largest tensor of a language model: 50,000 float32 numbers, 200 kB, for
 every position, and as much again for their gradient. ``linear_cross_entropy`` holds those of a few
-hundred positions at a time. Gradients are computed in the forward pass, while a chunk's logits are there,
+hundred positions at a time. Gradients are computed in the forward pass, while a chunk's logits exist,
 so nothing is computed twice; what needs no gradient (a frozen weight) gets none computed.
 
 Shape suffixes: n positions, r positions of a chunk, d hidden width, v output (vocabulary) entry.
@@ -33,7 +33,7 @@ def cross_entropy_sum(logits_nv: Tensor, labels_n: Tensor, label_smoothing: floa
         logits_nv: Floating point. Half precision is too coarse for a log-softmax over a vocabulary, so
             the loss is computed in float32 at least.
         labels_n: int64.
-        label_smoothing: Share of the target that is spread evenly over the outputs.
+        label_smoothing: Share of the target that is divided evenly among the outputs.
     """
     return F.cross_entropy(
         logits_nv.to(wide(logits_nv.dtype)),

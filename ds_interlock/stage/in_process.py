@@ -1,7 +1,7 @@
 """A plan in one process: all stages of a pipeline on one device, with the same numbers.
 
-The program of every stage is carried out by the same ``StageWork`` as on a real pipeline; a message
-is an entry in a dictionary. This is the research mode (one GPU, many stages) and the fast way to
+The program of every stage is run by the same ``Interpreter`` as on a real pipeline; a message is an
+entry in a dictionary. This is the research mode (one GPU, many stages) and the fast way to
 test what gradients a plan gives. Parameter names are those of the pipeline: ``3.weight`` for layer
 3, ``heads.0.…`` for the head of loss 0.
 
@@ -9,8 +9,8 @@ test what gradients a plan gives. Parameter names are those of the pipeline: ``3
     losses = net.accumulate_gradients(micro_batches)
     optimizer.step()
 
-A run whose plan changes on the way is given a ``PlanSchedule``, so that the heads of all its phases are
-there when the optimizer is made, and is told when to go on:
+For a run whose plan changes on the way, pass a ``PlanSchedule``: the heads of all its phases then exist
+when the optimizer is made. Change the plan by hand:
 
     net = InProcessPipeline(layers, loss_fn, PlanSchedule.of((0, local), (2000, wider)), head=make_head)
     for step in range(num_steps):
@@ -54,7 +54,7 @@ class InProcessPipeline(nn.Module):
         loss_fn: ``loss_fn(outputs, labels)``, a scalar.
         plan: The gradient flow, its last stage bound ``len(layers)``; or a schedule of such plans, the
             first of which is then in force.
-        head: Builds an auxiliary head from its ``LossHead``; not needed if there is none.
+        head: Builds an auxiliary head from its ``LossHead``; not needed without any.
 
     Raises:
         ConfigError: If plan, layers and head do not fit together.
@@ -85,8 +85,8 @@ class InProcessPipeline(nn.Module):
     def change_plan(self, plan: GradientFlowPlan) -> None:
         """From now on gradients flow as ``plan`` says. Layers keep their parameters.
 
-        A head at a place where there was one before, in any plan, is that very module; others are built
-        and added to ``heads``, and an optimizer made before does not know them (a ``PlanSchedule`` avoids
+        A head at the position of an earlier one, of any plan, is that very module; others are built and
+        added to ``heads``, and an earlier optimizer does not know them (a ``PlanSchedule`` avoids
         that). Heads that ``plan`` lacks stay in ``heads`` and get no gradient: set the old ones to None
         (``zero_grad()``), and no optimizer of torch changes them.
 

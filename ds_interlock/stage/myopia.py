@@ -4,11 +4,11 @@ For the same samples, weights and random numbers (dropout), stage by stage:
 
     plan in force    truncated gradient  g ─┐
                                             ├─► cosine(g, G)     1: the stage sees as far as backpropagation
-    end to end       global gradient     G ─┘                    0: its window tells it nothing of the rest
+    end to end       global gradient     G ─┘                    0: its window shows nothing of the rest
 
 Both are computed beside the training: no ``.grad``, no random state and no running statistics change.
-Micro-batches are gone through one by one, so that a layer draws the same numbers under both plans. Here is
-what is measured, and the meter of one process; ``myopia_meter.py`` is that of a pipeline.
+Micro-batches run one by one, so that a layer draws the same numbers under both plans. Here is what is
+measured, and the meter of one process; ``engine/myopia.py`` is that of a pipeline.
 """
 
 import math

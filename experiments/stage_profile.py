@@ -20,7 +20,7 @@ from ds_interlock.profiling.layers import (
     profile_layers,
 )
 from ds_interlock.profiling.model import LossFn, calls_in_sequence
-from ds_interlock.stage.in_process import build_head
+from ds_interlock.stage.heads import build_head
 from experiments.staged_model import LayerCosts, StagedModel
 from experiments.tasks import Task
 

@@ -6,25 +6,27 @@
                      mean over the replicas ◄──────────┘
                           └► AdamW, on float32 copies ─► the head's parameters ─► DeepSpeed's master copies
 
-A head that has not learned to read the layers in front of it sends them gradients that say little about
-the text. On a pretrained model these undo in a few steps what was learned before; so the heads first learn
-to read what is there. No stage waits for one behind it, and DeepSpeed's optimizer takes no part.
+A head that has not learned to read its hidden state sends gradients that say little about the text. On a
+pretrained model these undo in a few steps what was learned before; so the heads are fitted first. No stage
+waits for a later one, and DeepSpeed's optimizer takes no part.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from deepspeed.utils import logger, safe_set_full_fp32_param
 from torch import Tensor, nn
-from torch import distributed as dist
 
-from ds_interlock.engine.instructions import InterlockSchedule
-from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.engine.deepspeed_side import DeepSpeedSide
+from ds_interlock.engine.runner import StageRunner
+from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.lower import Program, evaluation_program
 from ds_interlock.schedule.plan import GradientFlowPlan, loss_name
-from ds_interlock.stage.work import StageWork
+from ds_interlock.stage.backward import HeadLoss, LayerPass
+from ds_interlock.stage.hidden import Gradients, Hidden
+from ds_interlock.transport.ranks import StageRanks
 
 
 def head_program(plan: GradientFlowPlan, num_micro_batches: int) -> Program:
@@ -37,44 +39,51 @@ def head_program(plan: GradientFlowPlan, num_micro_batches: int) -> Program:
     return replace(program, stages=stages)
 
 
-class HeadWork(StageWork):
-    """The work of one stage while its heads are fitted. To be carried out without a graph."""
+class HeadGradients:
+    """Where gradients go while heads are fitted: those of the heads' parameters into ``sums``.
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.parameters_of = {
+    To be used under ``no_grad``.
+
+    Attributes:
+        sums: The gradients of the batch, in float32.
+    """
+
+    def __init__(self, heads: Mapping[int, nn.Module]) -> None:
+        self._parameters = {
             loss: [parameter for parameter in head.parameters() if parameter.requires_grad]
-            for loss, head in self.heads.items()
+            for loss, head in heads.items()
         }
-        self.gradients = {
-            parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.head_parameters
+        self.sums = {
+            parameter: torch.zeros_like(parameter, dtype=torch.float32)
+            for parameters in self._parameters.values()
+            for parameter in parameters
         }
-        """Of the batch so far, summed in float32."""
 
-    @property
-    def head_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters of all heads of this stage."""
-        return [parameter for parameters in self.parameters_of.values() for parameter in parameters]
-
-    def begin_batch(self, num_micro_batches: int) -> None:
-        super().begin_batch(num_micro_batches)
-        for gradient in self.gradients.values():
+    def zero(self) -> None:
+        """Begins a new batch."""
+        for gradient in self.sums.values():
             gradient.zero_()
 
-    def _head(self, action: Action) -> None:
-        entry = self._in_flight[action.micro_batch]
-        (loss,) = action.losses
-        parameters = self.parameters_of[loss]
+    def head(self, loss: HeadLoss, hidden: Hidden) -> Gradients:
+        """See ``Backward``. The hidden state gets no gradient."""
+        parameters = self._parameters[loss.loss]
         with torch.enable_grad():
-            value = self._loss_at(loss, entry.hidden[self.plan.heads[loss].after_layer], entry.labels)
-        self._add_loss(loss, value)
-        if not parameters:
-            return
-        # Not backward(): DeepSpeed's hooks would take what arrives in .grad for a step of its own.
-        found = torch.autograd.grad(value, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, found, strict=True):
-            if gradient is not None:
-                self.gradients[parameter].add_(gradient, alpha=1 / self.num_micro_batches)
+            value = loss.of(hidden)
+        if parameters:
+            # Not backward(): DeepSpeed's hooks would take what arrives in .grad for a step of its own.
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    self.sums[parameter].add_(gradient, alpha=1 / loss.num_micro_batches)
+        return ()
+
+    def weights(self, layers: LayerPass) -> None:
+        """See ``Backward``; no program of heads has such a pass."""
+        raise AssertionError
+
+    def weights_and_inputs(self, layers: LayerPass, inputs: tuple[Tensor, ...]) -> Gradients:
+        """See ``Backward``; no program of heads has such a pass."""
+        raise AssertionError
 
 
 class HeadOptimizer:
@@ -96,82 +105,64 @@ class HeadOptimizer:
         for parameter, master in self._masters.items():
             parameter.copy_(master)
 
-    def tell_deepspeed(self) -> None:
+    def update_masters_of_deepspeed(self) -> None:
         """DeepSpeed's bf16 and ZeRO optimizers step copies of their own, and would undo what was learned."""
         for parameter, master in self._masters.items():
             safe_set_full_fp32_param(parameter, master)
 
 
-class WarmHeadsMixin:
-    """``fit_heads`` of the engine, and the warm-up in front of the first training batch."""
+class HeadWarmup:
+    """Fits the auxiliary heads of this stage, those of all phases of a schedule."""
 
-    _work: StageWork
-    _heads_are_fitted = False
+    def __init__(self, engine: DeepSpeedSide, ranks: StageRanks, runner: StageRunner) -> None:
+        self._engine = engine
+        self._ranks = ranks
+        self._runner = runner
+        self._is_done = False
 
-    def fit_heads(
-        self: Any, data_iter: Iterator[Any] | None = None, num_steps: int = 1
-    ) -> dict[str, list[float]]:
-        """Fits the auxiliary heads for some batches; layers and optimizer stay as they are, bit for bit.
+    def before_batch(self) -> None:
+        """Before the first batch of a new run; the heads of a resumed one are already further."""
+        num_steps = self._engine.module.head_config.warmup_steps or 0
+        if num_steps > 0 and self._engine.global_steps == 0 and not self._is_done:
+            self.fit(None, num_steps)
 
-        Those of all phases of a schedule are fitted, also the ones that are not in use yet.
-
-        ``interlock.head.warmup_steps`` does this in front of the first training batch, unless it has been
-        done by hand. All ranks must call it. Without auxiliary heads it does nothing, and reads no data.
-
-        Args:
-            data_iter: Iterator over ``(inputs, labels)``, as for ``train_batch``. Only stage 0 reads it.
-            num_steps: Batches to read, of as many micro-batches as in training.
-
-        Returns:
-            The losses of this stage's heads, by name (see ``loss_name``), batch by batch.
-        """
-        self._heads_are_fitted = True
+    def fit(self, data_iter: Iterator[Any] | None, num_steps: int) -> dict[str, list[float]]:
+        """Fits the heads for ``num_steps`` batches; returns their losses by name, batch by batch."""
+        engine, module = self._engine, self._engine.module
+        self._is_done = True
         if data_iter is not None:
-            self.set_dataiterator(data_iter)
-        plan = self.module.schedule.plan_with_all_heads
+            engine.set_dataiterator(data_iter)
+        plan = module.schedule.plan_with_all_heads
         if len(plan.heads) == 1:
             return {}
-        self.module.train()
-        schedule = InterlockSchedule(head_program(plan, self.micro_batches), self.stage_id)
-        training, work = self._work, self._work_of(plan, HeadWork)
-        optimizer = HeadOptimizer(work.head_parameters, self.module.head_config.warmup_learning_rate)
-        self._work = work
-        try:
-            losses = [self._fit_heads_to_a_batch(schedule, work, optimizer) for _ in range(num_steps)]
-        finally:
-            self._work = training
-        optimizer.tell_deepspeed()
-        told: dict[str, list[float]] = self._told_losses(plan, losses)
-        return told
+        module.train()
+        program = head_program(plan, engine.micro_batches)
+        gradients = HeadGradients(module.heads.by_loss(plan, self._ranks.stage))
+        optimizer = HeadOptimizer(list(gradients.sums), module.head_config.warmup_learning_rate)
+        losses = [self._fit_to_a_batch(program, gradients, optimizer) for _ in range(num_steps)]
+        optimizer.update_masters_of_deepspeed()
+        return self._by_name(plan, losses)
 
-    def _warm_up_heads(self: Any) -> None:
-        """Before the first batch of a new run; a resumed one has heads that are further than that."""
-        num_steps = self.module.head_config.warmup_steps
-        if num_steps > 0 and self.global_steps == 0 and not self._heads_are_fitted:
-            self.fit_heads(num_steps=num_steps)
-
-    def _fit_heads_to_a_batch(
-        self: Any, schedule: InterlockSchedule, work: HeadWork, optimizer: HeadOptimizer
+    def _fit_to_a_batch(
+        self, program: Program, gradients: HeadGradients, optimizer: HeadOptimizer
     ) -> dict[int, Tensor]:
+        gradients.zero()
         with torch.no_grad():
-            self._run(schedule)
-        if self.is_data_parallel:
-            for gradient in work.gradients.values():
-                dist.all_reduce(gradient, group=self.grid.get_data_parallel_group())
-                gradient /= self.dp_world_size
-        optimizer.step(work.gradients)
-        losses: dict[int, Tensor] = self._average_over_replicas(work.mean_losses())
-        return losses
+            work = self._runner.run_beside_training(program, gradients, record=True)
+        if self._ranks.num_replicas > 1:
+            for gradient in gradients.sums.values():
+                self._ranks.sum_over_replicas(gradient)
+                gradient /= self._ranks.num_replicas
+        optimizer.step(gradients.sums)
+        return self._ranks.average_over_replicas(work.mean_losses())
 
-    def _told_losses(
-        self: Any, plan: GradientFlowPlan, losses: list[dict[int, Tensor]]
-    ) -> dict[str, list[float]]:
-        told = {
+    def _by_name(self, plan: GradientFlowPlan, losses: list[dict[int, Tensor]]) -> dict[str, list[float]]:
+        by_name = {
             loss_name(plan, loss): [float(of_batch[loss]) for of_batch in losses]
             for loss in (losses[0] if losses else ())
         }
-        if self.grid.get_data_parallel_rank() == 0:
-            for name, values in told.items():
+        if self._ranks.replica == 0:
+            for name, values in by_name.items():
                 message = "interlock: head of %s fitted for %d batches: %.4g to %.4g"
                 logger.info(message, name, len(values), values[0], values[-1])
-        return told
+        return by_name

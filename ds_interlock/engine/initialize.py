@@ -11,7 +11,7 @@ from torch import nn
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.engine.engine import InterlockEngine
 from ds_interlock.engine.module import InterlockPipelineModule
-from ds_interlock.engine.unused_heads import IDLE_PHASES, check_idle_heads
+from ds_interlock.engine.unused_heads import UNUSED_PHASES, check_unused_heads
 from ds_interlock.errors import ConfigError
 from ds_interlock.transport.agreement import agree
 from ds_interlock.transport.start import init_distributed
@@ -63,7 +63,8 @@ def initialize(
     model.add_placeholder()
     groups = _groups(model)
     brings_own = model_parameters is not None or optimizer is not None
-    if brings_own and {group.scale for group in groups} | {_scale_of_heads(model)} != {1.0}:
+    scales = {group.scale for group in groups} | {model.bound_config.head.learning_rate_scale}
+    if brings_own and scales != {1.0}:
         raise ConfigError(
             "interlock.head.learning_rate_scale works with the optimizer of the JSON config, and so does "
             "learning_rate_scale of a parameter; with an optimizer or parameters of your own, make a group "
@@ -88,7 +89,7 @@ def initialize(
         config_class=DeepSpeedConfig(config, grid),
     )
     _check_optimizer_has_heads(engine)
-    check_idle_heads(engine, brings_own)
+    check_unused_heads(model, engine.optimizer, own=brings_own, zero=engine.zero_optimization())
     engine._configure_python_gc()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
@@ -98,7 +99,7 @@ class _Group(NamedTuple):
 
     scale: float
     """What their learning rate is multiplied with."""
-    idle_phases: tuple[int, ...]
+    unused_phases: tuple[int, ...]
     """The phases of the schedule in which they must not change."""
 
 
@@ -109,7 +110,7 @@ def _groups(model: InterlockPipelineModule) -> dict[_Group, list[nn.Parameter]]:
     heads are scaled by ``interlock.head.learning_rate_scale`` as well.
     """
     of_heads = {
-        id(parameter): _Group(_scale_of_heads(model), model.idle_phases(int(number)))
+        id(parameter): _Group(model.bound_config.head.learning_rate_scale, model.unused_phases(int(number)))
         for number, head in model.heads.items()
         for parameter in head.parameters()
     }
@@ -120,17 +121,17 @@ def _groups(model: InterlockPipelineModule) -> dict[_Group, list[nn.Parameter]]:
         own = getattr(parameter, "learning_rate_scale", 1.0)
         if not isinstance(own, int | float) or not 0 < own < math.inf:
             raise ConfigError(f"{name}.learning_rate_scale is {own!r}: expected a number above 0")
-        scale, idle_phases = of_heads.get(id(parameter), _Group(1.0, ()))
-        groups.setdefault(_Group(own * scale, idle_phases), []).append(parameter)
+        scale, unused_phases = of_heads.get(id(parameter), _Group(1.0, ()))
+        groups.setdefault(_Group(own * scale, unused_phases), []).append(parameter)
     return {group: groups[group] for group in sorted(groups, key=lambda group: (group.scale != 1.0, group))}
 
 
 def _parameter_groups(
     groups: Mapping[_Group, list[nn.Parameter]], config: dict[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """What DeepSpeed is given to train: a list of groups, and schedules that know of their rates.
+    """The parameters for DeepSpeed's optimizer: a list of groups, and schedules that know their rates.
 
-    DeepSpeed's schedulers set a rate for each group from scalars or from lists with one number a
+    DeepSpeed's schedulers set a rate for each group from scalars or from lists with one number for each
     group, so the scalars of a stage with other rates than the configured one become lists.
     """
     if list(groups) == [_Group(1.0, ())]:
@@ -144,15 +145,10 @@ def _parameter_groups(
     listed = [
         {"params": parameters}
         | ({} if group.scale == 1.0 else {"lr": rate * group.scale})
-        | ({IDLE_PHASES: list(group.idle_phases)} if group.idle_phases else {})
+        | ({UNUSED_PHASES: list(group.unused_phases)} if group.unused_phases else {})
         for group, parameters in groups.items()
     ]
     return listed, config
-
-
-def _scale_of_heads(model: InterlockPipelineModule) -> float:
-    assert model.interlock is not None, "initialize() has bound it"
-    return model.interlock.head.learning_rate_scale
 
 
 def _check_optimizer_has_heads(engine: InterlockEngine) -> None:

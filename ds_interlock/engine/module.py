@@ -24,8 +24,8 @@ from ds_interlock.errors import ConfigError
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan
-from ds_interlock.stage.in_process import MakeHead, build_head
-from ds_interlock.stage.work import Hidden
+from ds_interlock.stage.heads import Heads, MakeHead, build_head
+from ds_interlock.stage.hidden import Hidden
 
 
 class StageGrid:
@@ -110,7 +110,7 @@ class InterlockPipelineModule(PipelineModule):
                 f'partition_method "{pipeline.get("partition_method", "parameters")}" leaves a stage without '
                 f'layers: {list(self.parts)}; use partition_method="uniform" or fewer stages'
             )
-        self.heads = nn.ModuleDict()
+        self.heads = Heads()
         self.placeholder: nn.Parameter | None = None
         if interlock is not None:
             self.bind(interlock)
@@ -130,8 +130,8 @@ class InterlockPipelineModule(PipelineModule):
                 )
             return
         bounds = [int(bound) for bound in self.parts]
-        made = self._make_plan(bounds) if self._make_plan else interlock.plan_schedule(bounds)
-        self.schedule = made if isinstance(made, PlanSchedule) else PlanSchedule.constant(made)
+        plan = self._make_plan(bounds) if self._make_plan else interlock.plan_schedule(bounds)
+        self.schedule = plan if isinstance(plan, PlanSchedule) else PlanSchedule.constant(plan)
         if list(self.schedule.stage_bounds) != bounds:
             raise ConfigError(
                 f"plan({bounds}) returned a plan for stage_bounds {list(self.schedule.stage_bounds)}: it "
@@ -143,13 +143,19 @@ class InterlockPipelineModule(PipelineModule):
         if make_head is None and self.schedule.heads:
             # On every rank, also where there is no head: a model it cannot size one for is refused by all.
             make_head = head_factory(interlock.head, self._layer_specs, self._pretrained)
-        for number, place in enumerate(self.schedule.heads):
-            if place.stage == self.stage_id:
+        for number, position in enumerate(self.schedule.heads):
+            if position.stage == self.stage_id:
                 assert make_head is not None
-                built = build_head(make_head, number, place, self.base_seed)
-                self.heads[str(number)] = built.to(get_accelerator().device_name(self.local_rank))
+                built = build_head(make_head, number, position, self.base_seed)
+                self.heads.add(number, position, built.to(get_accelerator().device_name(self.local_rank)))
         self.activation_checkpoint_func = partial(checkpoint, use_reentrant=False)
         self._settle_tied_weights(interlock)
+
+    @property
+    def bound_config(self) -> InterlockConfig:
+        """The mode, which ``ds_interlock.initialize`` binds at the latest."""
+        assert self.interlock is not None
+        return self.interlock
 
     @property
     def plan(self) -> GradientFlowPlan:
@@ -167,15 +173,7 @@ class InterlockPipelineModule(PipelineModule):
             return self._grid
         return StageGrid(self._grid, lambda: self.steps_alone)
 
-    def heads_of(self, plan: GradientFlowPlan) -> dict[int, nn.Module]:
-        """This stage's auxiliary heads, by their loss in ``plan``."""
-        return {
-            loss: self.heads[str(self.schedule.head_number(plan.heads[loss].after_layer))]
-            for loss in plan.losses_at(self.stage_id)
-            if loss != plan.final
-        }
-
-    def idle_phases(self, head: int) -> tuple[int, ...]:
+    def unused_phases(self, head: int) -> tuple[int, ...]:
         """The phases in which the head with this number takes no part."""
         return tuple(
             phase for phase in range(len(self.schedule.phases)) if self.schedule.is_idle(head, phase)
@@ -199,7 +197,7 @@ class InterlockPipelineModule(PipelineModule):
         if self.layer_parameters():
             return
         for phase in self.schedule.phases:
-            heads = self.heads_of(phase.plan).values()
+            heads = self.heads.by_loss(phase.plan, self.stage_id).values()
             if not any(parameter.requires_grad for head in heads for parameter in head.parameters()):
                 self.placeholder = nn.Parameter(torch.zeros(1))
 
@@ -236,7 +234,7 @@ class InterlockPipelineModule(PipelineModule):
         return hidden
 
     def _partition_layers(self, method: str | list[int] = "uniform") -> None:
-        """As DeepSpeed's, by the name of a method; or at the given bounds."""
+        """As DeepSpeed's, by the name of a method; or at these bounds."""
         if isinstance(method, str):
             super()._partition_layers(method)
             return

@@ -1,91 +1,93 @@
-"""What DeepSpeed's optimizers must be told when a stage clips and steps on its own."""
+"""What DeepSpeed's optimizers need where a stage clips and steps on its own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from torch import Tensor
-from torch import distributed as dist
+
+from ds_interlock.engine.deepspeed_side import DeepSpeedSide
+from ds_interlock.transport.ranks import StageRanks
 
 
-class OptimizerMixin:
-    """Gradient norms, clipping, and backward passes that the optimizer does not start itself."""
+class StageOptimizer:
+    """Gradient norms, clipping, and backward passes that the optimizer does not start itself.
 
-    def clip_fp32_gradients(self: Any) -> None:
-        """Clips by the norm of this stage's gradients, or of the whole model's if stages step together.
+    Args:
+        engine: Has the optimizer.
+        ranks: This rank.
+        immediate_bf16: Whether DeepSpeed's bf16 optimizer takes gradients up in hooks of its own.
+    """
 
-        They do under global, and with weights kept tied: both copies must take the same step.
+    def __init__(self, engine: DeepSpeedSide, ranks: StageRanks, immediate_bf16: bool) -> None:
+        self._engine = engine
+        self._ranks = ranks
+        self._immediate_bf16 = immediate_bf16
+        self._norm: Tensor | None = None
+
+    def measure_norm(self) -> None:
+        """Computes the norm of this stage's gradients, those of its tensor-parallel ranks included.
+
+        Not if it is not needed, nor if the optimizer keeps gradients to itself: it has a norm after the step.
         """
-        if not self.module.steps_alone:
-            super().clip_fp32_gradients()  # type: ignore[misc]
+        engine, self._norm = self._engine, None
+        if hasattr(engine.optimizer, "_global_grad_norm") or isinstance(engine.optimizer, ZeROOptimizer):
             return
-        assert isinstance(self._gradient_norm, Tensor)
-        parameters = list(self.module.parameters())
-        torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), self._gradient_norm)
+        if not (engine.monitor.enabled or engine.gradient_clipping() > 0):
+            return
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        self._norm = torch.nn.utils.get_total_norm(gradients)
+        if self._ranks.num_slices > 1:
+            squared = self._norm.square()
+            self._ranks.sum_over_slices(squared)
+            self._norm = squared.sqrt()
 
-    def _stage_gradient_norm(self: Any) -> Tensor | None:
-        """The norm of this stage's gradients, its tensor-parallel ranks' included.
+    def clip(self) -> None:
+        """Clips by the norm that was measured."""
+        assert self._norm is not None
+        parameters = list(self._engine.module.parameters())
+        torch.nn.utils.clip_grads_with_norm_(parameters, self._engine.gradient_clipping(), self._norm)
 
-        None if nobody needs it, or if the optimizer keeps gradients to itself and tells the norm
-        after the step.
+    def norm_of_step(self) -> float | Tensor | None:
+        """The gradient norm of the step just taken; None if it is not known."""
+        optimizer: Any = self._engine.optimizer
+        return getattr(optimizer, "_global_grad_norm", None) if self._norm is None else self._norm
+
+    def enter_phase(self) -> None:
+        """Gives ZeRO, which asks only once, the ranks over which norms are to be taken from now on."""
+        if hasattr(self._engine.optimizer, "model_parallel_group"):
+            self._engine.optimizer.model_parallel_group = self._engine.mpu.get_model_parallel_group()
+
+    def reduces_nothing(self, gradients: Sequence[Tensor], dtype: torch.dtype, predivide: float) -> bool:
+        """Whether DeepSpeed's all-reduce over the replicas would change no bit of ``gradients``.
+
+        With one replica it copies every gradient into a buffer and back. What it would change is the
+        rounding, if gradients are to travel in another type or to be divided on the way.
         """
-        if hasattr(self.optimizer, "_global_grad_norm") or isinstance(self.optimizer, ZeROOptimizer):
-            return None
-        if not (self.monitor.enabled or self.gradient_clipping() > 0):
-            return None
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.is_model_parallel:
-            squared = norm.square()
-            dist.all_reduce(squared, group=self.grid.get_slice_parallel_group())
-            norm = squared.sqrt()
-        return norm
-
-    def _norm_over_what_steps_together(self: Any) -> None:
-        """Tells ZeRO, which asks only once, over which ranks norms are to be taken from now on."""
-        if hasattr(self.optimizer, "model_parallel_group"):
-            self.optimizer.model_parallel_group = self.mpu.get_model_parallel_group()
-
-    def _reduce_non_expert_gradients(self: Any, grads: list[Tensor], elements_per_buffer: int) -> None:
-        """DeepSpeed's all-reduce over the replicas, unless this stage has only one and nothing would change.
-
-        It would copy every gradient into a buffer and back. What it would change is the rounding, if
-        gradients are to travel in another type or to be divided on the way.
-        """
-        alone = not self.is_data_parallel and self.gradient_predivide_factor() == 1.0
-        rounds = any(getattr(g, "dtype", None) != self.communication_data_type for g in grads)
-        if rounds or not alone:
-            super()._reduce_non_expert_gradients(grads, elements_per_buffer)  # type: ignore[misc]
+        alone = self._ranks.num_replicas == 1 and predivide == 1.0
+        return alone and all(getattr(g, "dtype", None) == dtype for g in gradients)
 
     @contextmanager
-    def _backward_passes(self: Any) -> Iterator[None]:
-        """DeepSpeed's hooks take a backward pass that the engine has not announced for the user's own."""
-        self._running_engine_backward = True
-        try:
-            yield
-        finally:
-            self._running_engine_backward = False
-
-    @contextmanager
-    def _weight_pass(self: Any) -> Iterator[None]:
-        """What DeepSpeed's bf16 and ZeRO optimizers need to know about a pass that they do not start."""
-        bf16 = self.using_bf16_optimizer
-        zero = isinstance(self.optimizer, ZeROOptimizer) and not bf16
+    def weight_pass(self) -> Iterator[None]:
+        """What DeepSpeed's bf16 and ZeRO optimizers need around a pass that they do not start."""
+        optimizer, bf16 = self._engine.optimizer, self._engine.using_bf16_optimizer
+        zero = isinstance(optimizer, ZeROOptimizer) and not bf16
         if bf16:
-            self.optimizer.clear_lp_grads()
+            optimizer.clear_lp_grads()
         elif zero:
-            self.optimizer.enter_backward()
+            optimizer.enter_backward()
         yield
-        if bf16 and not self._config.bfloat16_config.immediate_grad_update:
-            self.optimizer.update_hp_grads(clear_lp_grads=False)
+        if bf16 and not self._immediate_bf16:
+            optimizer.update_hp_grads(clear_lp_grads=False)
         elif zero:
-            self.optimizer.backward_epilogue()
-            self.optimizer.exit_backward()
+            optimizer.backward_epilogue()
+            optimizer.exit_backward()
 
-    def _exercise_placeholder(self: Any) -> None:
+    def exercise_placeholder(self) -> None:
         """Gives the parameter of a frozen stage a gradient of 0: without any, no norm can be taken."""
-        if self.module.placeholder is not None:
-            with self._weight_pass():
-                (0 * self.module.placeholder).sum().backward()
+        placeholder = self._engine.module.placeholder
+        if placeholder is not None:
+            with self.weight_pass():
+                (0 * placeholder).sum().backward()  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
 """Reports that travel on their own: losses, gradient norms and learning rates, late but never mixed up.
 
-A training batch under local or interlock has no collective over the pipe, so nobody can hand the
-final loss to stage 0. Instead every stage posts what it has measured for a batch to the job's
-key-value store, in a thread of its own, and reads there which batch the last stage has got to:
+A training batch under local or interlock has no collective over the pipe that could bring the final loss to
+stage 0. Instead every stage posts what it has measured for a batch to the job's key-value store, in a thread
+of its own, and reads there which batch the last stage has got to:
 
     last stage ── post(batch 5, final loss) ──────►  "final" = (5, 2.314)  ──► newest() everywhere
     stage k    ── post(batch 7, loss, norm, lr) ──►  "values/k/0": batches 5 to 7, a parcel
@@ -24,7 +24,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_interlock.engine.deepspeed_side import DeepSpeedSide
+from ds_interlock.schedule.plan import loss_name
 from ds_interlock.transport.links import CLOSE_SECONDS
+from ds_interlock.transport.ranks import StageRanks
+
+COSINE = "gradient_cosine"
+"""What the result of ``interlock.myopia`` is called in reports."""
 
 _purposes = itertools.count()
 
@@ -55,7 +61,7 @@ class StageReport:
     """A report as it arrives on the rank that collects them.
 
     Attributes:
-        stage: Who measured it.
+        stage: The stage that measured it.
         batch: Number of the batch since the engine was made.
         values: Numbers by name.
     """
@@ -66,22 +72,15 @@ class StageReport:
 
 
 class Reporter:
-    """Posts this stage's reports, and reads how far the others have got.
+    """Posts this stage's reports, and reads how far the others have got. Rank 0 collects all reports."""
 
-    Args:
-        stage: This stage.
-        num_stages: Stages of the pipeline.
-        posts: Whether this rank speaks for its stage: one data-parallel replica does.
-        collects: Whether this rank gathers everybody's reports: rank 0 does.
-    """
-
-    def __init__(self, stage: int, num_stages: int, *, posts: bool, collects: bool) -> None:
-        self.stage = stage
-        self.posts = posts
-        self.collects = collects
+    def __init__(self, ranks: StageRanks) -> None:
+        self._stage = ranks.stage
+        self._posts = ranks.speaks_for_stage
+        self._collects = ranks.global_rank == 0
         self._unsent: list[Any] = []
         self._num_sent = 0
-        self._num_collected = [0] * num_stages
+        self._num_collected = [0] * ranks.num_stages
         self._next_exchange = 0.0
         self._store = job_store()
         self._newest: tuple[int, float] = -1, math.nan
@@ -139,7 +138,7 @@ class Reporter:
                 self._jobs.task_done()
 
     def _exchange(self, report: BatchReport | None) -> None:
-        if report is not None and self.posts:
+        if report is not None and self._posts:
             if report.final_loss is not None:
                 self._store.set("final", json.dumps([report.batch, float(report.final_loss)]))
             values = {name: float(value) for name, value in report.values.items() if value is not None}
@@ -150,12 +149,12 @@ class Reporter:
         if report is None or time.monotonic() > self._next_exchange:
             self._next_exchange = time.monotonic() + _EXCHANGE_SECONDS
             self._send_values()
-            if self.collects:
+            if self._collects:
                 self._collect()
 
     def _send_values(self) -> None:
         if self._unsent:
-            self._store.set(f"values/{self.stage}/{self._num_sent}", json.dumps(self._unsent))
+            self._store.set(f"values/{self._stage}/{self._num_sent}", json.dumps(self._unsent))
             self._num_sent += 1
             self._unsent = []
 
@@ -166,6 +165,68 @@ class Reporter:
                     self._collected.put(StageReport(stage, batch, values))
                 self._store.delete_key(key)
                 self._num_collected[stage] += 1
+
+
+class Progress:
+    """Reports this stage's batches, and shows what all stages have reported.
+
+    Attributes:
+        final_loss: The final loss of the newest batch, on the last stage; None elsewhere.
+    """
+
+    def __init__(self, engine: DeepSpeedSide, ranks: StageRanks) -> None:
+        self.reporter = Reporter(ranks)
+        self.final_loss: Tensor | None = None
+        self._engine = engine
+        self._ranks = ranks
+        self._losses: dict[int, Tensor] = {}
+        self._stage_values: dict[int, dict[str, float]] = {}
+        self._cosines: dict[int, float] = {}
+
+    def set_losses(self, losses: dict[int, Tensor]) -> None:
+        """Takes the mean losses of this stage in the batch, by their index in the plan."""
+        self._losses = self._ranks.average_over_replicas(losses)
+        self.final_loss = self._losses.get(self._engine.module.plan.final)
+
+    def post(self, batch: int, values: dict[str, float | Tensor | None]) -> None:
+        """Reports the losses of the batch, and ``values``."""
+        plan = self._engine.module.plan
+        names = {loss_name(plan, loss): value for loss, value in self._losses.items()}
+        self.reporter.post(BatchReport(batch, {**names, **values}, self.final_loss))
+
+    def stage_losses(self) -> dict[str, float]:
+        """Every head's newest loss that has arrived here, by stage and name."""
+        return {
+            f"stage_{stage}/{name}": value
+            for stage, values in sorted(self._stage_values.items())
+            for name, value in values.items()
+            if "loss" in name
+        }
+
+    def gradient_cosines(self) -> dict[str, float]:
+        """Every stage's newest cosine that has arrived here."""
+        return {f"stage_{stage}": value for stage, value in sorted(self._cosines.items())}
+
+    def write(self) -> None:
+        """Writes the reports that have arrived to DeepSpeed's monitor."""
+        monitor = self._engine.monitor
+        for report in self.reporter.collected():
+            samples = int(report.values.pop("samples"))
+            self._stage_values[report.stage] = report.values
+            if COSINE in report.values:
+                self._cosines[report.stage] = report.values[COSINE]
+            if not monitor.enabled:
+                continue
+            names = {f"Train/stage_{report.stage}/{name}": value for name, value in report.values.items()}
+            if "final_loss" in report.values:
+                names["Train/Samples/train_loss"] = report.values["final_loss"]
+            monitor.write_events([(name, value, samples) for name, value in names.items()])
+
+    def print_loss(self, batches_ago: int, loss: Tensor) -> None:
+        """Prints the final loss of an earlier batch every ``steps_per_print`` batches."""
+        step, every = self._engine.global_steps, self._engine.steps_per_print()
+        if self._ranks.global_rank == 0 and every and step % every == 0:
+            print(f"steps: {step} loss: {loss.item():0.4f} (of step {step - batches_ago})", flush=True)
 
 
 def job_store() -> Any:

@@ -1,30 +1,52 @@
-"""When each stage did what: recorded on the ranks, drawn beside what the simulator makes of it."""
+"""When each stage did what: recorded on the ranks, shown beside the same batches as simulated.
 
+``Recorder`` notes the times of this stage. ``gather`` collects those of all stages at once; ``Tracer``
+collects those of some batches during the training (``"interlock": {"trace": ...}``): every stage leaves its
+own in the job's store, and a thread of rank 0 writes the files. No stage waits for that, and stages keep
+streaming.
+"""
+
+import json
 import statistics
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 
 import torch.distributed as dist
+from deepspeed.utils import logger
 
+from ds_interlock.config.monitoring import TraceConfig
+from ds_interlock.engine.reports import job_store
+from ds_interlock.files import replace_text
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.cost import CostModel
 from ds_interlock.schedule.lower import Program
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.render import Timeline, render_svg
 from ds_interlock.schedule.simulate import Span, simulate
+from ds_interlock.schedule.trace import chrome_trace
+from ds_interlock.transport.ranks import StageRanks
+
+_TRACE = "interlock.trace"
 
 Rows = tuple[tuple[Span, ...], ...]
 """For each stage its spans, in seconds."""
 
 
 class Recorder:
-    """Notes start and end of this stage's actions for as many recordings as are under way."""
+    """Notes start and end of this stage's actions for as many recordings as are under way.
 
-    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
-        self.synchronize = synchronize  # an accelerator works on after its calls have returned
+    Attributes:
+        batch: The number of the batch that actions belong to.
+    """
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self.batch = 0
+        self._synchronize = synchronize  # an accelerator works on after its calls have returned
         self._recordings: dict[str, list[Span]] = {}
 
     def start(self, name: str) -> None:
@@ -41,7 +63,7 @@ class Recorder:
             spans.clear()
 
     @contextmanager
-    def span(self, action: Action, batch: int) -> Iterator[None]:
+    def span(self, action: Action) -> Iterator[None]:
         """Records the time its body takes as the time of ``action``."""
         if not self._recordings:
             yield
@@ -49,14 +71,14 @@ class Recorder:
         # Wall-clock time, so that the rows of ranks on one machine can be laid over each other.
         start = time.time()
         yield
-        self.synchronize()
-        span = Span(action, batch, start, time.time())
+        self._synchronize()
+        span = Span(action, self.batch, start, time.time())
         for spans in self._recordings.values():
             spans.append(span)
 
 
 def gather(spans: list[Span], stage: int, num_stages: int) -> Rows:
-    """Everybody's spans, in seconds since the first began. A collective call."""
+    """The spans of all stages, in seconds since the first began. A collective call."""
     gathered: list[tuple[int, list[Span]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (stage, spans))
     rows: list[list[Span]] = [[] for _ in range(num_stages)]
@@ -70,7 +92,7 @@ def gather(spans: list[Span], stage: int, num_stages: int) -> Rows:
 def measured_costs(plan: GradientFlowPlan, rows: Rows) -> CostModel:
     """The costs that ``rows`` were run at: for each stage the median of each kind of action.
 
-    A relay from a head inside its stage crosses a part of it, and counts for the whole. A stage that
+    A relay from a head within its stage crosses a part of it, and counts for the whole. A stage that
     relays nothing does not show what its input gradient costs alone; half of a backward pass is taken.
     """
     forward, relay, backward, head, step = [], [], [], [], []
@@ -126,7 +148,7 @@ def measured_and_simulated(program: Program, rows: Rows, *, streaming: bool) -> 
 
 def title_of(program: Program) -> str:
     """What a picture of ``program`` is called."""
-    return f"{program.num_micro_batches} micro-batches a batch on {program.plan.num_stages} stages"
+    return f"{program.num_micro_batches} micro-batches per batch on {program.plan.num_stages} stages"
 
 
 def draw(program: Program, rows: Rows, *, streaming: bool) -> str:
@@ -143,9 +165,79 @@ def from_zero(rows: Sequence[Sequence[Span]]) -> Rows:
 
 
 def _renumbered(rows: Sequence[Sequence[Span]], first: int) -> Rows:
-    """``rows`` told as if batch ``first`` were the first and began at zero."""
+    """``rows`` with batch ``first`` numbered 0 and beginning at zero."""
     return from_zero([[replace(span, batch=span.batch - first) for span in row] for row in rows])
 
 
 def _median(seconds: Collection[float]) -> float:
     return statistics.median(seconds) if seconds else 0.0
+
+
+class Tracer:
+    """Records the batches that ``interlock.trace`` names. Every rank of the job must make one.
+
+    Args:
+        config: Which batches, and where to write.
+        recorder: Notes the actions of this stage.
+        ranks: This rank; rank 0 writes the files.
+        timeout_seconds: How long rank 0 waits for the other stages.
+    """
+
+    def __init__(
+        self, config: TraceConfig, recorder: Recorder, ranks: StageRanks, timeout_seconds: float
+    ) -> None:
+        self._config = config
+        self._recorder = recorder
+        self._ranks = ranks
+        self._timeout = timedelta(seconds=timeout_seconds)
+        self._store = job_store()
+        self._thread: threading.Thread | None = None
+
+    def batch_begins(self, batch: int) -> None:
+        """To be called before every training batch, counted from 1."""
+        if batch == self._config.batches[0]:
+            self._recorder.start(_TRACE)
+
+    def batch_is_done(self, batch: int, program: Program, *, streaming: bool) -> None:
+        """To be called after every training batch: collects the recording after the last one."""
+        if batch != self._config.batches[1]:
+            return
+        spans = self._recorder.stop(_TRACE)
+        self._thread = threading.Thread(
+            target=self._finish, args=(spans, program, streaming), name=_TRACE, daemon=True
+        )
+        self._thread.start()
+
+    def flush(self) -> None:
+        """Waits until the recording is in the store and, on the rank that writes, in the files."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def close(self) -> None:
+        """Warns if the run ended too early for the recording."""
+        if self._thread is None and self._ranks.global_rank == 0:
+            logger.warning(
+                "interlock.trace: the run ended before batch %d, the last one to record; nothing was written",
+                self._config.batches[1],
+            )
+
+    def _finish(self, spans: Sequence[Span], program: Program, streaming: bool) -> None:
+        try:
+            if self._ranks.speaks_for_stage:
+                row = [[str(span.action), span.batch, span.start, span.end] for span in spans]
+                self._store.set(str(self._ranks.stage), json.dumps(row))
+            if self._ranks.global_rank == 0:
+                self._write(self._collect(), program, streaming)
+        except (OSError, RuntimeError, ValueError) as error:  # a picture must not end the training
+            logger.warning("interlock.trace: nothing was written to %s: %s", self._config.path, error)
+
+    def _collect(self) -> Rows:
+        self._store.wait([str(stage) for stage in range(self._ranks.num_stages)], self._timeout)
+        rows = [json.loads(self._store.get(str(stage))) for stage in range(self._ranks.num_stages)]
+        return from_zero([[Span(Action.parse(text), *rest) for text, *rest in row] for row in rows])
+
+    def _write(self, rows: Rows, program: Program, streaming: bool) -> None:
+        timelines = measured_and_simulated(program, rows, streaming=streaming)
+        title = title_of(program)
+        replace_text(f"{self._config.path}.json", json.dumps(chrome_trace(timelines, title)))
+        replace_text(f"{self._config.path}.svg", render_svg(timelines, title))

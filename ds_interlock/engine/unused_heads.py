@@ -1,96 +1,105 @@
-"""Heads that the present phase of a schedule does not use: they rest, and nothing about them changes.
+"""Heads that the present phase of a schedule does not use: nothing about them changes.
 
 No loss gives them gradients, but two things would still move them:
 
     DeepSpeed, in float32      gives a parameter without a gradient one of zeros    ─► taken away again
     its bf16 and ZeRO          step flat copies of whole parameter groups           ─► a group for the heads
-    optimizers                                                                         that rest together;
-                                                                                       no gradient, no step
+    optimizers                                                                         of the same phases; no
+                                                                                       gradient, no step
 
 so that weight decay and momentum leave them alone, as torch's optimizers leave every parameter alone that
 has no gradient.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from torch import Tensor, nn
 
+from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.errors import ConfigError
 
-IDLE_PHASES = "idle_phases"
-"""Key of a parameter group of the optimizer: the phases in which it rests."""
+UNUSED_PHASES = "idle_phases"
+"""Key of a parameter group of the optimizer, also in checkpoints: the phases that do not use it."""
 
 
-class IdleHeadsMixin:
-    """What the engine does about them."""
+class UnusedHeads:
+    """Keeps unused heads as they are.
 
-    def _drop_gradients_of_idle_heads(self: Any) -> None:
-        for parameter in _idle_parameters(self.module):
-            parameter.grad = None
+    Args:
+        module: Has the heads, and knows the phase.
+        optimizer: DeepSpeed's or torch's, which is made to skip the groups of unused heads; or None.
+        device: Where tensors are.
+    """
 
-    def _skip_groups_of_idle_heads(self: Any) -> None:
-        """Makes the optimizer pass over the groups that rest; to be called once it is there."""
-        if self.optimizer is None or not _has_idle_heads(self.module):
+    def __init__(self, module: InterlockPipelineModule, optimizer: Any, device: torch.device) -> None:
+        self._module = module
+        self._device = device
+        if optimizer is None or not has_unused_heads(module):
             return
+        inner = optimizer.optimizer if isinstance(optimizer, ZeROOptimizer) else optimizer
+        inner.register_step_pre_hook(self._drop_gradients_of_groups)
+        if hasattr(optimizer, "get_grad_norm_direct"):
+            self._leave_out_of_the_norm(optimizer)
 
-        def skip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            for group in optimizer.param_groups:
-                if self.module.phase in group.get(IDLE_PHASES, ()):
-                    for parameter in group["params"]:
-                        parameter.grad = None
+    def drop_gradients(self) -> None:
+        """Takes away the gradients of zero that DeepSpeed gives them."""
+        for number, head in self._module.heads.items():
+            if self._module.schedule.is_idle(int(number), self._module.phase):
+                for parameter in head.parameters():
+                    parameter.grad = None
 
-        inner = self.optimizer.optimizer if isinstance(self.optimizer, ZeROOptimizer) else self.optimizer
-        inner.register_step_pre_hook(skip)
-        if hasattr(self.optimizer, "get_grad_norm_direct"):
-            self._leave_idle_groups_out_of_the_norm()
+    def _drop_gradients_of_groups(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            if self._module.phase in group.get(UNUSED_PHASES, ()):
+                for parameter in group["params"]:
+                    parameter.grad = None
 
-    def _leave_idle_groups_out_of_the_norm(self: Any) -> None:
-        """ZeRO's norm has a collective a group: over the pipe, stages must have as many as each other."""
-        zero = self.optimizer
+    def _leave_out_of_the_norm(self, zero: Any) -> None:
+        """ZeRO's norm has one collective per group: over the pipe, all stages must have equally many."""
         norm_of = zero.get_grad_norm_direct
 
         def norm(gradients: Sequence[Tensor], parameters: Sequence[nn.Parameter], norm_type: int = 2) -> Any:
-            idle = [
+            unused = [
                 zero.params_in_partition[number]
                 for number, group in enumerate(zero.optimizer.param_groups)
-                if self.module.phase in group.get(IDLE_PHASES, ())
+                if self._module.phase in group.get(UNUSED_PHASES, ())
             ]
-            if any(parameters is those for those in idle):
-                return torch.zeros((), device=self.device)
+            if any(parameters is those for those in unused):
+                return torch.zeros((), device=self._device)
             return norm_of(gradients, parameters, norm_type)
 
         zero.get_grad_norm_direct = norm
 
 
-def check_idle_heads(engine: Any, brings_own_parameters: bool) -> None:
-    """Refuses what heads cannot rest under.
+def check_unused_heads(module: InterlockPipelineModule, optimizer: Any, *, own: bool, zero: bool) -> None:
+    """Refuses combinations under which unused heads would change.
+
+    Args:
+        module: Has the schedule.
+        optimizer: DeepSpeed's or torch's.
+        own: Whether optimizer or parameters were passed to ``initialize``.
+        zero: Whether ZeRO is on.
 
     Raises:
         ConfigError: On every rank.
     """
-    if not _has_idle_heads(engine.module):
+    if not has_unused_heads(module):
         return
-    if brings_own_parameters and isinstance(engine.optimizer, ZeROOptimizer):
+    if own and isinstance(optimizer, ZeROOptimizer):
         raise ConfigError(
-            "interlock.schedule: some phases do not use all heads; with bf16 or ZeRO these rest only under "
-            "the optimizer of the JSON config: leave out optimizer and model_parameters"
+            "interlock.schedule: some phases do not use all heads; with bf16 or ZeRO these stay unchanged "
+            "only under the optimizer of the JSON config: leave out optimizer and model_parameters"
         )
-    if engine.module.keeps_ties and engine.zero_optimization():
+    if module.keeps_ties and zero:
         raise ConfigError(
             'interlock.tied_weights: "sync" cannot be combined with ZeRO and a schedule whose phases do not '
             'all use the same heads; use "untie", or zero_optimization.stage 0'
         )
 
 
-def _has_idle_heads(module: Any) -> bool:
-    """Whether any head of any stage rests in some phase: the same on all ranks."""
-    return any(module.idle_phases(head) for head in range(len(module.schedule.heads)))
-
-
-def _idle_parameters(module: Any) -> Iterator[nn.Parameter]:
-    for number, head in module.heads.items():
-        if module.schedule.is_idle(int(number), module.phase):
-            yield from head.parameters()
+def has_unused_heads(module: InterlockPipelineModule) -> bool:
+    """Whether any head of any stage is unused in some phase: the same on all ranks."""
+    return any(module.unused_phases(head) for head in range(len(module.schedule.heads)))

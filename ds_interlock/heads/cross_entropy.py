@@ -6,7 +6,7 @@
 
 A vocabulary's logits are the largest tensor of a language model: 50,000 float32 numbers, 200 kB, for
 every position, and as much again for their gradient. ``linear_cross_entropy`` holds those of a few
-hundred positions at a time. Gradients are computed in the forward pass, while a chunk's logits are there,
+hundred positions at a time. Gradients are computed in the forward pass, while a chunk's logits exist,
 so nothing is computed twice; what needs no gradient (a frozen weight) gets none computed.
 
 Shape suffixes: n positions, r positions of a chunk, d hidden width, v output (vocabulary) entry.
@@ -14,17 +14,14 @@ Shape suffixes: n positions, r positions of a chunk, d hidden width, v output (v
 
 import importlib
 import importlib.util
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ds_interlock.heads.chunks import CHUNK_BYTES, GradientsInForward, wide
 from ds_interlock.heads.labels import IGNORED_LABEL
-
-CHUNK_BYTES = 2**26
-"""What the logits of one chunk may take; with 50,000 outputs in float32, those of 335 positions."""
 
 Backend: TypeAlias = Literal["full", "chunked", "torch", "liger"]
 
@@ -36,10 +33,10 @@ def cross_entropy_sum(logits_nv: Tensor, labels_n: Tensor, label_smoothing: floa
         logits_nv: Floating point. Half precision is too coarse for a log-softmax over a vocabulary, so
             the loss is computed in float32 at least.
         labels_n: int64.
-        label_smoothing: Share of the target that is spread evenly over the outputs.
+        label_smoothing: Share of the target that is divided evenly among the outputs.
     """
     return F.cross_entropy(
-        logits_nv.to(_wide(logits_nv.dtype)),
+        logits_nv.to(wide(logits_nv.dtype)),
         labels_n,
         ignore_index=IGNORED_LABEL,
         reduction="sum",
@@ -79,24 +76,33 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden_nd, weight_vd = hidden_nd.to(dtype), weight_vd.to(dtype)
         bias_v = None if bias_v is None else bias_v.to(dtype)
-    rows = max(1, chunk_bytes // (weight_vd.shape[0] * _wide(hidden_nd.dtype).itemsize))
+    rows = max(1, chunk_bytes // (weight_vd.shape[0] * wide(hidden_nd.dtype).itemsize))
     if backend is None:
         backend = "full" if len(hidden_nd) <= rows else fastest_backend(hidden_nd, label_smoothing)
     if not torch.is_grad_enabled():  # autograd functions ask tensors, not the mode, what needs a gradient
         hidden_nd, weight_vd = hidden_nd.detach(), weight_vd.detach()
         bias_v = None if bias_v is None else bias_v.detach()
+    inputs = _Inputs(hidden_nd, weight_vd, bias_v, labels_n, label_smoothing)
     match backend:
         case "full":
             return cross_entropy_sum(F.linear(hidden_nd, weight_vd, bias_v), labels_n, label_smoothing)
         case "liger":
-            return _liger(hidden_nd, weight_vd, bias_v, labels_n, label_smoothing)
+            return _liger(inputs)
         case "torch":
-            return _torch(hidden_nd, weight_vd, bias_v, labels_n, label_smoothing, rows)
+            return _torch(inputs, rows)
         case "chunked":
-            chunked: Tensor = _ChunkedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-                hidden_nd, weight_vd, bias_v, labels_n, label_smoothing, rows
-            )
+            chunked: Tensor = _ChunkedLinearCrossEntropy.apply(*inputs, rows)  # type: ignore[no-untyped-call]
             return chunked
+
+
+class _Inputs(NamedTuple):
+    """See ``linear_cross_entropy``."""
+
+    hidden_nd: Tensor
+    weight_vd: Tensor
+    bias_v: Tensor | None
+    labels_n: Tensor
+    label_smoothing: float
 
 
 def fastest_backend(hidden_nd: Tensor, label_smoothing: float = 0.0) -> Backend:
@@ -114,46 +120,36 @@ def fastest_backend(hidden_nd: Tensor, label_smoothing: float = 0.0) -> Backend:
     return "torch" if on_accelerator and has_torchs and label_smoothing == 0 else "chunked"
 
 
-def _torch(
-    hidden_nd: Tensor,
-    weight_vd: Tensor,
-    bias_v: Tensor | None,
-    labels_n: Tensor,
-    label_smoothing: float,
-    rows: int,
-) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+def _torch(inputs: _Inputs, rows: int) -> Tensor:
     return F.linear_cross_entropy(
-        hidden_nd,
-        weight_vd,
-        labels_n,
-        linear_bias=bias_v,
+        inputs.hidden_nd,
+        inputs.weight_vd,
+        inputs.labels_n,
+        linear_bias=inputs.bias_v,
         reduction="sum",
         ignore_index=IGNORED_LABEL,
-        label_smoothing=label_smoothing,
-        options=options,
+        label_smoothing=inputs.label_smoothing,
+        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None),
     )
 
 
-def _liger(
-    hidden_nd: Tensor, weight_vd: Tensor, bias_v: Tensor | None, labels_n: Tensor, label_smoothing: float
-) -> Tensor:
+def _liger(inputs: _Inputs) -> Tensor:
     # Not imported by name: it is an extra, and importing it takes a GPU.
     liger: Any = importlib.import_module("liger_kernel.transformers.functional")
     loss: Tensor = liger.liger_fused_linear_cross_entropy(
-        hidden_nd,
-        weight_vd,
-        labels_n,
-        bias_v,
+        inputs.hidden_nd,
+        inputs.weight_vd,
+        inputs.labels_n,
+        inputs.bias_v,
         ignore_index=IGNORED_LABEL,
-        label_smoothing=label_smoothing,
+        label_smoothing=inputs.label_smoothing,
         reduction="sum",
         accum_dtype=torch.float32,  # of the weight's gradient, over chunks
     )
     return loss
 
 
-class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+class _ChunkedLinearCrossEntropy(GradientsInForward):
     """See the picture at the top of the file."""
 
     @staticmethod
@@ -167,7 +163,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         rows: int,
     ) -> Tensor:
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
-        total = hidden_nd.new_zeros((), dtype=_wide(hidden_nd.dtype))
+        total = hidden_nd.new_zeros((), dtype=wide(hidden_nd.dtype))
         hidden_gradient = torch.empty_like(hidden_nd) if of_hidden else None
         weight_gradient = bias_gradient = None
         for start in range(0, max(1, len(hidden_nd)), rows):  # without positions, gradients are zeros
@@ -188,22 +184,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             hidden_gradient,
             None if weight_gradient is None else weight_gradient.to(weight_vd.dtype),
             None if bias_gradient is None else bias_gradient.squeeze(1).to(weight_vd.dtype),
+            *(None, None, None),
         )
         return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> Any:
-        if ctx.gradients is None:
-            raise RuntimeError("the gradients of a chunked linear_cross_entropy can be taken only once")
-        gradients, ctx.gradients = ctx.gradients, None
-        # In place: a copy of the weight's gradient would be as large as a chunk's logits, or larger.
-        return (
-            *(None if gradient is None else gradient.mul_(scale) for gradient in gradients),
-            None,
-            None,
-            None,
-        )
 
 
 def _loss_and_gradient(logits_rv: Tensor, labels_r: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
@@ -211,7 +194,7 @@ def _loss_and_gradient(logits_rv: Tensor, labels_r: Tensor, label_smoothing: flo
     num_outputs = logits_rv.shape[1]
     counted_r = labels_r != IGNORED_LABEL
     target_r1 = labels_r.where(counted_r, 0).unsqueeze(1)
-    log_probability_rv = F.log_softmax(logits_rv, -1, dtype=_wide(logits_rv.dtype))
+    log_probability_rv = F.log_softmax(logits_rv, -1, dtype=wide(logits_rv.dtype))
     loss_r = log_probability_rv.gather(1, target_r1).squeeze(1) * (label_smoothing - 1)
     if label_smoothing:
         loss_r -= label_smoothing * log_probability_rv.mean(1)
@@ -225,11 +208,7 @@ def _loss_and_gradient(logits_rv: Tensor, labels_r: Tensor, label_smoothing: flo
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """``total + left @ right``, summed in float32 at least; in place."""
     if total is None:
-        return (left @ right).to(_wide(left.dtype))
+        return (left @ right).to(wide(left.dtype))
     if total.dtype == left.dtype:
         return torch.addmm(total, left, right, out=total)
     return total.add_(left @ right)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

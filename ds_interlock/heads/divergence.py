@@ -16,9 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ds_interlock.heads.cross_entropy import CHUNK_BYTES
+from ds_interlock.heads.chunks import CHUNK_BYTES, GradientsInForward, wide
 
 Unembed = Callable[[Tensor], Tensor]
 
@@ -40,7 +39,7 @@ def kl_divergence(
     Returns:
         The sum, a scalar in float32 at least.
     """
-    rows = max(1, chunk_bytes // (2 * num_outputs * _wide(hidden_nd.dtype).itemsize))
+    rows = max(1, chunk_bytes // (2 * num_outputs * wide(hidden_nd.dtype).itemsize))
     if not torch.is_grad_enabled():  # autograd functions ask tensors, not the mode, what needs a gradient
         hidden_nd = hidden_nd.detach()
     total: Tensor = _ChunkedDivergence.apply(  # type: ignore[no-untyped-call]
@@ -49,42 +48,31 @@ def kl_divergence(
     return total
 
 
-class _ChunkedDivergence(torch.autograd.Function):
+class _ChunkedDivergence(GradientsInForward):
     """See the picture at the top of the file."""
 
     @staticmethod
     def forward(ctx: Any, hidden_nd: Tensor, base_nd: Tensor, unembed: Unembed, rows: int) -> Tensor:
-        total = hidden_nd.new_zeros((), dtype=_wide(hidden_nd.dtype))
-        ctx.gradient = torch.empty_like(hidden_nd) if ctx.needs_input_grad[0] else None
+        total = hidden_nd.new_zeros((), dtype=wide(hidden_nd.dtype))
+        gradient_nd = torch.empty_like(hidden_nd) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden_nd), rows):
             chunk = slice(start, start + rows)
             log_p_rv = _log_probabilities(unembed(base_nd[chunk]))
-            if ctx.gradient is None:
+            if gradient_nd is None:
                 total += _sum(log_p_rv, _log_probabilities(unembed(hidden_nd[chunk])))
                 continue
             with torch.enable_grad():
                 hidden_rd = hidden_nd[chunk].detach().requires_grad_()
                 loss = _sum(log_p_rv, _log_probabilities(unembed(hidden_rd)))
-            (ctx.gradient[chunk],) = torch.autograd.grad(loss, hidden_rd)
+            (gradient_nd[chunk],) = torch.autograd.grad(loss, hidden_rd)
             total += loss.detach()
+        ctx.gradients = (gradient_nd, None, None, None)
         return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> Any:
-        if ctx.gradient is None:
-            raise RuntimeError("the gradient of kl_divergence can be taken only once")
-        gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(scale), None, None, None
 
 
 def _log_probabilities(outputs_rv: Tensor) -> Tensor:
-    return F.log_softmax(outputs_rv, -1, dtype=_wide(outputs_rv.dtype))
+    return F.log_softmax(outputs_rv, -1, dtype=wide(outputs_rv.dtype))
 
 
 def _sum(log_p_rv: Tensor, log_q_rv: Tensor) -> Tensor:
     return F.kl_div(log_q_rv, log_p_rv, reduction="sum", log_target=True)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

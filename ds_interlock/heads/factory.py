@@ -1,10 +1,10 @@
 """Auxiliary heads: from a hidden state inside the model to what the model's last layer would output.
 
-A head repeats the end of the model it is for. That end is found by looking at the last layers:
+A head repeats the output layers of its model, which are found from the last layer backwards:
 
     layers of the model    ... ─► block ─► block ─► norm ─► unembedding ─► (a callable)
                                     │                 └──────────┬────────────────┘
-                                    │                        ModelEnd
+                                    │                      OutputLayers
                                     │                            │ same kinds and sizes, weights of its own
     linear                          ├─►               unembedding ─► (the callable)
     norm_linear                     ├─►        norm ─► unembedding ─► ...
@@ -33,7 +33,7 @@ from ds_interlock.config import HeadConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.heads.divergence import kl_divergence
 from ds_interlock.heads.labels import IGNORED_LABEL, Labels
-from ds_interlock.heads.output_layers import PASS_HEAD, Layer, find_model_end
+from ds_interlock.heads.output_layers import PASS_HEAD, Layer, find_output_layers
 from ds_interlock.heads.readout import UNEMBEDDING, another_like, make_readout
 from ds_interlock.schedule.plan import LossHead
 
@@ -42,7 +42,7 @@ HeadFactory = Callable[[LossHead], nn.Module]
 
 
 def head_factory(config: HeadConfig, layers: Sequence[Layer], pretrained: bool = False) -> HeadFactory:
-    """The heads of a model whose user gave none. Looks at the model at once, builds heads when asked.
+    """The heads of a model whose user passes none. Looks at the model at once, builds heads when called.
 
     Nothing is allocated for the look, and no random number is drawn.
 
@@ -50,18 +50,18 @@ def head_factory(config: HeadConfig, layers: Sequence[Layer], pretrained: bool =
     is built. Layers that draw their weights from a seed of their own, as those of ``ds_interlock.models``
     do, and layers given as modules are thus copied exactly. One that draws from the global generator (a
     plain ``LayerSpec(nn.Linear, ...)``) is drawn anew, from the head's seed: fixed, but another one than
-    the model's; ``AuxiliaryHead.load_model_end`` sets other values.
+    the model's; ``AuxiliaryHead.load_output_layers`` sets other values.
 
     Args:
         config: The section ``"interlock.head"``.
-        layers: All layers of the model, as given to ``PipelineModule``.
+        layers: All layers of the model, as passed to ``PipelineModule``.
         pretrained: Whether the model's weights are those of a trained model: what type ``auto`` goes by.
 
     Returns:
-        A function from a head's place in the plan to a new head.
+        A function from a head's position to a new head.
 
     Raises:
-        ConfigError: If the end of the model cannot be made out, or ``kl_weight`` finds no lens.
+        ConfigError: If the output layers are not found, or ``kl_weight`` finds no lens.
     """
     config = config.resolve(pretrained=pretrained)
     if config.kl_weight > 0 and config.type != "lens":
@@ -70,19 +70,19 @@ def head_factory(config: HeadConfig, layers: Sequence[Layer], pretrained: bool =
             f'{config.type} for a model that is not pretrained; set interlock.head.type to "lens", or pass '
             "pretrained=True with a pretrained model"
         )
-    end = find_model_end(layers)
+    output_layers = find_output_layers(layers)
 
     def make_head(head: LossHead) -> nn.Module:
         block = None
         if config.type == "block_linear":
             block = another_like(layers[head.after_layer - 1], f"layer {head.after_layer - 1}")
-        return AuxiliaryHead(make_readout(config, end), end.width, config, block)
+        return AuxiliaryHead(make_readout(config, output_layers), output_layers.width, config, block)
 
     return make_head
 
 
 class AuxiliaryHead(nn.Module):
-    """A readout of the hidden state, with one more block in front of it if ``block`` is given.
+    """A readout of the hidden state, after one more block if there is a ``block``.
 
     Args:
         readout: From hidden states ``[..., d]`` to outputs ``[..., v]``, each position by itself. Its part
@@ -139,7 +139,7 @@ class AuxiliaryHead(nn.Module):
             losses.append(self.config.kl_weight * self._divergence(hidden_btd, labels))
         return sum(losses[1:], start=losses[0])
 
-    def load_model_end(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_output_layers(self, tensors: Mapping[str, Tensor]) -> None:
         """Sets norm and unembedding to the values of a model, for example a pretrained one.
 
         Call it before ``ds_interlock.initialize``, whose optimizers copy the weights they find.
@@ -158,7 +158,7 @@ class AuxiliaryHead(nn.Module):
         }
         expected, got = ({name: tuple(t.shape) for name, t in some.items()} for some in (own, tensors))
         if expected != got:
-            raise ConfigError(f"load_model_end: got {got}, expected {expected}: pass just these tensors")
+            raise ConfigError(f"load_output_layers: got {got}, expected {expected}: pass just these tensors")
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
@@ -189,7 +189,7 @@ class AuxiliaryHead(nn.Module):
         if parts is None or parts.base is None or parts.base.shape != hidden_btd.shape:
             raise ConfigError(
                 f"interlock.head.kl_weight: {self.config.kl_weight:g} needs labels that are a tuple (labels, "
-                "normaliser, base), base being the base model's hidden states in front of its unembedding, "
+                "normaliser, base), base being the base model's hidden states before its unembedding, "
                 f"{list(hidden_btd.shape)}; set it to 0, or let the data bring them"
             )
         unembedding = self.readout[self._unembedding_at]
@@ -203,7 +203,7 @@ class AuxiliaryHead(nn.Module):
         if hidden_btd.shape[-1] != self.width:
             raise ConfigError(
                 f"interlock.head: the hidden state is {list(hidden_btd.shape)}, but the model's unembedding "
-                f"takes vectors of {self.width}, so this layer is no place for a head of type linear, "
+                f"takes vectors of {self.width}, so no head can follow this layer that is of type linear, "
                 f"norm_linear, low_rank, block_linear or lens. {PASS_HEAD}"
             )
         if self.block is None:
@@ -211,7 +211,7 @@ class AuxiliaryHead(nn.Module):
         after = _first(self.block(hidden))
         if after.shape != hidden_btd.shape:
             raise ConfigError(
-                f"interlock.head.type: block_linear needs a layer in front of the head that keeps the hidden "
+                f"interlock.head.type: block_linear needs a layer before the head that keeps the hidden "
                 f"state's shape, but {type(self.block).__name__} turns {list(hidden_btd.shape)} into "
                 f"{list(after.shape)}; choose another type"
             )

@@ -6,7 +6,7 @@
     (labels, normaliser, base)    ... and ``base`` says what the frozen base model makes of each position
 
 A batch is the mean of its micro-batches. Where these have different numbers of labels, a mean of means
-counts the labels of a short one for more. ``normaliser`` mends that: it is the number of labels in the
+gives more weight to the labels of a short one. ``normaliser`` mends that: it is the number of labels in the
 whole batch, divided by the number of micro-batches in it (and of replicas), and the same in all of them.
 
 Shape suffixes: b micro-batch, t position, d width; 1 a single number.
@@ -26,7 +26,7 @@ class Labels(NamedTuple):
     Attributes:
         labels: int64 ``[b, t]``; ``[b]`` if whole sequences are classified.
         normaliser: float32 ``[1]``, above 0; None to divide by the number of labels that count.
-        base: ``[b, t, d]``, the base model's last hidden state, behind its final norm: what its unembedding
+        base: ``[b, t, d]``, the base model's last hidden state, after its final norm: what its unembedding
             turns into outputs.
     """
 

@@ -1,10 +1,10 @@
-"""Finds the end of a model, which auxiliary heads repeat: norm, unembedding, and what follows it.
+"""Finds the output layers of a model, which auxiliary heads repeat: norm, unembedding, what follows it.
 
     layers of the model    ... ─► block ─► block ─► norm ─► unembedding ─► (a callable)
                                                     └──────────┬────────────────┘
-                                                           ModelEnd
+                                                         OutputLayers
 
-The layers are looked at from the last one forwards. Those that are specifications are built on the meta
+The layers are looked at from the last one backwards. Those that are specifications are built on the meta
 device, so the look allocates nothing and draws no random number.
 """
 
@@ -34,16 +34,16 @@ PASS_HEAD = (
 
 
 @dataclass(frozen=True)
-class ModelEnd:
-    """The end of a model, as far as a head repeats it.
+class OutputLayers:
+    """The last layers of a model, as far as a head repeats them.
 
     Attributes:
         width: Width of the hidden state, d.
         num_outputs: Number of entries of an output, v.
         bias: Whether the unembedding has one.
         init_std: Standard deviation of the unembedding's initial weights; None for torch's own default.
-        make_norm: Builds a norm like the one in front of the unembedding; None if there is none.
-        copy_norm: A copy of that norm with the model's values, frozen; None if there is none.
+        make_norm: Builds a norm like the one before the unembedding; None without one.
+        copy_norm: A copy of that norm with the model's values, frozen; None without one.
         copy_unembedding: A copy of the unembedding with the model's values, frozen.
         tail: What follows the unembedding. It has no weights.
     """
@@ -58,35 +58,35 @@ class ModelEnd:
     tail: tuple[Layer, ...]
 
 
-def find_model_end(layers: Sequence[Layer]) -> ModelEnd:
-    """Looks for the unembedding and the norm in front of it, from the last layer forwards.
+def find_output_layers(layers: Sequence[Layer]) -> OutputLayers:
+    """Looks for the unembedding and the norm before it, from the last layer backwards.
 
     The unembedding is the last ``nn.Linear``, or the weight of a ``TiedLayerSpec`` with a ``forward_fn``
-    (an embedding used in reverse). The norm is the nearest one in front of it that is as wide.
+    (an embedding used in reverse). The norm is the nearest one before it that is as wide.
 
     Raises:
-        ConfigError: If there is no unembedding to be found.
+        ConfigError: If no unembedding is found.
     """
     tail: list[Layer] = []
-    seen = _from_the_end(layers)
-    for last in seen:
+    pieces = _from_the_end(layers)
+    for last in pieces:
         if last.module is not None and has_weights(last.module):
             break
         tail.insert(0, last.layer)
     else:
         raise ConfigError(f"no auxiliary head can be derived: no layer has weights. {PASS_HEAD}")
-    found = _unembedding(last)
-    num_outputs, width = found.weight.shape
-    in_front = chain(found.in_front, (place for piece in seen for place in reversed(_places(piece))))
-    norm = next((place for place in in_front if _is_norm(place.module, width)), None)
-    return ModelEnd(
+    unembedding = _unembedding(last)
+    num_outputs, width = unembedding.weight.shape
+    before = chain(unembedding.before, (part for piece in pieces for part in reversed(_parts(piece))))
+    norm = next((part for part in before if _is_norm(part.module, width)), None)
+    return OutputLayers(
         width=width,
         num_outputs=num_outputs,
-        bias=found.bias_name is not None,
-        init_std=_init_std(last.layer, found.weight),
+        bias=unembedding.bias_name is not None,
+        init_std=_init_std(last.layer, unembedding.weight),
         make_norm=None if norm is None else partial(_like, norm.module, width),
         copy_norm=None if norm is None else partial(_frozen_copy, norm),
-        copy_unembedding=partial(_frozen_linear, last.given, found.weight_name, found.bias_name),
+        copy_unembedding=partial(_frozen_linear, last.owner, unembedding.weight_name, unembedding.bias_name),
         tail=tuple(tail),
     )
 
@@ -94,30 +94,30 @@ def find_model_end(layers: Sequence[Layer]) -> ModelEnd:
 class _Piece(NamedTuple):
     """A layer, or a part of a layer that is a Sequential.
 
-    ``given`` is the layer as the model has it, in which ``module`` is at ``path``.
+    ``owner`` is the layer as the model has it, in which ``module`` is at ``path``.
     """
 
     layer: Layer
     module: nn.Module | None
-    given: Layer
+    owner: Layer
     path: str = ""
 
 
-class _Place(NamedTuple):
-    """A module, and where to find it with its weights: at ``path`` in the layer ``given``."""
+class _Part(NamedTuple):
+    """A module, and where to find it with its weights: at ``path`` in the layer ``owner``."""
 
     module: nn.Module
-    given: Layer
+    owner: Layer
     path: str
 
 
 class _Unembedding(NamedTuple):
-    """What unembeds: weight ``[v, d]``, the names in the layer, and the modules in front, nearest first."""
+    """What unembeds: weight ``[v, d]``, the names in the layer, and the modules before it, nearest first."""
 
     weight: Tensor
     weight_name: str
     bias_name: str | None
-    in_front: list[_Place]
+    before: list[_Part]
 
 
 def _from_the_end(layers: Sequence[Layer]) -> Iterator[_Piece]:
@@ -133,14 +133,14 @@ def _from_the_end(layers: Sequence[Layer]) -> Iterator[_Piece]:
             yield _Piece(layer, module, layer)
 
 
-def _places(piece: _Piece) -> list[_Place]:
+def _parts(piece: _Piece) -> list[_Part]:
     if piece.module is None:
         return []
-    return [_Place(part, piece.given, name) for name, part in piece.module.named_modules(prefix=piece.path)]
+    return [_Part(part, piece.owner, name) for name, part in piece.module.named_modules(prefix=piece.path)]
 
 
 def look_at(layer: Layer, name: str) -> nn.Module | None:
-    """The module of ``layer``, built without memory if it is not there yet; None for a function.
+    """The module of ``layer``, built without memory if it does not exist yet; None for a function.
 
     Raises:
         ConfigError: If a specification cannot be built on the meta device; ``name`` says which.
@@ -178,13 +178,13 @@ def _unembedding(last: _Piece) -> _Unembedding:
             weight = _at(last.module, attribute)
             if weight.dim() == 2:
                 return _Unembedding(weight, attribute, None, [])
-    places = _places(last)
-    while places:
-        part, _, path = places.pop()
+    parts = _parts(last)
+    while parts:
+        part, _, path = parts.pop()
         if isinstance(part, nn.Linear):
             prefix = f"{path}." if path else ""
             bias_name = None if part.bias is None else f"{prefix}bias"
-            return _Unembedding(part.weight, f"{prefix}weight", bias_name, places[::-1])
+            return _Unembedding(part.weight, f"{prefix}weight", bias_name, parts[::-1])
     raise ConfigError(
         "no auxiliary head can be derived: the last layer with weights is "
         f"{type(last.module).__name__}, which has no nn.Linear to unembed with. {PASS_HEAD}"
@@ -227,7 +227,7 @@ def _like(norm: nn.Module, width: int) -> nn.Module:
 
 
 def _init_std(layer: Layer, weight: Tensor) -> float | None:
-    """How the model initialises its unembedding, where that can be seen; see ``ModelEnd.init_std``."""
+    """How the model initialises its unembedding, where that can be seen; see ``OutputLayers.init_std``."""
     if isinstance(layer, LayerSpec):
         return None if layer.typename is nn.Linear else _DEFAULT_STD
     return _DEFAULT_STD if weight.is_meta else float(weight.detach().float().std())
@@ -241,8 +241,8 @@ def _with_values(layer: Layer) -> nn.Module:
     return built(layer) if isinstance(layer, LayerSpec) else layer
 
 
-def _frozen_copy(place: _Place) -> nn.Module:
-    return copy.deepcopy(_with_values(place.given).get_submodule(place.path)).requires_grad_(False)
+def _frozen_copy(part: _Part) -> nn.Module:
+    return copy.deepcopy(_with_values(part.owner).get_submodule(part.path)).requires_grad_(False)
 
 
 def _frozen_linear(layer: Layer, weight_name: str, bias_name: str | None) -> nn.Linear:

@@ -15,47 +15,47 @@ from torch import Tensor, nn
 
 from ds_interlock.config import HeadConfig
 from ds_interlock.errors import ConfigError
-from ds_interlock.heads.output_layers import Layer, ModelEnd, built, has_weights, look_at
+from ds_interlock.heads.output_layers import Layer, OutputLayers, built, has_weights, look_at
 
 UNEMBEDDING = "unembedding"
 
 
-def make_readout(config: HeadConfig, end: ModelEnd) -> nn.Sequential:
+def make_readout(config: HeadConfig, output_layers: OutputLayers) -> nn.Sequential:
     """Norm, unembedding and what follows it, as ``config.type`` says."""
-    parts = _lens(config, end) if config.type == "lens" else _new_parts(config, end)
+    parts = _lens(config, output_layers) if config.type == "lens" else _new_parts(config, output_layers)
     readout = nn.Sequential()
     for name, part in parts.items():
         readout.add_module(name, part)
-    for number, layer in enumerate(end.tail):
+    for number, layer in enumerate(output_layers.tail):
         readout.add_module(f"tail_{number}", _another_weightless(layer))
     return readout
 
 
-def _lens(config: HeadConfig, end: ModelEnd) -> dict[str, nn.Module]:
+def _lens(config: HeadConfig, output_layers: OutputLayers) -> dict[str, nn.Module]:
     """A translator on one side of the frozen norm.
 
-    Behind the norm, ``unembedding(translator(x))`` is an unembedding again; the constant that a bias adds
+    After the norm, ``unembedding(translator(x))`` is an unembedding again; the constant that a bias adds
     needs a bias of the norm or the unembedding to go into.
     """
-    norm = {} if end.copy_norm is None else {"norm": end.copy_norm()}
-    unembedding = {UNEMBEDDING: end.copy_unembedding()}
+    norm = {} if output_layers.copy_norm is None else {"norm": output_layers.copy_norm()}
+    unembedding = {UNEMBEDDING: output_layers.copy_unembedding()}
     if config.translator == "before_norm":
-        return {"translator": Translator(end.width), **norm, **unembedding}
+        return {"translator": Translator(output_layers.width), **norm, **unembedding}
     has_bias = any(
         getattr(part, "bias", None) is not None for part in (*norm.values(), *unembedding.values())
     )
-    return {**norm, "translator": Translator(end.width, bias=has_bias), **unembedding}
+    return {**norm, "translator": Translator(output_layers.width, bias=has_bias), **unembedding}
 
 
-def _new_parts(config: HeadConfig, end: ModelEnd) -> dict[str, nn.Module]:
+def _new_parts(config: HeadConfig, output_layers: OutputLayers) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {}
-    width = end.width
-    if end.make_norm is not None and config.type != "linear":
-        parts["norm"] = end.make_norm()
+    width = output_layers.width
+    if output_layers.make_norm is not None and config.type != "linear":
+        parts["norm"] = output_layers.make_norm()
     if config.type == "low_rank":
         parts["down"] = nn.Linear(width, config.rank, bias=False)
         width = config.rank
-    parts[UNEMBEDDING] = _new_unembedding(width, end)
+    parts[UNEMBEDDING] = _new_unembedding(width, output_layers)
     return parts
 
 
@@ -89,11 +89,11 @@ class _Function(nn.Module):
         return self.function(inputs)
 
 
-def _new_unembedding(width: int, end: ModelEnd) -> nn.Linear:
-    unembedding = nn.Linear(width, end.num_outputs, bias=end.bias)
-    if end.init_std is not None:
-        nn.init.normal_(unembedding.weight, std=end.init_std)
-        if end.bias:
+def _new_unembedding(width: int, output_layers: OutputLayers) -> nn.Linear:
+    unembedding = nn.Linear(width, output_layers.num_outputs, bias=output_layers.bias)
+    if output_layers.init_std is not None:
+        nn.init.normal_(unembedding.weight, std=output_layers.init_std)
+        if output_layers.bias:
             nn.init.zeros_(unembedding.bias)
     return unembedding
 
@@ -115,7 +115,7 @@ def another_like(layer: Layer, name: str) -> nn.Module:
     if module is None or not parts or isinstance(parts[0], nn.Embedding):
         what = getattr(layer, "__name__", repr(layer)) if module is None else type(module).__name__
         raise ConfigError(
-            "interlock.head.type: block_linear repeats the layer in front of the head, which must turn a "
+            "interlock.head.type: block_linear repeats the layer before the head, which must turn a "
             f"hidden state into a hidden state; {name} is {what}. Choose another type, or cut the stages "
             "elsewhere"
         )

@@ -4,11 +4,11 @@ For the same samples, weights and random numbers (dropout), stage by stage:
 
     plan in force    truncated gradient  g ─┐
                                             ├─► cosine(g, G)     1: the stage sees as far as backpropagation
-    end to end       global gradient     G ─┘                    0: its window tells it nothing of the rest
+    end to end       global gradient     G ─┘                    0: its window shows nothing of the rest
 
 Both are computed beside the training: no ``.grad``, no random state and no running statistics change.
-Micro-batches are gone through one by one, so that a layer draws the same numbers under both plans. Here is
-what is measured, and the meter of one process; ``myopia_meter.py`` is that of a pipeline.
+Micro-batches run one by one, so that a layer draws the same numbers under both plans. Here is what is
+measured, and the meter of one process; ``engine/myopia.py`` is that of a pipeline.
 """
 
 import math
@@ -19,11 +19,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.lower import Program, training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
-from ds_interlock.stage.in_process import InProcessPipeline, MicroBatch
-from ds_interlock.stage.work import Gradients, StageWork, floats, leaves, or_zeros
+from ds_interlock.stage.backward import HeadLoss, LayerPass
+from ds_interlock.stage.hidden import Gradients, Hidden, floats, leaves, or_zeros
+from ds_interlock.stage.in_process import InProcessPipeline, MicroBatch, run_program
 
 
 def gradient_cosines(net: InProcessPipeline, micro_batches: Iterable[MicroBatch]) -> list[float]:
@@ -52,13 +53,14 @@ def _gradients(
     net: InProcessPipeline, plan: GradientFlowPlan, micro_batches: Sequence[MicroBatch]
 ) -> list[list[Tensor]]:
     """Every stage's gradient under ``plan``, a tensor a parameter."""
-    stages = net.stage_works(plan, ProbeWork)
+    probes = [Probe(net.layer_parameters(stage)) for stage in range(plan.num_stages)]
+    stages = net.stage_works(plan, probes)
     program = probe_program(plan)
     device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
     with unchanged_random_state(device), unchanged_buffers(net):
         for micro_batch in micro_batches:
-            net.carry_out(program, stages, [micro_batch])
-    return [work.gradients for work in stages]
+            run_program(program, stages, [micro_batch])
+    return [probe.gradients for probe in probes]
 
 
 def probe_program(plan: GradientFlowPlan) -> Program:
@@ -71,51 +73,47 @@ def probe_program(plan: GradientFlowPlan) -> Program:
     return replace(program, stages=tuple(without_end))
 
 
-class ProbeWork(StageWork):
-    """The work of one stage, with gradients that go nowhere but into ``gradients``."""
+class Probe:
+    """Where the gradients of a stage go in a measurement: into ``gradients``, and nowhere else.
 
-    gradients: list[Tensor]
-    """Of ``parameters``, one by one, summed since this was made; float32, or what is more precise."""
+    Attributes:
+        gradients: Of the stage's parameters, one by one, summed over the micro-batches; float32, or more
+            precise.
+    """
 
-    def begin_batch(self, num_micro_batches: int) -> None:
-        super().begin_batch(num_micro_batches)
-        if not hasattr(self, "gradients"):
-            self.gradients = [
-                torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
-                for parameter in self.parameters
-            ]
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.gradients = [
+            torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            for parameter in parameters
+        ]
 
-    def _head(self, action: Action) -> None:
-        entry = self._in_flight[action.micro_batch]
-        (loss,) = action.losses
-        head = self.plan.heads[loss]
-        hidden = leaves(entry.hidden[head.after_layer])
+    def head(self, loss: HeadLoss, hidden: Hidden) -> Gradients:
+        """See ``Backward``. The head's own parameters get none."""
+        hidden = leaves(hidden)
         inputs = floats(hidden)
-        # What a head draws must not change what the layers behind it draw: the other plan lacks this head.
+        # What a head draws must not change what later layers draw: the other plan lacks this head.
         with unchanged_random_state(inputs[0].device):
-            value = self._loss_at(loss, hidden, entry.labels) * head.weight
-        found = torch.autograd.grad(value, inputs, allow_unused=True)
-        entry.of_heads[loss] = tuple(map(or_zeros, found, inputs))
+            value = loss.scaled(hidden)
+        gradients = torch.autograd.grad(value, inputs, allow_unused=True)
+        return tuple(map(or_zeros, gradients, inputs))
 
-    def _weight_gradient(self, action: Action) -> None:
-        self._walk_back(action, ())
+    def weights(self, layers: LayerPass) -> None:
+        """See ``Backward``."""
+        self.weights_and_inputs(layers, ())
 
-    def _backward(self, action: Action) -> Gradients:
-        return self._walk_back(action, floats(self._in_flight[action.micro_batch].inputs))
-
-    def _walk_back(self, action: Action, inputs: tuple[Tensor, ...]) -> Gradients:
-        """Adds to ``gradients``; returns those of ``inputs``."""
-        entry = self._in_flight[action.micro_batch]
-        outputs, cotangents = self._cotangents(entry, self.plan.trained_by[self.stage])
-        more = self._pass_done(action)
-        wanted = (*self.parameters, *inputs)
+    def weights_and_inputs(self, layers: LayerPass, inputs: tuple[Tensor, ...]) -> Gradients:
+        """See ``Backward``."""
+        outputs, cotangents, parameters, retain_graph = layers
+        wanted = (*parameters, *inputs)
         if not outputs or not wanted:  # frozen
             return tuple(torch.zeros_like(tensor) for tensor in inputs)
-        found = torch.autograd.grad(outputs, wanted, cotangents, retain_graph=more, allow_unused=True)
-        for total, gradient in zip(self.gradients, found, strict=False):
+        gradients = torch.autograd.grad(
+            outputs, wanted, cotangents, retain_graph=retain_graph, allow_unused=True
+        )
+        for total, gradient in zip(self.gradients, gradients, strict=False):
             if gradient is not None:
                 total += gradient
-        return tuple(map(or_zeros, found[len(self.parameters) :], inputs))
+        return tuple(map(or_zeros, gradients[len(parameters) :], inputs))
 
 
 def gradient_products(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:

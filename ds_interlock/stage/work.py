@@ -1,6 +1,6 @@
 """One stage's share of the work: forward with captures, heads, relays, weight gradient.
 
-The same code runs on every rank of a pipeline (``engine.py``) and for all stages in one process
+The same code runs on every rank of a pipeline (``engine/``) and for all stages in one process
 (``in_process.py``). For one micro-batch on a stage with a head at its end:
 
     inputs ──► layers ──► captured hidden state ──┬──► sent to the next stage
@@ -12,13 +12,12 @@ The same code runs on every rank of a pipeline (``engine.py``) and for all stage
 
 The graph of a micro-batch is built once by the forward and walked back several times: once for each
 relay (input gradient only: no weight gradient is computed) and once for the weights. The last pass
-lets go of it.
+frees it.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -28,12 +27,8 @@ from ds_interlock.errors import ConfigError
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.dependency import backward_actions, received_bundles
 from ds_interlock.schedule.plan import GradientFlowPlan
-
-Hidden = Tensor | tuple[Tensor, ...]
-"""What travels between layers: a tensor, or a tuple of which the floating-point ones have gradients."""
-
-Gradients = tuple[Tensor, ...]
-"""One gradient for every floating-point tensor of a ``Hidden``."""
+from ds_interlock.stage.backward import AccumulateGradients, Backward, HeadLoss, LayerPass
+from ds_interlock.stage.hidden import Gradients, Hidden, detached, floats, leaves, or_zeros
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -45,14 +40,14 @@ class _InFlight:
     inputs: Hidden
     labels: Any
     hidden: dict[int, Hidden]
-    """Captured hidden states by the number of layers in front of them."""
+    """Captured hidden states by the number of layers before them."""
     passes_left: int
     of_heads: dict[int, Gradients] = field(default_factory=dict)
     of_bundles: dict[tuple[int, ...], Gradients] = field(default_factory=dict)
 
 
 class StageWork:
-    """Carries out the compute actions of one stage.
+    """Does the compute actions of one stage.
 
     Args:
         plan: The gradient flow.
@@ -62,7 +57,7 @@ class StageWork:
         parameters: The layers' trainable parameters (the heads' own are found by autograd).
         heads: Auxiliary heads of this stage by loss; the final loss has none.
         loss_fn: ``loss_fn(outputs, labels)``, a scalar; None if the last layer returns the loss.
-        weight_pass: Context in which gradients are accumulated into parameters.
+        backward: Where gradients go; by default to ``.grad``.
     """
 
     def __init__(
@@ -73,7 +68,7 @@ class StageWork:
         parameters: list[nn.Parameter],
         heads: Mapping[int, nn.Module],
         loss_fn: LossFn | None,
-        weight_pass: Callable[[], AbstractContextManager[None]] = nullcontext,
+        backward: Backward | None = None,
     ) -> None:
         self.plan = plan
         self.stage = stage
@@ -81,7 +76,7 @@ class StageWork:
         self.parameters = parameters
         self.heads = heads
         self.loss_fn = loss_fn
-        self.weight_pass = weight_pass
+        self.backward = backward or AccumulateGradients()
         self.num_micro_batches = 1
         self._num_passes = len(backward_actions(plan, stage, 0))
         self._in_flight: dict[int, _InFlight] = {}
@@ -94,24 +89,24 @@ class StageWork:
         self._loss_sums.clear()
 
     def feed(self, micro_batch: int, inputs: Hidden, labels: Any) -> None:
-        """Takes in what a micro-batch starts from: data, or what the stage in front has sent."""
-        inputs = _map(inputs, torch.Tensor.detach)
+        """Takes in what a micro-batch starts from: data, or what the previous stage has sent."""
         if not torch.is_grad_enabled():
-            self._in_flight.clear()  # no backward pass will come for the one before
-        elif self.plan.bundles(self.stage):
-            inputs = _map(inputs, _leaf)
+            inputs = detached(inputs)
+            self._in_flight.clear()  # no backward pass will come for the previous one
+        else:
+            inputs = leaves(inputs) if self.plan.bundles(self.stage) else detached(inputs)
         first = self.plan.stage_bounds[self.stage]
         self._in_flight[micro_batch] = _InFlight(inputs, labels, {first: inputs}, self._num_passes)
 
     def feed_gradient(self, micro_batch: int, bundle: tuple[int, ...], gradients: Gradients) -> None:
-        """Takes in the gradient of ``bundle`` that the stage behind has sent."""
+        """Takes in the gradient of ``bundle`` that the next stage has sent."""
         self._in_flight[micro_batch].of_bundles[bundle] = gradients
 
     def run(self, action: Action) -> Gradients | None:
         """Does one compute action.
 
         Returns:
-            For ``I`` and ``B`` the gradients to send to the stage in front; otherwise None.
+            For ``I`` and ``B`` the gradients to send to the previous stage; otherwise None.
         """
         match action.kind:
             case Kind.FORWARD:
@@ -133,7 +128,7 @@ class StageWork:
         """What the next stage starts from: the hidden state at the end of this one, and the labels."""
         entry = self._in_flight[micro_batch]
         end = self.plan.stage_bounds[self.stage + 1]
-        return _map(entry.hidden[end], torch.Tensor.detach), entry.labels
+        return detached(entry.hidden[end]), entry.labels
 
     def mean_losses(self) -> dict[int, Tensor]:
         """The mean of every loss of this stage over the micro-batches since ``begin_batch``."""
@@ -157,23 +152,15 @@ class StageWork:
         entry.hidden[stop] = self.run_layers(entry.hidden[start], start, stop)
 
     def _head(self, action: Action) -> None:
-        """A head's input is a constant for its own parameters; its gradient there starts the relays."""
         entry = self._in_flight[action.micro_batch]
-        (loss,) = action.losses
-        head = self.plan.heads[loss]
-        hidden = _map(entry.hidden[head.after_layer], torch.Tensor.detach)
-        if not torch.is_grad_enabled():
-            self._add_loss(loss, self._loss_at(loss, hidden, entry.labels))
-            return
-        hidden = _map(hidden, _leaf)
-        value = self._loss_at(loss, hidden, entry.labels)
-        self._add_loss(loss, value)
-        scaled = value / self.num_micro_batches
-        with self.weight_pass():
-            (scaled if head.weight == 1.0 else scaled * head.weight).backward()  # type: ignore[no-untyped-call]
-        entry.of_heads[loss] = _gradients_of(floats(hidden))
+        (index,) = action.losses
+        head = self.plan.heads[index]
+        loss = HeadLoss(
+            index, partial(self._loss_of, index, entry.labels), head.weight, self.num_micro_batches
+        )
+        entry.of_heads[index] = self.backward.head(loss, entry.hidden[head.after_layer])
 
-    def _loss_at(self, loss: int, hidden: Hidden, labels: Any) -> Tensor:
+    def _loss_of(self, loss: int, labels: Any, hidden: Hidden) -> Tensor:
         head: Any = self.heads.get(loss)
         try:
             if head is not None and hasattr(head, "loss"):
@@ -193,6 +180,8 @@ class StageWork:
             raise ConfigError(
                 f"{self._name(loss)} gave {_shapes(value)}: expected one number, a scalar tensor"
             )
+        total, own = self._loss_sums.get(loss), value.detach()
+        self._loss_sums[loss] = torch.zeros_like(own) + own if total is None else total + own
         return value
 
     def _name(self, loss: int) -> str:
@@ -200,36 +189,25 @@ class StageWork:
             return f"the final loss (stage {self.stage})"
         return f"the auxiliary head after layer {self.plan.heads[loss].after_layer} (stage {self.stage})"
 
-    def _add_loss(self, loss: int, value: Tensor) -> None:
-        value = value.detach()
-        total = self._loss_sums.get(loss)
-        self._loss_sums[loss] = torch.zeros_like(value) + value if total is None else total + value
-
     def _relay(self, action: Action) -> Gradients:
         entry = self._in_flight[action.micro_batch]
         inputs = floats(entry.inputs)
         outputs, cotangents = self._cotangents(entry, frozenset(action.losses))
-        found = torch.autograd.grad(
-            outputs, inputs, cotangents, retain_graph=self._pass_done(action), allow_unused=True
-        )
-        return tuple(or_zeros(gradient, tensor) for gradient, tensor in zip(found, inputs, strict=True))
+        more = self._pass_done(action)
+        gradients = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=more, allow_unused=True)
+        return tuple(or_zeros(gradient, tensor) for gradient, tensor in zip(gradients, inputs, strict=True))
 
     def _weight_gradient(self, action: Action) -> None:
-        entry = self._in_flight[action.micro_batch]
-        outputs, cotangents = self._cotangents(entry, self.plan.trained_by[self.stage])
-        more = self._pass_done(action)
-        if outputs and self.parameters:
-            with self.weight_pass():
-                torch.autograd.backward(outputs, cotangents, retain_graph=more, inputs=self.parameters)
+        self.backward.weights(self._layer_pass(action))
 
     def _backward(self, action: Action) -> Gradients:
+        inputs = floats(self._in_flight[action.micro_batch].inputs)
+        return self.backward.weights_and_inputs(self._layer_pass(action), inputs)
+
+    def _layer_pass(self, action: Action) -> LayerPass:
         entry = self._in_flight[action.micro_batch]
         outputs, cotangents = self._cotangents(entry, self.plan.trained_by[self.stage])
-        more = self._pass_done(action)
-        if outputs:  # a first stage may be frozen as a whole
-            with self.weight_pass():
-                torch.autograd.backward(outputs, cotangents, retain_graph=more)
-        return _gradients_of(floats(entry.inputs))
+        return LayerPass(outputs, cotangents, self.parameters, self._pass_done(action))
 
     def _pass_done(self, action: Action) -> bool:
         """Counts a backward pass; True if another follows and the graph must stay."""
@@ -256,36 +234,6 @@ class StageWork:
                     outputs.append(tensor)
                     cotangents.append(cotangent)
         return outputs, cotangents
-
-
-def _map(hidden: Hidden, function: Callable[[Tensor], Tensor]) -> Hidden:
-    if isinstance(hidden, Tensor):
-        return function(hidden)
-    return tuple(function(tensor) for tensor in hidden)
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.requires_grad_() if tensor.is_floating_point() else tensor
-
-
-def leaves(hidden: Hidden) -> Hidden:
-    """The same values without history; the floating-point ones are to have gradients."""
-    return _map(_map(hidden, torch.Tensor.detach), _leaf)
-
-
-def floats(hidden: Hidden) -> tuple[Tensor, ...]:
-    """The tensors of ``hidden`` that have gradients."""
-    tensors = (hidden,) if isinstance(hidden, Tensor) else hidden
-    return tuple(tensor for tensor in tensors if tensor.is_floating_point())
-
-
-def or_zeros(gradient: Tensor | None, tensor: Tensor) -> Tensor:
-    """``gradient``, or that of a ``tensor`` on which nothing depends."""
-    return torch.zeros_like(tensor) if gradient is None else gradient
-
-
-def _gradients_of(tensors: tuple[Tensor, ...]) -> Gradients:
-    return tuple(or_zeros(tensor.grad, tensor) for tensor in tensors)
 
 
 def _shapes(value: Any) -> str:

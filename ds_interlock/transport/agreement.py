@@ -1,4 +1,4 @@
-"""All ranks of a job must mean the same thing; if they do not, say so before anybody waits for another."""
+"""Checks that all ranks of a job have the same configuration, before any rank waits for another."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,8 +30,8 @@ def agree(about: Mapping[str, Any]) -> None:
         ]
     if faults:
         raise ConfigError(
-            list_faults("the ranks of this job were given different configurations", faults)
-            + "\nGive every rank the same JSON file and the same arguments."
+            list_faults("the ranks of this job have different configurations", faults)
+            + "\nStart every rank with the same JSON file and the same arguments."
         )
 
 

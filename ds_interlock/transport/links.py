@@ -4,15 +4,15 @@
     Sender   ── forward group: activations and labels ──►  Receiver
     Receiver ◄── gradient group: gradients ──────────────  Sender
 
-Activations and gradients never queue behind each other. A send returns at once and is waited for
+Activations and gradients have queues of their own. A send returns at once and is waited for
 only when ``SEND_AHEAD`` later ones have been started. A receive is *posted* when the program says so
-and *taken* when the work needs it; in between, its frame moves while the stage computes. What comes
-behind the frame can be received once the frame is there: on a link whose messages have such tensors, a
-thread waits for frames, so that these move during the work too. On the others whoever takes a message
-waits for it: one thread less to wake.
+and *taken* when the work needs it; in between, its frame moves while the stage computes. The
+tensors after the frame can be received once the frame has come: on a link whose messages have such tensors,
+a thread waits for frames, so that these move during the work too. On the others ``take`` itself waits for the
+message: one thread less to wake.
 
 A neighbour that died closes its connection; one that does not answer within
-``interlock.timeout_seconds`` is given up; one that runs another schedule sends a message that is not
+``interlock.timeout_seconds`` raises an error; one that runs another schedule sends a message that is not
 the one expected (``message.py``). Either way the error names it.
 """
 
@@ -151,7 +151,7 @@ class Receiver:
         self._num_posted = 0
         self._order: deque[_Expected] = deque()
         self._held: dict[Action, list[Any]] = {}
-        self._has_tensors_behind = True  # the newest message; of the first nothing is known
+        self._has_more_tensors = True  # the newest message; of the first nothing is known
         self._listener: threading.Thread | None = None
         self._handed_over: queue.SimpleQueue[_Expected | None] = queue.SimpleQueue()
         self._arrived: queue.SimpleQueue[list[Any] | BaseException] = queue.SimpleQueue()
@@ -162,7 +162,7 @@ class Receiver:
         with _named(self.peer, "receiving from"):
             work = dist.irecv(frame, self.peer.rank, group=self.group.frame)
         # An accelerator orders its transfers by the stream of the thread that asks for them.
-        in_background = self._has_tensors_behind and self.group.is_one
+        in_background = self._has_more_tensors and self.group.is_one
         expected = _Expected(receive, batch, self._num_posted, frame, work, in_background)
         self._num_posted += 1
         self._order.append(expected)
@@ -217,7 +217,7 @@ class Receiver:
             for work in works:
                 # An accelerator's stream waits, not this process; with a limit, the process would.
                 _wait(work, timeout if self.group.is_one else None)
-        self._has_tensors_behind = bool(tensors)
+        self._has_more_tensors = bool(tensors)
         return contents.structures(tensors)
 
     def _listen_for(self, expected: _Expected) -> None:
@@ -237,7 +237,7 @@ class Receiver:
 
 
 class Links:
-    """The links of one stage: to and from the stage in front of it and the one behind it.
+    """The links of one stage, to and from the previous and the next one.
 
     Every rank of the job must make its links at the same point.
 
@@ -245,7 +245,7 @@ class Links:
         ranks: The ranks of this pipeline, by stage.
         stage: This stage.
         device: Where tensors are received to.
-        timeout_seconds: After how long a silent neighbour is given up.
+        timeout_seconds: After how long a silent neighbour is an error.
     """
 
     def __init__(
@@ -255,13 +255,13 @@ class Links:
         self._senders: dict[Kind, Sender] = {}
         self._receivers: dict[Kind, Receiver] = {}
         if stage > 0:
-            front = Peer(ranks[stage - 1], stage - 1)
-            self._receivers[Kind.RECV_FORWARD] = Receiver(forward, front, device, timeout_seconds)
-            self._senders[Kind.SEND_GRADIENT] = Sender(gradient, front, timeout_seconds)
+            previous = Peer(ranks[stage - 1], stage - 1)
+            self._receivers[Kind.RECV_FORWARD] = Receiver(forward, previous, device, timeout_seconds)
+            self._senders[Kind.SEND_GRADIENT] = Sender(gradient, previous, timeout_seconds)
         if stage + 1 < len(ranks):
-            behind = Peer(ranks[stage + 1], stage + 1)
-            self._senders[Kind.SEND_FORWARD] = Sender(forward, behind, timeout_seconds)
-            self._receivers[Kind.RECV_GRADIENT] = Receiver(gradient, behind, device, timeout_seconds)
+            next_peer = Peer(ranks[stage + 1], stage + 1)
+            self._senders[Kind.SEND_FORWARD] = Sender(forward, next_peer, timeout_seconds)
+            self._receivers[Kind.RECV_GRADIENT] = Receiver(gradient, next_peer, device, timeout_seconds)
 
     def send(self, send: Action, batch: int, *structures: Any) -> None:
         """Starts the send action ``send``; see ``Sender.send``."""
@@ -315,7 +315,7 @@ def _wait(work: Any, timeout: timedelta | None) -> None:
 
 
 def _tag(number: int) -> int:
-    """What tells the tensors behind one frame from those behind the next, and from frames."""
+    """Distinguishes the tensors after one frame from those after the next, and from frames."""
     return 1 + number % _NUM_TAGS
 
 

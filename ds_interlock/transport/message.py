@@ -2,8 +2,8 @@
 
     frame   ┌ header ─────────────────────────────┬ small tensors ────────────────┐
             │ batch, kind, micro-batch, losses,   │ labels, masks, small hidden   │
-            │ structures, and of every tensor     │ states, one behind the other  │
-            │ its dtype, place in here, and shape │                               │
+            │ structures, and of every tensor     │ states, one after the other   │
+            │ its dtype, offset, and shape        │                               │
             └─────────────────────────────────────┴───────────────────────────────┘
     then each large tensor by itself, straight from and into its own memory
 
@@ -41,10 +41,10 @@ _DTYPES = [
     torch.bool,
 ]
 _KINDS = [Kind.RECV_FORWARD, Kind.RECV_GRADIENT]
-# A structure of tensors: how many, and whether they stand alone, in a tuple, or there are none.
+# A structure of tensors: how many, and whether they stand alone, in a tuple, or are none.
 _NOTHING, _ALONE, _TUPLE = range(3)
 # Where a tensor is, if it is not in the frame.
-_BEHIND = -1
+_LATER = -1
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Contents:
     """What a frame says, and holds, of its message.
 
     Attributes:
-        tensors: Those in the frame; None for those that come behind it.
+        tensors: Those in the frame; None for those that follow it.
         shapes: Of all tensors.
         dtypes: Of all tensors.
         layout: How the tensors make up structures.
@@ -63,10 +63,10 @@ class Contents:
     dtypes: list[torch.dtype]
     layout: list[tuple[int, int]]
 
-    def structures(self, behind: Sequence[Tensor]) -> list[Any]:
-        """The structures as they were sent, once the tensors ``behind`` the frame are there."""
-        rest = iter(behind)
-        reader = iter([next(rest) if tensor is None else tensor for tensor in self.tensors])
+    def structures(self, later: Sequence[Tensor]) -> list[Any]:
+        """The structures as they were sent, from the tensors in the frame and the ``later`` ones."""
+        following = iter(later)
+        reader = iter([next(following) if tensor is None else tensor for tensor in self.tensors])
         structures: list[Any] = []
         for form, count in self.layout:
             parts = tuple(next(reader) for _ in range(count))
@@ -74,7 +74,7 @@ class Contents:
         return structures
 
     def empty(self, device: torch.device) -> list[Tensor]:
-        """Memory for the tensors that come behind the frame."""
+        """Memory for the tensors that follow the frame."""
         return [
             torch.empty(shape, dtype=dtype, device=device)
             for tensor, shape, dtype in zip(self.tensors, self.shapes, self.dtypes, strict=True)
@@ -85,7 +85,7 @@ class Contents:
 def encode(
     receive: Action, batch: int, structures: Sequence[Any], *, inline: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The frame of a message, and the tensors to send behind it.
+    """The frame of a message, and the tensors to send after it.
 
     Args:
         receive: The receive at the other end.
@@ -107,22 +107,22 @@ def encode(
     # Filled as an array: a small assignment costs a tenth of what it costs a tensor.
     frame = np.empty(FRAME_BYTES, dtype=np.uint8)
     end = _HEADER_BYTES
-    behind = []
+    later = []
     for tensor in tensors:
         num_bytes = tensor.numel() * tensor.element_size()
         fits = inline and end + num_bytes <= FRAME_BYTES
-        words += [_DTYPES.index(tensor.dtype), end if fits else _BEHIND, tensor.dim(), *tensor.shape]
+        words += [_DTYPES.index(tensor.dtype), end if fits else _LATER, tensor.dim(), *tensor.shape]
         if fits:
             frame[end : end + num_bytes] = tensor.reshape(-1).view(torch.uint8).numpy()
             end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         else:
-            behind.append(tensor)
+            later.append(tensor)
     if len(words) > _HEADER_WORDS:
         raise ValueError(
             f"a message of {len(tensors)} tensors does not fit its header: send fewer, larger ones"
         )
     frame[:_HEADER_BYTES].view(np.int64)[: len(words)] = words
-    return torch.from_numpy(frame), behind
+    return torch.from_numpy(frame), later
 
 
 def decode(frame: Tensor, receive: Action, batch: int, sender: str) -> Contents:
@@ -143,11 +143,11 @@ def decode(frame: Tensor, receive: Action, batch: int, sender: str) -> Contents:
     reader = iter(words[len(expected) :])
     contents = Contents([], [], [], [(next(reader), next(reader)) for _ in range(next(reader))])
     for _ in range(sum(count for _, count in contents.layout)):
-        dtype, place = _DTYPES[next(reader)], next(reader)
+        dtype, offset = _DTYPES[next(reader)], next(reader)
         shape = [next(reader) for _ in range(next(reader))]
         contents.dtypes.append(dtype)
         contents.shapes.append(shape)
-        contents.tensors.append(None if place == _BEHIND else _inside(frame, place, dtype, shape))
+        contents.tensors.append(None if offset == _LATER else _inside(frame, offset, dtype, shape))
     return contents
 
 
@@ -156,6 +156,6 @@ def _tag(receive: Action, batch: int) -> list[int]:
     return [batch, kind, receive.micro_batch, len(receive.losses), *receive.losses]
 
 
-def _inside(frame: Tensor, place: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
+def _inside(frame: Tensor, offset: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
     num_bytes = dtype.itemsize * torch.Size(shape).numel()
-    return frame[place : place + num_bytes].view(dtype).view(shape)
+    return frame[offset : offset + num_bytes].view(dtype).view(shape)

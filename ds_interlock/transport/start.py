@@ -11,8 +11,8 @@ def init_distributed(*args: Any, **kwargs: Any) -> None:
     """Takes what ``deepspeed.init_distributed`` takes.
 
     On CPUs DeepSpeed compiles, in every process, an all-reduce that only its inference uses. That
-    costs seconds at each start, and a process that is killed meanwhile leaves a lock behind on which
-    every later job of the machine waits for ever. So there it is left out.
+    costs seconds at each start, and a process that is killed meanwhile leaves a lock on which every later
+    job of the machine waits for ever. So there it is left out.
     """
     if get_accelerator().device_name() == "cpu":
         # By its full name: `deepspeed.comm` has torch itself under the name of this module.

@@ -213,13 +213,13 @@ def train_with_a_slow_last_stage(job: Job, seconds: float) -> list[float]:
     engine = make_engine(job)
     data = data_for(engine, job)
     if engine.is_last_stage():
-        run_layers = engine._work.run_layers
+        run_layers = engine._runner.work.run_layers
 
         def slowly(*args: Any) -> Any:
             time.sleep(seconds)
             return run_layers(*args)
 
-        engine._work.run_layers = slowly
+        engine._runner.work.run_layers = slowly
     finished = []
     torch.distributed.barrier()
     for _ in range(job.num_batches):

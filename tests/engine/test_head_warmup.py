@@ -247,4 +247,4 @@ def test_the_program_has_neither_backward_pass_nor_final_loss() -> None:
 def test_heads_without_trainable_parameters_need_no_optimizer() -> None:
     optimizer = HeadOptimizer([], RATE)
     optimizer.step({})
-    optimizer.tell_deepspeed()
+    optimizer.update_masters_of_deepspeed()

@@ -17,7 +17,8 @@ from ds_interlock.errors import ConfigError
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
-from ds_interlock.stage.in_process import InProcessPipeline, build_head
+from ds_interlock.stage.heads import build_head
+from ds_interlock.stage.in_process import InProcessPipeline
 
 LM = LMConfig(vocab_size=VOCABULARY, seq_length=7, width=WIDTH, num_blocks=2, num_heads=3, seed=5)
 PLACE = LossHead(stage=0, after_layer=3)
@@ -222,7 +223,7 @@ def test_the_engine_trains_translators_and_leaves_the_rest(
 def test_given_values_are_loaded() -> None:
     trained = randomised(build_lm(LM))
     head = lens(lm_layers(LM))
-    head.load_model_end(
+    head.load_output_layers(
         {
             "norm.weight": trained[-2].weight,
             "norm.bias": trained[-2].bias,
@@ -247,7 +248,7 @@ def test_values_that_do_not_fit_are_refused_and_change_nothing() -> None:
         {**fitting, "unembedding.weight": torch.ones(VOCABULARY, WIDTH + 1)},
         {**fitting, "embedding": torch.ones(2)},
     ):
-        with pytest.raises(ConfigError, match=r"load_model_end: got .* expected .*'unembedding.bias'"):
-            head.load_model_end(wrong)
+        with pytest.raises(ConfigError, match=r"load_output_layers: got .* expected .*'unembedding.bias'"):
+            head.load_output_layers(wrong)
     assert all(torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items())
-    head.load_model_end(fitting)
+    head.load_output_layers(fitting)

@@ -22,11 +22,11 @@ from torch import nn
 from ds_interlock.config import HeadConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.heads.factory import head_factory
-from ds_interlock.heads.output_layers import find_model_end
+from ds_interlock.heads.output_layers import find_output_layers
 
 
 def test_a_norm_and_an_unembedding_in_layers_of_their_own() -> None:
-    end = find_model_end(language_model(bias=True))
+    end = find_output_layers(language_model(bias=True))
     assert (end.width, end.num_outputs, end.bias, end.init_std, end.tail) == (
         WIDTH,
         VOCABULARY,
@@ -42,14 +42,14 @@ def test_a_norm_and_an_unembedding_in_layers_of_their_own() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_both_in_one_layer(bias: bool) -> None:
-    end = find_model_end([LayerSpec(Block), LayerSpec(NormAndUnembedding, bias)])
+    end = find_output_layers([LayerSpec(Block), LayerSpec(NormAndUnembedding, bias)])
     norm = end.make_norm()
     assert isinstance(norm, nn.RMSNorm)
     assert (norm.eps, end.bias, end.init_std) == (1e-2, bias, 0.02)
 
 
 def test_a_norm_of_the_models_own_class_starts_as_that_class_does() -> None:
-    norm = find_model_end([ModelRMSNorm(WIDTH, eps=1e-3), nn.Linear(WIDTH, 3)]).make_norm()
+    norm = find_output_layers([ModelRMSNorm(WIDTH, eps=1e-3), nn.Linear(WIDTH, 3)]).make_norm()
     assert isinstance(norm, ModelRMSNorm)
     assert norm.variance_epsilon == 1e-3
     assert not norm.weight.any()
@@ -57,17 +57,17 @@ def test_a_norm_of_the_models_own_class_starts_as_that_class_does() -> None:
 
 def test_a_norm_without_weights_stays_without() -> None:
     layers = [LayerSpec(nn.LayerNorm, WIDTH, elementwise_affine=False), LayerSpec(nn.Linear, WIDTH, 3)]
-    assert not list(find_model_end(layers).make_norm().parameters())
+    assert not list(find_output_layers(layers).make_norm().parameters())
 
 
 def test_the_nearest_norm_that_is_as_wide() -> None:
     layers = [Block(eps=1e-2), Block(eps=1e-3), nn.LayerNorm(2 * WIDTH), nn.Linear(WIDTH, 3)]
-    assert find_model_end(layers).make_norm().eps == 1e-3
+    assert find_output_layers(layers).make_norm().eps == 1e-3
 
 
 def test_a_model_without_norm_has_heads_without() -> None:
     layers = [LayerSpec(nn.Linear, 4, 4), torch.tanh, LayerSpec(nn.Linear, 4, 3)]
-    assert find_model_end(layers).make_norm is None
+    assert find_output_layers(layers).make_norm is None
     assert [name for name, _ in build(layers, after_layer=1).named_parameters()] == [
         "readout.unembedding.weight",
         "readout.unembedding.bias",
@@ -82,7 +82,7 @@ def test_a_tied_embedding_used_in_reverse() -> None:
             "embed", Embeddings, VOCABULARY, WIDTH, forward_fn=unembed, tied_weight_attr="tokens.weight"
         ),
     ]
-    end = find_model_end(layers)
+    end = find_output_layers(layers)
     assert (end.width, end.num_outputs, end.bias, end.init_std) == (WIDTH, VOCABULARY, False, 0.02)
     assert end.make_norm().eps == 1e-2
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_interlock.config import HeadConfig
-from ds_interlock.engine.checkpoint import _stage_state
+from ds_interlock.engine.checkpoint import stage_state
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.hf.export.description import ModelDescription
 from ds_interlock.hf.model.surgery import find_anatomy
@@ -83,27 +83,25 @@ def write_checkpoint(
     embedding = f"{anatomy.embedding}.weight"
     for stage in range(plan.num_stages):
         own = {loss: head for loss, head in (heads or {}).items() if plan.heads[loss].stage == stage}
-        engine = _Engine(own, plan)
+        module = _module(own, plan)
         if last_copy is not None and stage in (0, plan.num_stages - 1):
             weight = last_copy if stage else model.get_submodule(anatomy.embedding).weight.detach()
-            engine.module.tied_modules = SimpleNamespace(state_dict={f"embedding.{embedding}": weight}.copy)
-        torch.save(_stage_state(engine), step / f"interlock_stage_{stage:02d}.pt")
+            module.tied_modules = SimpleNamespace(state_dict={f"embedding.{embedding}": weight}.copy)
+        torch.save(stage_state(module), step / f"interlock_stage_{stage:02d}.pt")
     _write_hf_folder(folder / "hf", model, anatomy, peft, base_model, tokenizer)
     return step
 
 
-class _Engine:
-    """What the checkpoint's writer looks at."""
-
-    def __init__(self, heads: Mapping[int, nn.Module], plan: GradientFlowPlan) -> None:
-        self.plan = plan
-        self.module: Any = SimpleNamespace(
-            heads=nn.ModuleDict({str(loss): head for loss, head in heads.items()}),
-            schedule=PlanSchedule.constant(plan),
-            tied_comms={},
-            tied_modules=nn.ModuleDict(),
-            micro_offset=0,
-        )
+def _module(heads: Mapping[int, nn.Module], plan: GradientFlowPlan) -> Any:
+    """What the writer of checkpoints uses of a pipeline module."""
+    return SimpleNamespace(
+        plan=plan,
+        heads=nn.ModuleDict({str(loss): head for loss, head in heads.items()}),
+        schedule=PlanSchedule.constant(plan),
+        tied_comms={},
+        tied_modules=nn.ModuleDict(),
+        micro_offset=0,
+    )
 
 
 def _write_hf_folder(

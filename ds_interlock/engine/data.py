@@ -1,0 +1,101 @@
+"""The micro-batches that the first stage reads."""
+
+from typing import Any
+
+import torch
+from deepspeed.runtime.dataloader import RepeatingLoader
+from deepspeed.utils import logger
+from torch import Tensor
+
+from ds_interlock.engine.deepspeed_side import DeepSpeedSide
+from ds_interlock.errors import DataError
+from ds_interlock.transport.ranks import StageRanks
+
+
+class TrainingData:
+    """Reads DeepSpeed's data iterator, and knows how far it has got.
+
+    Attributes:
+        consumed: Micro-batches this rank has read for training since the run began, also before it was
+            resumed.
+    """
+
+    def __init__(self, engine: DeepSpeedSide, ranks: StageRanks) -> None:
+        self.consumed = 0
+        self._engine = engine
+        self._ranks = ranks
+        self._put_back: list[Any] = []
+
+    def load(self, micro_batch: int) -> tuple[Any, Any]:
+        """Inputs and labels of the next micro-batch, on this rank's device.
+
+        Raises:
+            DataError: If the iterator ends, or gives something else.
+        """
+        pair = self._put_back.pop() if self._put_back else self.read()
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise DataError(
+                f"the data iterator gave {type(pair).__name__} where a pair (inputs, labels) was expected; "
+                "both may be a tensor or a tuple of tensors"
+            )
+        inputs, labels = (_to_device(part, self._ranks.device) for part in pair)
+        return inputs, labels
+
+    def read(self) -> Any:
+        """What the iterator gives next."""
+        engine = self._engine
+        if engine.data_iterator is None:
+            raise DataError(
+                "stage 0 has no data: pass data_iter to train_batch, or training_data to initialize"
+            )
+        try:
+            pair = next(engine.data_iterator)
+        except StopIteration:
+            raise DataError(
+                f"the data iterator ended in the middle of a batch: a batch takes {engine.micro_batches} "
+                "micro-batches (gradient_accumulation_steps). Wrap the loader in "
+                "deepspeed.utils.RepeatingLoader, or stop after the last whole batch"
+            ) from None
+        self.consumed += 1 if engine.module.training else 0
+        return engine.batch_fn(pair) if engine.batch_fn else pair
+
+    def put_back(self, pair: Any) -> None:
+        """Makes ``pair`` what ``load`` returns next."""
+        self._put_back = [pair]
+
+    def iterator_state(self) -> Any:
+        """The state of an iterator that can be resumed from one; otherwise None."""
+        iterator: Any = self._engine.data_iterator if self._ranks.is_first_stage else None
+        return iterator.state_dict() if hasattr(iterator, "state_dict") else None
+
+    def restore(self, consumed: int, iterator_state: Any) -> None:
+        """Continues in the data where the saved run was."""
+        self.consumed = consumed
+        if not self._ranks.is_first_stage:
+            return
+        engine = self._engine
+        loader = engine.training_dataloader
+        if iterator_state is not None and hasattr(engine.data_iterator, "load_state_dict"):
+            engine.data_iterator.load_state_dict(iterator_state)
+        elif loader is not None:
+            if isinstance(loader, RepeatingLoader):
+                loader.data_iter = iter(loader.loader)  # iter() alone continues where it is
+            engine.set_dataloader(loader)
+            for _ in range(consumed):
+                next(engine.data_iterator)
+        elif consumed:
+            logger.warning(
+                f"the data iterator cannot be put back: skip {consumed} micro-batches on stage 0 "
+                "(engine.consumed_micro_batches) before the next train_batch"
+            )
+
+
+def _to_device(part: Any, device: torch.device) -> Any:
+    """A tensor, a tuple of tensors, or None, on ``device``."""
+    if part is None or isinstance(part, Tensor):
+        return part if part is None else part.detach().to(device)
+    if isinstance(part, tuple | list) and all(isinstance(item, Tensor) for item in part):
+        return tuple(item.detach().to(device) for item in part)
+    raise DataError(
+        f"inputs and labels must each be a tensor or a tuple of tensors, got {type(part).__name__}"
+    )

@@ -1,0 +1,36 @@
+"""What the parts of the engine use of DeepSpeed's pipeline engine, which has no types of its own."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from ds_interlock.engine.instructions import InterlockSchedule
+from ds_interlock.engine.module import InterlockPipelineModule
+
+
+class DeepSpeedSide(Protocol):
+    """DeepSpeed's ``PipelineEngine``, as far as it is used here."""
+
+    module: InterlockPipelineModule
+    optimizer: Any
+    """DeepSpeed's, or torch's."""
+    monitor: Any
+    mpu: Any
+    data_iterator: Any
+    training_dataloader: Any
+    batch_fn: Any
+    micro_batches: int
+    global_steps: int
+    global_samples: int
+    using_bf16_optimizer: bool
+
+    def _exec_schedule(self, pipe_schedule: InterlockSchedule) -> None: ...
+
+    def gradient_clipping(self) -> float: ...
+
+    def set_dataiterator(self, iterator: Iterator[Any]) -> None: ...
+
+    def set_dataloader(self, loader: Any) -> None: ...
+
+    def steps_per_print(self) -> int | None: ...
+
+    def zero_optimization(self) -> bool: ...

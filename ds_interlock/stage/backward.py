@@ -1,0 +1,100 @@
+"""Where the gradients of a stage go: a policy of ``StageWork``."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ds_interlock.stage.hidden import Gradients, Hidden, detached, floats, leaves, or_zeros
+
+
+class HeadLoss(NamedTuple):
+    """The loss of one head for one micro-batch.
+
+    Attributes:
+        loss: Its index in ``plan.heads``.
+        of: The loss of a hidden state, a scalar.
+        weight: The weight of the head.
+        num_micro_batches: Micro-batches in the batch.
+    """
+
+    loss: int
+    of: Callable[[Hidden], Tensor]
+    weight: float
+    num_micro_batches: int
+
+    def scaled(self, hidden: Hidden) -> Tensor:
+        """The weighted loss, as its share of the batch."""
+        value = self.of(hidden) / self.num_micro_batches
+        return value if self.weight == 1.0 else value * self.weight
+
+
+class LayerPass(NamedTuple):
+    """One pass back through the layers of a stage.
+
+    Attributes:
+        outputs: Where gradients enter.
+        cotangents: Their values there.
+        parameters: The trainable parameters of the layers.
+        retain_graph: Whether another pass follows.
+    """
+
+    outputs: list[Tensor]
+    cotangents: list[Tensor]
+    parameters: list[nn.Parameter]
+    retain_graph: bool
+
+
+class Backward(Protocol):
+    """How the backward passes of a stage are computed, and where their gradients go."""
+
+    def head(self, loss: HeadLoss, hidden: Hidden) -> Gradients:
+        """Computes ``loss``, to which ``hidden`` is a constant; returns the gradients of ``hidden``."""
+
+    def weights(self, layers: LayerPass) -> None:
+        """Computes the gradients of the parameters."""
+
+    def weights_and_inputs(self, layers: LayerPass, inputs: tuple[Tensor, ...]) -> Gradients:
+        """Computes the gradients of parameters and ``inputs`` in one pass; returns those of ``inputs``."""
+
+
+class AccumulateGradients:
+    """The policy of training: gradients are added to ``.grad``. Under ``no_grad`` that of evaluation.
+
+    Args:
+        weight_pass: Context in which gradients are accumulated into parameters.
+    """
+
+    def __init__(self, weight_pass: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self.weight_pass = weight_pass
+
+    def head(self, loss: HeadLoss, hidden: Hidden) -> Gradients:
+        """See ``Backward``. The head's own parameters get theirs at the same time."""
+        if not torch.is_grad_enabled():
+            loss.of(detached(hidden))
+            return ()
+        hidden = leaves(hidden)
+        value = loss.scaled(hidden)
+        with self.weight_pass():
+            value.backward()  # type: ignore[no-untyped-call]
+        return _gradients_of(floats(hidden))
+
+    def weights(self, layers: LayerPass) -> None:
+        """See ``Backward``."""
+        outputs, cotangents, parameters, retain_graph = layers
+        if outputs and parameters:
+            with self.weight_pass():
+                torch.autograd.backward(outputs, cotangents, retain_graph=retain_graph, inputs=parameters)
+
+    def weights_and_inputs(self, layers: LayerPass, inputs: tuple[Tensor, ...]) -> Gradients:
+        """See ``Backward``."""
+        if layers.outputs:  # a first stage may be frozen as a whole
+            with self.weight_pass():
+                torch.autograd.backward(layers.outputs, layers.cotangents, retain_graph=layers.retain_graph)
+        return _gradients_of(inputs)
+
+
+def _gradients_of(tensors: tuple[Tensor, ...]) -> Gradients:
+    return tuple(or_zeros(tensor.grad, tensor) for tensor in tensors)

@@ -1,0 +1,132 @@
+"""Runs the program of a stage: which messages an action takes, and where its product goes.
+
+    messenger.take ──► feed, feed_gradient ──┐             ┌──► hidden state ──► messenger.send
+    load ────────────► feed ─────────────────┴─ StageWork ─┴──► gradients ─────► messenger.send
+
+On a pipeline the messenger is the links to other processes, and in one process a dictionary.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.lower import Program, receives_needed, send_of
+from ds_interlock.stage.hidden import Gradients, Hidden
+from ds_interlock.stage.work import StageWork
+
+
+class Messenger(Protocol):
+    """What moves messages between stages. ``batch`` is the number of the program that is run."""
+
+    def post(self, receive: Action, batch: int) -> None:
+        """Announces that the message of ``receive`` comes next from its sender."""
+
+    def take(self, receive: Action) -> Sequence[Any]:
+        """The structures sent for ``receive``, each a tensor, a tuple of tensors, or None."""
+
+    def send(self, send: Action, batch: int, *structures: Any) -> None:
+        """Sends ``structures`` as ``send`` says."""
+
+
+class Step(NamedTuple):
+    """An action, and the receives whose messages it is the first to need."""
+
+    action: Action
+    takes: tuple[Action, ...] = ()
+
+
+@lru_cache(maxsize=64)
+def steps(program: Program) -> tuple[tuple[Step, ...], ...]:
+    """For each stage what it does, step by step."""
+    return tuple(_steps(program, actions) for actions in program.stages)
+
+
+def _steps(program: Program, actions: Sequence[Action]) -> tuple[Step, ...]:
+    taken: set[Action] = set()
+    result = []
+    for action in actions:
+        takes = tuple(r for r in receives_needed(program.plan, action) if r not in taken)
+        taken.update(takes)
+        result.append(Step(action, takes))
+    return tuple(result)
+
+
+class Interpreter:
+    """Runs programs of one stage, action by action.
+
+    Args:
+        work: Computes.
+        messenger: Sends and receives.
+        load: ``(inputs, labels)`` of a micro-batch, on the first stage.
+        begin_micro_batch: Called when a micro-batch reaches this stage.
+        span: A context for the time of each compute action.
+
+    Attributes:
+        outputs: If not None, what leaves the last layer of the stage is added here.
+    """
+
+    def __init__(
+        self,
+        work: StageWork,
+        messenger: Messenger,
+        load: Callable[[int], tuple[Hidden, Any]],
+        *,
+        begin_micro_batch: Callable[[], None] = lambda: None,
+        span: Callable[[Action], AbstractContextManager[None]] = lambda action: nullcontext(),
+    ) -> None:
+        self.work = work
+        self.messenger = messenger
+        self.load = load
+        self.begin_micro_batch = begin_micro_batch
+        self.span = span
+        self.outputs: list[Hidden] | None = None
+        self._batch = 0
+        self._gradients: dict[Action, Gradients] = {}
+
+    def begin_batch(self, batch: int, num_micro_batches: int) -> None:
+        """To be called before a program is run. Its messages carry the number ``batch``."""
+        self._batch = batch
+        self._gradients.clear()
+        self.work.begin_batch(num_micro_batches)
+
+    def run(self, action: Action, takes: Sequence[Action] = ()) -> None:
+        """Does one step. The ends of a batch, ``REDUCE`` and ``STEP``, are not for the stage's work."""
+        match action.kind:
+            case Kind.LOAD:
+                self._feed(action.micro_batch, *self.load(action.micro_batch))
+            case Kind.RECV_FORWARD | Kind.RECV_GRADIENT:
+                self.messenger.post(action, self._batch)
+            case Kind.SEND_FORWARD:
+                self.messenger.send(action, self._batch, *self.work.output(action.micro_batch))
+            case Kind.SEND_GRADIENT:
+                self.messenger.send(action, self._batch, self._gradients.pop(action))
+            case Kind.REDUCE | Kind.STEP:
+                pass
+            case _:
+                for receive in takes:
+                    self._take(receive)
+                self._compute(action)
+
+    def _compute(self, action: Action) -> None:
+        work = self.work
+        with self.span(action):
+            gradients = work.run(action)
+        if gradients is not None:
+            send = send_of(work.plan, action)
+            assert send is not None, "gradients are made to be sent"
+            self._gradients[send] = gradients
+        if self.outputs is not None and action.kind is Kind.FORWARD and not action.losses:
+            self.outputs.append(work.output(action.micro_batch)[0])
+
+    def _take(self, receive: Action) -> None:
+        structures = self.messenger.take(receive)
+        if receive.kind is Kind.RECV_FORWARD:
+            self._feed(receive.micro_batch, *structures)
+        else:
+            self.work.feed_gradient(receive.micro_batch, receive.losses, structures[0])
+
+    def _feed(self, micro_batch: int, inputs: Hidden, labels: Any) -> None:
+        self.begin_micro_batch()
+        self.work.feed(micro_batch, inputs, labels)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.activation_memory --output activation_memory.json
 
-A Transformer language model with ``--blocks_per_stage`` blocks a stage is trained for one batch of 2 K
+A Transformer language model with ``--blocks_per_stage`` blocks per stage is trained for one batch of 2 K
 micro-batches, all stages in one process. While stage 0 does its work, in the order of its own program,
 the bytes that autograd keeps for it are counted: every storage once, without parameters. Beside them is
-what the plan says: ``in_flight`` micro-batches times the bytes of one. Under local learning stage 0 has a
+the plan's number: ``in_flight`` micro-batches times the bytes of one. Under local learning stage 0 has a
 head, whose own activations live only while it runs; they are counted apart.
 """
 
@@ -21,12 +21,21 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks import results
-from ds_interlock import GradientFlowPlan, InProcessPipeline
+from benchmarks.language_models import plan_of, stage_bounds
+from ds_interlock import InProcessPipeline
 from ds_interlock.models.lm import LMConfig, Unembedding, build_lm, lm_loss
 from ds_interlock.schedule.action import Action, Kind
+from measuring.results import add_legend, new_figure, table_of
 
 WINDOWS: tuple[float, ...] = (1, 1.25, 2, 3)
 GLOBAL = "global"
+OPTIONS: results.Options = {
+    "stages": ([2, 4, 8, 16], "numbers of stages K"),
+    "blocks_per_stage": (4, "at least 2"),
+    "width": (64, "of the hidden state"),
+    "seq_length": (64, "tokens of a micro-batch"),
+    "vocab_size": (512, "tokens"),
+}
 
 
 class LiveBytes:
@@ -47,8 +56,8 @@ class LiveBytes:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Counts what is saved inside, until it is let go of, be that inside or later."""
-        with saved_tensors_hooks(self._save, _Saved.tensor_of):
+        """Counts what is saved within the block, until it is released, within the block or later."""
+        with saved_tensors_hooks(self._save, lambda saved: saved.tensor):
             yield
 
     def _save(self, tensor: Tensor) -> "_Saved":
@@ -70,56 +79,36 @@ class LiveBytes:
 
 
 class _Saved:
-    """What autograd holds in place of a tensor; it is let go of when the graph is."""
+    """What autograd holds in place of a tensor; it is released with the graph."""
 
     def __init__(self, tensor: Tensor) -> None:
         # An operator's own result, kept with its history, would keep the operator, which keeps the result.
         self.tensor = tensor.detach()
 
-    @staticmethod
-    def tensor_of(saved: "_Saved") -> Tensor:
-        return saved.tensor
-
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints the table and returns the results."""
-    args = _arguments(argv)
+    args = results.parse(__doc__, OPTIONS, argv)
     torch.set_num_threads(1)
-    rows = []
-    for setting in (*WINDOWS, GLOBAL):
-        for num_stages in args.stages:
-            if setting == GLOBAL or float(setting) <= num_stages:
-                rows.append(measure(setting, num_stages, args))
-    found = results.collect("activation_memory", args, rows, argv)
-    results.publish(found, args.output)
-    return found
+    rows = [
+        measure(window, num_stages, args)
+        for window in (*WINDOWS, None)
+        for num_stages in args.stages
+        if window is None or window <= num_stages
+    ]
+    return results.publish("activation_memory", args, rows, argv)
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--stages", type=int, nargs="+", default=[2, 4, 8, 16], help="numbers of stages K (2 4 8 16)"
-    )
-    parser.add_argument("--blocks_per_stage", type=int, default=4, help="at least 2 (%(default)s)")
-    parser.add_argument("--width", type=int, default=64, help="of the hidden state (%(default)s)")
-    parser.add_argument("--seq_length", type=int, default=64, help="tokens of a micro-batch (%(default)s)")
-    parser.add_argument("--vocab_size", type=int, default=512, help="(%(default)s)")
-    results.add_output(parser)
-    return parser.parse_args(argv)
-
-
-def measure(setting: float | str, num_stages: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains one batch and counts what stage 0 holds."""
-    net = _model(setting, num_stages, args)
+def measure(window: float | None, num_stages: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains one batch and counts what stage 0 holds; without a window under global backpropagation."""
+    net = _model(window, num_stages, args)
     ids_mbt = torch.randint(args.vocab_size, (2 * num_stages, 1, args.seq_length + 1))
     micro_batches = [(ids_bt[:, :-1].clone(), ids_bt[:, 1:].clone()) for ids_bt in ids_mbt]
     one, _ = _peaks(net, micro_batches[:1])
     peak, head_peak = _peaks(net, micro_batches)
     in_flight = net.plan.in_flight(0)
     return {
-        "setting": setting if setting == GLOBAL else f"window {setting:g}",
+        "setting": GLOBAL if window is None else f"window {window:g}",
         "stages": num_stages,
         "micro_batches": 2 * num_stages,
         "peak_bytes": peak,
@@ -130,25 +119,13 @@ def measure(setting: float | str, num_stages: int, args: argparse.Namespace) -> 
     }
 
 
-def _model(setting: float | str, num_stages: int, args: argparse.Namespace) -> InProcessPipeline:
-    config = LMConfig(
-        vocab_size=args.vocab_size,
-        seq_length=args.seq_length,
-        width=args.width,
-        num_blocks=args.blocks_per_stage * num_stages,
-        num_heads=4,
-    )
-    # The embeddings belong to the first stage, norm and unembedding to the last.
-    inner = [2 + args.blocks_per_stage * stage for stage in range(1, num_stages)]
-    bounds = [0, *inner, config.num_layers]
-    if setting == GLOBAL:
-        plan = GradientFlowPlan.end_to_end(stage_bounds=bounds)
-    else:
-        plan = GradientFlowPlan.n_wise(window=float(setting), stage_bounds=bounds)
+def _model(window: float | None, num_stages: int, args: argparse.Namespace) -> InProcessPipeline:
+    num_blocks = args.blocks_per_stage * num_stages
+    config = LMConfig(args.vocab_size, args.seq_length, args.width, num_blocks, num_heads=4)
     return InProcessPipeline(
         build_lm(config),
         lm_loss(),
-        plan,
+        plan_of(window, stage_bounds(config, num_stages)),
         head=lambda place: nn.Sequential(nn.LayerNorm(args.width), Unembedding(args.width, args.vocab_size)),
     )
 
@@ -171,45 +148,30 @@ def _peaks(net: InProcessPipeline, micro_batches: list[tuple[Tensor, Tensor]]) -
 
 def table(found: dict[str, Any]) -> str:
     """Peak bytes of stage 0 for each setting and number of stages, as Markdown."""
-    header = [
-        "setting",
-        "K",
-        "M",
-        "peak KiB",
-        "one micro-batch KiB",
-        "in flight (plan)",
-        "planned KiB",
-        "head KiB, while it runs",
-    ]
-    lines = [
-        (
-            row["setting"],
-            row["stages"],
-            row["micro_batches"],
-            row["peak_bytes"] / 1024,
-            row["micro_batch_bytes"] / 1024,
-            row["in_flight"],
-            row["planned_bytes"] / 1024,
-            row["head_peak_bytes"] / 1024,
-        )
-        for row in found["rows"]
-    ]
-    return results.markdown(header, lines)
+    columns = {
+        "setting": "setting",
+        "K": "stages",
+        "M": "micro_batches",
+        "peak KiB": ("peak_bytes", 1024),
+        "one micro-batch KiB": ("micro_batch_bytes", 1024),
+        "in flight (plan)": "in_flight",
+        "planned KiB": ("planned_bytes", 1024),
+        "head KiB, while it runs": ("head_peak_bytes", 1024),
+    }
+    return table_of(found["rows"], columns)
 
 
 def draw(found: dict[str, Any]) -> Any:
     """Peak bytes over K, a line for each setting."""
-    figure, axes = results.new_figure(1, "Activation memory of stage 0, M = 2 K")
-    axis = axes[0, 0]
+    figure, ((axis,),) = new_figure(1, "Activation memory of stage 0, M = 2 K")
     settings = list(dict.fromkeys(row["setting"] for row in found["rows"]))
     for number, setting in enumerate(settings):
         rows = [row for row in found["rows"] if row["setting"] == setting]
         kib = [row["peak_bytes"] / 1024 for row in rows]
-        axis.plot(
-            [row["stages"] for row in rows], kib, "o-", label=setting, linewidth=2 * (len(settings) - number)
-        )
+        width = 2 * (len(settings) - number)
+        axis.plot([row["stages"] for row in rows], kib, "o-", label=setting, linewidth=width)
     axis.set(xlabel="pipeline stages K", ylabel="peak KiB kept by autograd", ylim=(0, None))
-    results.add_legend(figure, axis)
+    add_legend(figure, axis)
     return figure
 
 

@@ -1,11 +1,11 @@
-"""What an auxiliary head costs beside the stage it sits on: FLOPs, memory, time.
+"""What an auxiliary head costs beside its stage: FLOPs, memory, time.
 
     python -m benchmarks.head_cost --output head_cost.json
     python -m benchmarks.head_cost --device cuda --micro_batch_size 8 --output head_cost_cuda.json
 
 The stage is three blocks of GPT-2 small (width 768), the heads have its vocabulary of some 50,000
 words. For every setting of a head: the matrix-product FLOPs of its forward and backward (by formula),
-the most memory that they allocate beyond what is there before (gradients of the weights included),
+the most memory that they allocate beyond what they start with (gradients of the weights included),
 the parameters it trains and the bytes that AdamW keeps for them, and the time of its forward and
 backward, and of its optimizer step, in units of the stage's. Gradients accumulate, as they do in every
 micro-batch of a batch but the first. Below, the same loss computed by each implementation of the linear
@@ -16,10 +16,10 @@ can only make them longer. With one thread on a CPU, seconds are those of the pr
 waited for others.
 """
 
-import argparse
 import gc
 import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,12 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.results import add_output, collect, markdown, new_figure, publish
+from benchmarks import results
 from ds_interlock.config import HeadConfig
 from ds_interlock.heads.cross_entropy import linear_cross_entropy
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
 from ds_interlock.schedule.plan import LossHead
+from measuring.results import new_figure, table_of
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "linear, all logits": {"type": "linear", "fused": False},
@@ -52,8 +53,25 @@ TORCH_CHUNKS = "torch, its own chunks"
 BACKENDS = ("full", "chunked", "torch", TORCH_CHUNKS, "liger")
 
 
-def main() -> None:
-    args = arguments()
+OPTIONS: results.Options = {
+    "width": (768, "of the hidden state"),
+    "num_heads": (12, "attention heads of a block"),
+    "num_blocks": (3, "blocks of the stage"),
+    "vocab_size": (50_000, "tokens"),
+    "seq_length": (512, "tokens in a block"),
+    "micro_batch_size": (1, "blocks"),
+    "device": ("cpu", "cpu or cuda"),
+    "dtype": ("float32", "of weights and activations", ("float32", "bfloat16")),
+    "threads": (1, "on a CPU"),
+    "repeats": (5, "the shortest counts"),
+    "settings": (list(SETTINGS), "of the heads", SETTINGS),
+    "backends": (list(BACKENDS[:-1]), "of the linear cross-entropy; liger needs a GPU", BACKENDS),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures, prints the table and returns the results."""
+    args = results.parse(__doc__, OPTIONS, argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     bench = Bench.build(args)
@@ -61,35 +79,7 @@ def main() -> None:
     rows += [
         measure_backend(bench, args, backend, frozen) for backend in args.backends for frozen in (False, True)
     ]
-    publish(collect("head_cost", args, rows), args.output)
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--width", type=int, default=768, help="of the hidden state (%(default)s)")
-    parser.add_argument("--num_heads", type=int, default=12, help="attention heads of a block (%(default)s)")
-    parser.add_argument("--num_blocks", type=int, default=3, help="blocks of the stage (%(default)s)")
-    parser.add_argument("--vocab_size", type=int, default=50_000, help="(%(default)s)")
-    parser.add_argument("--seq_length", type=int, default=512, help="tokens in a block (%(default)s)")
-    parser.add_argument("--micro_batch_size", type=int, default=1, help="(%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="(%(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="the shortest counts (%(default)s)")
-    parser.add_argument(
-        "--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS), help="of the heads (all)"
-    )
-    parser.add_argument(
-        "--backends",
-        nargs="*",
-        default=list(BACKENDS[:-1]),
-        choices=BACKENDS,
-        help="of the linear cross-entropy (all but liger, which needs a GPU and the package)",
-    )
-    add_output(parser)
-    return parser.parse_args()
+    return results.publish("head_cost", args, rows, argv)
 
 
 @dataclass
@@ -104,7 +94,7 @@ class Bench:
     """Brings a module to the device and data type."""
 
     @classmethod
-    def build(cls, args: argparse.Namespace) -> "Bench":
+    def build(cls, args: Namespace) -> "Bench":
         lm = LMConfig(args.vocab_size, args.seq_length, args.width, args.num_blocks, args.num_heads)
         make = partial(nn.Module.to, device=args.device, dtype=getattr(torch, args.dtype))
         stage = make(nn.Sequential(*(spec.build() for spec in lm_layers(lm)[2:-2])))
@@ -128,7 +118,7 @@ class Bench:
         self.stage(hidden_btd).backward(self.hidden_btd)
 
 
-def measure_head(bench: Bench, args: argparse.Namespace, setting: str) -> dict[str, Any]:
+def measure_head(bench: Bench, args: Namespace, setting: str) -> dict[str, Any]:
     """One line of the table of heads."""
     config = HeadConfig(**SETTINGS[setting])
     head = bench.head(config)
@@ -161,7 +151,7 @@ def measure_head(bench: Bench, args: argparse.Namespace, setting: str) -> dict[s
     return result
 
 
-def measure_backend(bench: Bench, args: argparse.Namespace, backend: str, frozen: bool) -> dict[str, Any]:
+def measure_backend(bench: Bench, args: Namespace, backend: str, frozen: bool) -> dict[str, Any]:
     """One line of the table of implementations of the linear cross-entropy."""
     hidden_nd, labels_n = bench.hidden_btd.flatten(0, 1), bench.labels_bt.flatten()
     weight_vd = torch.empty(bench.lm.vocab_size, bench.lm.width, device=args.device, dtype=hidden_nd.dtype)
@@ -204,15 +194,13 @@ def head_flops(config: HeadConfig, num_tokens: int, width: int, num_outputs: int
 def stage_flops(lm: LMConfig, num_tokens: int) -> int:
     """The same for the stage's blocks: four times ``d x d`` for attention, eight for the MLP.
 
-    The scores and mixtures of attention take ``2 t d`` a token and product, with no credit for the half
-    that causality makes needless.
+    The scores and mixtures of attention take ``2 t d`` per token and product; the half that causality makes
+    needless counts too.
     """
-    weights = 12 * lm.width**2
-    attention = 2 * lm.seq_length * lm.width
-    return 6 * num_tokens * lm.num_blocks * (weights + attention)
+    return 6 * num_tokens * lm.num_blocks * (12 * lm.width**2 + 2 * lm.seq_length * lm.width)
 
 
-def shortest_seconds(works: dict[str, Callable[[], Any]], args: argparse.Namespace) -> dict[str, float]:
+def shortest_seconds(works: dict[str, Callable[[], Any]], args: Namespace) -> dict[str, float]:
     """The shortest time of each of ``works`` in ``--repeats`` turns, after one that is not timed."""
     clock = time.process_time if args.device == "cpu" and args.threads == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in works}
@@ -252,81 +240,53 @@ def peak_memory(work: Callable[[], Any], device: str) -> int:
     return peak
 
 
-def table(results: dict[str, Any]) -> str:
+def table(found: dict[str, Any]) -> str:
     """Heads beside the stage, then the implementations of the linear cross-entropy."""
-    heads = [row for row in results["rows"] if row["part"] == "head"]
-    backends = [row for row in results["rows"] if row["part"] == "backend"]
-    return "\n\n".join(part for part in (head_table(heads), backend_table(backends)) if part)
+    heads, backends = ([row for row in found["rows"] if row["part"] == part] for part in ("head", "backend"))
+    return "\n\n".join([_head_table(heads), _backend_table(backends)])
 
 
-def head_table(rows: list[dict[str, Any]]) -> str:
-    if not rows:
-        return ""
+def _head_table(rows: list[dict[str, Any]]) -> str:
     # All rows have timed the stage: the shortest is the least disturbed.
     forward = min(row["forward_seconds"] for row in rows)
     stage = min(row["stage_seconds"] for row in rows)
-    lines = [
-        [
-            row["setting"],
-            row["flops"] / 1e9,
-            row["flops"] / row["stage_flops"],
-            row["peak_bytes"] / 2**20,
-            row["num_trained"] / 1e6,
-            row["optimizer_bytes"] / 2**20,
-            row["head_seconds"],
-            row["head_seconds"] / forward,
-            row["head_seconds"] / stage,
-            row["step_seconds"] / stage,
-        ]
-        for row in rows
-    ]
+    columns = {
+        "head": "setting",
+        "GFLOPs": ("flops", 1e9),
+        "of the stage's": ("flops", rows[0]["stage_flops"]),
+        "peak MiB": ("peak_bytes", 2**20),
+        "trained, millions": ("num_trained", 1e6),
+        "optimizer MiB": ("optimizer_bytes", 2**20),
+        "s": "head_seconds",
+        "of the stage's forward": ("head_seconds", forward),
+        "of its forward and backward": ("head_seconds", stage),
+        "step, of the same": ("step_seconds", stage),
+    }
     return (
         f"Stage: {rows[0]['stage_flops'] / 1e9:.3g} GFLOPs, forward {forward:.3g} s, "
-        f"forward and backward {stage:.3g} s.\n\n"
-    ) + markdown(
-        [
-            "head",
-            "GFLOPs",
-            "of the stage's",
-            "peak MiB",
-            "trained, millions",
-            "optimizer MiB",
-            "s",
-            "of the stage's forward",
-            "of its forward and backward",
-            "step, of the same",
-        ],
-        lines,
+        f"forward and backward {stage:.3g} s.\n\n{table_of(rows, columns)}"
     )
 
 
-def backend_table(rows: list[dict[str, Any]]) -> str:
-    if not rows:
-        return ""
-    return markdown(
-        ["linear cross-entropy", "weight", "s", "peak MiB"],
-        [
-            [
-                row["setting"],
-                "frozen" if row["frozen"] else "trained",
-                row["seconds"],
-                row["peak_bytes"] / 2**20,
-            ]
-            for row in rows
-        ],
-    )
+def _backend_table(rows: list[dict[str, Any]]) -> str:
+    columns = {
+        "linear cross-entropy": "setting",
+        "weight": lambda row: "frozen" if row["frozen"] else "trained",
+        "s": "seconds",
+        "peak MiB": ("peak_bytes", 2**20),
+    }
+    return table_of(rows, columns)
 
 
-def draw(results: dict[str, Any]) -> Any:
+def draw(found: dict[str, Any]) -> Any:
     """Time of each head as a share of the stage's forward and backward, beside its share by FLOPs."""
-    rows = [row for row in results["rows"] if row["part"] == "head"][::-1]
+    rows = [row for row in found["rows"] if row["part"] == "head"][::-1]
     figure, ((axis,),) = new_figure(1, "cost of a head, of its stage's forward and backward")
     stage = min(row["stage_seconds"] for row in rows)
     names = [row["setting"] for row in rows]
+    shares = [row["flops"] / row["stage_flops"] for row in rows]
     axis.barh(names, [row["head_seconds"] / stage for row in rows], height=0.6, label="time")
-    axis.scatter(
-        [row["flops"] / row["stage_flops"] for row in rows], names, color="black", label="FLOPs", zorder=2
-    )
+    axis.scatter(shares, names, color="black", label="FLOPs", zorder=2)
     axis.axvline(0.3, color="gray", linestyle="--")
     axis.legend()
     return figure

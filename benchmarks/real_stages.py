@@ -12,7 +12,6 @@ and floor are measured while a second process does the same, so that both cores 
 under a pipeline without a bubble.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,16 +21,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import results
-from benchmarks.engines import (
-    DEEPSPEED,
-    LEARNING_RATE,
-    MODES,
-    Workload,
-    make_engine,
-    seconds_of_a_batch,
-)
-from benchmarks.ranks import run_ranks
-from benchmarks.torch_peers import TORCH_SCHEDULES
+from benchmarks.peers import DEEPSPEED, MODES, TORCH_SCHEDULES, make_peer
 from ds_interlock.config import HeadConfig, InterlockConfig
 from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
 from ds_interlock.planning.forecast import forecast
@@ -39,6 +29,9 @@ from ds_interlock.planning.profile import Profile
 from ds_interlock.profiling.layers import Stopwatch
 from ds_interlock.profiling.link import measure_link
 from ds_interlock.profiling.model import calls_in_sequence, device_name, profile_model
+from measuring.engines import LEARNING_RATE, Workload, seconds_of_a_batch
+from measuring.ranks import run_ranks
+from measuring.results import add_legend, new_figure, table_of
 
 NUM_STAGES = 2
 FLOOR = "floor"
@@ -48,39 +41,51 @@ ENGINES = (
 )  # of two stages window 2 is global
 
 
+OPTIONS: results.Options = {
+    "engines": (list(ENGINES), "measured beside DeepSpeed's", ENGINES),
+    "micro_batches": ([1, 2, 4], "of a batch"),
+    "batches": (5, "timed, after two that are not"),
+    "rounds": (3, "of all engines; the median counts"),
+    "width": (384, "of the hidden state"),
+    "num_blocks": (15, "of both stages together"),
+    "vocab_size": (8192, "tokens"),
+    "seq_length": (128, "tokens of a micro-batch"),
+    "token_fraction": (0.125, "interlock.head.token_fraction"),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints the table and returns the results."""
-    args = _arguments(argv)
+    args = results.parse(__doc__, OPTIONS, argv)
     sizes = {name: getattr(args, name) for name in ("width", "num_blocks", "vocab_size", "seq_length")}
     how = {"sizes": sizes, "micro_batches": args.micro_batches, "num_batches": args.batches}
     head = {"type": "norm_linear", "token_fraction": args.token_fraction}
-    measured: dict[str, list[list[float | None]]] = {
-        engine: [] for engine in (FLOOR, DEEPSPEED, *args.engines)
-    }
     link = measure_link(4 * args.width * args.seq_length)
     profile = Profile.model_validate_json(
         run_ranks(measure_profile, NUM_STAGES, sizes=sizes, head=head, link=link)[0]
     )
+    rounds: dict[str, list[list[float | None]]] = {name: [] for name in (FLOOR, DEEPSPEED, *args.engines)}
     for turn in range(args.rounds):
-        for engine, rounds in measured.items():
+        for engine, of_engine in rounds.items():
             print(f"round {turn + 1} of {args.rounds}: {engine} ...", flush=True)
             if engine == FLOOR:
                 ranks = run_ranks(measure_floor, NUM_STAGES, **how)
             else:
                 ranks = run_ranks(measure, NUM_STAGES, engine_name=engine, head=head, **how)
-            rounds.append(ranks[0])
-    rows = _rows(args.micro_batches, {engine: _medians(rounds) for engine, rounds in measured.items()})
+            of_engine.append(ranks[0])
+    seconds = {engine: _medians(of_engine) for engine, of_engine in rounds.items()}
+    rows = [
+        {"engine": engine, "micro_batches": m, **_figures(seconds, engine, number)}
+        for number, m in enumerate(args.micro_batches)
+        for engine in seconds
+    ]
     bounds = workload(sizes).bounds(NUM_STAGES)
     for row in rows:
         if row["engine"] in MODES and "seconds" in row:
             interlock = InterlockConfig.model_validate({**MODES[row["engine"]], "head": head})
             predicted = forecast(interlock, profile, bounds, row["micro_batches"]).batch_seconds
-            row["predicted_seconds"] = predicted
-            row["of_predicted_speed"] = predicted / row["seconds"]
-    found = results.collect("real_stages", args, rows, argv)
-    found["profile"] = profile.model_dump()
-    results.publish(found, args.output)
-    return found
+            row |= {"predicted_seconds": predicted, "of_predicted_speed": predicted / row["seconds"]}
+    return results.publish("real_stages", args, rows, argv, profile=profile.model_dump())
 
 
 def _medians(rounds: list[list[float | None]]) -> list[float | None]:
@@ -91,42 +96,13 @@ def _medians(rounds: list[list[float | None]]) -> list[float | None]:
     ]
 
 
-def _rows(micro_batches: list[int], measured: dict[str, list[float | None]]) -> list[dict[str, Any]]:
-    rows = []
-    for number, num_micro_batches in enumerate(micro_batches):
-        floor, deepspeed = measured[FLOOR][number], measured[DEEPSPEED][number]
-        assert floor is not None
-        assert deepspeed is not None
-        for engine, figures in measured.items():
-            row: dict[str, Any] = {"engine": engine, "micro_batches": num_micro_batches}
-            seconds = figures[number]
-            if seconds is not None:
-                row["seconds"] = seconds
-                row["times_deepspeed"] = deepspeed / seconds
-                row["times_floor"] = seconds / floor
-            rows.append(row)
-    return rows
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    results.add_choice(parser, "--engines", ENGINES, "measured beside DeepSpeed's")
-    parser.add_argument("--micro_batches", type=int, nargs="+", default=[1, 2, 4], help="of a batch (1 2 4)")
-    parser.add_argument("--batches", type=int, default=5, help="timed, after two that are not (%(default)s)")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="of all engines; the median counts (%(default)s)"
-    )
-    parser.add_argument("--width", type=int, default=384, help="of the hidden state (%(default)s)")
-    parser.add_argument("--num_blocks", type=int, default=15, help="of both stages together (%(default)s)")
-    parser.add_argument("--vocab_size", type=int, default=8192, help="(%(default)s)")
-    parser.add_argument("--seq_length", type=int, default=128, help="tokens of a micro-batch (%(default)s)")
-    parser.add_argument(
-        "--token_fraction", type=float, default=0.125, help="interlock.head.token_fraction (%(default)s)"
-    )
-    results.add_output(parser)
-    return parser.parse_args(argv)
+def _figures(all_seconds: dict[str, list[float | None]], engine: str, number: int) -> dict[str, float]:
+    seconds, floor, deepspeed = (all_seconds[name][number] for name in (engine, FLOOR, DEEPSPEED))
+    if seconds is None:
+        return {}
+    assert floor is not None
+    assert deepspeed is not None
+    return {"seconds": seconds, "times_deepspeed": deepspeed / seconds, "times_floor": seconds / floor}
 
 
 # In the processes of a job.
@@ -154,29 +130,11 @@ def workload(sizes: dict[str, int]) -> Workload:
 
 
 def measure(
-    engine_name: str,
-    sizes: dict[str, int],
-    micro_batches: list[int],
-    num_batches: int,
-    head: dict[str, Any],
+    engine_name: str, sizes: dict[str, int], micro_batches: list[int], num_batches: int, head: dict[str, Any]
 ) -> list[float | None]:
-    """On every rank of a job: times one engine.
-
-    Args:
-        engine_name: DeepSpeed's, or one of ``ENGINES``.
-        sizes: Of the model, as ``LMConfig`` has them.
-        micro_batches: Numbers of micro-batches of a batch.
-        num_batches: Batches to time for each.
-        head: The section ``"interlock.head"``.
-
-    Returns:
-        Seconds of a batch, by number of micro-batches; None where the engine refuses.
-    """
+    """On every rank of a job: seconds of a batch, by number of micro-batches; None if the engine refuses."""
     work = workload(sizes)
-    section = MODES.get(engine_name)
-    if section is not None:
-        section = section | {"head": head}
-    engine = make_engine(engine_name, work, section)
+    engine = make_peer(engine_name, work, head)
     found: list[float | None] = []
     for num_micro_batches in micro_batches:
         try:
@@ -228,33 +186,21 @@ def measure_floor(sizes: dict[str, int], micro_batches: list[int], num_batches: 
 
 def table(found: dict[str, Any]) -> str:
     """The measurements as Markdown."""
-    header = [
-        "M",
-        "engine",
-        "s/batch",
-        "times DeepSpeed",
-        "predicted s",
-        "% of predicted speed",
-        "times floor",
-    ]
-    lines = [
-        (
-            row["micro_batches"],
-            row["engine"],
-            row.get("seconds"),
-            row.get("times_deepspeed"),
-            row.get("predicted_seconds"),
-            100 * row["of_predicted_speed"] if "of_predicted_speed" in row else None,
-            row.get("times_floor"),
-        )
-        for row in found["rows"]
-    ]
+    columns = {
+        "M": "micro_batches",
+        "engine": "engine",
+        "s/batch": "seconds",
+        "times DeepSpeed": "times_deepspeed",
+        "predicted s": "predicted_seconds",
+        "% of predicted speed": ("of_predicted_speed", 0.01),
+        "times floor": "times_floor",
+    }
     note = (
         "Floor: no bubble, no extra work. Empty: torch's 1F1B refuses M below the number of stages. Heads: "
         f"norm_linear, {found['arguments']['vocab_size']} words, "
         f"token_fraction {found['arguments']['token_fraction']}."
     )
-    return "\n\n".join([results.markdown(header, lines), note])
+    return f"{table_of(found['rows'], columns)}\n\n{note}"
 
 
 def draw(found: dict[str, Any]) -> Any:
@@ -262,8 +208,7 @@ def draw(found: dict[str, Any]) -> Any:
     rows = [row for row in found["rows"] if row["engine"] != FLOOR]
     micro_batches = sorted({row["micro_batches"] for row in rows})
     engines = list(dict.fromkeys(row["engine"] for row in rows))
-    figure, axes = results.new_figure(1, "Two Transformer stages on two cores")
-    axis = axes[0, 0]
+    figure, ((axis,),) = new_figure(1, "Two Transformer stages on two cores")
     for number, engine in enumerate(engines):
         heights = [row.get("times_floor", 0) for row in rows if row["engine"] == engine]
         places = [group + (number - len(engines) / 2) * 0.8 / len(engines) for group in range(len(heights))]
@@ -271,7 +216,7 @@ def draw(found: dict[str, Any]) -> Any:
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_xticks(range(len(micro_batches)), [f"M = {number}" for number in micro_batches])
     axis.set_ylabel("time of a batch / floor")
-    results.add_legend(figure, axis)
+    add_legend(figure, axis)
     return figure
 
 

@@ -2,23 +2,22 @@
 
     python -m benchmarks.relays --output relays.json
 
-A relay passes the gradient of a loss on to the stage in front. The measures:
+A relay sends the gradient of a loss to the previous stage. The measures:
 
 input gradient only   a relay computes no weight gradients; without, it costs a whole backward pass
 summed losses         losses that train the same upstream stages travel as one tensor; without, each by itself
 one backward pass     where a stage relays exactly what trains it, relay and weight gradient are one pass;
                       without, two
 relays first          a ready relay goes before a ready weight gradient; without, after it
-heads inside a stage  of a fractional window run when the layers in front of them are done; without, after
+heads inside a stage  of a fractional window run when the layers before them are done; without, after
                       the whole forward
-skipped relays        no input gradient where nobody upstream needs it; without, one for every loss that
+skipped relays        no input gradient where no stage upstream needs it; without, one for every loss that
                       trains a stage (in the sleeping stages as a longer weight gradient)
 
 Times are in forwards of a stage, for each batch once the pipeline is running. Every stage sleeps as long
 for its forward, its input gradient and its weight gradient, a head 0.3 of that.
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -29,9 +28,6 @@ import torch.distributed as dist
 from deepspeed.pipe import LayerSpec
 
 from benchmarks import results
-from benchmarks.engines import make_engine, seconds_of_a_batch
-from benchmarks.ranks import run_ranks
-from benchmarks.sleeping import SleepingLayer
 from benchmarks.sleeping_stages import HEAD_SHARE, LAYERS_PER_STAGE, WIDTH, sleeping_workload
 from ds_interlock.schedule import dependency, order
 from ds_interlock.schedule.action import Action, Kind
@@ -39,13 +35,17 @@ from ds_interlock.schedule.cost import CostModel
 from ds_interlock.schedule.lower import training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.simulate import simulate
+from measuring.engines import make_engine, seconds_of_a_batch
+from measuring.ranks import run_ranks
+from measuring.results import add_legend, markdown, new_figure
+from measuring.sleeping import SleepingLayer
 
 MakePlan = Callable[[list[int]], GradientFlowPlan]
 
 
 @dataclass(frozen=True)
 class Side:
-    """A plan, carried out with or without a measure.
+    """A plan that is run with or without a measure.
 
     Attributes:
         plan: Makes the plan from the stage bounds.
@@ -127,54 +127,39 @@ MEASURES: dict[str, tuple[str, Side, Side]] = {
 """For each measure the plan it is shown on, and that plan with it and without."""
 
 
+OPTIONS: results.Options = {
+    "measures": (list(MEASURES), "what is measured", MEASURES),
+    "stages": (4, "pipeline stages, a process each"),
+    "micro_batches": ([1, 4], "of a batch"),
+    "milliseconds": (40.0, "one sleep of a stage"),
+    "batches": (6, "timed, after two that are not"),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints the table and returns the results."""
-    args = _arguments(argv)
+    args = results.parse(__doc__, OPTIONS, argv)
+    how = {"micro_batches": args.micro_batches, "num_batches": args.batches}
     rows = []
     for name in args.measures:
         plan_name, *sides = MEASURES[name]
         print(f"{name} ...", flush=True)
         measured = [
             run_ranks(
-                measure,
-                args.stages,
-                name=name,
-                side_number=number,
-                seconds=args.milliseconds / 1000,
-                micro_batches=args.micro_batches,
-                num_batches=args.batches,
+                measure, args.stages, name=name, side_number=side, seconds=args.milliseconds / 1000, **how
             )[0]
-            for number in range(len(sides))
+            for side in range(len(sides))
         ]
-        for number, num_micro_batches in enumerate(args.micro_batches):
-            simulated = [simulated_forwards(side, args.stages, num_micro_batches) for side in sides]
-            rows.append(
-                {
-                    "measure": name,
-                    "plan": plan_name,
-                    "micro_batches": num_micro_batches,
-                    "simulated_with": simulated[0],
-                    "simulated_without": simulated[1],
-                    "measured_with": measured[0][number],
-                    "measured_without": measured[1][number],
-                }
-            )
-    found = results.collect("relays", args, rows, argv)
-    results.publish(found, args.output)
-    return found
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    results.add_choice(parser, "--measures", list(MEASURES), "what is measured")
-    parser.add_argument("--stages", type=int, default=4, help="pipeline stages, a process each (%(default)s)")
-    parser.add_argument("--micro_batches", type=int, nargs="+", default=[1, 4], help="of a batch (1 4)")
-    parser.add_argument("--milliseconds", type=float, default=40.0, help="one sleep of a stage (%(default)s)")
-    parser.add_argument("--batches", type=int, default=6, help="timed, after two that are not (%(default)s)")
-    results.add_output(parser)
-    return parser.parse_args(argv)
+        for number, m in enumerate(args.micro_batches):
+            simulated = [simulated_forwards(side, args.stages, m) for side in sides]
+            figures = {
+                "simulated_with": simulated[0],
+                "simulated_without": simulated[1],
+                "measured_with": measured[0][number],
+                "measured_without": measured[1][number],
+            }
+            rows.append({"measure": name, "plan": plan_name, "micro_batches": m, **figures})
+    return results.publish("relays", args, rows, argv)
 
 
 def simulated_forwards(side: Side, num_stages: int, num_micro_batches: int) -> float:
@@ -191,18 +176,7 @@ def simulated_forwards(side: Side, num_stages: int, num_micro_batches: int) -> f
 def measure(
     name: str, side_number: int, seconds: float, micro_batches: list[int], num_batches: int
 ) -> list[float]:
-    """On every rank of a job: times one side of a measure.
-
-    Args:
-        name: Of the measure.
-        side_number: 0 with it, 1 without.
-        seconds: One sleep of a stage.
-        micro_batches: Numbers of micro-batches of a batch.
-        num_batches: Batches to time for each.
-
-    Returns:
-        What a batch takes in forwards of a stage, by number of micro-batches.
-    """
+    """On every rank of a job: times a measure (side 0 with it, 1 without), in forwards of a stage."""
     side = MEASURES[name][1 + side_number]
     work = sleeping_workload(dist.get_world_size(), seconds)
     plan = side.plan(work.bounds(dist.get_world_size()))
@@ -214,50 +188,31 @@ def measure(
     ]
     work = replace(work, layers=layers, plan=side.plan)
     with side.in_force():
-        engine = make_engine(name, work, {"mode": "interlock", "window": 2})  # the plan is the side's
+        engine = make_engine(work, {"mode": "interlock", "window": 2})  # the plan is the side's
         return [seconds_of_a_batch(engine, work, m, num_batches) / seconds for m in micro_batches]
 
 
 def table(found: dict[str, Any]) -> str:
     """Every measure with and without, as Markdown."""
-    header = [
-        "measure",
-        "plan",
-        "M",
-        "simulated: with",
-        "without",
-        "gain",
-        "measured: with",
-        "without",
-        "gain",
-    ]
-    lines = [
-        (
-            row["measure"],
-            row["plan"],
-            row["micro_batches"],
-            row["simulated_with"],
-            row["simulated_without"],
-            row["simulated_without"] / row["simulated_with"],
-            row["measured_with"],
-            row["measured_without"],
-            row["measured_without"] / row["measured_with"],
-        )
-        for row in found["rows"]
-    ]
+    header = ["measure", "plan", "M"]
+    lines = [[row["measure"], row["plan"], row["micro_batches"]] for row in found["rows"]]
+    for how in ("simulated", "measured"):
+        header += [f"{how}: with", "without", "gain"]
+        for line, row in zip(lines, found["rows"], strict=True):
+            with_it, without = row[f"{how}_with"], row[f"{how}_without"]
+            line += [with_it, without, without / with_it]
     arguments = found["arguments"]
     note = (
         f"Time of a batch in forwards of a stage; {arguments['stages']} stages; "
         f"a forward is {arguments['milliseconds']:g} ms."
     )
-    return "\n\n".join([results.markdown(header, lines), note])
+    return f"{markdown(header, lines)}\n\n{note}"
 
 
 def draw(found: dict[str, Any]) -> Any:
     """How many times longer a batch takes without each measure."""
     rows = found["rows"]
-    figure, axes = results.new_figure(1, "A batch without the measure, relative to with it")
-    axis = axes[0, 0]
+    figure, ((axis,),) = new_figure(1, "A batch without the measure, relative to with it")
     labels = [f"{row['measure']}\n{row['plan']}, M = {row['micro_batches']}" for row in rows]
     for offset, key in ((0.0, "simulated"), (0.4, "measured")):
         gains = [row[f"{key}_without"] / row[f"{key}_with"] for row in rows]
@@ -265,7 +220,7 @@ def draw(found: dict[str, Any]) -> Any:
     axis.set_yticks([number + 0.4 for number in range(len(rows))], labels, fontsize="x-small")
     axis.axvline(1, linewidth=0.8, color="black")
     axis.invert_yaxis()
-    results.add_legend(figure, axis)
+    add_legend(figure, axis)
     return figure
 
 

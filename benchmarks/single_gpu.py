@@ -4,8 +4,8 @@
 
 A GPT-2-shaped language model (``ds_interlock/models/lm.py``) is trained with AdamW by
 ``InProcessPipeline``: K virtual stages, one after the other on one device, random tokens. There is no
-bubble to save here; what is seen is the extra work of heads and relays, and how much memory the
-micro-batches in flight take. With CUDA weights and activations are bfloat16; on CPU the default is a
+bubble to save here; it shows the extra work of heads and relays, and how much memory the micro-batches in
+flight take. With CUDA weights and activations are bfloat16; on CPU the default is a
 small model in float32. Every mode runs in a process of its own, so that peak memory is its own: on CUDA
 what torch had allocated, on CPU the memory of the process.
 
@@ -13,24 +13,26 @@ The same device's profile of the model then feeds the planner: what each mode wo
 devices as ``--predict_stages`` says, over links of ``--bandwidth``.
 """
 
-import argparse
 import multiprocessing
 import resource
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from benchmarks import results
-from ds_interlock import GradientFlowPlan, HeadConfig, InProcessPipeline, InterlockConfig
+from benchmarks.language_models import plan_of, stage_bounds
+from ds_interlock import HeadConfig, InProcessPipeline, InterlockConfig
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
 from ds_interlock.planning.forecast import compare
 from ds_interlock.planning.profile import Profile
 from ds_interlock.profiling.layers import Stopwatch
 from ds_interlock.profiling.model import calls_in_sequence, device_name, profile_model
+from measuring.results import new_figure, table_of
 
 # The shapes of GPT-2 (Radford et al. 2019, table 2), between them one of 760 M, and a small one for CPUs.
 MODEL_SIZES: dict[str, dict[str, int]] = {
@@ -45,9 +47,25 @@ _LATENCY_SECONDS = 20e-6
 WINDOWS = {"local": 1, "window 1.25": 1.25, "window 2": 2, "window 3": 3}
 
 
+_ON_GPU = torch.cuda.is_available()
+OPTIONS: results.Options = {
+    "device": ("cuda" if _ON_GPU else "cpu", "as torch names it"),
+    "model_size": ("125M" if _ON_GPU else "3M", "parameters", MODEL_SIZES),
+    "modes": (list(WINDOWS), "measured beside global", WINDOWS),
+    "stages": (4, "virtual pipeline stages"),
+    "micro_batches": (8, "of a batch"),
+    "micro_batch_size": (8 if _ON_GPU else 1, "sequences of a micro-batch"),
+    "seq_length": (1024 if _ON_GPU else 64, "tokens of a sequence"),
+    "token_fraction": (0.125, "interlock.head.token_fraction"),
+    "predict_stages": ([4, 8, 16], "devices to predict for"),
+    "bandwidth": (25.0, "of a link, GB/s, in predictions"),
+    "batches": (5, "timed, after one that is not"),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints the table and returns the results."""
-    args = _arguments(argv)
+    args = results.parse(__doc__, OPTIONS, argv)
     context = multiprocessing.get_context("spawn")
     rows = []
     for mode in (GLOBAL, *args.modes):
@@ -57,51 +75,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print("profile ...", flush=True)
     with context.Pool(1) as pool:
         profile = Profile.model_validate_json(pool.apply(measure_profile, (args,)))
-    found = results.collect("single_gpu", args, rows, argv)
-    found["profile"] = profile.model_dump()
-    found["predictions"] = [
-        prediction for num_stages in args.predict_stages for prediction in predict(profile, args, num_stages)
-    ]
-    results.publish(found, args.output)
-    return found
+    predictions = [each for num_stages in args.predict_stages for each in predict(profile, args, num_stages)]
+    more = {"profile": profile.model_dump(), "predictions": predictions}
+    return results.publish("single_gpu", args, rows, argv, **more)
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="(%(default)s)")
-    parser.add_argument(
-        "--model_size", choices=MODEL_SIZES, default="125M" if on_gpu else "3M", help="(%(default)s)"
-    )
-    results.add_choice(parser, "--modes", list(WINDOWS), "measured beside global")
-    parser.add_argument("--stages", type=int, default=4, help="virtual pipeline stages (%(default)s)")
-    parser.add_argument("--micro_batches", type=int, default=8, help="of a batch (%(default)s)")
-    parser.add_argument(
-        "--micro_batch_size",
-        type=int,
-        default=8 if on_gpu else 1,
-        help="sequences of a micro-batch (%(default)s)",
-    )
-    parser.add_argument(
-        "--seq_length", type=int, default=1024 if on_gpu else 64, help="tokens of a sequence (%(default)s)"
-    )
-    parser.add_argument(
-        "--token_fraction", type=float, default=0.125, help="interlock.head.token_fraction (%(default)s)"
-    )
-    parser.add_argument(
-        "--predict_stages", type=int, nargs="+", default=[4, 8, 16], help="devices to predict for (4 8 16)"
-    )
-    parser.add_argument(
-        "--bandwidth", type=float, default=25.0, help="of a link, GB/s, in predictions (%(default)s)"
-    )
-    parser.add_argument("--batches", type=int, default=5, help="timed, after one that is not (%(default)s)")
-    results.add_output(parser)
-    return parser.parse_args(argv)
-
-
-def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(mode: str, args: Namespace) -> dict[str, Any]:
     """In a process of its own: trains some batches under ``mode``."""
     torch.set_num_threads(1)  # on CPU: others may want the other cores
     device = torch.device(args.device)
@@ -132,7 +111,7 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def measure_profile(args: argparse.Namespace) -> str:
+def measure_profile(args: Namespace) -> str:
     """In a process of its own: the profile of the model on the device, as JSON."""
     torch.set_num_threads(1)
     device = torch.device(args.device)
@@ -153,7 +132,7 @@ def measure_profile(args: argparse.Namespace) -> str:
     ).model_dump_json()
 
 
-def predict(profile: Profile, args: argparse.Namespace, num_stages: int) -> list[dict[str, Any]]:
+def predict(profile: Profile, args: Namespace, num_stages: int) -> list[dict[str, Any]]:
     """What the planner says of ``num_stages`` such devices; none if the model has too few layers."""
     if num_stages > len(profile.layers):
         return []
@@ -173,16 +152,10 @@ def predict(profile: Profile, args: argparse.Namespace, num_stages: int) -> list
     ]
 
 
-def _model(mode: str, args: argparse.Namespace) -> InProcessPipeline:
+def _model(mode: str, args: Namespace) -> InProcessPipeline:
     torch.manual_seed(0)
     config = LMConfig(**MODEL_SIZES[args.model_size], seq_length=args.seq_length)
-    # The embeddings belong to the first stage, norm and unembedding to the last.
-    inner = [2 + config.num_blocks * stage // args.stages for stage in range(1, args.stages)]
-    bounds = [0, *inner, config.num_layers]
-    if mode == GLOBAL:
-        plan = GradientFlowPlan.end_to_end(stage_bounds=bounds)
-    else:
-        plan = GradientFlowPlan.n_wise(window=WINDOWS[mode], stage_bounds=bounds)
+    plan = plan_of(WINDOWS.get(mode), stage_bounds(config, args.stages))
     head = HeadConfig(token_fraction=args.token_fraction)
     return InProcessPipeline(build_lm(config), lm_loss(), plan, head_factory(head, lm_layers(config)))
 
@@ -194,47 +167,30 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Speed and memory of every mode, as Markdown."""
-    rows = found["rows"]
-    header_measured = ["mode", "tokens/s", "relative to global", "peak GiB", "parameters", "in heads"]
-    lines = [
-        (
-            row["mode"],
-            row["tokens_per_second"],
-            row["tokens_per_second"] / rows[0]["tokens_per_second"],
-            row["peak_bytes"] / 2**30,
-            row["layer_parameters"],
-            row["head_parameters"],
-        )
-        for row in rows
-    ]
-    header = [
-        "stages",
-        "setting",
-        "predicted s/batch",
-        "times global",
-        "bubble %",
-        "heads %",
-        "activations GiB",
-    ]
-    predictions = [
-        (
-            row["stages"],
-            row["setting"],
-            row["seconds"],
-            row["times_global"],
-            100 * row["bubble_fraction"],
-            100 * row["head_share"],
-            row["activation_bytes"] / 2**30,
-        )
-        for row in found["predictions"]
-    ]
-    return "\n\n".join([results.markdown(header_measured, lines), results.markdown(header, predictions)])
+    """Speed and memory of every mode, then the predictions, as Markdown."""
+    measured = {
+        "mode": "mode",
+        "tokens/s": "tokens_per_second",
+        "relative to global": ("tokens_per_second", found["rows"][0]["tokens_per_second"]),
+        "peak GiB": ("peak_bytes", 2**30),
+        "parameters": "layer_parameters",
+        "in heads": "head_parameters",
+    }
+    predicted = {
+        "stages": "stages",
+        "setting": "setting",
+        "predicted s/batch": "seconds",
+        "times global": "times_global",
+        "bubble %": ("bubble_fraction", 0.01),
+        "heads %": ("head_share", 0.01),
+        "activations GiB": ("activation_bytes", 2**30),
+    }
+    return f"{table_of(found['rows'], measured)}\n\n{table_of(found['predictions'], predicted)}"
 
 
 def draw(found: dict[str, Any]) -> Any:
     """Tokens per second and peak memory, a bar for each mode."""
-    figure, axes = results.new_figure(2, f"{found['arguments']['model_size']} parameters on one device")
+    figure, axes = new_figure(2, f"{found['arguments']['model_size']} parameters on one device")
     modes = [row["mode"] for row in found["rows"]]
     axes[0, 0].bar(modes, [row["tokens_per_second"] for row in found["rows"]])
     axes[0, 0].set_ylabel("tokens per second")

@@ -1,4 +1,4 @@
-"""A pipeline of sleeping stages, what its passes really take, and what the simulator makes of that."""
+"""A pipeline of sleeping stages, what its passes really take, and the batch time that follows from that."""
 
 import statistics
 import time
@@ -10,13 +10,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec
 
-from benchmarks.engines import Workload
-from benchmarks.sleeping import SleepingHead, SleepingLayer, sleeping_loss, use_exact_timers
 from ds_interlock import InterlockConfig
 from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.cost import CostModel
-from ds_interlock.schedule.lower import training_program
-from ds_interlock.schedule.simulate import simulate
+from measuring.engines import Workload, simulated_batch
+from measuring.sleeping import SleepingHead, SleepingLayer, sleeping_loss, use_exact_timers
 
 LAYERS_PER_STAGE = 4
 WIDTH = 16
@@ -42,12 +40,12 @@ def sleeping_workload(num_stages: int, seconds: float) -> Workload:
 
 
 def stage_costs(engine: Any, work: Workload, head_seconds: float) -> dict[str, float]:
-    """Median seconds of what this stage does, in the terms of ``CostModel``. All ranks call it.
+    """Median seconds of this stage's work, in the terms of ``CostModel``. All ranks call it.
 
     The passes are run by themselves, outside of the engine; the optimizer step is the engine's own.
 
     Args:
-        engine: Of one of our modes, from ``make_engine``.
+        engine: Of one of our modes.
         work: The sleeping workload that it was made for.
         head_seconds: How long a head sleeps.
     """
@@ -96,15 +94,8 @@ def _optimizer_seconds(engine: Any, work: Workload, num_batches: int = 3) -> flo
 def predicted_seconds(
     section: dict[str, Any], costs: list[dict[str, float]], num_micro_batches: int
 ) -> float:
-    """What the simulator says a batch takes.
-
-    Args:
-        section: The ``"interlock"`` section.
-        costs: Of each stage, from ``stage_costs``.
-        num_micro_batches: Micro-batches of a batch.
-    """
+    """A batch of M micro-batches according to the simulator, from the ``stage_costs`` of each stage."""
     interlock = InterlockConfig(**section)
     plan = interlock.plan([LAYERS_PER_STAGE * stage for stage in range(len(costs) + 1)])
     model = CostModel(**{name: [stage[name] for stage in costs] for name in costs[0]})
-    program = training_program(plan, num_micro_batches, extra_in_flight=interlock.extra_in_flight)
-    return simulate(program, model, num_batches=10, streaming=not plan.is_end_to_end).batch_seconds
+    return simulated_batch(interlock, plan, model, num_micro_batches)

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from ds_interlock import InterlockConfig
 from ds_interlock.heads.factory import HeadFactory, head_factory
 from ds_interlock.images.batches import ImageIterator, evaluation_batches
-from ds_interlock.images.data import ImageData, Normalisation
-from ds_interlock.images.idx import load_fashion_mnist
-from ds_interlock.images.score import Score
+from ds_interlock.images.data import ImageData, Normalisation, Score
+from ds_interlock.images.sources import load_fashion_mnist
 from ds_interlock.models.lm import Block, LMConfig, lm_layers, lm_loss
 from ds_interlock.models.resnet import ResNetConfig, classification_loss, resnet_heads, resnet_layers
 from ds_interlock.stage.in_process import MicroBatch

@@ -19,8 +19,7 @@ from ds_interlock.images.batches import (
     evaluation_batches,
     num_evaluation_batches,
 )
-from ds_interlock.images.data import ImageData, Normalisation
-from ds_interlock.images.score import Score
+from ds_interlock.images.data import ImageData, Normalisation, Score
 
 
 class Run:

@@ -81,7 +81,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="fashion-mnist, cifar10, cifar100, or a name for datasets.load_dataset (%(default)s)",
     )
     data.add_argument("--dataset_config", help="name of the data set's configuration")
-    data.add_argument("--data_dir", type=Path, help="folder of a data set's files (IDX or CIFAR)")
+    data.add_argument("--data_dir", type=Path, help="folder of a data set's files (IDX; CIFAR: parquet)")
     data.add_argument("--max_train_samples", type=int, default=0, help="images; 0: all (%(default)s)")
     data.add_argument("--no_augment", action="store_true", help="no random crops and flips")
 

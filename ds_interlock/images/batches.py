@@ -1,38 +1,74 @@
 """Micro-batches of images: endless ones to train on, and those of one pass over the test images.
 
-Shape suffixes: b micro-batch, c channel, h row, w column.
+Shape suffixes: n image, b micro-batch, c channel, h row, w column.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ds_interlock.errors import DataError
 from ds_interlock.heads.labels import IGNORED_LABEL
-from ds_interlock.images.augment import CropsAndFlips
 from ds_interlock.images.data import Images, Normalisation
 from ds_interlock.sampling import ResumableIterator, epoch_order
+
+PADDING = 4
+"""Pixels of zeros around an image before it is cropped to its size."""
 
 MicroBatch = tuple[Tensor, Tensor]
 """(images_bchw, labels_b): float32 and int64."""
 
 
+@dataclass(frozen=True)
+class CropsAndFlips:
+    """How every image looks in one epoch: a window of the padded image, every second one mirrored.
+
+    The draws depend on seed, epoch and image index alone, so that an image looks the same in whatever
+    micro-batch and replica it is, and a resumed run sees what an undisturbed one would have.
+
+    Source: He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, 2016, section 4.2.
+
+    Attributes:
+        top_n, left_n: int64, rows and columns that the window is moved by, 0 to 2 * ``PADDING``.
+        flip_n: bool, whether left and right are exchanged.
+    """
+
+    top_n: Tensor
+    left_n: Tensor
+    flip_n: Tensor
+
+    @classmethod
+    def draw(cls, num_images: int, seed: int, epoch: int) -> Self:
+        """What an epoch does to ``num_images`` images."""
+        # Negative: the order of the images is drawn from the same number, above 0.
+        generator = torch.Generator().manual_seed(-1 - (seed * 2**20 + epoch))
+        top_n, left_n = torch.randint(2 * PADDING + 1, (2, num_images), generator=generator)
+        return cls(top_n, left_n, torch.rand(num_images, generator=generator) < 0.5)
+
+    def apply(self, pixels_bchw: Tensor, indices_b: Tensor) -> Tensor:
+        """The images at ``indices_b`` (int64) of the data set as they look in this epoch."""
+        num_images, num_channels, num_rows, num_columns = pixels_bchw.shape
+        rows_bh = self.top_n[indices_b, None] + torch.arange(num_rows)
+        columns_bw = self.left_n[indices_b, None] + torch.arange(num_columns)
+        columns_bw = torch.where(self.flip_n[indices_b, None], columns_bw.flip(1), columns_bw)
+        device = pixels_bchw.device
+        return F.pad(pixels_bchw, (PADDING,) * 4)[
+            torch.arange(num_images, device=device)[:, None, None, None],
+            torch.arange(num_channels, device=device)[:, None, None],
+            rows_bh.to(device)[:, None, :, None],
+            columns_bw.to(device)[:, None, None, :],
+        ]
+
+
 class ImageIterator(ResumableIterator[MicroBatch]):
-    """Endless shuffled micro-batches for one data-parallel replica, fixed by the seed.
+    """Endless shuffled micro-batches for one data-parallel replica; order, crops and flips by the seed.
 
     In every epoch all replicas go through the same permutation of the images, each taking its own share;
-    the few that fill no micro-batch for everyone are left out, others in each epoch. A position is one
-    number, and a resumed run sees the micro-batches that an undisturbed one would have.
-
-    Args:
-        images: What to take from; at least ``micro_batch_size * num_replicas``.
-        normalisation: Applied last.
-        micro_batch_size: Images in a micro-batch.
-        replica: Number of this data-parallel replica.
-        num_replicas: How many there are.
-        seed: Decides order, crops and flips.
-        augment: Whether to crop and flip at random.
+    the few that do not fill a micro-batch for every replica are left out, others in each epoch.
 
     Raises:
         DataError: If there are too few images for one micro-batch of every replica.
@@ -55,13 +91,9 @@ class ImageIterator(ResumableIterator[MicroBatch]):
                 f"for each of {num_replicas} replicas takes: use more images, or a smaller "
                 "train_micro_batch_size_per_gpu in the DeepSpeed config"
             )
-        self.images = images
-        self.normalisation = normalisation
-        self.micro_batch_size = micro_batch_size
-        self.replica = replica
-        self.num_replicas = num_replicas
-        self.seed = seed
-        self.augment = augment
+        self.images, self.normalisation, self.micro_batch_size = images, normalisation, micro_batch_size
+        self.replica, self.num_replicas = replica, num_replicas
+        self.seed, self.augment = seed, augment
         self._epoch = -1
         self._pixel_sum = int(images.pixels_nchw.sum(dtype=torch.int64))
 
@@ -73,7 +105,9 @@ class ImageIterator(ResumableIterator[MicroBatch]):
     def __next__(self) -> MicroBatch:
         epoch, number = divmod(self.position, self.num_micro_batches)
         if epoch != self._epoch:
-            self._begin(epoch)
+            self._epoch = epoch
+            self._order = epoch_order(len(self.images), self.seed, epoch)
+            self._draws = CropsAndFlips.draw(len(self.images), self.seed, epoch)
         start = (number * self.num_replicas + self.replica) * self.micro_batch_size
         chosen_b = self._order[start : start + self.micro_batch_size]
         at = chosen_b.to(self.images.labels_n.device)
@@ -86,17 +120,12 @@ class ImageIterator(ResumableIterator[MicroBatch]):
     def fingerprint(self) -> dict[str, int | str]:
         return {
             "num_images": len(self.images),
-            "pixel_sum": self._pixel_sum,  # tells data sets of one size apart
+            "pixel_sum": self._pixel_sum,  # differs between data sets of one size
             "micro_batch_size": self.micro_batch_size,
             "num_replicas": self.num_replicas,
             "seed": self.seed,
             "augment": int(self.augment),
         }
-
-    def _begin(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._order = epoch_order(len(self.images), self.seed, epoch)
-        self._draws = CropsAndFlips.draw(len(self.images), self.seed, epoch)
 
 
 def num_evaluation_batches(num_images: int, micro_batch_size: int, num_replicas: int = 1) -> int:
@@ -112,15 +141,14 @@ def evaluation_batches(
     replica: int = 0,
     num_replicas: int = 1,
 ) -> Iterator[MicroBatch]:
-    """One pass over ``images``: each in one micro-batch of one replica, as it is.
+    """One pass over ``images``, each in one micro-batch of one replica, neither cropped nor flipped.
 
-    All micro-batches are full, and all replicas get as many. What is missing for that in the end is filled
-    with other images under the label ``IGNORED_LABEL``.
+    All replicas get the same number of full micro-batches. The last are filled up with other images under
+    the label ``IGNORED_LABEL``.
     """
-    num_batches = num_evaluation_batches(len(images), micro_batch_size, num_replicas)
-    for number in range(num_batches):
+    for number in range(num_evaluation_batches(len(images), micro_batch_size, num_replicas)):
         start = (number * num_replicas + replica) * micro_batch_size
-        numbers_b = torch.arange(start, start + micro_batch_size, device=images.labels_n.device)
-        at = numbers_b % len(images)
-        labels_b = images.labels_n[at].where(numbers_b < len(images), IGNORED_LABEL)
+        indices_b = torch.arange(start, start + micro_batch_size, device=images.labels_n.device)
+        at = indices_b % len(images)
+        labels_b = images.labels_n[at].where(indices_b < len(images), IGNORED_LABEL)
         yield normalisation(images.pixels_nchw[at]), labels_b

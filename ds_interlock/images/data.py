@@ -1,29 +1,27 @@
-"""Labelled images in memory, and how they are normalised.
+"""Labelled images in memory, how they are normalised, and how well they are classified.
 
-Shape suffixes: n image, b micro-batch, c channel, h row, w column.
+Shape suffixes: n image, b micro-batch, c channel, h row, w column, v class.
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ds_interlock.errors import DataError
+from ds_interlock.heads.labels import IGNORED_LABEL
 
 _NUM_VALUES = 256  # of a pixel
 
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images.
-
-    Attributes:
-        pixels_nchw: uint8.
-        labels_n: int64, the class of each image.
+    """Labelled images: pixels_nchw (uint8), and labels_n (int64), the class of each image.
 
     Raises:
-        DataError: If types or shapes are others.
+        DataError: If types or shapes differ from these.
     """
 
     pixels_nchw: Tensor
@@ -31,15 +29,11 @@ class Images:
 
     def __post_init__(self) -> None:
         pixels, labels = self.pixels_nchw, self.labels_n
-        if pixels.dtype is not torch.uint8 or pixels.dim() != 4:
+        is_right = pixels.dtype is torch.uint8 and pixels.dim() == 4 and labels.dtype is torch.int64
+        if not is_right or labels.shape != pixels.shape[:1]:
             raise DataError(
-                f"images are {pixels.dtype} {list(pixels.shape)}: expected uint8 [images, channels, rows, "
-                "columns]"
-            )
-        if labels.dtype is not torch.int64 or labels.shape != pixels.shape[:1]:
-            raise DataError(
-                f"the labels of {len(pixels)} images are {labels.dtype} {list(labels.shape)}: expected int64 "
-                f"[{len(pixels)}]"
+                f"images are {pixels.dtype} {list(pixels.shape)} with labels {labels.dtype} "
+                f"{list(labels.shape)}: expected uint8 [images, channels, rows, columns] and int64 [images]"
             )
 
     def __len__(self) -> int:
@@ -50,21 +44,16 @@ class Images:
         return type(self)(self.pixels_nchw[:num_images], self.labels_n[:num_images])
 
     def to(self, device: torch.device | str) -> Self:
-        """The images on ``device``: micro-batches are then made there."""
+        """The images on ``device``, where micro-batches are then made."""
         return type(self)(self.pixels_nchw.to(device), self.labels_n.to(device))
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set.
-
-    Attributes:
-        train: The training images.
-        test: The test images, of the same size.
-        num_classes: Labels are 0 .. num_classes - 1.
+    """Training images, test images of the same size, and the number of classes; labels count from 0.
 
     Raises:
-        DataError: If there are no images, sizes differ, or a label is no class.
+        DataError: If a part has no images, sizes differ, or a label is no class.
     """
 
     train: Images
@@ -83,10 +72,7 @@ class ImageData:
                 )
         train, test = (list(images.pixels_nchw.shape[1:]) for images in (self.train, self.test))
         if train != test:
-            raise DataError(
-                f"training images are {train} and test images {test} (channels, rows, columns): expected "
-                "one size"
-            )
+            raise DataError(f"training images are {train} and test images {test}: expected one size")
 
     @property
     def in_channels(self) -> int:
@@ -94,14 +80,8 @@ class ImageData:
         return self.train.pixels_nchw.shape[1]
 
 
-@dataclass(frozen=True)
-class Normalisation:
-    """Gives every channel mean 0 and standard deviation 1 over the images it was made from.
-
-    Attributes:
-        mean_c: float32, of the pixels, 0 to 255.
-        std_c: float32, likewise.
-    """
+class Normalisation(NamedTuple):
+    """Mean 0 and standard deviation 1 for every channel (float32, of pixels 0 to 255)."""
 
     mean_c: Tensor
     std_c: Tensor
@@ -112,7 +92,7 @@ class Normalisation:
         values = torch.arange(_NUM_VALUES, dtype=torch.float64)
         means, stds = [], []
         for channel in images.pixels_nchw.unbind(1):
-            # A histogram holds all there is to know, where the pixels in float64 would fill the memory.
+            # A histogram is exact, and the pixels in float64 would fill the memory.
             shares = torch.bincount(channel.flatten(), minlength=_NUM_VALUES).cpu().double() / channel.numel()
             mean = (shares * values).sum()
             means.append(mean)
@@ -122,5 +102,36 @@ class Normalisation:
 
     def __call__(self, pixels_bchw: Tensor) -> Tensor:
         """Pixels (uint8) as float32, normalised."""
-        mean, std = (t.to(pixels_bchw.device).reshape(-1, 1, 1) for t in (self.mean_c, self.std_c))
+        mean, std = (t.to(pixels_bchw.device).reshape(-1, 1, 1) for t in self)
         return (pixels_bchw.float() - mean) / std
+
+
+@dataclass(frozen=True)
+class Score:
+    """Images whose label is not ``IGNORED_LABEL``, their errors, and the sum of their losses in nats."""
+
+    num_images: int = 0
+    num_errors: int = 0
+    loss_sum: float = 0.0
+
+    @classmethod
+    def of(cls, logits_bv: Tensor, labels_b: Tensor) -> Self:
+        """The score of the outputs for some images."""
+        counted_b = labels_b != IGNORED_LABEL
+        logits_bv, labels_b = logits_bv[counted_b].double(), labels_b[counted_b]
+        num_errors = int((logits_bv.argmax(-1) != labels_b).sum())
+        return cls(len(labels_b), num_errors, F.cross_entropy(logits_bv, labels_b, reduction="sum").item())
+
+    def __add__(self, other: "Score") -> "Score":
+        num_errors, loss_sum = self.num_errors + other.num_errors, self.loss_sum + other.loss_sum
+        return Score(self.num_images + other.num_images, num_errors, loss_sum)
+
+    @property
+    def error(self) -> float:
+        """Share of the images that are classified wrongly."""
+        return self.num_errors / self.num_images
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy of an image, in nats."""
+        return self.loss_sum / self.num_images

@@ -1,10 +1,17 @@
-"""A data set by name: from files on this machine, or by ``datasets``.
+"""A data set by name.
 
-fashion-mnist            IDX files (idx.py), by default those of the Debian package
-cifar10, cifar100        the published files in --data_dir (cifar.py)
-any other name           ``datasets.load_dataset``, with an image and a label in each row
+fashion-mnist       IDX files, by default those of the Debian package dataset-fashion-mnist
+cifar10, cifar100   ``datasets.load_dataset("uoft-cs/cifar10")``, or the parquet files in --data_dir
+any other name      ``datasets.load_dataset``, with an image and a label in each row
+
+torchvision's readers are not used: its wheels do not import beside a torch without CUDA.
+
+Source: LeCun, Cortes, Burges: The MNIST database of handwritten digits, "File formats".
 """
 
+import gzip
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +20,11 @@ import torch
 from torch import Tensor
 
 from ds_interlock.errors import DataError
-from ds_interlock.images.cifar import CIFAR10, CIFAR100, load_cifar
 from ds_interlock.images.data import ImageData, Images
-from ds_interlock.images.idx import load_fashion_mnist
 
-_CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-_IMAGE_COLUMNS = ("image", "img")
-_LABEL_COLUMNS = ("label", "fine_label")
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+_UNSIGNED_BYTES = 8
+_COLUMNS = {"image": ("image", "img"), "label": ("label", "fine_label")}
 
 
 def load_images(
@@ -29,7 +34,7 @@ def load_images(
 
     Args:
         dataset: See the top of the file.
-        folder: Where its files are; for fashion-mnist, cifar10 and cifar100.
+        folder: The folder of its files; for fashion-mnist, cifar10 and cifar100.
         config: Name of the configuration of a data set that ``datasets`` loads.
 
     Raises:
@@ -37,14 +42,52 @@ def load_images(
     """
     if dataset == "fashion-mnist":
         return load_fashion_mnist(folder)
-    if dataset not in _CIFAR:
-        return _load_hub(dataset, config)
-    if folder is None:
-        raise DataError(
-            f"--dataset {dataset} needs --data_dir, the folder of its unpacked archive; or give the name of "
-            f"a data set on a hub, as --dataset uoft-cs/{dataset}"
+    if dataset in ("cifar10", "cifar100"):
+        dataset = str(folder) if folder else f"uoft-cs/{dataset}"
+    return _load_hub(dataset, config)
+
+
+def load_fashion_mnist(folder: Path | None = None) -> ImageData:
+    """Fashion-MNIST, or any data set of ten classes in files of the same names (MNIST).
+
+    Args:
+        folder: The folder of ``train-images-idx3-ubyte`` and the others, with or without ``.gz``; None for
+            that of the Debian package.
+
+    Raises:
+        DataError: If a file is missing or damaged.
+    """
+    folder = folder or DEBIAN_FOLDER
+    train, test = (
+        Images(
+            _read_idx(folder, f"{split}-images-idx3-ubyte", num_dims=3).unsqueeze(1),
+            _read_idx(folder, f"{split}-labels-idx1-ubyte", num_dims=1).long(),
         )
-    return load_cifar(_CIFAR[dataset], folder)
+        for split in ("train", "t10k")
+    )
+    return ImageData(train, test, num_classes=10)
+
+
+def _read_idx(folder: Path, name: str, num_dims: int) -> Tensor:
+    """uint8, of the sizes in the header: big-endian, after a magic number with type and dimensions."""
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    if path is None:
+        raise DataError(
+            f"there is no {name} or {name}.gz in {folder}: install Fashion-MNIST with apt-get install "
+            "dataset-fashion-mnist, or give the folder of its IDX files with --data_dir"
+        )
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+        magic, *sizes = struct.unpack_from(f">{1 + num_dims}I", content)
+        if magic != (_UNSIGNED_BYTES << 8) + num_dims:
+            raise ValueError(f"its magic number is {magic:#010x}")
+        values = np.frombuffer(content, np.uint8, offset=4 * (1 + num_dims)).reshape(sizes)
+    except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
+        raise DataError(
+            f"{path} is no IDX file of unsigned bytes in {num_dims} dimensions ({error}): download it again"
+        ) from error
+    return torch.from_numpy(values.copy())
 
 
 def _load_hub(name: str, config: str | None) -> ImageData:
@@ -55,36 +98,32 @@ def _load_hub(name: str, config: str | None) -> ImageData:
     test = next((split for split in ("test", "validation") if split in splits), None)
     if test is None:
         raise DataError(f'data set {name!r} has the splits {sorted(splits)}: expected one named "test"')
-    train_images, test_images = (_images(splits[split], name) for split in ("train", test))
+    train_images, test_images = (_from_rows(splits[split], name) for split in ("train", test))
     num_classes = 1 + int(torch.cat([train_images.labels_n, test_images.labels_n]).max())
     return ImageData(train_images, test_images, num_classes)
 
 
-def _images(split: Any, name: str) -> Images:
-    columns = split.column_names
-    image = next((column for column in _IMAGE_COLUMNS if column in columns), None)
-    label = next((column for column in _LABEL_COLUMNS if column in columns), None)
-    if image is None or label is None:
-        raise DataError(
-            f"data set {name!r} has the columns {columns}: expected one of {', '.join(_IMAGE_COLUMNS)}, and "
-            f"one of {', '.join(_LABEL_COLUMNS)}"
-        )
-    labels = list(split[label])
-    if not all(isinstance(each, int) for each in labels):
-        raise DataError(f"the column {label!r} of data set {name!r} holds other labels than class numbers")
-    pixels = [_as_pixels(picture, f"the column {image!r} of data set {name!r}") for picture in split[image]]
+def _from_rows(split: Any, name: str) -> Images:
+    columns = {
+        kind: next((column for column in names if column in split.column_names), None)
+        for kind, names in _COLUMNS.items()
+    }
+    if None in columns.values():
+        expected = ", and one of ".join(", ".join(names) for names in _COLUMNS.values())
+        raise DataError(f"data set {name!r} has the columns {split.column_names}: expected one of {expected}")
+    labels = list(split[columns["label"]])
+    if not all(isinstance(label, int) for label in labels):
+        raise DataError(f"data set {name!r} has labels that are not class numbers, as {labels[0]!r}")
+    pixels = [_as_pixels(picture, name) for picture in split[columns["image"]]]
     sizes = sorted({tuple(each.shape) for each in pixels})
     if len(sizes) != 1:
-        raise DataError(
-            f"data set {name!r} has images of {len(sizes)} sizes (channels, rows, columns), as "
-            f"{sizes[:2]}: expected one size"
-        )
+        raise DataError(f"data set {name!r} has images of {len(sizes)} sizes, as {sizes[:2]}: expected one")
     return Images(torch.stack(pixels), torch.tensor(labels, dtype=torch.int64))
 
 
-def _as_pixels(picture: Any, where: str) -> Tensor:
+def _as_pixels(picture: Any, name: str) -> Tensor:
     """A PIL image as uint8 ``[c, h, w]``: grey ones with one channel, all others with three."""
     if not hasattr(picture, "convert"):
-        raise DataError(f"{where} holds a {type(picture).__name__}: expected pictures (datasets.Image)")
+        raise DataError(f"data set {name!r} has a {type(picture).__name__} for a picture (datasets.Image)")
     array = np.array(picture if picture.mode == "L" else picture.convert("RGB"))
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)

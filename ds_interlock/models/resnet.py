@@ -11,10 +11,10 @@ Each line is one layer, hence one place where the pipeline can be cut:
     BasicBlock         3x3, 3x3         depth 6n + 2: ResNet-20, 32, 56, 110
     BottleneckBlock    1x1, 3x3, 1x1    depth 9n + 2: ResNet-29, 164; its output is 4 times as wide
 
-Batch norm is local to the micro-batch: with more micro-batches a batch, each is normalised by fewer images,
-and the numbers differ. Its running statistics, which evaluation normalises by, are buffers: the checkpoint
-of a layer has them, evaluation leaves them as they are, and data-parallel replicas have one set each. With
-``activation_checkpoint_interval`` a recomputed layer takes the same images into them a second time.
+Batch norm is local to the micro-batch: with more micro-batches per batch, each is normalised by fewer images,
+and the numbers differ. Its running statistics are buffers: the checkpoint of a layer has them, evaluation
+does not change them, and each data-parallel replica has its own. With ``activation_checkpoint_interval`` a
+recomputed layer takes the same images into them a second time.
 
 Shape suffixes: b micro-batch, c channel, h row, w column, v class.
 
@@ -111,17 +111,14 @@ class ResNetConfig:
         return self.num_blocks + 2
 
     def channels_after(self, num_layers: int) -> int:
-        """Channels of the hidden state behind the first ``num_layers`` layers, the stem being the first."""
+        """Channels of the hidden state after the first ``num_layers`` layers, the stem being the first."""
         if not 1 <= num_layers <= self.num_blocks + 1:
             raise ConfigError(
                 f"there is no hidden state after layer {num_layers} of a ResNet-{self.depth}: expected 1 "
-                f"(behind the stem) to {self.num_blocks + 1} (in front of the classifier)"
+                f"(after the stem) to {self.num_blocks + 1} (before the classifier)"
             )
-        if num_layers == 1:
-            return self.width
         group = (num_layers - 2) // self.blocks_per_group
-        channels: int = self.width * 2**group * _EXPANSION[self.block]
-        return channels
+        return self.width if num_layers == 1 else int(self.width * 2**group * _EXPANSION[self.block])
 
 
 def resnet_layers(config: ResNetConfig) -> list[LayerSpec]:
@@ -164,14 +161,14 @@ def resnet_heads(
 
     Args:
         config: The model they are for.
-        channels: Of each 3x3 convolution of a head, with batch norm and ReLU behind it. Without any, a head
+        channels: Of each 3x3 convolution of a head, which batch norm and ReLU follow. Without any, a head
             is a classifier like the model's own: global average pooling and a linear layer.
 
     Returns:
-        A function from a head's place in the plan to a new head, with weights from the global generator.
+        A function from a head position to a new head, with weights from the global generator.
 
     Raises:
-        ConfigError: If a convolution has no channels; from the function, if the place has no images.
+        ConfigError: If a convolution has no channels; from the function, if the position has no images.
     """
     if any(number < 1 for number in channels):
         raise ConfigError(
@@ -210,15 +207,7 @@ class Stem(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut around them: hidden_bchw -> hidden_bchw.
-
-    Args:
-        in_channels: Channels of the input.
-        width: Channels of the convolutions and of the output.
-        stride: 2 to halve rows and columns.
-        shortcut: See ``ResNetConfig``.
-        seed: What the weights are drawn from.
-    """
+    """Two 3x3 convolutions of ``width`` channels, a shortcut around them: hidden_bchw -> hidden_bchw."""
 
     def __init__(self, in_channels: int, width: int, *, stride: int, shortcut: Shortcut, seed: int) -> None:
         super().__init__()
@@ -236,10 +225,7 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """A 3x3 convolution between two 1x1, and a shortcut around them: hidden_bchw -> hidden_bchw.
-
-    The arguments are those of ``BasicBlock``; the output has four times ``width`` channels.
-    """
+    """A 3x3 convolution between two 1x1, a shortcut around them; the output has ``4 * width`` channels."""
 
     def __init__(self, in_channels: int, width: int, *, stride: int, shortcut: Shortcut, seed: int) -> None:
         super().__init__()
@@ -261,7 +247,7 @@ class BottleneckBlock(nn.Module):
 
 
 class ZeroPaddedShortcut(nn.Module):
-    """Option A: pixels at distance ``stride``, and ``extra_channels`` of zeros behind the others."""
+    """Option A: pixels at distance ``stride``, and ``extra_channels`` of zeros after the others."""
 
     def __init__(self, stride: int, extra_channels: int) -> None:
         super().__init__()
@@ -299,8 +285,7 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, hidden_bchw: Tensor) -> Tensor:
         mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
-        assert mean is not None, "statistics are tracked"
-        assert count is not None, "with their number"
+        assert mean is not None and count is not None, "statistics are tracked"  # noqa: PT018
         share = self.momentum
         if self.training:
             count.add_(1)
@@ -311,7 +296,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def _convolution(in_channels: int, out_channels: int, *, size: int = 3, stride: int = 1) -> nn.Conv2d:
-    """Keeps rows and columns but for the stride. The bias is that of the batch norm behind it."""
+    """Keeps rows and columns but for the stride. The bias is that of the batch norm after it."""
     return nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=size // 2, bias=False)
 
 

@@ -1,7 +1,6 @@
 """The benchmarks of heads: their formulas, and that a small run of each leaves what it should."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import head_cost, head_quality
-from benchmarks.results import show
+from benchmarks.results import parse, show
 from ds_interlock.config import HeadConfig
 
 SIZES = {
@@ -23,15 +22,17 @@ SIZES = {
 }
 
 
-def command_line(monkeypatch: pytest.MonkeyPatch, name: str, **options: object) -> None:
-    words = [word for key, value in options.items() for word in (f"--{key}", *str(value).split(","))]
-    monkeypatch.setattr(sys, "argv", [name, *words])
+def words(**options: object) -> list[str]:
+    return [word for key, value in options.items() for word in (f"--{key}", *str(value).split(";"))]
+
+
+@pytest.fixture
+def bench() -> head_cost.Bench:
+    return head_cost.Bench.build(parse(None, head_cost.OPTIONS, words(**SIZES)))
 
 
 @pytest.mark.parametrize("setting", head_cost.SETTINGS)
-def test_the_formulas_count_what_runs(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    command_line(monkeypatch, "head_cost", **SIZES)
-    bench = head_cost.Bench.build(head_cost.arguments())
+def test_the_formulas_count_what_runs(setting: str, bench: head_cost.Bench) -> None:
     config = HeadConfig(**head_cost.SETTINGS[setting])
     head = bench.head(config)
     with FlopCounterMode(display=False) as counter:
@@ -39,11 +40,7 @@ def test_the_formulas_count_what_runs(setting: str, monkeypatch: pytest.MonkeyPa
     assert counter.get_total_flops() == head_cost.head_flops(config, 32, 24, 300)
 
 
-def test_the_formula_of_the_stage_is_that_of_its_linear_layers_and_attention(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    command_line(monkeypatch, "head_cost", **SIZES)
-    bench = head_cost.Bench.build(head_cost.arguments())
+def test_the_formula_of_the_stage_is_that_of_its_linear_layers_and_attention(bench: head_cost.Bench) -> None:
     with FlopCounterMode(display=False) as counter:
         bench.run_stage()
     counted = counter.get_flop_counts()["Global"]
@@ -64,11 +61,10 @@ def test_peak_memory_is_the_most_that_is_there_at_once() -> None:
     assert head_cost.peak_memory(work, "cpu") == pytest.approx(12_000, abs=500)
 
 
-def test_head_cost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_head_cost(tmp_path: Path) -> None:
     output = tmp_path / "head_cost.json"
-    command_line(monkeypatch, "head_cost", **SIZES, dtype="bfloat16", threads=2, device="cpu", output=output)
     threads = torch.get_num_threads()
-    head_cost.main()
+    head_cost.main(words(**SIZES, dtype="bfloat16", threads=2, device="cpu", output=output))
     torch.set_num_threads(threads)
     results = json.loads(output.read_text())
     heads = {row["setting"]: row for row in results["rows"] if row["part"] == "head"}
@@ -78,13 +74,9 @@ def test_head_cost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert output.with_suffix(".svg").read_text().count("lens") >= 3
 
 
-def test_head_quality(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_head_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "head_quality.json"
-    command_line(
-        monkeypatch,
-        "head_quality",
+    options = words(
         max_steps=2,
         seeds=3,
         windows=2,
@@ -100,7 +92,7 @@ def test_head_quality(
         output=output,
     )
     threads = torch.get_num_threads()
-    head_quality.main()
+    head_quality.main(options)
     torch.set_num_threads(threads)
     results = json.loads(output.read_text())
     assert [(row["setting"], row["window"], row["seed"]) for row in results["rows"]] == [

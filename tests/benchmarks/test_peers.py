@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.engines import DEEPSPEED, LEARNING_RATE, make_engine
-from benchmarks.ranks import run_ranks
+from benchmarks.peers import DEEPSPEED, TORCH_SCHEDULES, make_peer
 from benchmarks.real_stages import lm_config, workload
-from benchmarks.torch_peers import TORCH_SCHEDULES
 from ds_interlock.errors import ConfigError
 from ds_interlock.models.lm import build_lm
+from measuring.engines import LEARNING_RATE
+from measuring.ranks import run_ranks
 
 SIZES = {"width": 64, "num_blocks": 5, "vocab_size": 768, "seq_length": 16}
 NUM_BATCHES = 2
@@ -20,7 +20,7 @@ NUM_BATCHES = 2
 def trained(name: str) -> dict[str, torch.Tensor]:
     """On a rank: its parameters after some batches of 2 micro-batches, by their name in the whole model."""
     work = workload(SIZES)
-    engine = make_engine(name, work)
+    engine = make_peer(name, work)
     engine.set_train_batch_size(2)
     for _ in range(NUM_BATCHES):
         engine.train_batch(repeat(work.micro_batch))
@@ -54,7 +54,7 @@ def test_an_engine_trains_as_one_process_does(name: str) -> None:
 
 
 def build_unbalanced() -> None:
-    make_engine("global", workload(SIZES | {"vocab_size": 4096}))
+    make_peer("global", workload(SIZES | {"vocab_size": 4096}))
 
 
 def test_a_model_that_is_cut_unevenly_is_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.ranks import run_ranks
+from measuring.ranks import run_ranks
 
 
 def share(base: int) -> tuple[int, int, int]:

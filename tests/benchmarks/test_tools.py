@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from benchmarks.activation_memory import LiveBytes
-from benchmarks.results import markdown
-from benchmarks.sleeping import SleepingLayer, sleep, use_exact_timers
-from benchmarks.torch_peers import TORCH_SCHEDULES
+from benchmarks.peers import TORCH_SCHEDULES
+from measuring.results import markdown
+from measuring.sleeping import SleepingLayer, sleep, use_exact_timers
 
 
 def test_sleeps_are_never_short_by_more_than_the_last_was_long() -> None:

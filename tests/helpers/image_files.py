@@ -1,16 +1,14 @@
 """Small data sets in the forms in which they are published."""
 
 import gzip
-import pickle
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ds_interlock.images.cifar import CifarForm
-from ds_interlock.images.data import Images
+from ds_interlock.images.data import Images, Score
 
 
 def random_images(num_images: int, shape: tuple[int, int, int], num_classes: int, seed: int = 0) -> Images:
@@ -53,22 +51,8 @@ def write_idx(folder: Path, train: Images, test: Images, *, zipped: bool = False
             path.write_bytes(gzip.compress(content) if zipped else content)
 
 
-def write_cifar(folder: Path, form: CifarForm, train: Images, test: Images, *, binary: bool) -> None:
-    """The files of CIFAR-10 or CIFAR-100; the training images are spread over as many as there are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    num_files = len(form.train_files)
-    parts = zip(train.pixels_nchw.chunk(num_files), train.labels_n.chunk(num_files), strict=True)
-    files = {name: Images(*part) for name, part in zip(form.train_files, parts, strict=True)}
-    for name, images in (files | {form.test_file: test}).items():
-        if binary:
-            (folder / f"{name}.bin").write_bytes(_cifar_records(form, images))
-        else:
-            pixels = images.pixels_nchw.flatten(1).numpy()
-            content = {b"data": pixels, form.label_key: images.labels_n.tolist(), b"batch_label": b"1 of 5"}
-            (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-
-
-def _cifar_records(form: CifarForm, images: Images) -> bytes:
-    labels = np.full((len(images), form.label_bytes), 7, dtype=np.uint8)  # 7: whatever superclass
-    labels[:, -1] = images.labels_n.numpy()
-    return np.concatenate([labels, images.pixels_nchw.flatten(1).numpy()], axis=1).tobytes()
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Score:
+    """The score of a model in one process, in evaluation mode."""
+    model.eval()
+    return sum((Score.of(model(images), labels) for images, labels in batches), Score())

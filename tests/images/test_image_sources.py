@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
-from image_files import random_images, write_cifar, write_idx
+from image_files import random_images, write_idx
 
 from ds_interlock.errors import DataError
-from ds_interlock.images.cifar import CIFAR100
 from ds_interlock.images.data import Images
 from ds_interlock.images.sources import load_images
 
@@ -67,13 +66,13 @@ def write_rows(folder: Path, **columns: Any) -> str:
 
 def test_labels_that_are_names_are_refused(tmp_path: Path):
     name = write_rows(tmp_path / "hub", image=[[1]], label=["cat"])
-    with pytest.raises(DataError, match=r"'label' .* holds other labels than class numbers"):
+    with pytest.raises(DataError, match="labels that are not class numbers, as 'cat'"):
         load_images(name)
 
 
 def test_columns_without_pictures_are_refused(tmp_path: Path):
     name = write_rows(tmp_path / "hub", image=[[1]], label=[0])
-    with pytest.raises(DataError, match=r"'image' .* holds a list: expected pictures"):
+    with pytest.raises(DataError, match="has a list for a picture"):
         load_images(name)
 
 
@@ -85,19 +84,23 @@ def test_images_of_two_sizes_are_refused(tmp_path: Path):
     for split in ("train", "test"):
         rows = Dataset.from_dict({"image": pictures, "label": [0, 1]}, features)
         rows.to_parquet(folder / f"{split}.parquet")
-    with pytest.raises(DataError, match=r"images of 2 sizes .* \[\(1, 8, 6\), \(1, 8, 8\)\]"):
+    with pytest.raises(DataError, match=r"images of 2 sizes, as \[\(1, 8, 6\), \(1, 8, 8\)\]"):
         load_images(str(folder))
 
 
 def test_names_of_published_data_sets_mean_their_files(tmp_path: Path):
     train, test = (random_images(num, (3, 32, 32), 100, seed=num) for num in (110, 5))
-    write_cifar(tmp_path / "cifar", CIFAR100, train, test, binary=True)
-    assert load_images("cifar100", tmp_path / "cifar").num_classes == 100
+    name = write_hub(tmp_path / "cifar", {"train": train, "test": test}, label="fine_label")
+    assert load_images("cifar100", Path(name)).num_classes == 100
     grey = random_images(4, (1, 8, 8), 10)
     write_idx(tmp_path / "idx", grey, grey)
     assert len(load_images("fashion-mnist", tmp_path / "idx").train) == 4
 
 
-def test_cifar_without_a_folder_says_where_else_it_is():
-    with pytest.raises(DataError, match=r"--dataset cifar10 needs --data_dir.*uoft-cs/cifar10"):
+def test_cifar_without_a_folder_is_the_hubs(monkeypatch: pytest.MonkeyPatch):
+    def refuse(name: str, config: str | None):
+        raise OSError(f"no {name}")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(DataError, match="uoft-cs/cifar10"):
         load_images("cifar10")

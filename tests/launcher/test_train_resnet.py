@@ -16,13 +16,12 @@ from torch import nn
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "launcher"), str(ROOT / "tests" / "images")]
 
-from image_files import striped_images, write_idx  # noqa: E402
+from image_files import evaluate, striped_images, write_idx  # noqa: E402
 
 from ds_interlock import ConfigError, InterlockConfig  # noqa: E402
 from ds_interlock.hf.export.lm import read_layer_states  # noqa: E402
 from ds_interlock.images.batches import evaluation_batches  # noqa: E402
-from ds_interlock.images.data import Normalisation  # noqa: E402
-from ds_interlock.images.score import Score, evaluate  # noqa: E402
+from ds_interlock.images.data import Normalisation, Score  # noqa: E402
 from ds_interlock.models.resnet import ResNetConfig, build_resnet  # noqa: E402
 
 TRAIN, TEST = striped_images(96, seed=1), striped_images(37, seed=2)  # no micro-batch size divides 37

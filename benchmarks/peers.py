@@ -1,7 +1,9 @@
-"""torch.distributed.pipelining behind the interface of DeepSpeed's engine.
+"""The engines that are compared, by name: DeepSpeed's, this package's modes, and torch's schedules.
 
-The interleaved and the zero-bubble schedule put two stages on every rank: the model is then cut into
-twice as many stages of half the work each.
+Each has DeepSpeed's ``train_batch(data_iter)`` and ``set_train_batch_size(num_samples)``. All cut the
+model at the same places, train with plain SGD, and step once per batch. Of torch's schedules, the
+interleaved and the zero-bubble one put two stages on every rank: the model is then cut into twice as many
+stages of half the work each.
 
     K = 2   1F1B          rank 0: stage 0       rank 1: stage 1
             interleaved   rank 0: stages 0, 2   rank 1: stages 1, 3
@@ -10,20 +12,29 @@ twice as many stages of half the work each.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import pipelining
 
-if TYPE_CHECKING:
-    from benchmarks.engines import Workload
+from measuring.engines import LEARNING_RATE, Workload, make_engine
+
+DEEPSPEED = "DeepSpeed"
+MODES: dict[str, dict[str, Any]] = {
+    "global": {"mode": "global"},
+    "local": {"mode": "local"},
+    "window 1.25": {"mode": "interlock", "window": 1.25},
+    "window 1.25, 1 extra": {"mode": "interlock", "window": 1.25, "extra_in_flight": 1},
+    "window 1.5": {"mode": "interlock", "window": 1.5},
+    "window 2": {"mode": "interlock", "window": 2},
+}
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """A schedule and which stages it wants on which rank."""
+    """A schedule, and which stages it puts on which rank."""
 
     schedule: type
     stages_per_rank: int = 1
@@ -49,12 +60,11 @@ class TorchPipeline:
     Args:
         layout: One of ``TORCH_SCHEDULES``.
         work: What is trained.
-        learning_rate: Of SGD.
     """
 
-    def __init__(self, layout: _Layout, work: "Workload", learning_rate: float) -> None:
-        self.layout = layout
-        self.work = work
+    def __init__(self, layout: _Layout, work: Workload) -> None:
+        torch.manual_seed(0)
+        self.layout, self.work = layout, work
         self.num_stages = layout.stages_per_rank * dist.get_world_size()
         bounds = work.bounds(self.num_stages)
         self.parts = {
@@ -62,7 +72,7 @@ class TorchPipeline:
             for stage in layout.stages(dist.get_rank(), dist.get_world_size())
         }
         parameters = [parameter for part in self.parts.values() for parameter in part.parameters()]
-        self.optimizer = torch.optim.SGD(parameters, learning_rate)
+        self.optimizer = torch.optim.SGD(parameters, LEARNING_RATE)
 
     def set_train_batch_size(self, num_samples: int) -> None:
         """Sets the number of micro-batches to what ``num_samples`` make.
@@ -90,3 +100,16 @@ class TorchPipeline:
         self.schedule.step(*([inputs] if 0 in self.parts else []), **arguments)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def make_peer(name: str, work: Workload, head: dict[str, Any] | None = None) -> Any:
+    """The engine called ``name``, on this rank of a job that has one stage per rank.
+
+    Args:
+        name: ``DEEPSPEED``, one of ``TORCH_SCHEDULES`` or of ``MODES``.
+        work: What it trains.
+        head: The section ``"interlock.head"``, for a mode.
+    """
+    if name in TORCH_SCHEDULES:
+        return TorchPipeline(TORCH_SCHEDULES[name], work)
+    return make_engine(work, None if name == DEEPSPEED else MODES[name] | ({"head": head} if head else {}))

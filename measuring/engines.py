@@ -1,11 +1,7 @@
-"""The engines that are compared, on one model: DeepSpeed's, torch's, and this package's modes.
-
-Each is an object with DeepSpeed's ``train_batch(data_iter)`` and ``set_train_batch_size(num_samples)``.
-All cut the model at the same places, train with plain SGD, and step once a batch.
-"""
+"""This package's and DeepSpeed's engine on a workload, and how long a batch takes on them."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -18,20 +14,14 @@ from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor
 
 import ds_interlock
-from benchmarks.torch_peers import TORCH_SCHEDULES, TorchPipeline
 from ds_interlock.errors import ConfigError
+from ds_interlock.schedule.cost import CostModel
+from ds_interlock.schedule.lower import training_program
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
+from ds_interlock.schedule.simulate import simulate
 
 LEARNING_RATE = 1e-3
-DEEPSPEED = "DeepSpeed"
-MODES: dict[str, dict[str, Any]] = {
-    "global": {"mode": "global"},
-    "local": {"mode": "local"},
-    "window 1.25": {"mode": "interlock", "window": 1.25},
-    "window 1.25, 1 extra": {"mode": "interlock", "window": 1.25, "extra_in_flight": 1},
-    "window 1.5": {"mode": "interlock", "window": 1.5},
-    "window 2": {"mode": "interlock", "window": 2},
-}
+_NUM_SIMULATED_BATCHES = 10
 
 
 @dataclass(frozen=True)
@@ -63,48 +53,39 @@ class Workload:
         return [int(bound) for bound in partition_balanced(self.layer_seconds, num_stages)]
 
 
-def make_engine(name: str, work: Workload, section: dict[str, Any] | None = None) -> Any:
-    """The engine called ``name``, on this rank of a job that has a stage a rank.
+def make_engine(work: Workload, section: Mapping[str, Any] | None) -> Any:
+    """An engine with plain SGD, on this rank of a job that has one stage per rank.
 
     Args:
-        name: DeepSpeed's, one of ``TORCH_SCHEDULES`` or of ``MODES``; any with a ``section``.
         work: What it trains.
-        section: The ``"interlock"`` section; by default that of ``MODES``.
+        section: The ``"interlock"`` section; None for DeepSpeed's own engine.
 
     Raises:
         ConfigError: If DeepSpeed does not cut the model into stages of the same time.
     """
     torch.manual_seed(0)
-    if name in TORCH_SCHEDULES:
-        return TorchPipeline(TORCH_SCHEDULES[name], work, LEARNING_RATE)
-    pipeline: dict[str, Any] = {
-        "layers": work.layers,
-        "loss_fn": work.loss_fn,
-        "num_stages": dist.get_world_size(),
-    }
-    if work.stage_bounds is None:
-        pipeline["partition_method"] = "uniform"
-    else:
-        pipeline["stage_bounds"] = work.stage_bounds
-    batch_size = len(work.micro_batch[0])
+    num_stages = dist.get_world_size()
+    cut: dict[str, Any] = {"partition_method": "uniform"}
+    if work.stage_bounds is not None:
+        cut = {"stage_bounds": work.stage_bounds}
+    model = {"layers": work.layers, "loss_fn": work.loss_fn, "num_stages": num_stages, **cut}
     config = {
-        "train_micro_batch_size_per_gpu": batch_size,
+        "train_micro_batch_size_per_gpu": len(work.micro_batch[0]),
         "gradient_accumulation_steps": 1,
         "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1
         "steps_per_print": None,
     }
-    if name == DEEPSPEED:
-        net = PipelineModule(**pipeline)
+    if section is None:
+        net = PipelineModule(**model)
         engine = deepspeed.initialize(model=net, config=config)[0]
     else:
-        section = MODES[name] if section is None else section
         interlock = ds_interlock.InterlockConfig.from_deepspeed({"interlock": section})
         net = ds_interlock.InterlockPipelineModule(
-            **pipeline, interlock=interlock, head=work.head, plan=work.plan
+            **model, interlock=interlock, head=work.head, plan=work.plan
         )
         engine = ds_interlock.initialize(model=net, config=config | {"interlock": section})[0]
-    bounds = work.bounds(dist.get_world_size())
+    bounds = work.bounds(num_stages)
     if list(net.parts) != bounds:
         raise ConfigError(
             f"stages that take the same time end at layers {bounds}, but stages of as many layers, which is "
@@ -114,12 +95,12 @@ def make_engine(name: str, work: Workload, section: dict[str, Any] | None = None
 
 
 def seconds_of_a_batch(engine: Any, work: Workload, num_micro_batches: int, num_batches: int) -> float:
-    """Seconds a batch takes on the slowest stage, once the pipeline is running. All ranks call it.
+    """Seconds that a batch takes on the slowest stage, once the pipeline is running. All ranks call it.
 
     Args:
-        engine: From ``make_engine``.
+        engine: From ``make_engine``, or with the same ``train_batch`` and ``set_train_batch_size``.
         work: What it was made for.
-        num_micro_batches: Micro-batches of a batch, M.
+        num_micro_batches: Micro-batches per batch, M.
         num_batches: Batches to time, after two that are not.
 
     Raises:
@@ -138,3 +119,12 @@ def seconds_of_a_batch(engine: Any, work: Workload, num_micro_batches: int, num_
         engine.drain()
     dist.all_reduce(elapsed, dist.ReduceOp.MAX)
     return elapsed.item()
+
+
+def simulated_batch(
+    interlock: ds_interlock.InterlockConfig, plan: GradientFlowPlan, costs: CostModel, num_micro_batches: int
+) -> float:
+    """Time of a batch in the simulator, once the pipeline is running, in the unit of ``costs``."""
+    program = training_program(plan, num_micro_batches, extra_in_flight=interlock.extra_in_flight)
+    streaming = interlock.streaming and not plan.is_end_to_end
+    return simulate(program, costs, num_batches=_NUM_SIMULATED_BATCHES, streaming=streaming).batch_seconds

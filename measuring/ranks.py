@@ -106,7 +106,7 @@ def _serve(
         torch.set_num_threads(1)
         ds_interlock.init_distributed(dist_backend="gloo")
         answer = None, work(**arguments)
-        torch.distributed.barrier()  # nobody leaves while others still send
+        torch.distributed.barrier()  # no rank leaves while others still send
     except Exception:  # noqa: BLE001 - raised again where the job was started
         answer = traceback.format_exc(), None
     connection.send_bytes(pickle.dumps(answer))  # not send: it would leave tensors behind in this process

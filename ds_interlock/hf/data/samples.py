@@ -1,4 +1,4 @@
-"""Records in, samples out: what one sequence shows a model, and what it is to say at each position.
+"""Records in, samples out: the tokens of one sequence, and the label at each position.
 
 tokens       a    b    c    d    e          Document, cut into pieces of seq_length + 1 = 4
 ids         [a    b    c]  [d]              that overlap by one: each token is a label once
@@ -30,8 +30,8 @@ class Sample:
 
     Attributes:
         ids: Token ids.
-        labels: For each position the id of the token behind it, or ``IGNORED_LABEL`` where there is
-            nothing to learn. The last token predicts nothing, and is in no ``ids``.
+        labels: For each position the id of the next token, or ``IGNORED_LABEL`` where there is nothing to
+            learn. The last token predicts nothing, and is not in ``ids``.
     """
 
     ids: list[int]
@@ -74,7 +74,7 @@ class SampleSet(Generic[AnySample]):
         samples: In the order of their records.
         num_cut: Prompts, chats and classified texts that were longer than ``seq_length``, and were cut at
             the end. (Documents lose nothing: they are cut into pieces.)
-        num_dropped: Those among them of which nothing to be learned was left; they make no sample.
+        num_dropped: Those among them that lost all their labels; they make no sample.
     """
 
     samples: Sequence[AnySample]
@@ -96,11 +96,11 @@ class SampleSet(Generic[AnySample]):
 def encode_records(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, seq_length: int
 ) -> SampleSet[Sample]:
-    """Samples for a language model; every token that is to be learned is a label once.
+    """Samples for a language model; every token to be learned is a label once.
 
-    Special tokens are those that the tokenizer adds itself, and one that ends each document and each
+    Special tokens are those that the tokenizer adds itself, and one at the end of each document and each
     completion. A chat has those of its template instead. Prompt and completion are joined as they are: a
-    space between them must be written in one of them.
+    space between them must be part of one of them.
 
     Args:
         records: Documents, completions and chats.
@@ -128,34 +128,6 @@ def encode_records(
             "give a larger --seq_length, or shorter prompts"
         )
     return SampleSet(samples, num_cut, num_dropped)
-
-
-def encode_contiguous(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, seq_length: int
-) -> SampleSet[Sample]:
-    """Documents as one line of tokens, cut into samples of exactly ``seq_length`` positions.
-
-    A sample may hold the end of one document and the start of the next. The rest is left out.
-
-    Args:
-        records: Documents.
-        tokenizer: Any.
-        seq_length: The positions of every sample.
-
-    Raises:
-        DataError: If a record is no document, or the documents do not fill one sample.
-    """
-    for record in records:
-        if not isinstance(record, Document):
-            raise DataError(f"{record.where}: only documents can be joined; use packing or padding")
-    line = [token for tokens in _tokenise_all(records, tokenizer) for token in tokens.ids]
-    samples = [sample for sample in _pieces(_Tokens(line, line), seq_length) if len(sample.ids) == seq_length]
-    if not samples:
-        raise DataError(
-            f"the text has {len(line)} tokens, and one sample takes {seq_length + 1}: give more text, or a "
-            "smaller --seq_length"
-        )
-    return SampleSet(samples, num_cut=0, num_dropped=0)
 
 
 def encode_classified(
@@ -230,7 +202,7 @@ def _tokenise(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _passage(record: Completion) -> tuple[str, list[Span]]:
-    """Prompt and completion as one text: what is said must not depend on where the prompt ends."""
+    """Prompt and completion as one text: its tokens must not depend on where the prompt ends."""
     text = record.prompt + record.completion
     return text, [(len(record.prompt), len(text))]
 
@@ -244,7 +216,7 @@ def _tokenise_spans(
     """The tokens of each text; those with a character in one of its spans are to be learned."""
     if not tokenizer.is_fast:
         raise DataError(
-            f"the tokenizer {type(tokenizer).__name__} cannot say which characters a token stands for, which "
+            f"the tokenizer {type(tokenizer).__name__} does not give the characters of each token, which "
             'prompts and chats need: use a "fast" one (PreTrainedTokenizerFast)'
         )
     encoding = tokenizer(
@@ -256,13 +228,13 @@ def _tokenise_spans(
     for number, (_, spans) in enumerate(passages):
         ids = encoding["input_ids"][number]
         is_special = [text is None for text in encoding.sequence_ids(number)]
-        learned = is_learned(encoding["offset_mapping"][number], is_special, spans)
-        targets = [token if keep else IGNORED_LABEL for token, keep in zip(ids, learned, strict=True)]
+        is_target = is_learned(encoding["offset_mapping"][number], is_special, spans)
+        targets = [token if keep else IGNORED_LABEL for token, keep in zip(ids, is_target, strict=True)]
         yield _Tokens(ids, targets)
 
 
 def _ended(tokens: _Tokens, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
-    """The tokens with one token at the end that says so, to be learned, and one at the start at most."""
+    """The tokens with one end token, to be learned, and at most one start token."""
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if end is None:
         raise DataError(
@@ -270,7 +242,7 @@ def _ended(tokens: _Tokens, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
             "needed to mark where a text ends; set eos_token in its tokenizer_config.json"
         )
     start = tokenizer.bos_token_id
-    # Texts may have been written with the start that the tokenizer adds.
+    # A text may begin with the start token that the tokenizer adds.
     first = 1 if start is not None and tokens.ids[:2] == [start, start] else 0
     last = len(tokens.ids) - (tokens.ids[-1:] == [end])
     return _Tokens([*tokens.ids[first:last], end], [*tokens.targets[first:last], end])

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_interlock.config import HeadConfig
+from ds_interlock.heads.lm_loss import lm_loss
 from ds_interlock.hf.model.cut import Blueprint, Values
 from ds_interlock.hf.model.pretrained import empty_model
 from ds_interlock.hf.model.surgery import Skeleton
-from ds_interlock.models.lm import lm_loss
 from ds_interlock.planning.profile import Profile
 from ds_interlock.profiling.layers import FlopMeter, MakeOptimizer, Stopwatch
 from ds_interlock.profiling.model import calls_in_sequence, device_name, profile_model

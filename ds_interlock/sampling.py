@@ -1,4 +1,4 @@
-"""The order in which samples come: fixed by a seed, anew in each epoch, and resumed from one number."""
+"""The order in which samples come: fixed by a seed, new in each epoch, resumed from one number."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,23 +13,25 @@ Item = TypeVar("Item")
 
 
 def epoch_order(num_items: int, seed: int, epoch: int) -> Tensor:
-    """A permutation of ``num_items`` numbers (int64); the epochs of a seed share it with no other seed's."""
+    """A permutation of ``num_items`` indices (int64); no two pairs of seed and epoch share one."""
     generator = torch.Generator().manual_seed(seed * 2**20 + epoch)
     return torch.randperm(num_items, generator=generator)
 
 
 def set_aside(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Puts a random ``share`` of the items aside: at least one, at most all but one.
-
-    Args:
-        items: Two or more.
-        share: Between 0 and 1.
-        seed: Decides which.
+    """Splits off a random ``share`` (0 to 1) of the items: at least one, at most all but one.
 
     Returns:
-        The others, and those put aside, both in the order they had.
+        The others, and those split off, both in their original order.
+
+    Raises:
+        DataError: If there are fewer than two.
     """
-    assert len(items) > 1
+    if len(items) < 2:
+        raise DataError(
+            f"there is only {len(items)} document, and validation needs one that training does not see: give "
+            "a --validation_file, or more documents (form feeds or blank lines divide a single text file)"
+        )
     num_aside = min(max(round(share * len(items)), 1), len(items) - 1)
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
     aside = set(order[:num_aside])
@@ -45,7 +47,7 @@ class ResumableIterator(Iterator[Item], ABC):
     The engine saves ``state_dict()`` with a checkpoint and gives it to ``load_state_dict`` on resume.
 
     Attributes:
-        position: Items given so far.
+        position: Items returned so far.
     """
 
     position: int = 0
@@ -55,11 +57,11 @@ class ResumableIterator(Iterator[Item], ABC):
         """What the position is a position in: the same for all replicas, without the name "position"."""
 
     def state_dict(self) -> dict[str, int | str]:
-        """The position, and what it is a position in. The same for all replicas."""
+        """The position and the fingerprint; the same for all replicas."""
         return {"position": self.position, **self.fingerprint()}
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
-        """Goes on where ``state`` was taken.
+        """Continues where ``state`` was taken.
 
         Raises:
             DataError: If it was taken from other data, or with other settings.
@@ -75,3 +77,66 @@ class ResumableIterator(Iterator[Item], ABC):
                 "data and settings of the saved run"
             )
         self.position = int(state["position"])
+
+
+class EpochIterator(ResumableIterator[Item]):
+    """Endless micro-batches of independent items for one data-parallel replica.
+
+    In every epoch all replicas go through the same permutation of the items, each taking its own share. The
+    few items that do not fill a micro-batch for every replica are left out, others in each epoch.
+
+    Args:
+        num_items: At least ``micro_batch_size * num_replicas``.
+        micro_batch_size: Items in a micro-batch.
+        replica: Index of this data-parallel replica.
+        num_replicas: Number of replicas.
+        seed: Decides the order.
+        shuffle: False keeps the items' own order, the same in every epoch.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        micro_batch_size: int,
+        *,
+        replica: int = 0,
+        num_replicas: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self.num_items = num_items
+        self.micro_batch_size = micro_batch_size
+        self.replica = replica
+        self.num_replicas = num_replicas
+        self.seed = seed
+        self.shuffle = shuffle
+        self._epoch = -1
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches that this replica gets in an epoch."""
+        return self.num_items // (self.micro_batch_size * self.num_replicas)
+
+    def next_indices(self) -> Tensor:
+        """Item indices of the next micro-batch (int64); advances the position."""
+        epoch, number = divmod(self.position, self.num_micro_batches)
+        if epoch != self._epoch:
+            self._begin_epoch(epoch)
+        start = (number * self.num_replicas + self.replica) * self.micro_batch_size
+        self.position += 1
+        return self._order[start : start + self.micro_batch_size]
+
+    def fingerprint(self) -> dict[str, int | str]:
+        return {
+            "micro_batch_size": self.micro_batch_size,
+            "num_replicas": self.num_replicas,
+            "seed": self.seed,
+        }
+
+    def _begin_epoch(self, epoch: int) -> None:
+        """Draws the order of an epoch; subclasses draw what else is random in it."""
+        self._epoch = epoch
+        if self.shuffle:
+            self._order = epoch_order(self.num_items, self.seed, epoch)
+        else:
+            self._order = torch.arange(self.num_items)

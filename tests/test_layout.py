@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "engine": {"config", "heads", "schedule", "stage", "transport"},
     "profiling": {"config", "heads", "planning", "schedule", "transport"},
     "hf/data": {"heads", "sampling"},
-    "hf/model": {"config", "heads", "hf/data", "models", "planning", "profiling", "schedule"},
+    "hf/model": {"config", "heads", "hf/data", "planning", "profiling", "schedule"},
     "hf/export": {"heads", "hf/model", "models", "schedule"},
     "images": {"heads", "hf/data", "sampling"},
     "verification": {"config", "heads", "schedule", "stage"},

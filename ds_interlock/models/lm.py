@@ -1,7 +1,7 @@
 """A small decoder-only Transformer language model, as a list of layers for ``PipelineModule``.
 
 The shape is GPT-2's, so that a trained model exports to a plain Hugging Face checkpoint
-(``ds_interlock.hf.export.model``). Each line is one layer, hence one place where the pipeline can be cut:
+(``ds_interlock.hf.export.lm``). Each line is one layer, hence one place where the pipeline can be cut:
 
     layer 0          TokenEmbedding      ids_bt     -> hidden_btd
     layer 1          PositionEmbedding   hidden_btd -> hidden_btd
@@ -21,7 +21,7 @@ Learners, 2019, section 2.3 (pre-LayerNorm, the scaled initialisation of residua
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,9 @@ from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
 from ds_interlock.errors import ConfigError, list_faults
-from ds_interlock.heads.cross_entropy import cross_entropy_sum, linear_cross_entropy
-from ds_interlock.heads.labels import Labels
+from ds_interlock.heads.lm_loss import LMLoss, lm_loss
+
+__all__ = ["LMConfig", "LMLoss", "build_lm", "lm_layers", "lm_loss"]
 
 GPT2_INIT_STD = 0.02
 """Of GPT-2's initial weights, at a width of 768."""
@@ -168,7 +169,7 @@ class Block(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention to a position itself and those in front of it."""
+    """Multi-head attention to a position itself and those before it."""
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
@@ -223,67 +224,6 @@ class Unembedding(nn.Linear):
 def unembed(embedding: nn.Module, hidden_btd: Tensor) -> Tensor:
     """logits_btv by a tied token embedding; the ``forward_fn`` of the last ``TiedLayerSpec``."""
     return F.linear(hidden_btd, cast(nn.Embedding, embedding).weight)
-
-
-class LMLoss(nn.Module):
-    """Cross-entropy over the labels of a micro-batch that are not ``IGNORED_LABEL``: their mean.
-
-    Labels come in the three forms of ``ds_interlock.heads.labels``: alone, with a normaliser that takes the
-    place of their number, or with the base model's hidden states too, which have no part in this loss. They
-    are not shifted here: ``labels_bt[:, t]`` is the token after position t. Outputs ``[b, c]`` with labels
-    ``[b]``, one class for each sequence, are taken as well. A micro-batch of ignored labels only has loss 0.
-
-    ``PipelineModule`` keeps the loss as a submodule, so it follows ``train()`` and ``eval()``: labels are
-    smoothed in training only, and validation losses are comparable whatever the smoothing.
-    """
-
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.label_smoothing = label_smoothing
-
-    def forward(self, logits_btv: Tensor, labels: Tensor | tuple[Tensor, ...]) -> Tensor:
-        parts = _parsed(labels)
-        total = cross_entropy_sum(logits_btv.flatten(0, -2), parts.labels.flatten(), self._smoothing)
-        return total / parts.divisor
-
-    def fused_linear(
-        self,
-        hidden_btd: Tensor,
-        weight_vd: Tensor,
-        bias_v: Tensor | None,
-        labels: Tensor | tuple[Tensor, ...],
-    ) -> Tensor:
-        """``self(F.linear(hidden_btd, weight_vd, bias_v), labels)``, never holding all the logits."""
-        parts = _parsed(labels)
-        total = linear_cross_entropy(
-            hidden_btd.flatten(0, -2), weight_vd, bias_v, parts.labels.flatten(), self._smoothing
-        )
-        return total / parts.divisor
-
-    @property
-    def _smoothing(self) -> float:
-        return self.label_smoothing if self.training else 0.0
-
-
-def _parsed(labels: Any) -> Labels:
-    parts = Labels.parse(labels)
-    if parts is None:
-        raise ConfigError(
-            "the language model's loss takes labels as a tensor, or as a tuple (labels, normaliser) or "
-            f"(labels, normaliser, base) of tensors, the normaliser a single number; got {_described(labels)}"
-        )
-    return parts
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return "(" + ", ".join(map(_described, value)) + ")"
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def lm_loss(label_smoothing: float = 0.0) -> LMLoss:
-    """The loss function for ``PipelineModule(loss_fn=...)``."""
-    return LMLoss(label_smoothing)
 
 
 def _initialise(module: nn.Module, seed: int, std: float) -> None:

@@ -210,7 +210,7 @@ def test_the_numbers_are_the_same_fused_or_not(
     type: str, bias: bool, token_fraction: float, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_chunks = partial(linear_cross_entropy, chunk_bytes=3 * VOCABULARY * 8, backend="chunked")
-    monkeypatch.setattr("ds_interlock.models.lm.linear_cross_entropy", in_chunks)
+    monkeypatch.setattr("ds_interlock.heads.lm_loss.linear_cross_entropy", in_chunks)
     found = {}
     for fused in (False, True):
         loss_fn = CountingLoss(label_smoothing=0.2).train(training)

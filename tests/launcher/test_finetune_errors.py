@@ -141,7 +141,7 @@ def with_other_sizes(folder: Path) -> None:
 
 
 MODELS = {
-    lambda folder: None: "there is no such folder",
+    lambda folder: None: "no such folder",
     t5: "T5Config cannot be cut into pipeline layers: it is an encoder-decoder",
     vit: "transformers has no causal language model of a ViTConfig",
     gemma3_with_eyes: r"it is no text model \(its configuration has a vision_config\); take its text model",
@@ -150,7 +150,7 @@ MODELS = {
     with_another_tokenizer: r"its tokenizer gives the token id \d+, and the model knows 50 tokens",
     without_weights: "transformers cannot load it .*no file named model.safetensors",
     of_no_known_type: "no Hugging Face configuration .*quokka",
-    without_a_shard: "model.safetensors.index.json names model-00002-of-.*, which are not there",
+    without_a_shard: "model.safetensors.index.json names model-00002-of-.*, which do not exist",
     with_a_shard_cut_short: "model-00002-of-.* cannot be read .*: is its download complete",
     cut_short_file: "model.safetensors cannot be read .*: is its download complete",
     cut_short_bin: "transformers cannot load it",

@@ -1,15 +1,13 @@
-"""Micro-batches for stage 0: rows in turn, and the number that makes a batch's loss its token mean.
+"""Micro-batches for stage 0: rows in turn, and the normaliser that makes a batch's loss its token mean.
 
     samples ──shuffled──► rows ──► batch:   micro-batch 0       micro-batch 1      ...  M-1
                                             replica 0 1 .. R-1  replica 0 1 .. R-1
 
 A micro-batch is ``(inputs, (labels, normaliser))``, or ``(inputs, (labels, normaliser, base))``: the forms
-of ``ds_interlock.heads.labels``. Its loss is the sum of the cross-entropy over its
-labels that are not ignored, divided by the normaliser; DeepSpeed takes the mean over the M micro-batches
-of a batch and over R replicas. With the normaliser (labels in the whole batch) / (M * R) that mean is the
-mean over the labels of the batch, however its rows are dealt out. The mean of micro-batches' means would
-not be: it weighs a label more where there are few. Every replica goes through the same rows, so each can
-count the labels of the others.
+of ``ds_interlock.heads.labels``. DeepSpeed takes the mean of the losses of the M micro-batches of a batch and
+of R replicas. With the normaliser (labels in the whole batch) / (M * R) that is the mean over the labels of
+the batch, however its rows are distributed; a mean of means would give a label more weight where there are
+few. Every replica goes through the same rows, so each can count the labels of the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +29,7 @@ BaseOfRows: TypeAlias = Callable[[Sequence[Row], int], Tensor]
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How the rows of a batch are dealt out.
+    """How the rows of a batch are distributed.
 
     Attributes:
         micro_batch_size: Rows in a micro-batch (train_micro_batch_size_per_gpu).
@@ -49,22 +47,21 @@ class BatchShape:
         return self.micro_batch_size * self.num_micro_batches * self.num_replicas
 
     def rows_of(self, rows: Sequence[Row], micro_batch: int, replica: int) -> Sequence[Row]:
-        """What of ``rows`` belongs to a replica's micro-batch, which is counted over all batches."""
+        """Those of ``rows`` that belong to a replica's micro-batch, counted over all batches."""
         start = (micro_batch * self.num_replicas + replica) * self.micro_batch_size
         return rows[start : start + self.micro_batch_size]
 
     def normaliser(self, num_labels: int, num_batches: int = 1) -> Tensor:
-        """Float32 [1]: divided by it, losses have as mean over ``num_batches`` that over ``num_labels``."""
-        # Without any label the losses are 0, and may be divided by anything else.
+        """Float32 [1]: the divisor that makes the mean over ``num_batches`` one over ``num_labels``."""
+        # Without any label the losses are 0, whatever they are divided by.
         return torch.tensor([max(num_labels, 1) / (self.num_micro_batches * self.num_replicas * num_batches)])
 
 
 class TrainingBatches(ResumableIterator[MicroBatch]):
     """Endless micro-batches for one data-parallel replica, in an order fixed by the seed.
 
-    In every epoch the samples are shuffled and put into rows anew; the last rows, which fill no batch, are
-    left out. The order depends on nothing but the arguments, so a resumed run sees the micro-batches that
-    an undisturbed one would have.
+    In every epoch the samples are shuffled and put into rows again; the last rows, which fill no batch, are
+    left out. The order depends only on the arguments, so a resumed run sees the same micro-batches.
 
     Args:
         rows: The samples, and how they fill rows.
@@ -73,7 +70,7 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
         seed: Decides the order.
 
     Attributes:
-        base_of_rows: If set, labels have what the base model makes of the rows as their third part.
+        base_of_rows: If set, the base model's hidden states for the rows are the labels' third part.
 
     Raises:
         DataError: If the samples may not fill a batch.
@@ -113,7 +110,6 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
         return inputs, (labels, self.shape.normaliser(num_labels), *base)
 
     def fingerprint(self) -> dict[str, int | str]:
-        """What the position is a position in."""
         return {
             "num_samples": len(self.rows.samples),
             "num_tokens": sum(len(sample.ids) for sample in self.rows.samples),
@@ -126,10 +122,7 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
         }
 
     def _find_epoch(self) -> None:
-        """Makes the epoch's rows that ``position`` is in.
-
-        Epochs may differ in their number of rows, so a position is found by going through them.
-        """
+        """Arranges the epoch of ``position``. Epochs differ in their number of rows, so all are tried."""
         if self.position < self._first_position:
             self._begin_epoch(0, first_position=0)
         while self.position >= self._end_position:
@@ -145,10 +138,10 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
 
 
 class EvaluationBatches:
-    """All samples once, in whole batches; each iteration starts anew.
+    """All samples once, in whole batches; each iteration starts from the first.
 
-    The last batch is filled up with rows of padding. The mean of all losses, over micro-batches, batches and
-    replicas, is the mean over all labels.
+    The last batch is filled up with rows of padding. The mean loss over micro-batches, batches and replicas
+    is the mean over all labels.
 
     Args:
         rows: The samples, and how they fill rows.

@@ -6,7 +6,7 @@
                        is_learned                               yes  yes
 
 The spans come from the template's own ``{% generation %}`` tags. A template without them is rendered up to
-each turn of the assistant, and up to behind it: the span lies between.
+the start and up to the end of each turn of the assistant: the span is the difference.
 """
 
 import re
@@ -22,7 +22,7 @@ from ds_interlock.errors import DataError
 from ds_interlock.hf.data.records import Chat
 
 Span: TypeAlias = tuple[int, int]
-"""First character, and the one behind the last."""
+"""First character, and the one after the last."""
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -30,7 +30,7 @@ _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def render_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
     """The text of a chat, special tokens included, and the spans in it that the assistant wrote.
 
-    A span holds all that the template puts behind its prompt for the assistant: the end of the turn, too.
+    A span holds all that the template adds after its prompt for the assistant, the end of the turn included.
 
     Args:
         chat: At least one message is the assistant's.
@@ -61,7 +61,7 @@ def is_learned(offsets: Sequence[Span], is_special: Sequence[bool], spans: Seque
     learned = []
     for (first, end), special in zip(offsets, is_special, strict=True):
         # A byte-level tokenizer may trim spaces off its offsets: of a token of spaces nothing is left,
-        # and both its ends stand behind the last one.
+        # and both its ends come after the last space.
         first = min(first, end - 1)
         nearest = bisect_right(ends, first)
         learned.append(not special and nearest < len(spans) and spans[nearest][0] < end)
@@ -111,13 +111,13 @@ def _render_turn_by_turn(chat: Chat, tokenizer: Any) -> tuple[str, list[Span]]:
                 f"{chat.where}: the first message is the assistant's; expected the user's before it"
             )
         before = render(number, add_generation_prompt=True)
-        behind = render(number + 1, add_generation_prompt=False)
-        if not (behind.startswith(before) and whole.startswith(behind)):
+        after = render(number + 1, add_generation_prompt=False)
+        if not (after.startswith(before) and whole.startswith(after)):
             raise DataError(
-                f"{chat.where}: the chat template renders messages[{number}] otherwise once it knows what "
-                "follows, so the assistant's part cannot be told apart: mark it in the template with "
+                f"{chat.where}: the chat template renders messages[{number}] differently once it knows "
+                "what follows, so the assistant's part cannot be found: mark it in the template with "
                 "{% generation %} and {% endgeneration %}, or give each of the assistant's turns a chat "
                 "that ends with it"
             )
-        spans.append((len(before), len(behind)))
+        spans.append((len(before), len(after)))
     return whole, spans

@@ -5,56 +5,106 @@
     Chat         {"messages": [{"role", "content"}, ...]}      loss on the assistant's turns
     Classified   {"text", "label"}, {"text", "text_pair", "label"}
 
-Keys that a format does not name are left alone. A record knows where it came from, so that whoever finds
-fault with it later can say so.
+Other keys are ignored. A record knows where it came from, for error messages.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
 
 from ds_interlock.errors import DataError
 
 Task: TypeAlias = Literal["causal", "classification"]
 
+_STRICT = ConfigDict(strict=True)
 
-@dataclass(frozen=True)
+
+def _whole(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # JSON may escape half of a surrogate pair, which is no character and which no tokenizer takes.
+        raise ValueError(f"half a character (position {error.start})") from error
+    return text
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("empty, expected text")
+    return text
+
+
+def _with_an_answer(messages: list[Any]) -> list[Any]:
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("no message is the assistant's, so there is nothing to learn")
+    return messages
+
+
+def _class(label: Any) -> int | str:
+    if isinstance(label, str) or (isinstance(label, int) and not isinstance(label, bool) and label >= 0):
+        return label
+    raise ValueError("expected a string, or an integer from 0")
+
+
+_Whole: TypeAlias = Annotated[str, AfterValidator(_whole)]
+Text: TypeAlias = Annotated[_Whole, AfterValidator(_not_blank)]
+
+
+class Message(TypedDict):
+    """A turn of a chat; templates may use further keys."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]
+
+    role: Text
+    content: _Whole
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Document:
     """A text to be learned as a whole."""
 
-    text: str
+    text: Text
     where: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Completion:
     """A text of which only the second part is to be learned."""
 
-    prompt: str
-    completion: str
+    prompt: Text
+    completion: Text
     where: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Chat:
-    """Messages, each with a "role" and a "content"; the assistant's are to be learned."""
+    """Messages; those of the assistant are to be learned."""
 
-    messages: Sequence[Mapping[str, Any]]
+    messages: Annotated[list[Message], Field(min_length=1), AfterValidator(_with_an_answer)]
     where: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Classified:
     """A text, or a pair of them, and its class as the author named it."""
 
-    text: str
-    text_pair: str | None
-    label: int | str
+    text: Text
+    text_pair: Text | None
+    label: Annotated[int | str, PlainValidator(_class)]
     where: str
 
 
 Record: TypeAlias = Document | Completion | Chat | Classified
+
+# By the keys that a format needs. The first that fits counts: chats often carry a rendered "text" too.
+_FORMATS: Mapping[Task, Mapping[tuple[str, ...], type[Record]]] = {
+    "causal": {("messages",): Chat, ("prompt", "completion"): Completion, ("text",): Document},
+    "classification": {("text", "label"): Classified},
+}
 
 
 def records_of(objects: Iterable[tuple[str, Mapping[str, Any]]], task: Task) -> Iterator[Record]:
@@ -65,90 +115,37 @@ def records_of(objects: Iterable[tuple[str, Mapping[str, Any]]], task: Task) -> 
         task: Which formats are expected.
 
     Raises:
-        DataError: If an object has not the format, or not the types, that it should have.
+        DataError: If an object does not have the format, or the types, that it should have.
     """
-    formats = _CLASSIFICATION_FORMATS if task == "classification" else _CAUSAL_FORMATS
+    formats = _FORMATS[task]
     keys: tuple[str, ...] | None = None
     for where, value in objects:
+        fitting = next((keys for keys in formats if all(key in value for key in keys)), None)
+        keys = keys or fitting
         if keys is None:
-            keys = next((keys for keys in formats if all(key in value for key in keys)), None)
-            if keys is None:
-                raise DataError(f"{where}: {_keys(value)}; expected {' or '.join(map(_named, formats))}")
+            raise DataError(f"{where}: {_keys(value)}; expected {' or '.join(map(_named, formats))}")
         missing = [key for key in keys if key not in value]
         if missing:
-            other = next((other for other in formats if all(key in value for key in other)), None)
+            mixed = f"mixed formats, {_named(fitting)} here and {_named(keys)} before" if fitting else ""
             raise DataError(
-                f"{where}: mixed formats, {_named(other)} here and {_named(keys)} before; use a file for each"
-                if other
+                f"{where}: {mixed}; use a file for each"
+                if mixed
                 else f'{where}: "{missing[0]}" is missing, {_keys(value)}; expected {_named(keys)}'
             )
-        yield formats[keys](value, where)
+        yield _record(formats[keys], value, where)
 
 
-def _document(value: Mapping[str, Any], where: str) -> Document:
-    return Document(_text(value, "text", where), where)
-
-
-def _completion(value: Mapping[str, Any], where: str) -> Completion:
-    return Completion(_text(value, "prompt", where), _text(value, "completion", where), where)
-
-
-def _chat(value: Mapping[str, Any], where: str) -> Chat:
-    messages = value["messages"]
-    if not isinstance(messages, list):
-        raise DataError(f'{where}: "messages" is {kind_of(messages)}, expected a list of messages')
-    if not messages:
-        raise DataError(f'{where}: "messages" is empty, expected at least one message')
-    for number, message in enumerate(messages):
-        name = f"messages[{number}]"
-        if not isinstance(message, dict):
-            raise DataError(f'{where}: {name} is {kind_of(message)}, expected {{"role", "content"}}')
-        for key in ("role", "content"):
-            if key not in message:
-                raise DataError(f'{where}: "{key}" is missing in {name}, {_keys(message)}')
-        _text(message, "role", where, name)
-        _text(message, "content", where, name, may_be_empty=True)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where}: no message is the assistant's, so there is nothing to learn")
-    return Chat(messages, where)
-
-
-def _classified(value: Mapping[str, Any], where: str) -> Classified:
-    label = value["label"]
-    if isinstance(label, bool) or not isinstance(label, (int, str)):
-        raise DataError(f'{where}: "label" is {kind_of(label)}, expected an integer or a string')
-    if isinstance(label, int) and label < 0:
-        raise DataError(f'{where}: "label" is {label}, expected 0 or more')
-    text_pair = _text(value, "text_pair", where) if value.get("text_pair") is not None else None
-    return Classified(_text(value, "text", where), text_pair, label, where)
-
-
-# By the keys that a format needs. The first that fits counts: chats often carry a rendered "text" too.
-_CAUSAL_FORMATS: Mapping[tuple[str, ...], Callable[[Mapping[str, Any], str], Record]] = {
-    ("messages",): _chat,
-    ("prompt", "completion"): _completion,
-    ("text",): _document,
-}
-_CLASSIFICATION_FORMATS: Mapping[tuple[str, ...], Callable[[Mapping[str, Any], str], Record]] = {
-    ("text", "label"): _classified,
-}
-
-
-def _text(
-    value: Mapping[str, Any], key: str, where: str, owner: str = "", *, may_be_empty: bool = False
-) -> str:
-    name = f"{owner}.{key}" if owner else f'"{key}"'
-    text = value[key]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: {name} is {kind_of(text)}, expected a string")
-    if not may_be_empty and not text.strip():
-        raise DataError(f"{where}: {name} is empty, expected text")
+def _record(kind: type[Record], value: Mapping[str, Any], where: str) -> Record:
+    fields: dict[str, Any] = {name: value.get(name) for name in kind.__dataclass_fields__}
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        # JSON may escape half of a surrogate pair, which is no character and which no tokenizer takes.
-        raise DataError(f"{where}: {name} holds half a character (position {error.start})") from error
-    return text
+        return kind(**{**fields, "where": where})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] != "value_error":
+            message += f", got {kind_of(fault['input'])}"
+        raise DataError(f"{where}: {place[1:]}: {message}") from error
 
 
 def kind_of(value: Any) -> str:

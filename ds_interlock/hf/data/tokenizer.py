@@ -1,18 +1,11 @@
 """Tokenizers: a sentencepiece model (given, or trained and cached), or any of Hugging Face's.
 
-Training encodes with sentencepiece itself. The exported checkpoint needs the same tokenizer in
-Hugging Face's form, which is built here piece by piece from the sentencepiece model:
-
-    sentencepiece                        tokenizers
-    -----------------------------------  ---------------------------------------------------
-    normalizer_spec                      Precompiled, Strip, Replace, Prepend
-    pieces and scores (BPE)              BPE; a merge for every way a piece falls into two
-    pieces and scores (unigram)          Unigram
-    byte pieces <0x0A>                   byte_fallback, and ByteFallback in the decoder
-    control and user-defined pieces      AddedToken
+Training encodes with sentencepiece itself. The exported checkpoint needs the same tokenizer in Hugging
+Face's form. transformers converts vocabulary, merges and added tokens; normaliser and decoder are built
+here from the model's own settings, because transformers' converters assume those of known families.
 
 The ids are the same, with one exception: the parts of a text between user-defined pieces are
-normalised one by one. ``same_ids`` tells whether that, or anything else, matters for a text.
+normalised one by one. ``same_ids`` says whether that, or anything else, matters for a text.
 """
 
 import hashlib
@@ -20,14 +13,13 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, TypeAlias, cast
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, decoders, normalizers
+from tokenizers import Regex, decoders, normalizers
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.models import BPE, Unigram
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
 
 from ds_interlock.errors import DataError
 
@@ -35,24 +27,6 @@ END_OF_TEXT = "<|endoftext|>"
 _UNKNOWN = "<unk>"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a space
 _TRAINING_CHARACTERS = 4_000_000  # enough for the vocabularies of small models; more only takes longer
-
-
-class Tokenizer(Protocol):
-    """What training needs of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, special ones included."""
-
-    @property
-    def end_of_text_id(self) -> int:
-        """The id that ends a document."""
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, without any special ones around them."""
-
-    def to_hf(self) -> PreTrainedTokenizerBase:
-        """The same tokenizer in the form that ``AutoTokenizer`` loads."""
 
 
 class SentencePieceTokenizer:
@@ -69,32 +43,29 @@ class SentencePieceTokenizer:
         except (OSError, RuntimeError) as error:
             raise DataError(f"tokenizer {path} is not a readable sentencepiece model: {error}") from error
         ends = [self._processor.eos_id(), self._processor.piece_to_id(END_OF_TEXT)]
-        self._ends = [end for end in ends if end >= 0 and end != self._processor.unk_id()]
-        if not self._ends:
+        ends = [end for end in ends if end >= 0 and end != self._processor.unk_id()]
+        if not ends:
             raise DataError(
                 f"tokenizer {path} has neither an end-of-sentence token nor {END_OF_TEXT!r}: one is needed "
                 "to mark where a document ends; train the model with either"
             )
 
-    @property
-    def vocab_size(self) -> int:
-        return int(self._processor.vocab_size())
-
-    @property
-    def end_of_text_id(self) -> int:
-        return int(self._ends[0])
+        self.vocab_size = int(self._processor.vocab_size())
+        self.end_of_text_id = int(ends[0])
 
     def encode(self, text: str) -> list[int]:
+        """The ids of ``text``, without any special ones around them."""
         return cast(list[int], self._processor.encode(text))
 
     def to_hf(self) -> PreTrainedTokenizerBase:
-        proto = _read_proto(self.path)
+        """The same tokenizer in the form that ``AutoTokenizer`` loads."""
         fast_tokenizer: Any = PreTrainedTokenizerFast  # its constructor is not typed
+        end = self._processor.id_to_piece(self.end_of_text_id)
         tokenizer: PreTrainedTokenizerBase = fast_tokenizer(
-            tokenizer_object=_to_fast(proto),
-            unk_token=proto.trainer_spec.unk_piece,
-            eos_token=self._processor.id_to_piece(self.end_of_text_id),
-            bos_token=self._processor.id_to_piece(self.end_of_text_id),
+            tokenizer_object=_to_fast(self.path),
+            unk_token=self._processor.id_to_piece(self._processor.unk_id()),
+            eos_token=end,
+            bos_token=end,
             clean_up_tokenization_spaces=False,
         )
         return tokenizer
@@ -116,26 +87,27 @@ class HuggingFaceTokenizer:
                 f"tokenizer: {error}"
             ) from error
         ids = (self._tokenizer.eos_token_id, self._tokenizer.sep_token_id)
-        self._ends = [end for end in ids if end is not None]
-        if not self._ends:
+        ends = [end for end in ids if end is not None]
+        if not ends:
             raise DataError(
                 f"tokenizer {name_or_path!r} has neither an eos_token nor a sep_token: one is needed to mark "
                 "where a document ends; set eos_token in its tokenizer_config.json"
             )
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self._tokenizer)
-
-    @property
-    def end_of_text_id(self) -> int:
-        return int(self._ends[0])
+        self.vocab_size = len(self._tokenizer)
+        self.end_of_text_id = int(ends[0])
 
     def encode(self, text: str) -> list[int]:
+        """The ids of ``text``, without any special ones around them."""
         return cast(list[int], self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def to_hf(self) -> PreTrainedTokenizerBase:
+        """The tokenizer itself."""
         return cast(PreTrainedTokenizerBase, self._tokenizer)
+
+
+Tokenizer: TypeAlias = SentencePieceTokenizer | HuggingFaceTokenizer
+"""What training needs: ``vocab_size`` with the special ids, ``end_of_text_id``, ``encode``, ``to_hf``."""
 
 
 def load_tokenizer(
@@ -144,7 +116,7 @@ def load_tokenizer(
     vocab_size: int,
     cache_dir: Path | None = None,
 ) -> Tokenizer:
-    """The tokenizer named, or one trained on ``training_documents``.
+    """The tokenizer of that name, or one trained on ``training_documents``.
 
     Args:
         name_or_path: Path of a sentencepiece ``.model``, or a Hugging Face name or folder; None
@@ -175,10 +147,10 @@ def default_cache_dir() -> Path:
 
 
 def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Path) -> SentencePieceTokenizer:
-    """A BPE of ``documents``. It gives back any text exactly: rare characters become bytes.
+    """A BPE trained on ``documents``. Decoding restores any text exactly: rare characters become bytes.
 
-    The file's name holds a hash of the text and the settings, and it appears whole or not at all:
-    processes may train at the same time, they write the same file.
+    The file's name holds a hash of the text and the settings. It appears whole, so that several processes may
+    train at the same time.
 
     Raises:
         DataError: If the documents hold too little text for ``vocab_size`` ids.
@@ -238,59 +210,22 @@ def _hash_of(parts: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_proto(path: Path) -> Any:
-    messages: Any = sentencepiece_model_pb2  # generated code: its classes are made when it is loaded
-    proto = messages.ModelProto()
-    proto.ParseFromString(path.read_bytes())
-    return proto
-
-
-def _to_fast(proto: Any) -> FastTokenizer:
-    """The sentencepiece model ``proto`` as a tokenizer of the ``tokenizers`` library."""
-    fast = FastTokenizer(_fast_model(proto))
+def _to_fast(path: Path) -> FastTokenizer:
+    """A sentencepiece model as a tokenizer of the ``tokenizers`` library."""
+    extractor: Any = SentencePieceExtractor(str(path))
+    proto = extractor.proto
+    if proto.trainer_spec.model_type not in (proto.trainer_spec.BPE, proto.trainer_spec.UNIGRAM):
+        raise DataError("only BPE and unigram sentencepiece models have a Hugging Face form")
+    parts = extractor.extract(None)
+    converter: Any = SpmConverter
+    fast: FastTokenizer = converter.build_tokenizer_from_spm_proto(proto, parts["vocab"], parts.get("merges"))
     fast.normalizer = _fast_normalizer(proto.normalizer_spec)
     undo: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if proto.normalizer_spec.add_dummy_prefix:
         undo.append(decoders.Strip(" ", 1, 0))
     fast.decoder = decoders.Sequence(undo)
-    kinds = proto.SentencePiece
-    fast.add_tokens(
-        [
-            AddedToken(piece.piece, normalized=False, special=piece.type == kinds.CONTROL)
-            for piece in proto.pieces
-            if piece.type in (kinds.CONTROL, kinds.USER_DEFINED)
-        ]
-    )
+    fast.add_tokens(parts["additional_special_tokens"])
     return fast
-
-
-def _fast_model(proto: Any) -> BPE | Unigram:
-    spec = proto.trainer_spec
-    if spec.model_type == spec.UNIGRAM:
-        vocabulary = [(piece.piece, piece.score) for piece in proto.pieces]
-        unknown = next(i for i, piece in enumerate(proto.pieces) if piece.type == piece.UNKNOWN)
-        return Unigram(vocabulary, unk_id=unknown, byte_fallback=spec.byte_fallback)
-    if spec.model_type != spec.BPE:
-        raise DataError("only BPE and unigram sentencepiece models have a Hugging Face form")
-    return BPE(
-        vocab={piece.piece: number for number, piece in enumerate(proto.pieces)},
-        merges=_merges(proto),
-        unk_token=spec.unk_piece,
-        fuse_unk=True,
-        byte_fallback=spec.byte_fallback,
-    )
-
-
-def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, the best piece first, as sentencepiece joins them."""
-    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
-    best_first = sorted(normal, key=lambda piece: -normal[piece])
-    return [
-        (piece[:cut], piece[cut:])
-        for piece in best_first
-        for cut in range(1, len(piece))
-        if piece[:cut] in normal and piece[cut:] in normal
-    ]
 
 
 def _fast_normalizer(spec: Any) -> normalizers.Normalizer:

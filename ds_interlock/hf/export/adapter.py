@@ -1,8 +1,8 @@
 """Adapters (LoRA and its variants): written in peft's own format, or merged into the model.
 
-Both let peft do the work, on the architecture with its adapters, rebuilt on the meta device:
+Both let peft do the work, on the architecture with its adapters, built again without weights:
 
-    config.json + LoraConfig ──► peft model without values
+    config.json + LoraConfig ──► peft model without weights
                                     ├─► names of an adapter file       export_adapter
     tensors of the layers ──────────┴─► merge_and_unload               merged_tensors
 """
@@ -18,8 +18,9 @@ from torch import Tensor
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.export.description import DESCRIPTION_FILE
 from ds_interlock.hf.export.finetuned import FineTunedCheckpoint
-from ds_interlock.hf.export.model_folder import ExportReport, check_tensors, empty_model
+from ds_interlock.hf.export.model_folder import ExportReport, check_tensors
 from ds_interlock.hf.export.new_folder import new_folder
+from ds_interlock.hf.model.pretrained import empty_model
 from ds_interlock.hf.model.surgery import find_anatomy
 
 _PREFIX = "base_model.model."
@@ -43,7 +44,7 @@ def export_adapter(checkpoint: str | Path, output: str | PathLike[str]) -> Expor
     model = _peft_model(source)
     from peft import get_peft_model_state_dict
 
-    # The names of an adapter file stand for those in the model: peft is asked with the names as values.
+    # peft maps the names in the model to those of an adapter file: it gets the names as values.
     names: dict[str, str] = get_peft_model_state_dict(
         model, {name: name for name in model.state_dict()}, save_embedding_layers=False
     )
@@ -82,7 +83,7 @@ def merged_tensors(source: FineTunedCheckpoint) -> dict[str, Tensor]:
         {_PREFIX + name: tensor for name, tensor in tensors.items()}, strict=False, assign=True
     )
     with warnings.catch_warnings():
-        # Assigned one by one, tied weights look untied to peft. Whether they are is settled by the caller.
+        # Assigned one by one, tied weights look untied to peft. Whether they are is decided by the caller.
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
         merged: dict[str, Tensor] = model.merge_and_unload().state_dict()
     # What is still on the meta device is a tied weight's other name.
@@ -99,8 +100,8 @@ def merged_name(name: str) -> str:
 def _peft_tensors(source: FineTunedCheckpoint, model: Any) -> dict[str, Tensor]:
     """The checkpoint's tensors by their names within the peft model.
 
-    A module that is trained as a whole, such as a new classifier, is twice in a peft model, as it was and
-    as it is. The pipeline has it once; what it was is of no use.
+    A peft model has a module that is trained as a whole, such as a new classifier, twice: before and after
+    training. The pipeline has only the trained one.
     """
     saved = source.tensors()
     tensors = dict(saved)
@@ -113,7 +114,7 @@ def _peft_tensors(source: FineTunedCheckpoint, model: Any) -> dict[str, Tensor]:
 
 
 def _peft_model(source: FineTunedCheckpoint) -> Any:
-    """The architecture with adapters, without values."""
+    """The architecture with adapters, without weights."""
     if source.description.peft is None:
         raise ConfigError(f"{source.folder} has no adapter: export it as a model")
     try:

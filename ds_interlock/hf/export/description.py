@@ -1,4 +1,4 @@
-"""``hf/interlock.json``: what export must know of a fine-tuned model besides its Hugging Face files.
+"""``hf/interlock.json``: what export needs of a fine-tuned model besides its Hugging Face files.
 
 checkpoints/
   global_step100/ ...
@@ -24,23 +24,19 @@ class ModelDescription(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     architecture: str = Field(description='Class of the model in transformers, as "LlamaForCausalLM".')
-    num_front_layers: int = Field(ge=0, description="Pipeline layers in front of the first block.")
+    num_front_layers: int = Field(ge=0, description="Pipeline layers before the first block.")
     num_blocks: int = Field(ge=1)
-    blocks: str = Field(description='The list of blocks, as "model.layers". A block is a pipeline layer.')
+    blocks: str = Field(description='The list of blocks, as "model.layers".')
     embedding: str
-    norm: str | None = Field(description="The norm in front of the unembedding; null if there is none.")
-    unembedding: str | None = Field(description="null in a model with another end than logits.")
+    norm: str | None = Field(description="The norm before the unembedding; null if it has none.")
+    unembedding: str | None = Field(description="null in a model without one.")
     tied: bool = Field(description="Whether the unembedding's weight was the embedding's at the start.")
     peft: dict[str, Any] | None = Field(None, description="The adapters' configuration, in peft's form.")
     base_model: str = Field(description="The pretrained model, as the user named it.")
 
     @classmethod
     def read(cls, folder: Path) -> "ModelDescription":
-        """Reads ``folder/interlock.json``.
-
-        Raises:
-            ConfigError: If it is missing or is not one, saying what is wrong with it.
-        """
+        """Reads ``folder/interlock.json``; ConfigError if it is missing or invalid."""
         file = folder / DESCRIPTION_FILE
         try:
             return cls.model_validate_json(file.read_text(encoding="utf-8"))

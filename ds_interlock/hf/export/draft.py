@@ -1,20 +1,19 @@
-"""The first stages with a head of theirs, as a smaller model of the same architecture.
+"""The first stages with one of their heads, as a smaller model of the same architecture.
 
     stages     0           1           2                      draft of --stages 2
     layers     embedding   blocks      ...     norm, lm_head      embedding
-               blocks      ╰─► head 1                             blocks in front of head 1
+               blocks      ╰─► head 1                             blocks before head 1
                                                                   norm, lm_head: those of head 1
 
-Such a model guesses quickly what the large one would say: an early exit, or the draft of speculative
-decoding. A head is of the model's own form if it is a norm and an unembedding. A lens whose translator
-stands behind its norm folds into one: U((I + A) n + b) = (U (I + A)) n + U b.
+Such a model is an early exit, or the draft of speculative decoding. A head has the model's own form if it is
+a norm and an unembedding. A lens with its translator after the norm folds into one:
+U((I + A) n + b) = (U (I + A)) n + U b.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +21,8 @@ from torch import Tensor
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.export.adapter import merged_name, merged_tensors
 from ds_interlock.hf.export.finetuned import FineTunedCheckpoint
-from ds_interlock.hf.export.model_folder import MAX_SHARD_SIZE, ExportReport, empty_model, write_model
-from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.hf.export.model_folder import MAX_SHARD_SIZE, ExportReport, write_model
+from ds_interlock.hf.model.pretrained import empty_model
 
 _ROWS_AT_ONCE = 8192  # of an unembedding in float64
 _FITTING = (
@@ -41,7 +40,7 @@ def export_draft(
     dtype: torch.dtype | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> ExportReport:
-    """Writes the blocks in front of an auxiliary head, and the head, as a folder for ``from_pretrained``.
+    """Writes the blocks before an auxiliary head, and the head, as a folder for ``from_pretrained``.
 
     Adapters are merged.
 
@@ -57,16 +56,15 @@ def export_draft(
         What was written.
 
     Raises:
-        ConfigError: If there is no such head, it is not of the model's form, or the folder cannot be
-            written.
+        ConfigError: If there is no such head, it has another form, or the folder cannot be written.
     """
     source = FineTunedCheckpoint(checkpoint)
     loss = _choose_head(source, num_stages, head)
-    place = source.plan.heads[loss]
-    num_blocks = place.after_layer - source.description.num_front_layers
+    after_layer = source.plan.heads[loss].after_layer
+    num_blocks = after_layer - source.description.num_front_layers
     config = _shortened_config(source, num_blocks)
     model = empty_model(config, source.description.architecture)
-    tensors = {**_front(source, place.after_layer), **_end(source, loss, model, dtype)}
+    tensors = {**_front(source, after_layer), **_end(source, loss, model, dtype)}
     note = f"blocks 0 to {num_blocks - 1} of {source.description.num_blocks}, with head {loss}"
     return write_model(
         output, source, model, tensors, dtype=dtype, max_shard_size=max_shard_size, notes=[note]
@@ -82,35 +80,28 @@ def _choose_head(source: FineTunedCheckpoint, num_stages: int, head: int | None)
     if head in here:
         assert head is not None, "None is in no list of numbers"
         return head
-    asked = f"--stages {num_stages}" if head is None else f"--stages {num_stages} --head {head}"
-    raise ConfigError(
-        f"{asked}: there is no such auxiliary head in stage {num_stages - 1}; {source.folder} has "
-        f"{_listed_heads(source, plan)}"
-    )
-
-
-def _listed_heads(source: FineTunedCheckpoint, plan: GradientFlowPlan) -> str:
-    places = [
-        f"head {loss} in stage {plan.heads[loss].stage} behind layer {plan.heads[loss].after_layer - 1} "
+    flags = f"--stages {num_stages}" if head is None else f"--stages {num_stages} --head {head}"
+    known = [
+        f"head {loss} in stage {plan.heads[loss].stage} after layer {plan.heads[loss].after_layer - 1} "
         f"(--stages {plan.heads[loss].stage + 1} --head {loss})"
         for loss in source.heads
     ]
-    return ", ".join(places) or "no auxiliary heads at all: it was trained in global mode"
+    raise ConfigError(
+        f"{flags}: there is no such auxiliary head in stage {num_stages - 1}; {source.folder} has "
+        f"{', '.join(known) or 'no auxiliary heads at all: it was trained in global mode'}"
+    )
 
 
 def _shortened_config(source: FineTunedCheckpoint, num_blocks: int) -> Any:
     """The model's configuration, for its first ``num_blocks`` blocks and an unembedding of its own.
 
     Lists with one entry for each block, such as ``layer_types``, are cut.
-
-    Raises:
-        ConfigError: If a head there has no blocks in front of it, or the configuration cannot be cut.
     """
     config = source.load_config()
     of_all = source.description.num_blocks
     if not 1 <= num_blocks <= of_all:
         raise ConfigError(
-            f"{source.folder}: a head behind {num_blocks} of {of_all} blocks makes no smaller model"
+            f"{source.folder}: a head after {num_blocks} of {of_all} blocks makes no smaller model"
         )
     settings = config.to_dict()
     for name, value in settings.items():
@@ -130,7 +121,7 @@ def _shortened_config(source: FineTunedCheckpoint, num_blocks: int) -> Any:
 
 
 def _front(source: FineTunedCheckpoint, after_layer: int) -> dict[str, Tensor]:
-    """All weights in front of the head."""
+    """All weights before the head."""
     names = [
         merged_name(name) for number, state in source.layers.items() if number < after_layer for name in state
     ]
@@ -138,8 +129,7 @@ def _front(source: FineTunedCheckpoint, after_layer: int) -> dict[str, Tensor]:
     return {name: tensors[name] for name in names if name in tensors}
 
 
-@dataclass(frozen=True)
-class _Readout:
+class _Readout(NamedTuple):
     """A head's norm, translator and unembedding, by the names within each."""
 
     norm: dict[str, Tensor]
@@ -161,11 +151,7 @@ def _end(source: FineTunedCheckpoint, loss: int, model: Any, dtype: torch.dtype 
 
 
 def _read_readout(source: FineTunedCheckpoint, loss: int, model: Any) -> _Readout:
-    """The parts of a head, if they are such as the model has.
-
-    Raises:
-        ConfigError: If it is of another form, saying of which.
-    """
+    """The parts of a head; ConfigError if they are not those that the model has."""
     state: Mapping[str, Tensor] = source.heads[loss]
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
@@ -173,7 +159,7 @@ def _read_readout(source: FineTunedCheckpoint, loss: int, model: Any) -> _Readou
         parts.setdefault(owner if name.startswith("readout.") else name.partition(".")[0], {})[rest] = tensor
     norm = source.description.norm
     if norm is not None and next(model.get_submodule(norm).parameters(), None) is None:
-        _refuse(loss, "may have a norm without weights or none, which its weights do not tell")
+        _refuse(loss, "may have a norm without weights or none, which its weights do not show")
     # The order of the names is that of the parts.
     wrong = {
         "block": "has a block of its own (interlock.head.type block_linear), and so one more than the stages",
@@ -185,10 +171,10 @@ def _read_readout(source: FineTunedCheckpoint, loss: int, model: Any) -> _Readou
     if set(parts) - {"norm", "translator", "unembedding"} or "unembedding" not in parts:
         _refuse(loss, f"is the user's own: it has {', '.join(parts)}")
     if norm is not None and "norm" not in parts:
-        _refuse(loss, "has no norm in front of its unembedding (interlock.head.type linear)")
+        _refuse(loss, "has no norm before its unembedding (interlock.head.type linear)")
     order = list(parts)
     if "translator" in parts and "norm" in parts and order.index("translator") < order.index("norm"):
-        _refuse(loss, 'has its translator in front of the norm (interlock.head.translator "before_norm")')
+        _refuse(loss, 'has its translator before the norm (interlock.head.translator "before_norm")')
     return _Readout(parts.get("norm", {}), parts.get("translator", {}), parts["unembedding"])
 
 

@@ -15,14 +15,7 @@ _WRITTEN_ANEW = ("config.json", DESCRIPTION_FILE)
 
 
 class FineTunedCheckpoint(PipelineCheckpoint):
-    """A pipeline checkpoint whose tensors have the names of a transformers model.
-
-    Args:
-        path: As for ``PipelineCheckpoint``.
-
-    Raises:
-        ConfigError: If there is no such checkpoint, or no description of the model beside it.
-    """
+    """A pipeline checkpoint (see there) whose tensors have the names of a transformers model."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
@@ -30,21 +23,17 @@ class FineTunedCheckpoint(PipelineCheckpoint):
         self.description = ModelDescription.read(self.hf_folder)
 
     def load_config(self) -> Any:
-        """The configuration of the model as it was loaded; each call returns another one.
-
-        Raises:
-            ConfigError: If it cannot be read.
-        """
+        """A new object of the model's configuration; ConfigError if it cannot be read."""
         try:
             return AutoConfig.from_pretrained(self.hf_folder)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.hf_folder / 'config.json'} cannot be read: {error}") from error
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that the layers hold, adapters included, by full name."""
+        """All tensors of the layers, adapters included, by full name."""
         return {name: tensor for state in self.layers.values() for name, tensor in state.items()}
 
     def copy_companions(self, folder: Path, *but: str) -> None:
-        """Copies tokenizer and generation configuration, all that is in ``hf/`` but what is written anew."""
+        """Copies tokenizer and generation configuration: all of ``hf/`` but what the export writes itself."""
         ignored = shutil.ignore_patterns(*_WRITTEN_ANEW, *but)
         shutil.copytree(self.hf_folder, folder, ignore=ignored, dirs_exist_ok=True)

@@ -5,8 +5,8 @@
         ▼                                 ▼
     tensors ──► [merge adapters] ──► [settle tied weights] ──► write_model
 
-A model with adapters becomes an adapter folder (``adapter.py``), unless they are merged. The first
-stages with a head of theirs become a smaller model in ``draft.py``.
+A model with adapters becomes an adapter folder (``adapter.py``), unless they are merged. ``draft.py`` exports
+the first stages with one of their heads as a smaller model.
 """
 
 from os import PathLike
@@ -19,7 +19,8 @@ from torch import Tensor
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.export.adapter import export_adapter, merged_tensors
 from ds_interlock.hf.export.finetuned import FineTunedCheckpoint
-from ds_interlock.hf.export.model_folder import MAX_SHARD_SIZE, ExportReport, empty_model, write_model
+from ds_interlock.hf.export.model_folder import MAX_SHARD_SIZE, ExportReport, write_model
+from ds_interlock.hf.model.pretrained import empty_model
 
 
 def export_model(
@@ -41,15 +42,15 @@ def export_model(
         dtype: Of the weights written; None keeps the checkpoint's, bit for bit.
         max_shard_size: Files larger than this are split, as "5GB".
         heads: Write the auxiliary heads to ``heads.safetensors`` beside the model.
-        merge_adapter: For a model with adapters: write the model with the adapters merged in. Without
-            it they are written alone, in peft's format.
+        merge_adapter: Write a model with adapters merged in. Without it the adapters are written alone, in
+            peft's format.
 
     Returns:
         What was written, and what the user may not expect of it.
 
     Raises:
-        ConfigError: If the checkpoint or what is asked of it is unusable, or the folder cannot be
-            written; then nothing is.
+        ConfigError: If the checkpoint or an option is unusable, or the folder cannot be written; then
+            nothing is.
     """
     source = FineTunedCheckpoint(checkpoint)
     if source.description.peft is None and merge_adapter:
@@ -65,16 +66,8 @@ def export_model(
     config = source.load_config()
     notes = settle_tied_weights(source, tensors, config)
     model = empty_model(config, source.description.architecture)
-    return write_model(
-        output,
-        source,
-        model,
-        tensors,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        heads=heads,
-        notes=notes,
-    )
+    form: Any = {"dtype": dtype, "max_shard_size": max_shard_size, "heads": heads}
+    return write_model(output, source, model, tensors, notes=notes, **form)
 
 
 def settle_tied_weights(source: FineTunedCheckpoint, tensors: dict[str, Tensor], config: Any) -> list[str]:

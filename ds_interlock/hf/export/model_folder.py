@@ -1,6 +1,6 @@
 """A Hugging Face model folder from a configuration and tensors.
 
-config ──► empty_model: the architecture, on the meta device
+config ──► empty_model: the architecture, without weights
               │ check_tensors: exactly its names and shapes
 tensors ──► write_model: config.json, model*.safetensors, [heads.safetensors], tokenizer, ...
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,7 +34,7 @@ class ExportReport:
         what: In words, as "LlamaForCausalLM".
         num_parameters: Numbers in its tensors, heads aside.
         num_bytes: Size of all tensors written.
-        notes: What a user may not expect, a sentence each.
+        notes: What a user may not expect, one sentence each.
     """
 
     output: Path
@@ -50,35 +49,11 @@ class ExportReport:
         return "\n".join([f"{self.output}: {self.what}, {size}", *(f"note: {note}" for note in self.notes)])
 
 
-def empty_model(config: Any, architecture: str) -> Any:
-    """A transformers model without values.
-
-    Raises:
-        ConfigError: If transformers has no such architecture, or it refuses the configuration.
-    """
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise ConfigError(
-            f"architecture: transformers {transformers.__version__} has no {architecture}; install the "
-            "version that the model was fine-tuned with"
-        )
-    try:
-        with torch.device("meta"):
-            return model_class(config)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{architecture} cannot be built from its configuration: {error}") from error
-
-
 def check_tensors(model: Any, tensors: Mapping[str, Tensor], subject: str) -> None:
     """Makes sure that ``tensors`` are those of ``model``; a tied weight's other name may be missing.
 
-    Args:
-        model: On the meta device.
-        tensors: By name.
-        subject: What they come from, for the message.
-
     Raises:
-        ConfigError: If names are missing, not known, or have other shapes.
+        ConfigError: If names are missing, unknown, or have other shapes. It begins with ``subject``.
     """
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -120,8 +95,8 @@ def write_model(
     Args:
         output: The folder.
         source: Where tokenizer, generation configuration and heads come from.
-        model: The architecture, on the meta device, with the configuration to write.
-        tensors: Its values, exactly.
+        model: The architecture without weights, with the configuration to write.
+        tensors: Its weights.
         dtype: Of the floating-point tensors written, heads aside; None leaves them as they are.
         max_shard_size: Files larger than this are split, as "5GB".
         heads: Write the auxiliary heads beside the model.
@@ -146,7 +121,7 @@ def write_model(
             save_file(head_tensors, folder / HEADS_FILE, metadata)
         source.copy_companions(folder)
     if heads and not head_tensors:
-        notes = [*notes, f"the checkpoint has no auxiliary heads: there is no {HEADS_FILE}"]
+        notes = [*notes, f"the checkpoint has no auxiliary heads: no {HEADS_FILE} was written"]
     num_parameters = sum(tensor.numel() for tensor in tensors.values())
     return ExportReport(Path(output), type(model).__name__, num_parameters, num_bytes, tuple(notes))
 
@@ -156,7 +131,7 @@ def _common_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def _heads(source: FineTunedCheckpoint) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The heads' tensors as ``heads.<loss>.<name>``, and as metadata where each head sits."""
+    """The heads' tensors as ``heads.<loss>.<name>``, and each head's position as metadata."""
     tensors = {
         f"heads.{loss}.{name}": tensor.contiguous()
         for loss, head in source.heads.items()
@@ -164,7 +139,7 @@ def _heads(source: FineTunedCheckpoint) -> tuple[dict[str, Tensor], dict[str, st
     }
     metadata = {"format": "pt"}
     for loss in source.heads:
-        place = source.plan.heads[loss]
-        metadata[f"heads.{loss}.stage"] = str(place.stage)
-        metadata[f"heads.{loss}.after_layer"] = str(place.after_layer)
+        head = source.plan.heads[loss]
+        metadata[f"heads.{loss}.stage"] = str(head.stage)
+        metadata[f"heads.{loss}.after_layer"] = str(head.after_layer)
     return tensors, metadata

@@ -1,4 +1,4 @@
-"""The folder of an export: whole or not there, in place of nothing that must stay, and with room for it."""
+"""The folder of an export: it appears whole, replaces only a model, and is checked for room first."""
 
 import os
 import shutil
@@ -16,17 +16,15 @@ _OF_A_MODEL = ("config.json", "adapter_config.json")
 
 @contextmanager
 def new_folder(output: str | os.PathLike[str], num_bytes: int, source: Path | None = None) -> Iterator[Path]:
-    """Gives a hidden folder beside ``output`` to write into, which becomes ``output`` at the end.
-
-    If the writing fails, nothing of it is left, and a folder that was there is as it was.
+    """Yields a hidden folder to write into, which becomes ``output`` at the end; after an error, nothing.
 
     Args:
-        output: The folder to make. One that is there is replaced if it holds a model.
-        num_bytes: Size of what will be written, for a look at the free space beforehand.
-        source: A folder that is read for it, which must not be replaced.
+        output: The folder to make. An existing one is replaced only if it holds a model.
+        num_bytes: Size of what will be written, compared with the free space first.
+        source: A folder that is read for it, and must not be replaced.
 
     Raises:
-        ConfigError: If ``output`` is something that must stay, or cannot be written.
+        ConfigError: If ``output`` must not be replaced, or cannot be written.
     """
     target = Path(output).resolve()
     _check_replaceable(target, source)

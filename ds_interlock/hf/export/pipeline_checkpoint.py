@@ -1,13 +1,12 @@
-"""What one process reads of a DeepSpeed pipeline checkpoint: all layers, all heads, the plan.
+"""A DeepSpeed pipeline checkpoint read by one process: all layers, all heads, the plan.
 
     checkpoints/
       latest
       global_step100/
-        layer_00-model_states.pt ...     {name: tensor}, a file a layer with weights
-        interlock_stage_00.pt ...        heads, untied copies of tied modules, plan; a file a stage
+        layer_00-model_states.pt ...     {name: tensor}, one file per layer with weights
+        interlock_stage_00.pt ...        heads, untied copies of tied modules, plan; one file per stage
 
-Nothing is gathered over the network. Tensors are mapped from the files, not read: a model larger than
-the memory can be gone through. DeepSpeed itself is not needed.
+Tensors are mapped from the files, not read, so a model may be larger than memory. DeepSpeed is not needed.
 """
 
 import pickle
@@ -28,15 +27,15 @@ _STAGE_FILE = "interlock_stage_*.pt"
 
 
 class PipelineCheckpoint:
-    """The files of one checkpoint. The folder is looked at once, files are opened when asked for.
+    """The files of one checkpoint, opened when they are needed.
 
     Args:
         path: The folder of one checkpoint (``.../global_step100``), or the one above it, whose ``latest``
             file names it.
 
     Raises:
-        ConfigError: If there is no such checkpoint, or it was cut by tensor parallelism. A file that
-            cannot be read raises it when it is asked for.
+        ConfigError: If there is no such checkpoint, or it was cut by tensor parallelism; later, if a file
+            cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -65,17 +64,13 @@ class PipelineCheckpoint:
 
     @cached_property
     def _stages(self) -> list[Mapping[str, Any]]:
-        # By length first: 100 comes behind 99.
+        # By length first: 100 comes after 99.
         files = sorted(self.folder.glob(_STAGE_FILE), key=lambda file: (len(file.name), file.name))
         return [_load(file) for file in files]
 
     @property
     def untied_copies(self) -> Mapping[str, Tensor]:
-        """Tied modules as the last stage has them, if it has its own (``tied_weights: "untie"``).
-
-        A name is the one within the module: of ``token_embedding.weight`` the key ``token_embedding`` is
-        taken off.
-        """
+        """The last stage's own copies of tied modules (``tied_weights: "untie"``), by names within them."""
         copies = self._stages[-1].get("tied_modules", {}) if self._stages else {}
         return {name.partition(".")[2]: tensor for name, tensor in copies.items()}
 
@@ -86,7 +81,7 @@ class PipelineCheckpoint:
         for stage in self._stages:
             # A run with a schedule has heads that its present plan does not use.
             in_plan = stage["plan"]["heads"]
-            places = [after_layer for _, after_layer, _ in stage.get("head_places", in_plan)]
+            places = [after_layer for _, after_layer, _ in stage["head_places"]]
             losses = {after_layer: loss for loss, (_, after_layer, _) in enumerate(in_plan)}
             for name, tensor in stage["heads"].items():
                 number, _, rest = name.partition(".")
@@ -97,11 +92,7 @@ class PipelineCheckpoint:
 
     @property
     def plan(self) -> GradientFlowPlan:
-        """The plan it was trained under: of a schedule the one then in force.
-
-        Raises:
-            ConfigError: If ``ds_interlock`` did not write this checkpoint.
-        """
+        """The plan it was trained under; with a schedule, the plan of its last step."""
         if not self._stages:
             raise ConfigError(
                 f"{self.folder} holds no {_STAGE_FILE}: expected a checkpoint that ds_interlock saved"

@@ -1,4 +1,4 @@
-"""Weights that are no safetensors, or not under the names of the modules: converted once, and kept.
+"""Weights that are not safetensors, or not under the names of the modules: converted once, and cached.
 
 pytorch_model.bin, *.gguf ──► transformers ──► model.safetensors, config.json, tokenizer in the cache
 """
@@ -19,24 +19,24 @@ from ds_interlock.hf.model.weights import has_safetensors
 
 
 def converted(auto_model: Any, folder: Path, name: str, gguf_file: str | None, cache_dir: Path) -> Path:
-    """The model as safetensors with the names of its modules, from the cache or made now.
+    """The folder of the model as safetensors with the names of its modules, from the cache or made now.
 
-    What the files have no values for, such as a new classifier, is left out, not drawn at random.
+    Parameters that the files lack, such as a new classifier's, are left out.
 
     Args:
         auto_model: Transformers' automatic class of the model.
         folder: Has the model's files.
-        name: The model as the user gave it, for messages.
+        name: The model as the user named it, for messages.
         gguf_file: Name of a GGUF file in it, if that is the model.
-        cache_dir: Where converted models are kept, each under a name made of its files' sizes and dates.
+        cache_dir: Where converted models are kept, each under a hash of its files' sizes and dates.
 
     Raises:
         ConfigError: If there is no such file, transformers cannot load it, or the cache cannot be written.
     """
     sources = [folder / gguf_file] if gguf_file else sorted(p for p in folder.iterdir() if p.is_file())
     if gguf_file and not sources[0].is_file():
-        found = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
-        raise ConfigError(f"--gguf_file {gguf_file}: not in {folder}; GGUF files there: {found}")
+        there = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
+        raise ConfigError(f"--gguf_file {gguf_file}: not in {folder}; GGUF files there: {there}")
     stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
     key = hashlib.sha256(repr((stamps, auto_model.__name__, transformers.__version__)).encode()).hexdigest()
     target = cache_dir / f"model-{Path(gguf_file or folder.name).stem}-{key[:16]}"
@@ -74,5 +74,5 @@ def _convert(auto_model: Any, folder: Path, name: str, gguf_file: str | None, dr
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, as far as it fits into a sentence."""
+    """The first line of an error's message, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

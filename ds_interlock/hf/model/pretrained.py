@@ -1,4 +1,4 @@
-"""A pretrained Hugging Face model, opened: its configuration, tokenizer and tensors, nothing loaded yet.
+"""A pretrained Hugging Face model: its configuration, tokenizer and the places of its tensors.
 
 name on the hub ──► snapshot ─┐
 folder ───────────────────────┼─► config, tokenizer, safetensors ──► Pretrained ──► Blueprint
@@ -6,13 +6,13 @@ folder with .bin or .gguf ────┴─► converted once by transformers, 
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
@@ -45,12 +45,12 @@ class Pretrained:
     """A model that can be cut.
 
     Attributes:
-        name: As the user gave it.
+        name: As the user wrote it.
         folder: Where configuration, tokenizer and safetensors are.
         config: Its transformers configuration.
         tokenizer: Its tokenizer.
         task: What it is used for.
-        dtype: What its weights are read as.
+        dtype: What its weights are converted to.
     """
 
     name: str
@@ -69,53 +69,51 @@ class Pretrained:
         skeleton = Skeleton(self.new_model())
         return Blueprint(skeleton, _Values(self, skeleton), inputs, tie)
 
-    def lacking(self) -> list[str]:
-        """Names of parameters that the files do not have, new ones aside."""
-        values, parameters = self._values_and_parameters
-        return sorted(name for name in values.weights.lacking(parameters) if not values.is_new(name))
-
-    def misfits(self) -> list[str]:
-        """Parameters that have another shape in the files, with both shapes."""
-        values, parameters = self._values_and_parameters
-        return values.weights.misfits(parameters)
-
     def num_positions(self) -> int | None:
-        """The longest sequence that the model knows; None if it knows no bound."""
+        """The longest sequence that the model can take; None if there is no bound."""
         known: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         tables = (part for name, part in self.new_model().named_modules() if name.endswith(_POSITIONS))
-        # RoBERTa's positions begin behind the number of the padding token.
+        # RoBERTa's positions begin after the id of the padding token.
         paddings = (getattr(table, "padding_idx", None) for table in tables)
         first = next((padding + 1 for padding in paddings if padding is not None), 0)
         return None if known is None else known - first
 
-    @cached_property
-    def _values_and_parameters(self) -> tuple["_Values", dict[str, Tensor]]:
-        skeleton = Skeleton(self.new_model())
-        values = _Values(self, skeleton)
-        return values, Blueprint(skeleton, values).parameters()
 
+def empty_model(config: Any, kind: str, dtype: torch.dtype | None = None) -> Any:
+    """A transformers model in evaluation mode, parameters on the meta device, buffers in memory.
 
-def empty_model(config: Any, task: Task, dtype: torch.dtype) -> Any:
-    """A transformers model without weights, in evaluation mode.
+    Args:
+        config: Its configuration.
+        kind: A task, or the name of a class in transformers, as "LlamaForCausalLM".
+        dtype: Of the parameters; None takes the configuration's.
 
     Raises:
-        ConfigError: If transformers has no model of this configuration for the task.
+        ConfigError: If transformers has no such class, or cannot build it from this configuration.
     """
     refuse_other_models(config, type(config).__name__)
+    automatic = next((auto for task, auto in _AUTO_MODELS.items() if task == kind), None)
+    model_class = getattr(transformers, kind, None)
+    if automatic is None and model_class is None:
+        raise ConfigError(
+            f"architecture: transformers {transformers.__version__} has no {kind}; install the version that "
+            "the model was fine-tuned with"
+        )
+    build = automatic.from_config if automatic else model_class._from_config
     try:
         with init_empty_weights(include_buffers=False):
-            model = _AUTO_MODELS[task].from_config(config, dtype=dtype)
-    except ValueError as error:
-        what = {"causal": "a causal language model", "classification": "a sequence classifier"}[task]
+            return build(config, dtype=dtype or config.dtype).eval()
+    except (ValueError, TypeError) as error:
+        if automatic is None:
+            raise ConfigError(f"{kind} cannot be built from its configuration: {error}") from error
+        what = {"causal": "a causal language model", "classification": "a sequence classifier"}[kind]
         raise ConfigError(
-            f"--model: transformers has no {what[2:]} of a {type(config).__name__} (task {task}): give the "
+            f"--model: transformers has no {what[2:]} of a {type(config).__name__} (task {kind}): give the "
             f"name of {what}"
         ) from error
-    return model.eval()
 
 
 class _Values:
-    """A checkpoint's values; those of new modules (a classifier that nobody trained) drawn from a seed."""
+    """A checkpoint's values; those of new modules (an untrained classifier) drawn from a seed."""
 
     def __init__(self, pretrained: Pretrained, skeleton: Skeleton) -> None:
         anatomy, model = skeleton.anatomy, skeleton.model
@@ -124,22 +122,25 @@ class _Values:
         self._may_be_new = tuple(f"{part}." for part in anatomy.end if anatomy.unembedding is None)
         self._std = getattr(pretrained.config, "initializer_range", 0.02)
 
-    def is_new(self, name: str) -> bool:
-        """Whether a tensor may be missing."""
-        return name.startswith(self._may_be_new) if self._may_be_new else False
+    def lacking(self, names: Iterable[str]) -> list[str]:
+        """Those of ``names`` that the files do not have, new ones aside."""
+        return sorted(name for name in self.weights.lacking(names) if not self._is_new(name))
 
     def __call__(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = self.weights(wanted)
-        new = {name: like for name, like in wanted.items() if name not in found and self.is_new(name)}
-        return {**found, **{name: self._drawn(name, like) for name, like in new.items()}}
+        stored = self.weights(wanted)
+        new = {name: like for name, like in wanted.items() if name not in stored and self._is_new(name)}
+        return {**stored, **{name: self._draw(name, like) for name, like in new.items()}}
 
-    def _drawn(self, name: str, like: Tensor) -> Tensor:
+    def _is_new(self, name: str) -> bool:
+        return bool(self._may_be_new) and name.startswith(self._may_be_new)
+
+    def _draw(self, name: str, like: Tensor) -> Tensor:
         if like.dim() < 2:
             is_norm = name.lower().endswith("norm.weight")
             return torch.full(like.shape, float(is_norm), dtype=like.dtype, device="cpu")
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        drawn = torch.empty(like.shape, dtype=like.dtype, device="cpu")
-        return nn.init.normal_(drawn, std=self._std, generator=generator)
+        values = torch.empty(like.shape, dtype=like.dtype, device="cpu")
+        return nn.init.normal_(values, std=self._std, generator=generator)
 
 
 def open_pretrained(
@@ -153,13 +154,13 @@ def open_pretrained(
 ) -> Pretrained:
     """Finds a model's files, converting them if they are no safetensors.
 
-    On one machine let one process do it first; the others find its work.
+    Let one process of a machine do it first: the others then take its files from the cache.
 
     Args:
         name: A folder, or a name on the hub.
         task: What it will be used for.
         gguf_file: Name of a GGUF file in it, which then has configuration and tokenizer too.
-        dtype: What its weights are read as.
+        dtype: What its weights are converted to.
         classes: Names of the classes by id, for classification.
         cache_dir: Where converted weights are kept; default ``default_cache_dir()``.
 
@@ -171,21 +172,26 @@ def open_pretrained(
     if gguf_file is not None:
         folder = converted(auto_model, folder, name, gguf_file, cache_dir)
     config = load_config(name, folder, classes)
-    Skeleton(empty_model(config, task, dtype))  # a model that cannot be cut is refused for that, first
+    skeleton = Skeleton(
+        empty_model(config, task, dtype)
+    )  # what cannot be cut is refused before anything else
     tokenizer = _load_tokenizer(name, folder)
     if not has_safetensors(folder):
         folder = converted(auto_model, folder, name, None, cache_dir)
     pretrained = Pretrained(name, folder, config, tokenizer, task, dtype)
-    if pretrained.lacking():
-        # Names that transformers renames or merges when it loads: let it do so once.
+    values = _Values(pretrained, skeleton)
+    parameters = Blueprint(skeleton, values).parameters()
+    if values.lacking(parameters):
+        # transformers renames or merges some when it loads: let it do so once.
         folder = converted(auto_model, folder, name, None, cache_dir)
-        pretrained = Pretrained(name, folder, config, tokenizer, task, dtype)
-    _check_weights(pretrained)
+        pretrained = replace(pretrained, folder=folder)
+        values = _Values(pretrained, skeleton)
+    _check_weights(pretrained, values, parameters)
     return pretrained
 
 
-def _check_weights(pretrained: Pretrained) -> None:
-    lacking, misfits = pretrained.lacking(), pretrained.misfits()
+def _check_weights(pretrained: Pretrained, values: _Values, parameters: Mapping[str, Tensor]) -> None:
+    lacking, misfits = values.lacking(parameters), values.weights.misfits(parameters)
     if lacking:
         named = ", ".join(lacking[:5]) + " ..." * (len(lacking) > 5)
         raise ConfigError(
@@ -208,7 +214,7 @@ def _local_folder(name: str, gguf_file: str | None) -> Path:
         return Path(name)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(
-            f"--model {name}: there is no such folder; give a folder with a config.json (for a GGUF file "
+            f"--model {name}: no such folder; give a folder with a config.json (for a GGUF file "
             "its folder, and the file with --gguf_file), or a model's name on the hub"
         )
     wanted = [gguf_file] if gguf_file else ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -218,8 +224,7 @@ def _local_folder(name: str, gguf_file: str | None) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=[*wanted, *_OTHER_WEIGHTS]))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--model {name}: there is no folder of this name, and it cannot be had from the hub "
-            f"({first_line(error)})"
+            f"--model {name}: not a folder, and it cannot be loaded from the hub ({first_line(error)})"
         ) from error
     return folder
 
@@ -228,7 +233,7 @@ def load_config(name: str, folder: Path | None = None, classes: Sequence[str] = 
     """A model's transformers configuration.
 
     Args:
-        name: As the user gave it: a folder, or a name on the hub.
+        name: A folder, or a name on the hub.
         folder: Where its files are, if it is known.
         classes: Names of the classes by id, for classification.
 
@@ -257,7 +262,7 @@ def _load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
             "config.json"
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    # Some classes make do without files, and then know nothing but their special tokens.
+    # Some classes load without files, and then have nothing but their special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(f"--model {name}: it has no tokenizer; expected its files beside config.json")
     return tokenizer

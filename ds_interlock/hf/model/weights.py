@@ -4,16 +4,16 @@
     model-00001-of-00003.safetensors  ...
 
 A safetensors file is mapped, not read: a rank that owns three layers of eighty touches three layers of
-the file. Large tensors are copied in pieces, and the file is closed behind each: what was copied out does
-not stay mapped, so a process never holds much more than what it keeps.
+the file. Large tensors are copied in pieces, and the file is closed after each: what was copied does not stay
+mapped, so a process never holds much more than what it keeps.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -35,7 +35,7 @@ class Weights:
 
     Args:
         folder: Has ``model.safetensors``, or shards with their index.
-        dtype: What floating-point tensors are read as.
+        dtype: What floating-point tensors are converted to.
         prefix: ``base_model_prefix``, which checkpoints of the bare model leave out.
         same: Names of tensors that are tied to others: ``{"lm_head.weight": "model.embed_tokens.weight"}``.
 
@@ -53,25 +53,25 @@ class Weights:
         self._stored = _stored_tensors(folder)
 
     def lacking(self, names: Iterable[str]) -> list[str]:
-        """Those of ``names`` that are not here."""
+        """Those of ``names`` that the files do not have."""
         return [name for name in names if self._find(name) is None]
 
     def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Those of ``tensors`` that have another shape here, with both shapes."""
+        """Those of ``tensors`` that have another shape in the files, with both shapes."""
         pairs = [(name, tensor.shape, self._find(name)) for name, tensor in tensors.items()]
         return [
-            f"{name} is {list(found.shape)} in the files, expected {list(shape)}"
-            for name, shape, found in pairs
-            if found is not None and found.shape != shape
+            f"{name} is {list(stored.shape)} in the files, expected {list(shape)}"
+            for name, shape, stored in pairs
+            if stored is not None and stored.shape != shape
         ]
 
     def __call__(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of ``names`` that are here, in memory of their own."""
+        """The tensors of ``names`` that the files have, in memory of their own."""
         stored = {name: self._find(name) for name in names}
         return {name: self._read(tensor) for name, tensor in stored.items() if tensor is not None}
 
     def _find(self, name: str) -> "_Stored | None":
-        """Where the tensor ``name`` is, whatever the files call it."""
+        """Where the tensor ``name`` is, under any of its names."""
         candidates = [name, name.removeprefix(f"{self._prefix}."), f"{self._prefix}.{name}"]
         tied = self._same.get(name)
         if tied is not None:
@@ -98,35 +98,37 @@ class _Stored(NamedTuple):
     dtype: torch.dtype
 
 
+class _Index(BaseModel):
+    """``model.safetensors.index.json``: the file of each tensor."""
+
+    weight_map: dict[str, str]
+
+
 def _stored_tensors(folder: Path) -> dict[str, _Stored]:
-    """Looks into every file, so that one that is missing or cut short is noticed before any is read."""
-    return {stored.name: stored for file in _files(folder) for stored in _contents(file)}
-
-
-def _contents(file: Path) -> list[_Stored]:
-    with _opened(file) as tensors:
-        mapped = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no dict
-        return [_Stored(file, name, tensor.shape, tensor.dtype) for name, tensor in mapped.items()]
+    """Opens every file, so that a missing or truncated one is noticed before any is read."""
+    stored: dict[str, _Stored] = {}
+    for file in _files(folder):
+        with _opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                tensor = tensors.get_tensor(name)
+                stored[name] = _Stored(file, name, tensor.shape, tensor.dtype)
+    return stored
 
 
 def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
-        shards = _shards(index)
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        try:
+            shards = set(_Index.model_validate_json(index.read_bytes()).weight_map.values())
+        except (OSError, ValidationError) as error:
+            raise ConfigError(f"--model: {index} is no index of shards ({error}); fetch it again") from error
+        missing = [shard for shard in sorted(shards) if not (folder / shard).is_file()]
         if missing:
-            raise ConfigError(f"--model {folder}: {INDEX} names {', '.join(missing)}, which are not there")
-        return [folder / shard for shard in shards]
+            raise ConfigError(f"--model {folder}: {INDEX} names {', '.join(missing)}, which do not exist")
+        return [folder / shard for shard in sorted(shards)]
     if not (folder / SINGLE).is_file():
         raise ConfigError(f"--model {folder}: it has neither {SINGLE} nor {INDEX}")
     return [folder / SINGLE]
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"--model: {index} is no index of shards ({error}); fetch it again") from error
 
 
 def _opened(file: Path) -> Any:

@@ -16,7 +16,7 @@ from ds_interlock.errors import DataError
 from ds_interlock.heads.cross_entropy import cross_entropy_sum
 from ds_interlock.heads.labels import IGNORED_LABEL
 from ds_interlock.hf.data.batches import BatchShape, EvaluationBatches, TrainingBatches
-from ds_interlock.hf.data.rows import ClassifiedRows, PackedRows, PaddedRows, PlainRows, padding_id
+from ds_interlock.hf.data.rows import ClassifiedRows, PackedRows, PaddedRows, padding_id
 from ds_interlock.hf.data.samples import ClassifiedSample, Sample, encode_records
 from ds_interlock.hf.data.sources import read_records
 from ds_interlock.sampling import epoch_order
@@ -79,15 +79,9 @@ def test_packed_rows():
     assert rows.arrange([0, 2, 1]) == [(0,), (2, 1)]
 
 
-def test_plain_rows():
-    rows = PlainRows([sample_of(1, 4), sample_of(2, 4)], seq_length=4)
-    ids, labels = rows.stack([(1,), (0,)])
-    assert rows.names == ("input_ids",)
-    assert ids.tolist() == labels.tolist() == [[2] * 4, [1] * 4]
-    with pytest.raises(DataError, match="has 3 positions, and rows without padding need 4"):
-        PlainRows([sample_of(1, 3)], seq_length=4)
+def test_samples_longer_than_a_row_are_refused():
     with pytest.raises(DataError, match="has 5 positions: expected at most 4"):
-        PlainRows([sample_of(1, 5)], seq_length=4)
+        PaddedRows([sample_of(1, 5)], seq_length=4)
 
 
 def test_classified_rows():
@@ -202,13 +196,10 @@ def token_mean(model, samples):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", [PaddedRows, PlainRows])
-def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_dealt_out(kind, shape, model):
+def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_distributed(shape, model):
     samples = random_samples(8, longest=20)
-    if kind is PlainRows:
-        samples = [Sample((s.ids * 20)[:20], (s.labels * 20)[:20]) for s in samples]
     expected = token_mean(model, samples)
-    loss = batch_loss(model, kind(samples, 20), shape)
+    loss = batch_loss(model, PaddedRows(samples, 20), shape)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(gradient_of(model, loss), gradient_of(model, expected), rtol=1e-6, atol=1e-9)
 

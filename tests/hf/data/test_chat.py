@@ -86,7 +86,7 @@ def test_no_template():
 def test_a_template_that_rewrites_earlier_turns():
     tokenizer = byte_level(FORGETFUL)
     render_chat(chat("hello", "fine"), tokenizer)
-    with pytest.raises(DataError, match=r"line 7: .* renders messages\[1\] otherwise .*{% generation %}"):
+    with pytest.raises(DataError, match=r"line 7: .* renders messages\[1\] differently .*{% generation %}"):
         render_chat(chat("hello", "fine", "and", "you"), tokenizer)
 
 

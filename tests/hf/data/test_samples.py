@@ -12,7 +12,6 @@ from ds_interlock.hf.data.samples import (
     ClassifiedSample,
     Sample,
     encode_classified,
-    encode_contiguous,
     encode_records,
 )
 
@@ -44,7 +43,10 @@ def test_a_long_document_is_cut_into_pieces():
     assert encode_records(documents("ab"), LETTERS, 3).samples == [Sample([START, A, B], [A, B, END])]
 
 
-@given(st.lists(st.text("abcd \n", min_size=1, max_size=30), min_size=1, max_size=5), st.integers(1, 12))
+TEXTS = st.text("abcd \n", min_size=1, max_size=30).filter(str.strip)
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=5), st.integers(1, 12))
 def test_every_token_of_a_document_but_the_first_is_a_label_once(texts, seq_length):
     samples = encode_records(documents(*texts), LETTERS, seq_length).samples
     labels = [label for sample in samples for label in sample.labels]
@@ -91,20 +93,6 @@ def test_records_of_different_kinds_keep_their_order():
 def test_more_records_than_are_tokenised_together():
     samples = encode_records(documents(*(["a", "bb", "ccc"] * 700)), LETTERS, 8).samples
     assert [len(sample.ids) for sample in samples] == [2, 3, 4] * 700
-
-
-def test_contiguous_samples_cross_documents_and_are_all_full():
-    data = encode_contiguous(documents("ab", "cd", "a"), LETTERS, 3)
-    # <s> a b </s> <s> c d </s> <s> a </s>
-    assert data.samples == [
-        Sample([START, A, B], [A, B, END]),
-        Sample([END, START, C], [START, C, D]),
-        Sample([D, END, START], [END, START, A]),
-    ]
-    with pytest.raises(DataError, match="the text has 3 tokens, and one sample takes 4"):
-        encode_contiguous(documents("a"), LETTERS, 3)
-    with pytest.raises(DataError, match="line 0: only documents can be joined"):
-        encode_contiguous(completions(("a", "b")), LETTERS, 3)
 
 
 def test_a_tokenizer_must_know_an_end():

@@ -52,10 +52,10 @@ def test_blank_lines_are_passed_over_and_counted(tmp_path):
         (b'"a"', "line 2: expected a JSON object, got a string"),
         (b"{}", 'line 2: "text" is missing, there are no keys; expected {"text"}'),
         (b'{"body": "a"}', 'line 2: "text" is missing, the keys are "body"; expected {"text"}'),
-        (b'{"text": 3}', 'line 2: "text" is a number, expected a string'),
-        (b'{"text": null}', 'line 2: "text" is null'),
-        (b'{"text": " \\n"}', 'line 2: "text" is empty'),
-        (b'{"text": "\\ud800"}', 'line 2: "text" holds half a character'),
+        (b'{"text": 3}', "line 2: text: Input should be a valid string, got a number"),
+        (b'{"text": null}', "line 2: text: Input should be a valid string, got null"),
+        (b'{"text": " \\n"}', "line 2: text: empty, expected text"),
+        (b'{"text": "\\ud800"}', "line 2: text: half a character (position 0)"),
         (
             b'{"prompt": "a", "completion": "b"}',
             'line 2: mixed formats, {"prompt", "completion"} here and {"text"} before; use a file for each',
@@ -76,16 +76,19 @@ def test_a_faulty_line_is_named(line, message, tmp_path):
             {"prompt": "a"},
             'the keys are "prompt"; expected {"messages"} or {"prompt", "completion"} or {"text"}',
         ),
-        ({"prompt": "a", "completion": ""}, '"completion" is empty'),
-        ({"prompt": ["a"], "completion": "b"}, '"prompt" is a list, expected a string'),
-        ({"messages": "hello"}, '"messages" is a string, expected a list of messages'),
-        ({"messages": []}, '"messages" is empty'),
-        ({"messages": ["hello"]}, "messages[0] is a string"),
-        ({"messages": [USER, {"role": "assistant"}]}, '"content" is missing in messages[1]'),
-        ({"messages": [{"content": "a"}]}, '"role" is missing in messages[0]'),
-        ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages[1].content is null"),
-        ({"messages": [{"role": "", "content": "a"}]}, "messages[0].role is empty"),
-        ({"messages": [USER]}, "no message is the assistant's"),
+        ({"prompt": "a", "completion": ""}, "completion: empty"),
+        ({"prompt": ["a"], "completion": "b"}, "prompt: Input should be a valid string, got a list"),
+        ({"messages": "hello"}, "messages: Input should be a valid list, got a string"),
+        ({"messages": []}, "messages: List should have at least 1 item"),
+        ({"messages": ["hello"]}, "messages[0]: Input should be a valid dictionary, got a string"),
+        ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content: Field required"),
+        ({"messages": [{"content": "a"}]}, "messages[0].role: Field required"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None}]},
+            "messages[1].content: Input should be a valid string, got null",
+        ),
+        ({"messages": [{"role": "", "content": "a"}]}, "messages[0].role: empty"),
+        ({"messages": [USER]}, "messages: no message is the assistant's"),
     ],
 )
 def test_a_faulty_first_object_is_named(value, message, tmp_path):
@@ -124,7 +127,7 @@ def test_validation_is_given_or_a_seeded_share(tmp_path):
 
 
 def test_too_little_to_split(tmp_path):
-    with pytest.raises(DataError, match="only 1 training record"):
+    with pytest.raises(DataError, match="only 1 document"):
         load_records([write(tmp_path / "train.jsonl", {"text": "a"})])
     with pytest.raises(DataError, match="exactly one"):
         load_records()
@@ -184,10 +187,10 @@ def test_a_class_that_only_the_split_off_share_has_is_known(tmp_path):
     ("value", "message"),
     [
         ({"text": "a"}, 'the keys are "text"; expected {"text", "label"}'),
-        ({"text": "a", "label": 1.5}, '"label" is a number, expected an integer or a string'),
-        ({"text": "a", "label": True}, '"label" is true or false'),
-        ({"text": "a", "label": -1}, '"label" is -1, expected 0 or more'),
-        ({"text": "a", "text_pair": "", "label": 1}, '"text_pair" is empty'),
+        ({"text": "a", "label": 1.5}, "label: expected a string, or an integer from 0"),
+        ({"text": "a", "label": True}, "label: expected a string"),
+        ({"text": "a", "label": -1}, "label: expected a string, or an integer from 0"),
+        ({"text": "a", "text_pair": "", "label": 1}, "text_pair: empty"),
     ],
 )
 def test_faulty_classified_texts(value, message, tmp_path):

@@ -21,7 +21,7 @@ LENS = {"type": "lens", "translator": "after_norm"}
 
 
 def local_plan(model: Any) -> GradientFlowPlan:
-    """Heads behind blocks 0 and 2."""
+    """Heads after blocks 0 and 2."""
     return GradientFlowPlan.local(stage_bounds=[0, 2, 4, len(layers_of(model))])
 
 
@@ -131,7 +131,7 @@ def test_a_draft_in_another_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("head", "why"),
     [
-        ({"type": "linear"}, "no norm in front of its unembedding .*type linear"),
+        ({"type": "linear"}, "no norm before its unembedding .*type linear"),
         ({"type": "low_rank", "rank": 3}, "type low_rank"),
         ({"type": "block_linear"}, "type block_linear"),
         ({"type": "lens", "translator": "before_norm"}, r'interlock\.head\.translator "before_norm"'),
@@ -178,7 +178,7 @@ def test_heads_that_are_not_there_are_listed(num_stages: int, head: int | None, 
     model = tiny_model("llama")
     heads = make_heads(model, local_plan(model), **NORM_LINEAR)
     step = write_checkpoint(tmp_path / "checkpoints", model, local_plan(model), heads)
-    listed = r"head 0 in stage 0 behind layer 1 .*, head 1 in stage 1 behind layer 3 \(--stages 2 --head 1\)"
+    listed = r"head 0 in stage 0 after layer 1 .*, head 1 in stage 1 after layer 3 \(--stages 2 --head 1\)"
     with pytest.raises(ConfigError, match=f"--stages {num_stages}.*no such auxiliary head.*{listed}"):
         export_draft(step, tmp_path / "draft", num_stages, head)
 
@@ -191,9 +191,9 @@ def test_a_global_job_has_no_heads(tmp_path: Path) -> None:
         export_draft(step, tmp_path / "draft", 1)
 
 
-def test_a_head_behind_no_block_is_refused(tmp_path: Path) -> None:
+def test_a_head_after_no_block_is_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     plan = GradientFlowPlan.local(stage_bounds=[0, 1, 7])
     step = write_checkpoint(tmp_path / "checkpoints", model, plan, make_heads(model, plan, **NORM_LINEAR))
-    with pytest.raises(ConfigError, match="behind 0 of 4 blocks"):
+    with pytest.raises(ConfigError, match="after 0 of 4 blocks"):
         export_draft(step, tmp_path / "draft", 1)

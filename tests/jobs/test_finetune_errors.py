@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from ds_interlock.hf.export.model import export_model
+from ds_interlock.jobs import finetune_task
 
 SMALL_FILES = 2**15
 
@@ -262,9 +263,7 @@ def test_a_classifier_of_other_classes(ranks2: RankPool, data: Path, tmp_path: P
 
 def refused_when_the_disk_is_full(argv: list[str]) -> str | None:
     """The job; once it exports, the system lets no file grow beyond ``SMALL_FILES``."""
-    import finetune_run
-
-    export = finetune_run.export_model
+    export = finetune_task.export_model
 
     def export_model(*args: Any, **options: Any) -> Any:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -274,11 +273,11 @@ def refused_when_the_disk_is_full(argv: list[str]) -> str | None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    finetune_run.export_model = export_model
+    finetune_task.export_model = export_model
     try:
         return refused(argv)
     finally:
-        finetune_run.export_model = export
+        finetune_task.export_model = export
 
 
 def test_a_disk_that_is_full_at_export_leaves_the_old_model_and_the_checkpoint(

@@ -153,13 +153,13 @@ def test_a_text_too_small_for_a_batch_says_what_a_batch_needs(tmp_path: Path, te
 )
 def test_a_fault_on_one_rank_ends_the_job(fault: str, error: str) -> None:
     started = time.monotonic()
-    job = run("tests/launcher/failing_job.py", fault)
+    job = run("tests/helpers/failing_job.py", fault)
     assert job.returncode != 0
     assert re.search(error, job.stdout + job.stderr), job.stderr
     assert time.monotonic() - started < 120
 
 
 def test_ranks_with_different_configs_are_told_what_differs() -> None:
-    job = run("tests/launcher/failing_job.py", "config")
+    job = run("tests/helpers/failing_job.py", "config")
     assert job.returncode != 0
     assert re.search(r"interlock\.combine is missing on rank 0, 'farthest' on rank 1", job.stderr), job.stderr

@@ -10,20 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from image_files import striped_images, write_idx
 from ranks import RankPool, free_port
 from torch import nn
 
+from ds_interlock import ConfigError, InterlockConfig
+from ds_interlock.hf.export.lm import read_layer_states
+from ds_interlock.images.batches import evaluation_batches
+from ds_interlock.images.data import Normalisation
+from ds_interlock.images.score import Score, evaluate
+from ds_interlock.jobs import train_resnet as job
+from ds_interlock.models.resnet import ResNetConfig, build_resnet
+
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "launcher"), str(ROOT / "tests" / "images")]
-
-from image_files import striped_images, write_idx  # noqa: E402
-
-from ds_interlock import ConfigError, InterlockConfig  # noqa: E402
-from ds_interlock.hf.export.lm import read_layer_states  # noqa: E402
-from ds_interlock.images.batches import evaluation_batches  # noqa: E402
-from ds_interlock.images.data import Normalisation  # noqa: E402
-from ds_interlock.images.score import Score, evaluate  # noqa: E402
-from ds_interlock.models.resnet import ResNetConfig, build_resnet  # noqa: E402
 
 TRAIN, TEST = striped_images(96, seed=1), striped_images(37, seed=2)  # no micro-batch size divides 37
 CONFIG: dict[str, Any] = {
@@ -38,9 +37,7 @@ RESNET = ResNetConfig(depth=8, num_classes=10, in_channels=1, width=4, seed=42)
 
 def train_resnet(argv: list[str]) -> None:
     """The job, as a function that the pool's ranks can call."""
-    import train_resnet as job
-
-    job.main(argv).destroy()
+    job.main(argv)
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +147,8 @@ def test_fewer_images_and_crops_change_what_is_trained(
 
 
 def learning_rates(num_steps: int, max_steps: int) -> list[float]:
-    from train_resnet import step_schedule
-
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-    scheduler = step_schedule(max_steps)(optimizer)
+    scheduler = job.step_schedule(max_steps)(optimizer)
     rates = []
     for _ in range(num_steps):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -176,29 +171,9 @@ def test_the_schedule_is_the_configs_if_it_has_one(ranks4: RankPool, images: Pat
 
 
 def test_a_head_for_language_models_is_refused() -> None:
-    from train_resnet import check_heads
-
     with pytest.raises(ConfigError, match=r'head.type: "lens" is for language models: .*--head_channels'):
-        check_heads(InterlockConfig.from_deepspeed({"interlock": {"head": {"type": "lens"}}}))
-    check_heads(InterlockConfig.from_deepspeed({"interlock": {"head": {"weight": 0.5}}}))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        ([], "--deepspeed_config is needed"),
-        (["--deepspeed_config", "x", "--max_steps", "0"], "--max_steps is 0: expected at least 1"),
-        (["--deepspeed_config", "x", "--seed", "-1"], "--seed is -1: expected 0 or more"),
-    ],
-)
-def test_impossible_arguments_are_named(
-    arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from train_resnet import parse_arguments
-
-    with pytest.raises(SystemExit):
-        parse_arguments(arguments)
-    assert error in capsys.readouterr().err
+        job.check_heads(InterlockConfig.from_deepspeed({"interlock": {"head": {"type": "lens"}}}))
+    job.check_heads(InterlockConfig.from_deepspeed({"interlock": {"head": {"weight": 0.5}}}))
 
 
 def test_the_configs_differ_in_their_section_alone() -> None:

@@ -1,12 +1,10 @@
-"""The data of ``finetune.py``: read and encoded by the ranks of stage 0; the others are told about it."""
+"""The data of ``finetune``: the ranks of stage 0 read and encode it; the others get what they must know."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from job import errors_told_to_all
 from transformers import PreTrainedTokenizerBase
 
 from ds_interlock.errors import ConfigError
@@ -15,6 +13,8 @@ from ds_interlock.hf.data.rows import ClassifiedRows, PackedRows, PaddedRows, Ro
 from ds_interlock.hf.data.samples import SampleSet, encode_classified, encode_records
 from ds_interlock.hf.data.sources import RecordData, load_records
 from ds_interlock.hf.model.pretrained import Pretrained
+from ds_interlock.jobs.finetune_arguments import FinetuneArguments
+from ds_interlock.jobs.process import broadcast_from_rank_0, propagate_errors
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Data:
     names: tuple[str, ...]
 
 
-def read(args: argparse.Namespace) -> Records:
+def read(args: FinetuneArguments, *, has_data: bool) -> Records:
     """Reads files or a data set. All ranks must call it."""
     data = None
-    with errors_told_to_all():
-        if _has_data(args):
+    with propagate_errors():
+        if has_data:
             data = load_records(
                 args.train_file,
                 args.validation_file,
@@ -62,24 +62,24 @@ def read(args: argparse.Namespace) -> Records:
     if data is not None:
         by_id = {number: str(label) for label, number in data.label_ids.items()}
         classes = [by_id.get(number, f"LABEL_{number}") for number in range(data.num_labels)]
-    return Records(data, tuple(_told_by_rank_0(classes)))
+    return Records(data, tuple(broadcast_from_rank_0(classes)))
 
 
-def encode(args: argparse.Namespace, records: Records, pretrained: Pretrained) -> Data:
+def encode(args: FinetuneArguments, records: Records, pretrained: Pretrained) -> Data:
     """Tokens in rows. All ranks must call it."""
     train: Rows[Any] | None = None
     validation: Rows[Any] | None = None
-    with errors_told_to_all():
+    with propagate_errors():
         if records.data is not None:
             data, tokenizer = records.data, pretrained.tokenizer
             train = _rows(args, data, data.train, tokenizer, "training", args.max_train_samples)
             validation = _rows(args, data, data.validation, tokenizer, "validation", args.max_eval_samples)
-            check_vocabulary(train, pretrained)
-            check_vocabulary(validation, pretrained)
-    return Data(train, validation, _told_by_rank_0(train.names if train else ()))
+            _check_vocabulary(train, pretrained)
+            _check_vocabulary(validation, pretrained)
+    return Data(train, validation, broadcast_from_rank_0(train.names if train else ()))
 
 
-def check_vocabulary(rows: Rows[Any], pretrained: Pretrained) -> None:
+def _check_vocabulary(rows: Rows[Any], pretrained: Pretrained) -> None:
     """The tokenizer must be the model's.
 
     Raises:
@@ -94,13 +94,8 @@ def check_vocabulary(rows: Rows[Any], pretrained: Pretrained) -> None:
         )
 
 
-def _has_data(args: argparse.Namespace) -> bool:
-    """Whether this rank is one of stage 0: DeepSpeed numbers the ranks stage by stage."""
-    return dist.get_rank() < dist.get_world_size() // int(args.num_stages)
-
-
 def _rows(
-    args: argparse.Namespace,
+    args: FinetuneArguments,
     data: RecordData,
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerBase,
@@ -118,9 +113,3 @@ def _rows(
     if args.task == "classification":
         kind = ClassifiedRows
     return kind(encoded.samples[:most], args.seq_length, padding_id(tokenizer))
-
-
-def _told_by_rank_0(value: Any) -> Any:
-    told = [value]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]

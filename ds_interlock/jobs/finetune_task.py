@@ -1,0 +1,121 @@
+"""What ``finetune`` gives to the training loop: a Hugging Face model's data, evaluation and export."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ds_interlock.files import unfinished_folder
+from ds_interlock.hf.data.batches import BatchShape, EvaluationBatches, TrainingBatches
+from ds_interlock.hf.export.description import ModelDescription
+from ds_interlock.hf.export.model import export_model
+from ds_interlock.hf.model.pretrained import Pretrained
+from ds_interlock.jobs.accuracy import accuracy, predictions
+from ds_interlock.jobs.finetune_arguments import FinetuneArguments
+from ds_interlock.jobs.finetune_base import add_base_states
+from ds_interlock.jobs.finetune_data import Data
+from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity
+from ds_interlock.jobs.process import broadcast_from_rank_0, propagate_errors, writing
+
+
+class FinetuneTask(Task):
+    """Only the ranks of stage 0 have data.
+
+    Args:
+        engine: The engine.
+        args: The job's arguments.
+        data: The samples.
+        pretrained: The model as it was.
+        description: What export must know of it.
+    """
+
+    loss_name = "eval_loss"
+    evaluates_first = True
+    keeps_best = True
+
+    def __init__(
+        self,
+        engine: Any,
+        args: FinetuneArguments,
+        data: Data,
+        pretrained: Pretrained,
+        description: ModelDescription,
+    ) -> None:
+        self.engine, self.args, self.pretrained = engine, args, pretrained
+        self.output = Path(args.output_dir)
+        self.training: TrainingBatches | None = None
+        self.validation: EvaluationBatches | None = None
+        shape = BatchShape(
+            engine.train_micro_batch_size_per_gpu(),
+            engine.gradient_accumulation_steps(),
+            engine.grid.get_data_parallel_world_size(),
+        )
+        replica = engine.grid.get_data_parallel_rank()
+        with propagate_errors(), writing(self.output):
+            if data.train is not None and data.validation is not None:
+                self.training = TrainingBatches(data.train, shape, replica=replica, seed=args.seed)
+                engine.set_dataiterator(self.training)  # its position is saved and restored with the engine
+                self.validation = EvaluationBatches(data.validation, shape, replica=replica)
+            if dist.get_rank() == 0:
+                self._write_description(description)
+        self.num_eval_batches = broadcast_from_rank_0(self.validation.num_batches if self.validation else 0)
+
+    def _write_description(self, description: ModelDescription) -> None:
+        """``checkpoints/hf``: what turns a checkpoint of this run into a Hugging Face model again."""
+        with unfinished_folder(self.output / "checkpoints" / "hf") as folder:
+            self.pretrained.config.save_pretrained(folder)
+            self.pretrained.tokenizer.save_pretrained(folder)
+            generation = self.pretrained.folder / "generation_config.json"
+            if generation.is_file():
+                (folder / generation.name).write_bytes(generation.read_bytes())
+            description.write(folder)
+
+    def begin(self, step: int) -> None:
+        """Heads that learn from the base model need its states."""
+        add_base_states(self.engine, self.pretrained, self.training, self.output, step)
+
+    def evaluate(self) -> Losses:
+        """The losses on the validation data, of all heads, exact means over its labels; on every rank."""
+        data: Iterator[Any] | None = None if self.validation is None else iter(self.validation)
+        sums: Losses = {}
+        with predictions(self.engine, self.args.task) as predicted:
+            for _ in range(self.num_eval_batches):
+                _, losses = self.engine.eval_batch(data, return_head_losses=True)
+                for name, loss in losses.items():
+                    sums[name] = sums.get(name, 0.0) + loss
+        means = {
+            f"eval_{name.replace('final_loss', 'loss')}": total / self.num_eval_batches
+            for name, total in sums.items()
+        }
+        if self.args.task == "causal":
+            means |= {name.replace("loss", "perplexity"): perplexity(loss) for name, loss in means.items()}
+        else:
+            means["eval_accuracy"] = accuracy(self.engine, self.validation, predicted)
+        return means
+
+    def describe(self, losses: Losses) -> str:
+        """The loss, and perplexity or accuracy."""
+        if self.args.task == "causal":
+            quality = f"perplexity {losses['eval_perplexity']:.2f}"
+        else:
+            quality = f"accuracy {losses['eval_accuracy']:.1%}"
+        return f"validation loss {losses['eval_loss']:.4f}, {quality}"
+
+    def export(self, trained: Trained) -> Metrics:
+        """Writes ``hf/``, a plain Hugging Face folder, or ``adapter/`` in peft's format."""
+        args, is_adapter = self.args, self.args.exports_adapter
+        self.exported = export_model(
+            trained.best_checkpoint if args.load_best_model_at_end else trained.checkpoint,
+            self.output / ("adapter" if is_adapter else "hf"),
+            max_shard_size=args.max_shard_size,
+            heads=args.export_heads and not is_adapter,
+            merge_adapter=bool(args.lora_r) and not is_adapter,
+        )
+        return {**{f"first_{name}": loss for name, loss in trained.first.items()}, **trained.last}
+
+    def summary(self, metrics: Metrics) -> str:
+        """The loss before and after, and what was exported."""
+        before = metrics.get("first_eval_loss", math.nan)
+        return f"validation loss {before:.4f} before, {metrics['eval_loss']:.4f} after\n{self.exported}"

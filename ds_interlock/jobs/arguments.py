@@ -72,9 +72,8 @@ def parse_arguments(
     Raises:
         ConfigError: If they make no sense.
     """
-    parser = _Parser(
-        kind.__bases__, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    groups: Any = kind.__bases__
+    parser = _Parser(groups, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in getattr(kind, "_may_be_empty", ()):
         parser._option_string_actions[f"--{name}"].nargs = "*"
     return kind(**vars(parser.parse_args(argv)))

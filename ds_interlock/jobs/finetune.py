@@ -18,11 +18,11 @@ import torch.distributed as dist
 import ds_interlock
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.model.check import check_layers
-from ds_interlock.jobs import finetune_data
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
+from ds_interlock.jobs.finetune_data import Data
 from ds_interlock.jobs.finetune_model import open_model, prepare
 from ds_interlock.jobs.finetune_task import FinetuneTask
-from ds_interlock.jobs.loop import Metrics, train
+from ds_interlock.jobs.loop import Loop, Metrics
 from ds_interlock.jobs.process import Config, in_turns, propagate_errors, run_command, start
 
 _HIGH_LEARNING_RATE = 5e-4  # for weights that are trained already
@@ -46,10 +46,10 @@ def run(args: FinetuneArguments) -> Metrics:
     """
     job = start(args, partial(complete_config, args=args))
     _warn_of_learning_rate(job.config, args)
-    records = finetune_data.read(args, has_data=job.has_data)
+    data = Data(args, has_data=job.has_data)
     dtype = torch.bfloat16 if job.config.get("bf16", {}).get("enabled") else torch.float32
-    pretrained = in_turns(job.local_rank, lambda: open_model(args, dtype, records.classes))
-    data = finetune_data.encode(args, records, pretrained)
+    pretrained = in_turns(job.local_rank, lambda: open_model(args, dtype, data.classes))
+    data.encode(pretrained)
     with propagate_errors():
         cut = prepare(args, job, pretrained, data.names)
     engine, *_ = ds_interlock.initialize(model=cut.net, config=job.config)
@@ -57,8 +57,7 @@ def run(args: FinetuneArguments) -> Metrics:
         with propagate_errors():
             check_layers(engine, pretrained, args.seq_length, data.names)
     torch.manual_seed(args.seed + dist.get_rank())  # every stage and replica drops out other units
-    task = FinetuneTask(engine, args, data, pretrained, cut.description)
-    return train(engine, args, job, task)
+    return Loop(FinetuneTask(engine, args, data, pretrained, cut.description), args, job).run()
 
 
 def complete_config(config: Config, args: FinetuneArguments) -> Config:

@@ -1,11 +1,9 @@
 """The data of ``finetune``: the ranks of stage 0 read and encode it; the others get what they must know."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.data.records import Record
@@ -17,66 +15,64 @@ from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.process import broadcast_from_rank_0, propagate_errors
 
 
-@dataclass(frozen=True)
-class Records:
-    """Records as all ranks need to know them.
-
-    Attributes:
-        data: On the ranks of stage 0; None elsewhere.
-        classes: Names of the classes by id; empty for language models.
-    """
-
-    data: RecordData | None
-    classes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Data:
-    """Samples in rows, ready to be made into batches.
+    """Records, then samples in rows. All ranks must make one and call ``encode``.
+
+    Args:
+        args: The job's arguments.
+        has_data: Whether this rank is one of stage 0.
 
     Attributes:
-        train: To train on, on the ranks of stage 0; None elsewhere.
+        records: What was read, on stage 0; None elsewhere.
+        classes: Names of the classes by id; empty for language models.
+        train: Rows to train on, on stage 0 after ``encode``; None elsewhere.
         validation: Likewise.
-        names: What the inputs are, by the names of the model's arguments.
+        names: After ``encode`` what the inputs are, by the names of the model's arguments.
     """
 
-    train: Rows[Any] | None
-    validation: Rows[Any] | None
-    names: tuple[str, ...]
+    def __init__(self, args: FinetuneArguments, *, has_data: bool) -> None:
+        self.args = args
+        self.train: Rows[Any] | None = None
+        self.validation: Rows[Any] | None = None
+        self.records: RecordData | None = None
+        names: list[str] = []
+        with propagate_errors():
+            if has_data:
+                files = args.train_file, args.validation_file
+                how: dict[str, Any] = {"task": args.task, "seed": args.seed}
+                data = self.records = load_records(*files, args.dataset, args.dataset_config, **how)
+                by_id = {number: str(label) for label, number in data.label_ids.items()}
+                names = [by_id.get(number, f"LABEL_{number}") for number in range(data.num_labels)]
+        self.classes: tuple[str, ...] = tuple(broadcast_from_rank_0(names))
 
+    def encode(self, pretrained: Pretrained) -> None:
+        """Makes tokens in rows."""
+        with propagate_errors():
+            if self.records is not None:
+                args, records = self.args, self.records
+                self.train = self._rows(records.train, pretrained, "training", args.max_train_samples)
+                self.validation = self._rows(
+                    records.validation, pretrained, "validation", args.max_eval_samples
+                )
+        self.names: tuple[str, ...] = broadcast_from_rank_0(self.train.names if self.train else ())
 
-def read(args: FinetuneArguments, *, has_data: bool) -> Records:
-    """Reads files or a data set. All ranks must call it."""
-    data = None
-    with propagate_errors():
-        if has_data:
-            data = load_records(
-                args.train_file,
-                args.validation_file,
-                args.dataset,
-                args.dataset_config,
-                task=args.task,
-                seed=args.seed,
-            )
-    classes: list[str] = []
-    if data is not None:
-        by_id = {number: str(label) for label, number in data.label_ids.items()}
-        classes = [by_id.get(number, f"LABEL_{number}") for number in range(data.num_labels)]
-    return Records(data, tuple(broadcast_from_rank_0(classes)))
-
-
-def encode(args: FinetuneArguments, records: Records, pretrained: Pretrained) -> Data:
-    """Tokens in rows. All ranks must call it."""
-    train: Rows[Any] | None = None
-    validation: Rows[Any] | None = None
-    with propagate_errors():
-        if records.data is not None:
-            data, tokenizer = records.data, pretrained.tokenizer
-            train = _rows(args, data, data.train, tokenizer, "training", args.max_train_samples)
-            validation = _rows(args, data, data.validation, tokenizer, "validation", args.max_eval_samples)
-            _check_vocabulary(train, pretrained)
-            _check_vocabulary(validation, pretrained)
-    return Data(train, validation, broadcast_from_rank_0(train.names if train else ()))
+    def _rows(
+        self, records: Sequence[Record], pretrained: Pretrained, what: str, most: int | None
+    ) -> Rows[Any]:
+        args, tokenizer = self.args, pretrained.tokenizer
+        encoded: SampleSet[Any]
+        kind: type[Rows[Any]] = PackedRows if args.packing else PaddedRows
+        if args.task == "classification":
+            assert self.records is not None, "there are records to encode"
+            kind = ClassifiedRows
+            encoded = encode_classified(records, tokenizer, args.seq_length, self.records.label_ids)
+        else:
+            encoded = encode_records(records, tokenizer, args.seq_length)
+        if dist.get_rank() == 0:
+            print(f"{what}: {encoded.summary()}")
+        rows = kind(encoded.samples[:most], args.seq_length, padding_id(tokenizer))
+        _check_vocabulary(rows, pretrained)
+        return rows
 
 
 def _check_vocabulary(rows: Rows[Any], pretrained: Pretrained) -> None:
@@ -92,24 +88,3 @@ def _check_vocabulary(rows: Rows[Any], pretrained: Pretrained) -> None:
             f"--model {pretrained.name}: its tokenizer gives the token id {largest}, and the model knows "
             f"{known} tokens (vocab_size): tokenizer and weights do not belong together"
         )
-
-
-def _rows(
-    args: FinetuneArguments,
-    data: RecordData,
-    records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
-    what: str,
-    most: int | None,
-) -> Rows[Any]:
-    encoded: SampleSet[Any]
-    if args.task == "classification":
-        encoded = encode_classified(records, tokenizer, args.seq_length, data.label_ids)
-    else:
-        encoded = encode_records(records, tokenizer, args.seq_length)
-    if dist.get_rank() == 0:
-        print(f"{what}: {encoded.summary()}")
-    kind: type[Rows[Any]] = PackedRows if args.packing else PaddedRows
-    if args.task == "classification":
-        kind = ClassifiedRows
-    return kind(encoded.samples[:most], args.seq_length, padding_id(tokenizer))

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from ds_interlock.files import unfinished_folder
-from ds_interlock.hf.data.batches import BatchShape, EvaluationBatches, TrainingBatches
+from ds_interlock.hf.data.batches import EvaluationBatches, TrainingBatches
 from ds_interlock.hf.export.description import ModelDescription
 from ds_interlock.hf.export.model import export_model
 from ds_interlock.hf.model.pretrained import Pretrained
@@ -21,15 +20,7 @@ from ds_interlock.jobs.process import broadcast_from_rank_0, propagate_errors, w
 
 
 class FinetuneTask(Task):
-    """Only the ranks of stage 0 have data.
-
-    Args:
-        engine: The engine.
-        args: The job's arguments.
-        data: The samples.
-        pretrained: The model as it was.
-        description: What export must know of it.
-    """
+    """A Hugging Face model and its samples."""
 
     loss_name = "eval_loss"
     evaluates_first = True
@@ -43,21 +34,15 @@ class FinetuneTask(Task):
         pretrained: Pretrained,
         description: ModelDescription,
     ) -> None:
-        self.engine, self.args, self.pretrained = engine, args, pretrained
-        self.output = Path(args.output_dir)
+        super().__init__(engine, args.output_dir)
+        self.args, self.pretrained, replica = args, pretrained, self.replica
         self.training: TrainingBatches | None = None
         self.validation: EvaluationBatches | None = None
-        shape = BatchShape(
-            engine.train_micro_batch_size_per_gpu(),
-            engine.gradient_accumulation_steps(),
-            engine.grid.get_data_parallel_world_size(),
-        )
-        replica = engine.grid.get_data_parallel_rank()
         with propagate_errors(), writing(self.output):
             if data.train is not None and data.validation is not None:
-                self.training = TrainingBatches(data.train, shape, replica=replica, seed=args.seed)
+                self.training = TrainingBatches(data.train, self.shape, replica=replica, seed=args.seed)
                 engine.set_dataiterator(self.training)  # its position is saved and restored with the engine
-                self.validation = EvaluationBatches(data.validation, shape, replica=replica)
+                self.validation = EvaluationBatches(data.validation, self.shape, replica=replica)
             if dist.get_rank() == 0:
                 self._write_description(description)
         self.num_eval_batches = broadcast_from_rank_0(self.validation.num_batches if self.validation else 0)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch.distributed as dist
 
+from ds_interlock.hf.data.batches import BatchShape
 from ds_interlock.jobs.arguments import RunArguments
 from ds_interlock.jobs.process import (
     Job,
@@ -54,21 +55,37 @@ class Trained:
 
 
 class Task(ABC):
-    """What one job trains on, evaluates and exports.
+    """What one job trains on, evaluates and exports. Only the ranks of stage 0 have data.
+
+    Args:
+        engine: What ``ds_interlock.initialize`` returned.
+        output_dir: Where results go.
 
     Attributes:
         loss_name: Name of the loss among the results of an evaluation.
         unit: What the speed counts, such as "tokens"; None to show no speed.
-        units_per_batch: How many of them a batch has, over all replicas.
+        units_per_sample: How many of them a sample has.
         evaluates_first: Whether there is an evaluation before the first step.
         keeps_best: Whether the checkpoint with the lowest loss is kept, if there are evaluations on the way.
+        shape: How the samples of a batch are dealt out.
+        replica: Number of this data-parallel replica.
     """
 
     loss_name: ClassVar[str]
     unit: ClassVar[str | None] = None
-    units_per_batch: int = 0
+    units_per_sample: int = 1
     evaluates_first: ClassVar[bool] = False
     keeps_best: ClassVar[bool] = False
+
+    def __init__(self, engine: Any, output_dir: str) -> None:
+        self.engine = engine
+        self.output = Path(output_dir)
+        self.replica: int = engine.grid.get_data_parallel_rank()
+        self.shape = BatchShape(
+            engine.train_micro_batch_size_per_gpu(),
+            engine.gradient_accumulation_steps(),
+            engine.grid.get_data_parallel_world_size(),
+        )
 
     def begin(self, step: int) -> None:  # noqa: B027 - most have nothing to do
         """Called on all ranks when the run is at ``step``, before anything is evaluated or trained."""
@@ -93,33 +110,18 @@ class Task(ABC):
         """On rank 0: what the user reads at the end."""
 
 
-def train(engine: Any, args: RunArguments, job: Job, task: Task) -> Metrics:
-    """Trains up to ``max_steps`` and destroys the engine. All ranks must call it.
-
-    Returns:
-        The contents of ``metrics.json``, on every rank.
-
-    Raises:
-        ConfigError: If the output folder cannot be written, or the checkpoint to resume from is missing.
-    """
-    metrics = Loop(engine, args, job, task).run()
-    engine.destroy()
-    return metrics
-
-
 class Loop:
-    """One run of one engine.
+    """One run.
 
     Args:
-        engine: What ``ds_interlock.initialize`` returned.
+        task: What is trained.
         args: The arguments that all jobs have.
         job: What this process knows of the job.
-        task: What is trained.
     """
 
-    def __init__(self, engine: Any, args: RunArguments, job: Job, task: Task) -> None:
-        self.engine, self.args, self.job, self.task = engine, args, job, task
-        self.output = Path(args.output_dir)
+    def __init__(self, task: Task, args: RunArguments, job: Job) -> None:
+        self.task, self.args, self.job = task, args, job
+        self.engine, self.output = task.engine, task.output
         self.checkpoints = self.output / "checkpoints"
         self.log = TrainLog(self.output / "train_log.jsonl")
         self.is_rank_0 = dist.get_rank() == 0
@@ -129,14 +131,23 @@ class Loop:
         self.best = math.inf
 
     def run(self) -> Metrics:
-        """All of it, from the checkpoint to resume from to ``metrics.json``."""
+        """Trains up to ``max_steps`` and destroys the engine. All ranks must call it.
+
+        Returns:
+            The contents of ``metrics.json``, on every rank.
+
+        Raises:
+            ConfigError: If the output folder cannot be written, or the checkpoint to resume from is missing.
+        """
         if self.args.resume_from_checkpoint:
             self.step = self.first_step = resume(self.engine, Path(self.args.resume_from_checkpoint))
         self.task.begin(self.step)
         self.progress = Progress(self.step, self.args.max_steps, shows=self.is_rank_0)
         first = self._begin_log()
         self._train()
-        return self._finish(first)
+        metrics = self._finish(first)
+        self.engine.destroy()
+        return metrics
 
     def _begin_log(self) -> Losses:
         """Results of the evaluation before the first step; a resumed run has them in its log."""
@@ -234,7 +245,8 @@ class Loop:
         return f"{text}, {speed:.0f} {self.task.unit}/s" if self.task.unit else text
 
     def _units_per_second(self) -> float:
-        return (self.step - self.first_step) * self.task.units_per_batch / self.seconds
+        num_samples = (self.step - self.first_step) * self.task.shape.num_rows
+        return num_samples * self.task.units_per_sample / self.seconds
 
     def _log_training(self, loss: float) -> None:
         """The newest training losses, to the terminal and to ``train_log.jsonl``."""

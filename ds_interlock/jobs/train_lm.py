@@ -10,7 +10,6 @@ repository's files: ``deepspeed --module ds_interlock.jobs.train_lm``.
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +30,7 @@ from ds_interlock.hf.data.text import (
 from ds_interlock.hf.data.tokenizer import Tokenizer, load_tokenizer, same_ids
 from ds_interlock.hf.export.lm import export_gpt2, read_layer_states
 from ds_interlock.jobs.arguments import RunArguments, argument
-from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity, train
+from ds_interlock.jobs.loop import Loop, Losses, Metrics, Task, Trained, perplexity
 from ds_interlock.jobs.process import (
     broadcast_from_rank_0,
     in_turns,
@@ -140,19 +139,11 @@ def run(args: LMArguments) -> Metrics:
         )
     engine, *_ = ds_interlock.initialize(model=net, config=job.config)
     torch.manual_seed(args.seed + dist.get_rank())  # every stage and replica drops out other units
-    return train(engine, args, job, LMTask(engine, args, text, tokenizer, lm))
+    return Loop(LMTask(engine, args, text, tokenizer, lm), args, job).run()
 
 
 class LMTask(Task):
-    """Only the ranks of stage 0 have data.
-
-    Args:
-        engine: The engine.
-        args: The job's arguments.
-        text: The documents.
-        tokenizer: Cuts them into tokens.
-        lm: The model.
-    """
+    """Text, and a GPT-2 at the end."""
 
     loss_name = "validation_loss"
     unit = "tokens"
@@ -160,13 +151,9 @@ class LMTask(Task):
     def __init__(
         self, engine: Any, args: LMArguments, text: TextData, tokenizer: Tokenizer, lm: LMConfig
     ) -> None:
-        self.engine, self.args, self.tokenizer, self.lm = engine, args, tokenizer, lm
-        self.num_replicas: int = engine.grid.get_data_parallel_world_size()
-        self.micro_batch_size: int = engine.train_micro_batch_size_per_gpu()
-        self.blocks_per_batch: int = (
-            self.micro_batch_size * self.num_replicas * engine.gradient_accumulation_steps()
-        )
-        self.units_per_batch = self.blocks_per_batch * args.seq_length
+        super().__init__(engine, args.output_dir)
+        self.args, self.tokenizer, self.lm = args, tokenizer, lm
+        self.units_per_sample = args.seq_length
         with propagate_errors():
             self.train_blocks = self._blocks(text.train, "training")
             self.validation_blocks = self._blocks(text.validation, "validation")
@@ -176,7 +163,7 @@ class LMTask(Task):
         num_blocks = 0
         if self.validation_blocks is not None:
             num_blocks = min(len(self.validation_blocks), args.max_eval_samples or sys.maxsize)
-        self.num_eval_batches = broadcast_from_rank_0(max(1, num_blocks // self.blocks_per_batch))
+        self.num_eval_batches = broadcast_from_rank_0(max(1, num_blocks // self.shape.num_rows))
 
     def evaluate(self) -> Losses:
         """Mean loss over the validation blocks, the same on every rank."""
@@ -195,11 +182,11 @@ class LMTask(Task):
         training, validation = self.train_blocks, self.validation_blocks
         assert training is not None, "rank 0 belongs to stage 0, which has the data"
         assert validation is not None, "rank 0 belongs to stage 0, which has the data"
-        folder = Path(self.args.output_dir) / "hf"
+        folder = self.output / "hf"
         export_gpt2(read_layer_states(trained.checkpoint), self.lm, folder, self.tokenizer.to_hf())
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        num_blocks = self.num_eval_batches * self.blocks_per_batch
+        num_blocks = self.num_eval_batches * self.shape.num_rows
         validated = validation.tokens[1 : num_blocks * validation.seq_length + 1]
         unigram = unigram_perplexity(training.tokens, validated, self.lm.vocab_size)
         exported = _loss_of(model, validation, num_blocks)
@@ -213,7 +200,7 @@ class LMTask(Task):
 
     def summary(self, metrics: Metrics) -> str:
         """The metrics in a few lines, and a sample."""
-        folder = Path(self.args.output_dir) / "hf"
+        folder = self.output / "hf"
         return "\n".join(
             [
                 f"validation perplexity  {metrics['validation_perplexity']:10.2f}",
@@ -243,7 +230,7 @@ class LMTask(Task):
         if not self.engine.is_first_stage():
             return None
         blocks = TokenBlocks(encode_documents(documents, self.tokenizer), self.args.seq_length)
-        blocks.require(self.blocks_per_batch, what)
+        blocks.require(self.shape.num_rows, what)
         return blocks
 
     def _iterator(self, blocks: TokenBlocks | None, shuffle: bool) -> BlockIterator | None:
@@ -251,9 +238,9 @@ class LMTask(Task):
             return None
         return BlockIterator(
             blocks,
-            self.micro_batch_size,
-            replica=self.engine.grid.get_data_parallel_rank(),
-            num_replicas=self.num_replicas,
+            self.shape.micro_batch_size,
+            replica=self.replica,
+            num_replicas=self.shape.num_replicas,
             seed=self.args.seed,
             shuffle=shuffle,
         )

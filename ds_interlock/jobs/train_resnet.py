@@ -34,7 +34,7 @@ from ds_interlock.images.data import ImageData, Normalisation
 from ds_interlock.images.score import Score
 from ds_interlock.images.sources import load_images
 from ds_interlock.jobs.arguments import RunArguments, argument
-from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, train
+from ds_interlock.jobs.loop import Loop, Losses, Metrics, Task, Trained
 from ds_interlock.jobs.process import in_turns, propagate_errors, run_command, start
 from ds_interlock.jobs.quiet import quiet
 from ds_interlock.models.resnet import (
@@ -140,7 +140,7 @@ def run(args: ResNetArguments) -> Metrics:
         )
     schedule = None if "scheduler" in job.config else step_schedule(args.max_steps)
     engine, *_ = ds_interlock.initialize(model=net, config=job.config, lr_scheduler=schedule)
-    return train(engine, args, job, ResNetTask(engine, args, data))
+    return Loop(ResNetTask(engine, args, data), args, job).run()
 
 
 def check_heads(interlock: InterlockConfig) -> None:
@@ -175,28 +175,18 @@ def _read_images(args: ResNetArguments) -> ImageData:
 
 
 class ResNetTask(Task):
-    """Only the ranks of stage 0 read the images.
-
-    Args:
-        engine: The engine.
-        args: The job's arguments.
-        data: The images.
-    """
+    """Images, and how many of them are classified wrongly."""
 
     loss_name = "test_loss"
     unit = "images"
 
     def __init__(self, engine: Any, args: ResNetArguments, data: ImageData) -> None:
-        self.engine, self.args = engine, args
+        super().__init__(engine, args.output_dir)
+        self.args = args
         self.num_classes = data.num_classes
         self.num_train_images = len(data.train)
-        self.micro_batch_size: int = engine.train_micro_batch_size_per_gpu()
-        self.num_replicas: int = engine.grid.get_data_parallel_world_size()
-        self.units_per_batch = (
-            self.micro_batch_size * self.num_replicas * engine.gradient_accumulation_steps()
-        )
         self.num_test_batches = num_evaluation_batches(
-            len(data.test), self.micro_batch_size, self.num_replicas
+            len(data.test), self.shape.micro_batch_size, self.shape.num_replicas
         )
         self.reads = engine.is_first_stage()
         with propagate_errors():
@@ -209,12 +199,12 @@ class ResNetTask(Task):
         Evaluation then does not depend on which replica reads an image, and a checkpoint, written by one
         replica, holds for all.
         """
-        if self.num_replicas == 1:
+        if self.shape.num_replicas == 1:
             return
         for buffer in self.engine.module.buffers():
             if buffer.is_floating_point():
                 dist.all_reduce(buffer, group=self.engine.grid.get_data_parallel_group())
-                buffer /= self.num_replicas
+                buffer /= self.shape.num_replicas
 
     def evaluate(self) -> Losses:
         """The model on all test images, counted exactly; the same on every rank."""
@@ -249,7 +239,7 @@ class ResNetTask(Task):
             **trained.last,
             "images_per_second": trained.units_per_second or None,
             "depth": self.args.depth,
-            "epochs": trained.step * self.units_per_batch / self.num_train_images,
+            "epochs": trained.step * self.shape.num_rows / self.num_train_images,
         }
 
     def summary(self, metrics: Metrics) -> str:
@@ -263,9 +253,9 @@ class ResNetTask(Task):
         training = ImageIterator(
             data.train.to(self.engine.device),
             self.normalisation,
-            self.micro_batch_size,
-            replica=self.engine.grid.get_data_parallel_rank(),
-            num_replicas=self.num_replicas,
+            self.shape.micro_batch_size,
+            replica=self.replica,
+            num_replicas=self.shape.num_replicas,
             seed=self.args.seed,
             augment=not self.args.no_augment,
         )
@@ -278,9 +268,9 @@ class ResNetTask(Task):
         batches = evaluation_batches(
             self.test,
             self.normalisation,
-            self.micro_batch_size,
-            replica=self.engine.grid.get_data_parallel_rank(),
-            num_replicas=self.num_replicas,
+            self.shape.micro_batch_size,
+            replica=self.replica,
+            num_replicas=self.shape.num_replicas,
         )
         for images, labels_b in batches:
             labels.append(labels_b)
@@ -290,7 +280,7 @@ class ResNetTask(Task):
         """The last stage's outputs, float32 ``[images, classes]``, on every stage of its pipeline."""
         grid, device = self.engine.grid, self.engine.device
         if outputs is None:
-            num_images = self.num_test_batches * self.micro_batch_size
+            num_images = self.num_test_batches * self.shape.micro_batch_size
             logits = torch.empty(num_images, self.num_classes, device=device)
         else:
             logits = torch.cat(outputs).float()

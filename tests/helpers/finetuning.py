@@ -5,6 +5,7 @@ import io
 import json
 import random
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,12 @@ def finetune(argv: list[str]) -> str:
     return written.getvalue()
 
 
-def refused(argv: list[str]) -> str | None:
+def refused(argv: list[str], module: str = "finetune") -> str | None:
     """The job, which must end itself: what this rank says of it, None if it leaves it to another."""
     try:
-        job.main(argv)
+        import_module(f"ds_interlock.jobs.{module}").main(argv)
     except SystemExit as exit:
-        return None if exit.code == 1 else str(exit.code).removeprefix("finetune: ")
+        return None if exit.code == 1 else str(exit.code).removeprefix(f"{module}: ")
     raise AssertionError("the job went through")
 
 
@@ -104,9 +105,9 @@ def run(
     return metrics
 
 
-def refusal(pool: RankPool, argv: list[str]) -> str:
+def refusal(pool: RankPool, argv: list[str], module: str = "finetune") -> str:
     """What the job says when it must end itself; exactly one rank says it."""
-    answers = [answer for answer in pool.run(refused, argv=argv) if answer is not None]
+    answers = [answer for answer in pool.run(refused, argv=argv, module=module) if answer is not None]
     assert len(answers) == 1, answers
     return str(answers[0])
 

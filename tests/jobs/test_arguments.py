@@ -57,7 +57,7 @@ WRONG: list[tuple[type[RunArguments], dict[str, Any], str]] = [
     (FinetuneArguments, {**FINETUNE, "lora_r": -1}, "--lora_r is -1: expected 0 or more"),
     (FinetuneArguments, {**FINETUNE, "max_eval_samples": 0}, "--max_eval_samples is 0: expected at least 1"),
     (FinetuneArguments, {**FINETUNE, "max_shard_size": "5"}, "--max_shard_size 5: expected a size such as 5"),
-    (FinetuneArguments, {**FINETUNE, "lora_r": 2, "lora_dropout": 1.0}, "--lora_dropout is 1: expected a share"),
+    (FinetuneArguments, {**FINETUNE, "lora_r": 2, "lora_dropout": 1.0}, "--lora_dropout is 1: expected"),
     (FinetuneArguments, {**FINETUNE, "packing": True, "task": "classification"}, "--packing is for language"),
     (FinetuneArguments, {**FINETUNE, "merge_adapter": True}, "there is no adapter without --lora_r"),
     (FinetuneArguments, {**FINETUNE, "lora_r": 2, "export_heads": True}, "it needs --merge_adapter"),

@@ -1,17 +1,14 @@
 """``launcher/train_resnet.py`` on small images: what it counts is exact, and what it saves is the model."""
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from finetuning import refusal
 from image_files import striped_images, write_idx
-from ranks import RankPool, free_port
+from ranks import RankPool
 from torch import nn
 
 from ds_interlock import ConfigError, InterlockConfig
@@ -186,38 +183,7 @@ def test_the_configs_differ_in_their_section_alone() -> None:
     assert [section["mode"] for section in sections] == ["global", "local", "interlock"]
 
 
-def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Starts the job with four processes, as a user does."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    options = ["--num_gpus", 4, "--master_port", free_port()]
-    command = [launcher, *options, "launcher/train_resnet.py", *arguments]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return subprocess.run(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-@pytest.mark.launcher
-@pytest.mark.slow
-def test_the_launcher_starts_it(images: Path, tmp_path: Path) -> None:
-    config = ("--deepspeed_config", "configs/resnet/interlock.json")
-    job = launch(*config, *SMALL, "--data_dir", images, "--max_steps", 2, "--output_dir", tmp_path / "out")
-    assert job.returncode == 0, job.stdout + job.stderr
-    assert re.search(r"mode interlock, window 2, 2 steps: test error \d+\.\d\d %", job.stdout)
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["num_stages"] == 4
-
-
-@pytest.mark.launcher
-@pytest.mark.slow
-def test_a_missing_data_set_is_named_once(tmp_path: Path) -> None:
-    config = ("--deepspeed_config", "configs/resnet/local.json")
-    job = launch(*config, "--data_dir", tmp_path, "--output_dir", tmp_path / "out")
-    assert job.returncode != 0
-    output = job.stdout + job.stderr
-    assert len(re.findall("apt-get install dataset-fashion-mnist, or say where", output)) == 1, output
-    assert "Traceback" not in job.stderr
+def test_a_missing_data_set_is_named_once(ranks2: RankPool, tmp_path: Path) -> None:
+    words = ["--deepspeed_config", ROOT / "configs/resnet/local.json", "--data_dir", tmp_path]
+    argv = [str(word) for word in [*words, "--output_dir", tmp_path / "out"]]
+    assert "apt-get install dataset-fashion-mnist, or say where" in refusal(ranks2, argv, "train_resnet")

@@ -10,13 +10,7 @@ from ds_interlock.errors import ConfigError
 
 
 def argument(default: Any, text: str | None = None, **options: Any) -> Any:
-    """A field of a dataclass of arguments.
-
-    Args:
-        default: Its default; ``dataclasses.MISSING`` if it must be given.
-        text: Its line in ``--help``.
-        options: For ``ArgumentParser.add_argument``.
-    """
+    """A field of a dataclass of arguments: its default, its line in ``--help``, argparse's ``options``."""
     metadata = {"help": text, **options}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)

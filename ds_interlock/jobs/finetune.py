@@ -40,24 +40,22 @@ def run(args: FinetuneArguments) -> Metrics:
         The contents of ``metrics.json``.
 
     Raises:
-        ConfigError: If arguments, config or model cannot be used.
-        DataError: If the data cannot be used.
-        PlanError: If the stages cannot.
+        ConfigError, DataError, PlanError: If arguments, config, model, data or stages cannot be used.
     """
     job = start(args, partial(complete_config, args=args))
     _warn_of_learning_rate(job.config, args)
     data = Data(args, has_data=job.has_data)
     dtype = torch.bfloat16 if job.config.get("bf16", {}).get("enabled") else torch.float32
-    pretrained = in_turns(job.local_rank, lambda: open_model(args, dtype, data.classes))
+    pretrained = in_turns(lambda: open_model(args, dtype, data.classes))
     data.encode(pretrained)
     with propagate_errors():
-        cut = prepare(args, job, pretrained, data.names)
-    engine, *_ = ds_interlock.initialize(model=cut.net, config=job.config)
+        net, description = prepare(args, job, pretrained, data.names)
+    engine, *_ = ds_interlock.initialize(model=net, config=job.config)
     if not args.skip_load_check:
         with propagate_errors():
             check_layers(engine, pretrained, args.seq_length, data.names)
     torch.manual_seed(args.seed + dist.get_rank())  # every stage and replica drops out other units
-    return Loop(FinetuneTask(engine, args, data, pretrained, cut.description), args, job).run()
+    return Loop(FinetuneTask(engine, args, data, pretrained, description), args, job).run()
 
 
 def complete_config(config: Config, args: FinetuneArguments) -> Config:

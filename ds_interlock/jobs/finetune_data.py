@@ -18,12 +18,7 @@ from ds_interlock.jobs.process import broadcast_from_rank_0, propagate_errors
 class Data:
     """Records, then samples in rows. All ranks must make one and call ``encode``.
 
-    Args:
-        args: The job's arguments.
-        has_data: Whether this rank is one of stage 0.
-
     Attributes:
-        records: What was read, on stage 0; None elsewhere.
         classes: Names of the classes by id; empty for language models.
         train: Rows to train on, on stage 0 after ``encode``; None elsewhere.
         validation: Likewise.

@@ -1,6 +1,5 @@
 """The model of ``finetune``: opened, adapted, cut into stages."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,27 +32,13 @@ def open_model(args: FinetuneArguments, dtype: torch.dtype, classes: tuple[str, 
     return pretrained
 
 
-@dataclass(frozen=True)
-class CutModel:
-    """A pipeline ready to be trained.
-
-    Attributes:
-        net: The pipeline.
-        description: What export must know of it.
-    """
-
-    net: InterlockPipelineModule
-    description: ModelDescription
-
-
-def prepare(args: FinetuneArguments, job: Job, pretrained: Pretrained, inputs: tuple[str, ...]) -> CutModel:
+def prepare(
+    args: FinetuneArguments, job: Job, pretrained: Pretrained, inputs: tuple[str, ...]
+) -> tuple[InterlockPipelineModule, ModelDescription]:
     """Cuts the model, with adapters and frozen weights as the arguments have them.
 
-    Args:
-        args: The job's arguments.
-        job: The job.
-        pretrained: The model's files.
-        inputs: Names of the model's arguments that the data gives.
+    Returns:
+        A pipeline ready to be trained, and what export must know of it.
 
     Raises:
         ConfigError: If an argument does not fit the model.
@@ -84,7 +69,7 @@ def prepare(args: FinetuneArguments, job: Job, pretrained: Pretrained, inputs: t
             base_seed=args.seed,
             **head,
         )
-    return CutModel(net, _describe_for_export(pretrained, blueprint, adapters))
+    return net, _describe_for_export(pretrained, blueprint, adapters)
 
 
 def _adapt(blueprint: Blueprint, args: FinetuneArguments) -> Any:
@@ -108,11 +93,7 @@ def _adapt(blueprint: Blueprint, args: FinetuneArguments) -> Any:
 
 
 def _check_classifier_heads(head: HeadConfig) -> None:
-    """Heads of a classifier are copies of it and learn from the labels.
-
-    Raises:
-        ConfigError: If the config asks for something else.
-    """
+    """Heads of a classifier are copies of it and learn from the labels."""
     if head.type != "auto":
         raise ConfigError(
             f'interlock.head.type is "{head.type}", which repeats the output layers of a language model: '
@@ -126,11 +107,7 @@ def _check_classifier_heads(head: HeadConfig) -> None:
 
 
 def _check_heads_fit(blueprint: Blueprint) -> None:
-    """Heads read the hidden state with the model's own unembedding, which must be as wide.
-
-    Raises:
-        ConfigError: If it is not.
-    """
+    """Heads read the hidden state with the model's own unembedding, which must be as wide."""
     assert blueprint.skeleton.anatomy.unembedding is not None, "a language model has one"
     unembedding: Any = blueprint.skeleton.original(blueprint.skeleton.anatomy.unembedding)
     width = blueprint.skeleton.model.config.get_text_config().hidden_size

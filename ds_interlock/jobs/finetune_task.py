@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -10,10 +11,10 @@ from ds_interlock.files import unfinished_folder
 from ds_interlock.hf.data.batches import EvaluationBatches, TrainingBatches
 from ds_interlock.hf.export.description import ModelDescription
 from ds_interlock.hf.export.model import export_model
+from ds_interlock.hf.model.base_states import FOLDER, BaseStates, Share, digest_of_model, record
 from ds_interlock.hf.model.pretrained import Pretrained
-from ds_interlock.jobs.accuracy import accuracy, predictions
+from ds_interlock.hf.model.states_file import check_room
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
-from ds_interlock.jobs.finetune_base import add_base_states
 from ds_interlock.jobs.finetune_data import Data
 from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity
 from ds_interlock.jobs.process import broadcast_from_rank_0, propagate_errors, writing
@@ -58,14 +59,41 @@ class FinetuneTask(Task):
             description.write(folder)
 
     def begin(self, step: int) -> None:
-        """Heads that learn from the base model need its states."""
-        add_base_states(self.engine, self.pretrained, self.training, self.output, step)
+        """If heads learn from the base model (``head.kl_weight``), sends its states along with the labels.
+
+        A new run computes them; a resumed one must find them where the first part of it left them.
+        """
+        if self.engine.interlock.head.kl_weight == 0 or not self.engine.module.schedule.heads:
+            return
+        folder, pretrained, own = self.output / FOLDER, self.pretrained, None
+        width = int(pretrained.config.get_text_config().hidden_size)  # of what goes into the unembedding
+        shares: list[Share] = []  # of all replicas
+        with propagate_errors():
+            if self.training is not None:
+                rows, model = self.training.rows, digest_of_model(pretrained.folder)
+                replicas = range(self.shape.num_replicas)
+                batches = [EvaluationBatches(rows, self.shape, replica=r) for r in replicas]
+                shares = [Share.of(of_replica, model) for of_replica in batches]
+                own = batches[self.replica], shares[self.replica]
+            if step == 0 and dist.get_rank() == 0:
+                num_positions = sum(sum(share.lengths) for share in shares)
+                num_bytes = num_positions * width * pretrained.dtype.itemsize
+                check_room(folder, num_bytes)
+                print(
+                    f"interlock.head.kl_weight: the base model's hidden states at {num_positions} positions "
+                    f"go to {folder}, {num_bytes / 1e9:.2f} GB"
+                )
+        if step == 0:
+            record(self.engine, folder, *(own or (None, None)), width=width, dtype=pretrained.dtype)
+        with propagate_errors():
+            if self.training is not None:
+                self.training.base_of_rows = BaseStates(folder, shares).stack
 
     def evaluate(self) -> Losses:
         """The losses on the validation data, of all heads, exact means over its labels; on every rank."""
         data: Iterator[Any] | None = None if self.validation is None else iter(self.validation)
         sums: Losses = {}
-        with predictions(self.engine, self.args.task) as predicted:
+        with self._predictions() as predicted:
             for _ in range(self.num_eval_batches):
                 _, losses = self.engine.eval_batch(data, return_head_losses=True)
                 for name, loss in losses.items():
@@ -77,8 +105,34 @@ class FinetuneTask(Task):
         if self.args.task == "causal":
             means |= {name.replace("loss", "perplexity"): perplexity(loss) for name, loss in means.items()}
         else:
-            means["eval_accuracy"] = accuracy(self.engine, self.validation, predicted)
+            means["eval_accuracy"] = self._accuracy(predicted)
         return means
+
+    @contextmanager
+    def _predictions(self) -> Iterator[list[int]]:
+        """On the last stage collects the most likely classes of what it evaluates, row by row."""
+        classes: list[int] = []
+        if self.args.task != "classification" or not self.engine.is_last_stage():
+            yield classes
+            return
+        end = self.engine.module.forward_funcs[-1]
+        handle = end.register_forward_hook(lambda *call: classes.extend(call[-1].argmax(-1).tolist()))
+        try:
+            yield classes
+        finally:
+            handle.remove()
+
+    def _accuracy(self, predicted: list[int]) -> float:
+        """The share of validation samples whose class was predicted: labels are known on stage 0 only."""
+        by_replica = dict(_gather((self.replica, predicted) if self.engine.is_last_stage() else None))
+        counts = None
+        if self.validation is not None:
+            labels = [int(label) for _, (labels_b, _) in self.validation for label in labels_b]
+            rows = zip(labels, by_replica[self.replica], strict=True)
+            pairs = [(label, guess) for label, guess in rows if label >= 0]
+            counts = sum(label == guess for label, guess in pairs), len(pairs)
+        all_counts = _gather(counts)
+        return float(sum(right for right, _ in all_counts) / sum(number for _, number in all_counts))
 
     def describe(self, losses: Losses) -> str:
         """The loss, and perplexity or accuracy."""
@@ -104,3 +158,10 @@ class FinetuneTask(Task):
         """The loss before and after, and what was exported."""
         before = metrics.get("first_eval_loss", math.nan)
         return f"validation loss {before:.4f} before, {metrics['eval_loss']:.4f} after\n{self.exported}"
+
+
+def _gather(value: Any) -> list[Any]:
+    """The values of all ranks that have one. All ranks must call it."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return [value for value in values if value is not None]

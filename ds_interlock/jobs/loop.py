@@ -35,22 +35,13 @@ _TIMELINE_STEPS = 20  # the timeline shows a typical one of the last
 
 @dataclass(frozen=True)
 class Trained:
-    """What the loop knows at its end.
+    """What the loop knows at its end."""
 
-    Attributes:
-        step: Optimizer steps from the beginning, those before a resumption included.
-        units_per_second: Speed of training, without evaluations and checkpoints; 0 if nothing was trained.
-        checkpoint: Folder of the last checkpoint.
-        best_checkpoint: Folder of the one with the lowest loss, if the task keeps it.
-        first: Results of the evaluation before the first step; empty without one.
-        last: Results of the last evaluation.
-    """
-
-    step: int
-    units_per_second: float
-    checkpoint: Path
-    best_checkpoint: Path
-    first: Losses
+    step: int  # from the beginning, steps before a resumption included
+    units_per_second: float  # without evaluations and checkpoints; 0 if nothing was trained
+    checkpoint: Path  # the last one
+    best_checkpoint: Path  # the one with the lowest loss, if the task keeps it
+    first: Losses  # before the first step; empty if the task does not evaluate then
     last: Losses
 
 
@@ -60,22 +51,13 @@ class Task(ABC):
     Args:
         engine: What ``ds_interlock.initialize`` returned.
         output_dir: Where results go.
-
-    Attributes:
-        loss_name: Name of the loss among the results of an evaluation.
-        unit: What the speed counts, such as "tokens"; None to show no speed.
-        units_per_sample: How many of them a sample has.
-        evaluates_first: Whether there is an evaluation before the first step.
-        keeps_best: Whether the checkpoint with the lowest loss is kept, if there are evaluations on the way.
-        shape: How the samples of a batch are dealt out.
-        replica: Number of this data-parallel replica.
     """
 
-    loss_name: ClassVar[str]
-    unit: ClassVar[str | None] = None
+    loss_name: ClassVar[str]  # among the results of an evaluation
+    unit: ClassVar[str | None] = None  # what the speed counts, such as "tokens"; None to show no speed
     units_per_sample: int = 1
-    evaluates_first: ClassVar[bool] = False
-    keeps_best: ClassVar[bool] = False
+    evaluates_first: ClassVar[bool] = False  # before the first step
+    keeps_best: ClassVar[bool] = False  # the checkpoint with the lowest loss, if evaluated on the way
 
     def __init__(self, engine: Any, output_dir: str) -> None:
         self.engine = engine
@@ -111,13 +93,7 @@ class Task(ABC):
 
 
 class Loop:
-    """One run.
-
-    Args:
-        task: What is trained.
-        args: The arguments that all jobs have.
-        job: What this process knows of the job.
-    """
+    """One run of ``task``."""
 
     def __init__(self, task: Task, args: RunArguments, job: Job) -> None:
         self.task, self.args, self.job = task, args, job
@@ -177,14 +153,14 @@ class Loop:
             loss = self.engine.train_batch().item()
             self.seconds += time.perf_counter() - started
             self.step += 1
-            self.progress.advance()
+            self.progress.bar.update()
             if _is_due(self.step, args.logging_steps):
                 self._log_training(loss)
             if _is_due(self.step, args.eval_steps) and self.step < args.max_steps:
                 self._log_evaluation(self._evaluate())
             if _is_due(self.step, args.save_steps):
                 self._save(f"global_step{self.step}")
-        self.progress.close()
+        self.progress.bar.close()
 
     def _evaluate(self) -> Losses:
         """Evaluates; if the task keeps the best checkpoint, saves one that is better than all before."""

@@ -31,19 +31,11 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """What a process knows of its job once it has joined it.
-
-    Attributes:
-        config: The DeepSpeed config, complete.
-        interlock: Its "interlock" section.
-        num_stages: Pipeline stages.
-        local_rank: Number of this process on its machine.
-    """
+    """What a process knows of its job once it has joined it."""
 
     config: Config
     interlock: InterlockConfig
     num_stages: int
-    local_rank: int
 
     @property
     def has_data(self) -> bool:
@@ -75,11 +67,7 @@ def run_command(
 
 
 def start(args: RunArguments, complete: Callable[[Config], Config] = lambda config: config) -> Job:
-    """Joins the process group and reads the DeepSpeed config. All ranks must call it.
-
-    Args:
-        args: The job's arguments.
-        complete: Adds to the config what the arguments say of it.
+    """Joins the process group and reads the DeepSpeed config, which ``complete`` adds to.
 
     Raises:
         ConfigError: If the config or the number of stages cannot be used.
@@ -87,12 +75,6 @@ def start(args: RunArguments, complete: Callable[[Config], Config] = lambda conf
     if not join_job():
         raise ConfigError(f"start this through the launcher: deepspeed --num_gpus 4 {' '.join(sys.argv)}")
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    local_rank = int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0)))
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        torch.set_num_threads(1)  # the stages of a pipeline share the cores
-    else:
-        accelerator.set_device(local_rank)
     world_size = dist.get_world_size()
     num_stages = world_size if args.num_stages is None else args.num_stages
     with propagate_errors():
@@ -103,7 +85,7 @@ def start(args: RunArguments, complete: Callable[[Config], Config] = lambda conf
             raise ConfigError(
                 f"--num_stages is {num_stages}: expected a divisor of {world_size}, the number of processes"
             )
-    return Job(config, interlock, num_stages, local_rank)
+    return Job(config, interlock, num_stages)
 
 
 def join_job() -> bool:
@@ -111,7 +93,17 @@ def join_job() -> bool:
     if not any(variable in os.environ for variable in _RANK_VARIABLES):
         return False
     ds_interlock.init_distributed()
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        torch.set_num_threads(1)  # the stages of a pipeline share the cores
+    else:
+        accelerator.set_device(_local_rank())  # before anything is gathered
     return True
+
+
+def _local_rank() -> int:
+    """Number of this process on its machine; DeepSpeed sets the variable where a launcher has not."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def resolve_auto(config: Config, max_steps: int) -> Config:
@@ -135,12 +127,12 @@ def resolve_auto(config: Config, max_steps: int) -> Config:
     return {**config, "scheduler": {**scheduler, "params": resolved}} if scheduler else config
 
 
-def in_turns(local_rank: int, work: Callable[[], Result]) -> Result:
+def in_turns(work: Callable[[], Result]) -> Result:
     """``work()`` on every rank; one process of a machine goes first, and the others read what it cached."""
     results = []
     for is_first_turn in (True, False):
         with propagate_errors():
-            if (local_rank == 0) == is_first_turn:
+            if (_local_rank() == 0) == is_first_turn:
                 results.append(work())
     return results[0]
 

@@ -7,13 +7,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """What rank 0 shows of a run; other ranks show nothing.
-
-    Args:
-        step: Steps done before.
-        max_steps: Steps at the end.
-        shows: Whether this is rank 0.
-    """
+    """Shows a run from ``step`` to ``max_steps``, on one rank."""
 
     def __init__(self, step: int, max_steps: int, *, shows: bool) -> None:
         self.shows = shows
@@ -22,10 +16,6 @@ class Progress:
         self.bar = tqdm(
             total=max_steps, initial=step, unit="step", file=sys.stdout, disable=not has_bar, leave=False
         )
-
-    def advance(self) -> None:
-        """One more step is done."""
-        self.bar.update()
 
     def report(self, step: int, values: Mapping[str, str]) -> None:
         """Shows the newest ``values`` by their names."""
@@ -40,7 +30,3 @@ class Progress:
         if self.shows:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
-
-    def close(self) -> None:
-        """Takes the bar away."""
-        self.bar.close()

@@ -31,13 +31,7 @@ from ds_interlock.hf.data.tokenizer import Tokenizer, load_tokenizer, same_ids
 from ds_interlock.hf.export.lm import export_gpt2, read_layer_states
 from ds_interlock.jobs.arguments import RunArguments, argument
 from ds_interlock.jobs.loop import Loop, Losses, Metrics, Task, Trained, perplexity
-from ds_interlock.jobs.process import (
-    broadcast_from_rank_0,
-    in_turns,
-    propagate_errors,
-    run_command,
-    start,
-)
+from ds_interlock.jobs.process import broadcast_from_rank_0, in_turns, propagate_errors, run_command, start
 from ds_interlock.jobs.quiet import quiet
 from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
 
@@ -106,9 +100,7 @@ def run(args: LMArguments) -> Metrics:
         The contents of ``metrics.json``.
 
     Raises:
-        ConfigError: If arguments or config cannot be used.
-        DataError: If the text cannot be used.
-        PlanError: If the stages cannot.
+        ConfigError, DataError, PlanError: If arguments, config, text or stages cannot be used.
     """
     job = start(args)
 
@@ -117,7 +109,7 @@ def run(args: LMArguments) -> Metrics:
         text = load_text(*files, args.dataset, args.dataset_config, args.seed)
         return text, load_tokenizer(args.tokenizer, text.train, args.vocab_size)
 
-    text, tokenizer = in_turns(job.local_rank, load)
+    text, tokenizer = in_turns(load)
     lm = LMConfig(
         vocab_size=tokenizer.vocab_size,
         seq_length=args.seq_length,

@@ -24,12 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import ds_interlock
 from ds_interlock import InterlockConfig, InterlockPipelineModule
 from ds_interlock.errors import ConfigError
-from ds_interlock.images.batches import (
-    ImageIterator,
-    MicroBatch,
-    evaluation_batches,
-    num_evaluation_batches,
-)
+from ds_interlock.images.batches import ImageIterator, MicroBatch, evaluation_batches, num_evaluation_batches
 from ds_interlock.images.data import ImageData, Normalisation
 from ds_interlock.images.score import Score
 from ds_interlock.images.sources import load_images
@@ -53,8 +48,7 @@ class ImageArguments:
     _argument_group_name: ClassVar[str] = "images"
 
     dataset: str = argument(
-        "fashion-mnist",
-        "fashion-mnist, cifar10, cifar100, or a name for datasets.load_dataset (%(default)s)",
+        "fashion-mnist", "fashion-mnist, cifar10, cifar100, or a name for datasets.load_dataset (%(default)s)"
     )
     dataset_config: str | None = argument(None, "name of the data set's configuration")
     data_dir: Path | None = argument(None, "folder of a data set's files (IDX or CIFAR)")
@@ -112,14 +106,12 @@ def run(args: ResNetArguments) -> Metrics:
         The contents of ``metrics.json``.
 
     Raises:
-        ConfigError: If arguments or config cannot be used.
-        DataError: If the images cannot be used.
-        PlanError: If the stages cannot.
+        ConfigError, DataError, PlanError: If arguments, config, images or stages cannot be used.
     """
     job = start(args)
     with propagate_errors():
         check_heads(job.interlock)
-    data = in_turns(job.local_rank, lambda: _read_images(args))
+    data = in_turns(lambda: _read_images(args))
     resnet = ResNetConfig(
         depth=args.depth,
         num_classes=data.num_classes,
@@ -144,11 +136,7 @@ def run(args: ResNetArguments) -> Metrics:
 
 
 def check_heads(interlock: InterlockConfig) -> None:
-    """Refuses a type of head that would be ignored.
-
-    Raises:
-        ConfigError: If the config has one.
-    """
+    """Refuses a type of head that would be ignored."""
     if interlock.head.type != "auto":
         raise ConfigError(
             f'interlock.head.type: "{interlock.head.type}" is for language models: leave it out, the heads '
@@ -211,9 +199,7 @@ class ResNetTask(Task):
         self.before_checkpoint()
         labels: list[Tensor] = []
         outputs = self.engine.eval_batch(
-            self._test_batches(labels),
-            compute_loss=False,
-            num_micro_batches=self.num_test_batches,
+            self._test_batches(labels), compute_loss=False, num_micro_batches=self.num_test_batches
         )
         logits = self._to_all_stages(outputs)
         score = Score.of(logits, torch.cat(labels)) if self.reads else Score()

@@ -1,4 +1,4 @@
-"""``launcher/finetune.py`` on tiny models of every family: what goes in comes out, what it says is true."""
+"""the job ``finetune`` on tiny models of every family: what goes in comes out, what it says is true."""
 
 import math
 from pathlib import Path

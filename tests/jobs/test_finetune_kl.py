@@ -1,4 +1,4 @@
-"""``launcher/finetune.py`` with heads that learn from the base model: what it makes of the training data."""
+"""the job ``finetune`` with heads that learn from the base model: what it makes of the training data."""
 
 import csv
 import math

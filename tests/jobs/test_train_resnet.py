@@ -1,4 +1,4 @@
-"""``launcher/train_resnet.py`` on small images: what it counts is exact, and what it saves is the model."""
+"""The job ``train_resnet`` on small images: what it counts is exact, and what it saves is the model."""
 
 import json
 from pathlib import Path

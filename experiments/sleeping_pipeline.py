@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.pipe import LayerSpec
-from torch import Tensor
-
 from benchmarks.engines import Workload, make_engine, seconds_of_a_batch
 from benchmarks.ranks import run_ranks
 from benchmarks.sleeping import SleepingHead, SleepingLayer, sleep, sleeping_loss, use_exact_timers
+from deepspeed.pipe import LayerSpec
+from torch import Tensor
+
 from ds_interlock import InterlockConfig
 from ds_interlock.schedule.lower import training_program
 from ds_interlock.schedule.simulate import simulate

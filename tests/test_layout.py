@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "hf/model": {"config", "heads", "hf/data", "planning", "profiling", "schedule"},
     "hf/export": {"heads", "hf/model", "models", "schedule"},
     "images": {"heads", "hf/data", "sampling"},
+    "jobs": {"config", "hf/data", "hf/export", "hf/model", "images", "models"},
     "verification": {"config", "heads", "schedule", "stage"},
 }
 # These plan without a GPU library.

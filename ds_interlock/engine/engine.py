@@ -237,12 +237,12 @@ class InterlockEngine(PipelineEngine):
         return gather(self._recorder.stop(_TIMELINE), self.stage_id, self.num_stages)
 
     def write_timeline(self, path: str | os.PathLike[str]) -> None:
-        """Writes the newest recorded batch as an SVG, beside what the simulator makes of it.
+        """Writes a typical recorded batch as an SVG, beside what the simulator makes of it.
 
         All ranks must call it; rank 0 writes.
         """
         rows = self.timeline()
-        if self.global_rank == 0:
+        if self.global_rank == 0 and any(rows):  # a phase that begins after the last batch empties them
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(draw(self._train_schedule().program, rows, streaming=self.streaming))
 

@@ -7,6 +7,7 @@ streaming.
 """
 
 import json
+import os
 import statistics
 import threading
 import time
@@ -17,6 +18,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
 from ds_interlock.config.monitoring import TraceConfig
@@ -152,10 +154,39 @@ def title_of(program: Program) -> str:
 
 
 def draw(program: Program, rows: Rows, *, streaming: bool) -> str:
-    """An SVG of the newest batch in ``rows`` above the same batch as simulated at the costs measured."""
-    newest = max((span.batch for row in rows for span in row), default=0)
-    one = tuple(tuple(span for span in row if span.batch == newest) for row in rows)
-    return render_svg(measured_and_simulated(program, one, streaming=streaming), title=title_of(program))
+    """An SVG of a typical batch in ``rows`` above the same batch as simulated at the costs measured.
+
+    Typical is the batch of median duration: on cores that processes share, one batch alone may take twice
+    as long as the others.
+    """
+    batches = sorted({span.batch for row in rows for span in row})
+    typical = typical_batch(rows)
+    one = tuple(tuple(span for span in row if span.batch == typical) for row in rows)
+    measured, simulated = measured_and_simulated(program, one, streaming=streaming)
+    name = f"measured: the median of {len(batches)} batches{_sharing()}"
+    return render_svg([replace(measured, name=name), simulated], title=title_of(program))
+
+
+def typical_batch(rows: Rows) -> int:
+    """The batch of median duration, from its first span to its last."""
+    spans: dict[int, list[Span]] = defaultdict(list)
+    for row in rows:
+        for span in row:
+            spans[span.batch].append(span)
+    durations = {
+        batch: max(span.end for span in of_batch) - min(span.start for span in of_batch)
+        for batch, of_batch in spans.items()
+    }
+    median = statistics.median_low(durations.values())
+    return next(batch for batch, duration in durations.items() if duration == median)
+
+
+def _sharing() -> str:
+    """On CPU how many processes share how many cores; empty on a device of each rank's own."""
+    if get_accelerator().device_name() != "cpu":
+        return ""
+    num_ranks = int(os.environ.get("LOCAL_SIZE") or dist.get_world_size())  # the launcher sets the first
+    return f", {num_ranks} processes on {len(os.sched_getaffinity(0))} cores"
 
 
 def from_zero(rows: Sequence[Sequence[Span]]) -> Rows:

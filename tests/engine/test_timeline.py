@@ -2,8 +2,10 @@
 
 import pytest
 
-from ds_interlock.engine.timeline import measured_and_simulated, measured_costs
+from ds_interlock.engine.timeline import measured_and_simulated, measured_costs, typical_batch
 from ds_interlock.schedule import CostModel, GradientFlowPlan, simulate, training_program
+from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.simulate import Span
 
 COSTS = CostModel(
     forward=[4.0, 5.0, 6.0],
@@ -44,3 +46,14 @@ def test_what_was_simulated_looks_the_same_when_simulated_again():
     lengths = [max(row[-1].end for row in timeline.rows) for timeline in (measured, simulated)]
     assert lengths[1] == pytest.approx(lengths[0], rel=0.1)
     assert {span.batch for row in simulated.rows for span in row} == {0, 1}
+
+
+def test_the_typical_batch_is_the_one_of_median_duration():
+    def spans(stage, stretched):
+        return tuple(
+            Span(Action(stage, Kind.FORWARD, 0), batch, 10.0 * batch, 10.0 * batch + seconds)
+            for batch, seconds in enumerate(stretched)
+        )
+
+    assert typical_batch((spans(0, [1, 1, 1, 1]), spans(1, [9, 2, 5, 3]))) == 3
+    assert typical_batch((spans(0, [1, 9, 1]), spans(1, [4, 2, 3]))) == 0

@@ -1,29 +1,28 @@
-"""``launcher/finetune.py`` on the ranks of a pool, its data, and transformers' own word on what comes out."""
+"""The ``finetune`` job on the ranks of a pool, its data, and transformers' own word on what comes out."""
 
 import contextlib
 import io
 import json
 import random
-import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from families import save_tiny as save_tiny
+from families import tiny_model as tiny_model
+from families import tiny_tokenizer as tiny_tokenizer
 from ranks import RankPool
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ds_interlock.hf.data.rows import PaddedRows, Rows
+from ds_interlock.hf.data.samples import encode_records
+from ds_interlock.hf.data.sources import read_records
+from ds_interlock.jobs import finetune as job
+
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [path for path in (str(ROOT / "launcher"), str(ROOT / "tests" / "hf")) if path not in sys.path]
-
-from families import save_tiny as save_tiny  # noqa: E402
-from families import tiny_model as tiny_model  # noqa: E402
-from families import tiny_tokenizer as tiny_tokenizer  # noqa: E402
-
-from ds_interlock.hf.data.rows import PaddedRows, Rows  # noqa: E402
-from ds_interlock.hf.data.samples import encode_records  # noqa: E402
-from ds_interlock.hf.data.sources import read_records  # noqa: E402
 
 SEQ_LENGTH = 24
 CONFIG: dict[str, Any] = {
@@ -40,25 +39,17 @@ LOCAL: dict[str, Any] = {"mode": "local", "timeout_seconds": 60}
 
 def finetune(argv: list[str]) -> str:
     """The job, as a function that the pool's ranks can call; returns what it wrote to stderr."""
-    import finetune as job
-
-    with contextlib.redirect_stderr(io.StringIO()) as told:
+    with contextlib.redirect_stderr(io.StringIO()) as written:
         job.main(argv)
-    return told.getvalue()
+    return written.getvalue()
 
 
-def refused(argv: list[str]) -> str | None:
+def refused(argv: list[str], module: str = "finetune") -> str | None:
     """The job, which must end itself: what this rank says of it, None if it leaves it to another."""
-    import finetune as job
-
     try:
-        job.main(argv)
-    except SystemExit as left:
-        if left.code == 1:
-            return None
-        raise AssertionError(f"the job ended with {left.code!r}") from left
-    except (job.ConfigError, job.DataError, job.PlanError) as error:
-        return f"{error}"
+        import_module(f"ds_interlock.jobs.{module}").main(argv)
+    except SystemExit as exit:
+        return None if exit.code == 1 else str(exit.code).removeprefix(f"{module}: ")
     raise AssertionError("the job went through")
 
 
@@ -114,9 +105,9 @@ def run(
     return metrics
 
 
-def refusal(pool: RankPool, argv: list[str]) -> str:
+def refusal(pool: RankPool, argv: list[str], module: str = "finetune") -> str:
     """What the job says when it must end itself; exactly one rank says it."""
-    answers = [answer for answer in pool.run(refused, argv=argv) if answer is not None]
+    answers = [answer for answer in pool.run(refused, argv=argv, module=module) if answer is not None]
     assert len(answers) == 1, answers
     return str(answers[0])
 

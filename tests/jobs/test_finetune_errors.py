@@ -1,9 +1,8 @@
-"""What a user of ``launcher/finetune.py`` gets wrong: one rank says so in one sentence."""
+"""What a user of the job ``finetune`` gets wrong: one rank says so in one sentence."""
 
 import json
 import re
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,9 @@ from transformers import (
 )
 
 from ds_interlock.hf.export.model import export_model
+from ds_interlock.jobs import finetune_task
 
 SMALL_FILES = 2**15
-
-
-@pytest.fixture(scope="module")
-def ranks2() -> Iterator[RankPool]:
-    """Two ranks that stay up over the tests of this file."""
-    with RankPool(2) as pool:
-        yield pool
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +160,9 @@ def test_a_model_that_cannot_be_used(write: Any, ranks2: RankPool, data: Path, t
 
 def assert_refused(pool: RankPool, why: str, folder: Path, data: Path, *more: object, **how: Any) -> None:
     """One sentence with ``why`` in it; no results."""
-    said = refusal(pool, arguments(folder, data, *more, **how))
-    assert re.search(why, said), said
-    assert "\n" not in said
+    message = refusal(pool, arguments(folder, data, *more, **how))
+    assert re.search(why, message), message
+    assert "\n" not in message
     assert not any((folder / "out" / name).exists() for name in ("hf", "adapter", "metrics.json"))
 
 
@@ -188,13 +181,6 @@ WORDS: list[tuple[str, str]] = [
     ("--learning_rate_scale emp=2", "--learning_rate_scale emp: no parameter has a name like this"),
     ("--learning_rate -1", "the learning rate is -1"),
     ("--lora_r 2 --lora_target_modules w_proj", "--lora_target_modules w_proj: no linear layer of a block"),
-    ("--merge_adapter", "there is no adapter without --lora_r"),
-    ("--lora_r 2 --export_heads", "it needs --merge_adapter"),
-    ("--lora_r 2 --lora_dropout 1", "--lora_dropout is 1: expected a share"),
-    ("--load_best_model_at_end", "needs --eval_steps"),
-    ("--max_steps 0", "--max_steps is 0: expected at least 1"),
-    ("--max_eval_samples 0", "--max_eval_samples is 0: expected at least 1"),
-    ("--max_shard_size 5", "--max_shard_size 5: expected a size such as 5GB"),
     ("--maximum_steps 5", "unrecognized arguments: --maximum_steps 5"),
     ("--resume_from_checkpoint gone", "--resume_from_checkpoint gone: there is no checkpoint"),
     ("--max_train_samples 3", "3 training samples may fill as few as 3 rows .* one batch takes 4"),
@@ -262,9 +248,7 @@ def test_a_classifier_of_other_classes(ranks2: RankPool, data: Path, tmp_path: P
 
 def refused_when_the_disk_is_full(argv: list[str]) -> str | None:
     """The job; once it exports, the system lets no file grow beyond ``SMALL_FILES``."""
-    import finetune_run
-
-    export = finetune_run.export_model
+    export = finetune_task.export_model
 
     def export_model(*args: Any, **options: Any) -> Any:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -274,11 +258,11 @@ def refused_when_the_disk_is_full(argv: list[str]) -> str | None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    finetune_run.export_model = export_model
+    finetune_task.export_model = export_model
     try:
         return refused(argv)
     finally:
-        finetune_run.export_model = export
+        finetune_task.export_model = export
 
 
 def test_a_disk_that_is_full_at_export_leaves_the_old_model_and_the_checkpoint(

@@ -1,28 +1,24 @@
-"""``launcher/train_resnet.py`` on small images: what it counts is exact, and what it saves is the model."""
+"""The job ``train_resnet`` on small images: what it counts is exact, and what it saves is the model."""
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import RankPool, free_port
+from finetuning import refusal
+from image_files import evaluate, striped_images, write_idx
+from ranks import RankPool
 from torch import nn
 
+from ds_interlock import ConfigError, InterlockConfig
+from ds_interlock.hf.export.lm import read_layer_states
+from ds_interlock.images.batches import evaluation_batches
+from ds_interlock.images.data import Normalisation, Score
+from ds_interlock.jobs import train_resnet as job
+from ds_interlock.models.resnet import ResNetConfig, build_resnet
+
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "launcher"), str(ROOT / "tests" / "images")]
-
-from image_files import evaluate, striped_images, write_idx  # noqa: E402
-
-from ds_interlock import ConfigError, InterlockConfig  # noqa: E402
-from ds_interlock.hf.export.lm import read_layer_states  # noqa: E402
-from ds_interlock.images.batches import evaluation_batches  # noqa: E402
-from ds_interlock.images.data import Normalisation, Score  # noqa: E402
-from ds_interlock.models.resnet import ResNetConfig, build_resnet  # noqa: E402
 
 TRAIN, TEST = striped_images(96, seed=1), striped_images(37, seed=2)  # no micro-batch size divides 37
 CONFIG: dict[str, Any] = {
@@ -37,9 +33,7 @@ RESNET = ResNetConfig(depth=8, num_classes=10, in_channels=1, width=4, seed=42)
 
 def train_resnet(argv: list[str]) -> None:
     """The job, as a function that the pool's ranks can call."""
-    import train_resnet as job
-
-    job.main(argv).destroy()
+    job.main(argv)
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +143,8 @@ def test_fewer_images_and_crops_change_what_is_trained(
 
 
 def learning_rates(num_steps: int, max_steps: int) -> list[float]:
-    from train_resnet import step_schedule
-
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-    scheduler = step_schedule(max_steps)(optimizer)
+    scheduler = job.step_schedule(max_steps)(optimizer)
     rates = []
     for _ in range(num_steps):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -175,29 +167,9 @@ def test_the_schedule_is_the_configs_if_it_has_one(ranks4: RankPool, images: Pat
 
 
 def test_a_head_for_language_models_is_refused() -> None:
-    from train_resnet import check_heads
-
     with pytest.raises(ConfigError, match=r'head.type: "lens" is for language models: .*--head_channels'):
-        check_heads(InterlockConfig.from_deepspeed({"interlock": {"head": {"type": "lens"}}}))
-    check_heads(InterlockConfig.from_deepspeed({"interlock": {"head": {"weight": 0.5}}}))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        ([], "--deepspeed_config is needed"),
-        (["--deepspeed_config", "x", "--max_steps", "0"], "--max_steps is 0: expected at least 1"),
-        (["--deepspeed_config", "x", "--seed", "-1"], "--seed is -1: expected 0 or more"),
-    ],
-)
-def test_impossible_arguments_are_named(
-    arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from train_resnet import parse_arguments
-
-    with pytest.raises(SystemExit):
-        parse_arguments(arguments)
-    assert error in capsys.readouterr().err
+        job.check_heads(InterlockConfig.from_deepspeed({"interlock": {"head": {"type": "lens"}}}))
+    job.check_heads(InterlockConfig.from_deepspeed({"interlock": {"head": {"weight": 0.5}}}))
 
 
 def test_the_configs_differ_in_their_section_alone() -> None:
@@ -210,38 +182,7 @@ def test_the_configs_differ_in_their_section_alone() -> None:
     assert [section["mode"] for section in sections] == ["global", "local", "interlock"]
 
 
-def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Starts the job with four processes, as a user does."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    options = ["--num_gpus", 4, "--master_port", free_port()]
-    command = [launcher, *options, "launcher/train_resnet.py", *arguments]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return subprocess.run(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-@pytest.mark.launcher
-@pytest.mark.slow
-def test_the_launcher_starts_it(images: Path, tmp_path: Path) -> None:
-    config = ("--deepspeed_config", "configs/resnet/interlock.json")
-    job = launch(*config, *SMALL, "--data_dir", images, "--max_steps", 2, "--output_dir", tmp_path / "out")
-    assert job.returncode == 0, job.stdout + job.stderr
-    assert re.search(r"mode interlock, window 2, 2 steps: test error \d+\.\d\d %", job.stdout)
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["num_stages"] == 4
-
-
-@pytest.mark.launcher
-@pytest.mark.slow
-def test_a_missing_data_set_is_named_once(tmp_path: Path) -> None:
-    config = ("--deepspeed_config", "configs/resnet/local.json")
-    job = launch(*config, "--data_dir", tmp_path, "--output_dir", tmp_path / "out")
-    assert job.returncode != 0
-    output = job.stdout + job.stderr
-    assert len(re.findall("apt-get install dataset-fashion-mnist, or say where", output)) == 1, output
-    assert "Traceback" not in job.stderr
+def test_a_missing_data_set_is_named_once(ranks2: RankPool, tmp_path: Path) -> None:
+    words = ["--deepspeed_config", ROOT / "configs/resnet/local.json", "--data_dir", tmp_path]
+    argv = [str(word) for word in [*words, "--output_dir", tmp_path / "out"]]
+    assert "apt-get install dataset-fashion-mnist, or say where" in refusal(ranks2, argv, "train_resnet")

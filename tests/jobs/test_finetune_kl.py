@@ -1,4 +1,4 @@
-"""``launcher/finetune.py`` with heads that learn from the base model: what it makes of the training data."""
+"""the job ``finetune`` with heads that learn from the base model: what it makes of the training data."""
 
 import csv
 import math
@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from families import save_tiny
 from finetuning import LOCAL, SEQ_LENGTH, arguments, refusal, rows_of, run
 from ranks import RankPool
-
-from families import save_tiny  # isort: skip - finetuning says where it is
 
 from ds_interlock.hf.data.batches import BatchShape, TrainingBatches
 from ds_interlock.hf.data.rows import PackedRows, PaddedRows, Rows

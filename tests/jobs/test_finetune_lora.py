@@ -1,4 +1,4 @@
-"""LoRA and frozen weights in ``launcher/finetune.py``: what must not train does not; peft reads what does."""
+"""LoRA and frozen weights in the job ``finetune``: what must not train does not; peft reads what does."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The data of ``launcher/finetune.py``: however it is dealt out, the losses are those of its labels."""
+"""The data of the job ``finetune``: however it is dealt out, the losses are those of its labels."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""``launcher/finetune.py`` on tiny models of every family: what goes in comes out, what it says is true."""
+"""the job ``finetune`` on tiny models of every family: what goes in comes out, what it says is true."""
 
 import math
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import DECODERS, ENCODERS
 from finetuning import (
     SEQ_LENGTH,
     log_of,
@@ -18,8 +19,6 @@ from finetuning import (
 )
 from ranks import RankError, RankPool
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-from families import DECODERS, ENCODERS  # isort: skip - finetuning says where it is
 
 from ds_interlock.hf.data.rows import ClassifiedRows
 from ds_interlock.hf.data.samples import encode_classified

@@ -1,4 +1,4 @@
-"""Checkpoints of ``launcher/finetune.py``: to resume from, to export from, and the best one."""
+"""Checkpoints of the job ``finetune``: to resume from, to export from, and the best one."""
 
 from pathlib import Path
 from typing import Any

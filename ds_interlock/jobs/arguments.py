@@ -1,0 +1,80 @@
+"""Arguments of jobs: dataclasses, read from a command line by transformers' ``HfArgumentParser``."""
+
+import argparse
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NoReturn, TypeVar
+
+from transformers import HfArgumentParser
+
+from ds_interlock.errors import ConfigError
+
+
+def argument(default: Any, text: str | None = None, **options: Any) -> Any:
+    """A field of a dataclass of arguments: its default, its line in ``--help``, argparse's ``options``."""
+    metadata = {"help": text, **options}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class RunArguments:
+    """What every job takes; each sets its own defaults. Jobs combine it with groups of their own.
+
+    Raises:
+        ConfigError: If a value makes no sense.
+    """
+
+    _argument_group_name: ClassVar[str] = "run"
+    _at_least_1: ClassVar[tuple[str, ...]] = ("max_steps", "logging_steps")
+    _at_least_0: ClassVar[tuple[str, ...]] = ("eval_steps", "save_steps", "seed")
+    _example_config: ClassVar[str] = "configs/interlock.json"
+
+    num_stages: int | None = argument(None, "pipeline stages (default: one for each rank)")
+    max_steps: int = argument(400, "optimizer steps (%(default)s)")
+    eval_steps: int = argument(0, "0: only at the end (%(default)s)")
+    save_steps: int = argument(0, "0: only at the end (%(default)s)")
+    logging_steps: int = argument(10, "(%(default)s)")
+    output_dir: str = argument("runs", "(%(default)s)")
+    resume_from_checkpoint: str | None = argument(None, "a checkpoints/ folder, or one checkpoint in it")
+    seed: int = argument(42, "of weights, order of data, dropout (%(default)s)")
+    local_rank: int = argument(-1, "set by the launcher")
+    deepspeed_config: str | None = argument(None, "the DeepSpeed config, which sets the mode", metavar="FILE")
+    deepspeed: bool = argument(False, "accepted, as DeepSpeed's own scripts do; it is always on")
+
+    def __post_init__(self) -> None:
+        if self.deepspeed_config is None:
+            raise ConfigError(
+                f"--deepspeed_config is needed: the mode is set there, as in {self._example_config}"
+            )
+        for least, names in ((1, self._at_least_1), (0, self._at_least_0)):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and value < least:
+                    expected = "at least 1" if least else "0 or more"
+                    raise ConfigError(f"--{name} is {value}: expected {expected}")
+
+
+Arguments = TypeVar("Arguments", bound=RunArguments)
+
+
+def parse_arguments(
+    kind: type[Arguments], description: str | None, argv: list[str] | None = None
+) -> Arguments:
+    """The arguments of a command line; each base of ``kind`` is a group of them in ``--help``.
+
+    Raises:
+        ConfigError: If they make no sense.
+    """
+    groups: Any = kind.__bases__
+    parser = _Parser(groups, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in getattr(kind, "_may_be_empty", ()):
+        parser._option_string_actions[f"--{name}"].nargs = "*"
+    return kind(**vars(parser.parse_args(argv)))
+
+
+class _Parser(HfArgumentParser):
+    """Its errors are those of the job, which one rank reports."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists all arguments)")

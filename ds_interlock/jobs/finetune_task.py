@@ -1,0 +1,167 @@
+"""What ``finetune`` gives to the training loop: a Hugging Face model's data, evaluation and export."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+from ds_interlock.files import unfinished_folder
+from ds_interlock.hf.data.batches import EvaluationBatches, TrainingBatches
+from ds_interlock.hf.export.description import ModelDescription
+from ds_interlock.hf.export.model import export_model
+from ds_interlock.hf.model.base_states import FOLDER, BaseStates, Share, digest_of_model, record
+from ds_interlock.hf.model.pretrained import Pretrained
+from ds_interlock.hf.model.states_file import check_room
+from ds_interlock.jobs.finetune_arguments import FinetuneArguments
+from ds_interlock.jobs.finetune_data import Data
+from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity
+from ds_interlock.jobs.process import broadcast_from_rank_0, propagate_errors, writing
+
+
+class FinetuneTask(Task):
+    """A Hugging Face model and its samples."""
+
+    loss_name = "eval_loss"
+    evaluates_first = True
+    keeps_best = True
+
+    def __init__(
+        self,
+        engine: Any,
+        args: FinetuneArguments,
+        data: Data,
+        pretrained: Pretrained,
+        description: ModelDescription,
+    ) -> None:
+        super().__init__(engine, args.output_dir)
+        self.args, self.pretrained, replica = args, pretrained, self.replica
+        self.training: TrainingBatches | None = None
+        self.validation: EvaluationBatches | None = None
+        with propagate_errors(), writing(self.output):
+            if data.train is not None and data.validation is not None:
+                self.training = TrainingBatches(data.train, self.shape, replica=replica, seed=args.seed)
+                engine.set_dataiterator(self.training)  # its position is saved and restored with the engine
+                self.validation = EvaluationBatches(data.validation, self.shape, replica=replica)
+            if dist.get_rank() == 0:
+                self._write_description(description)
+        self.num_eval_batches = broadcast_from_rank_0(self.validation.num_batches if self.validation else 0)
+
+    def _write_description(self, description: ModelDescription) -> None:
+        """``checkpoints/hf``: what turns a checkpoint of this run into a Hugging Face model again."""
+        with unfinished_folder(self.output / "checkpoints" / "hf") as folder:
+            self.pretrained.config.save_pretrained(folder)
+            self.pretrained.tokenizer.save_pretrained(folder)
+            generation = self.pretrained.folder / "generation_config.json"
+            if generation.is_file():
+                (folder / generation.name).write_bytes(generation.read_bytes())
+            description.write(folder)
+
+    def begin(self, step: int) -> None:
+        """If heads learn from the base model (``head.kl_weight``), sends its states along with the labels.
+
+        A new run computes them; a resumed one must find them where the first part of it left them.
+        """
+        if self.engine.interlock.head.kl_weight == 0 or not self.engine.module.schedule.heads:
+            return
+        folder, pretrained, own = self.output / FOLDER, self.pretrained, None
+        width = int(pretrained.config.get_text_config().hidden_size)  # of what goes into the unembedding
+        shares: list[Share] = []  # of all replicas
+        with propagate_errors():
+            if self.training is not None:
+                rows, model = self.training.rows, digest_of_model(pretrained.folder)
+                replicas = range(self.shape.num_replicas)
+                batches = [EvaluationBatches(rows, self.shape, replica=r) for r in replicas]
+                shares = [Share.of(of_replica, model) for of_replica in batches]
+                own = batches[self.replica], shares[self.replica]
+            if step == 0 and dist.get_rank() == 0:
+                num_positions = sum(sum(share.lengths) for share in shares)
+                num_bytes = num_positions * width * pretrained.dtype.itemsize
+                check_room(folder, num_bytes)
+                print(
+                    f"interlock.head.kl_weight: the base model's hidden states at {num_positions} positions "
+                    f"go to {folder}, {num_bytes / 1e9:.2f} GB"
+                )
+        if step == 0:
+            record(self.engine, folder, *(own or (None, None)), width=width, dtype=pretrained.dtype)
+        with propagate_errors():
+            if self.training is not None:
+                self.training.base_of_rows = BaseStates(folder, shares).stack
+
+    def evaluate(self) -> Losses:
+        """The losses on the validation data, of all heads, exact means over its labels; on every rank."""
+        data: Iterator[Any] | None = None if self.validation is None else iter(self.validation)
+        sums: Losses = {}
+        with self._predictions() as predicted:
+            for _ in range(self.num_eval_batches):
+                _, losses = self.engine.eval_batch(data, return_head_losses=True)
+                for name, loss in losses.items():
+                    sums[name] = sums.get(name, 0.0) + loss
+        means = {
+            f"eval_{name.replace('final_loss', 'loss')}": total / self.num_eval_batches
+            for name, total in sums.items()
+        }
+        if self.args.task == "causal":
+            means |= {name.replace("loss", "perplexity"): perplexity(loss) for name, loss in means.items()}
+        else:
+            means["eval_accuracy"] = self._accuracy(predicted)
+        return means
+
+    @contextmanager
+    def _predictions(self) -> Iterator[list[int]]:
+        """On the last stage collects the most likely classes of what it evaluates, row by row."""
+        classes: list[int] = []
+        if self.args.task != "classification" or not self.engine.is_last_stage():
+            yield classes
+            return
+        end = self.engine.module.forward_funcs[-1]
+        handle = end.register_forward_hook(lambda *call: classes.extend(call[-1].argmax(-1).tolist()))
+        try:
+            yield classes
+        finally:
+            handle.remove()
+
+    def _accuracy(self, predicted: list[int]) -> float:
+        """The share of validation samples whose class was predicted: labels are known on stage 0 only."""
+        by_replica = dict(_gather((self.replica, predicted) if self.engine.is_last_stage() else None))
+        counts = None
+        if self.validation is not None:
+            labels = [int(label) for _, (labels_b, _) in self.validation for label in labels_b]
+            rows = zip(labels, by_replica[self.replica], strict=True)
+            pairs = [(label, guess) for label, guess in rows if label >= 0]
+            counts = sum(label == guess for label, guess in pairs), len(pairs)
+        all_counts = _gather(counts)
+        return float(sum(right for right, _ in all_counts) / sum(number for _, number in all_counts))
+
+    def describe(self, losses: Losses) -> str:
+        """The loss, and perplexity or accuracy."""
+        if self.args.task == "causal":
+            quality = f"perplexity {losses['eval_perplexity']:.2f}"
+        else:
+            quality = f"accuracy {losses['eval_accuracy']:.1%}"
+        return f"validation loss {losses['eval_loss']:.4f}, {quality}"
+
+    def export(self, trained: Trained) -> Metrics:
+        """Writes ``hf/``, a plain Hugging Face folder, or ``adapter/`` in peft's format."""
+        args, is_adapter = self.args, self.args.exports_adapter
+        self.exported = export_model(
+            trained.best_checkpoint if args.load_best_model_at_end else trained.checkpoint,
+            self.output / ("adapter" if is_adapter else "hf"),
+            max_shard_size=args.max_shard_size,
+            heads=args.export_heads and not is_adapter,
+            merge_adapter=bool(args.lora_r) and not is_adapter,
+        )
+        return {**{f"first_{name}": loss for name, loss in trained.first.items()}, **trained.last}
+
+    def summary(self, metrics: Metrics) -> str:
+        """The loss before and after, and what was exported."""
+        before = metrics.get("first_eval_loss", math.nan)
+        return f"validation loss {before:.4f} before, {metrics['eval_loss']:.4f} after\n{self.exported}"
+
+
+def _gather(value: Any) -> list[Any]:
+    """The values of all ranks that have one. All ranks must call it."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return [value for value in values if value is not None]

@@ -1,0 +1,261 @@
+"""The training loop of all jobs: steps, logs, evaluations, checkpoints, resumption, timeline, results."""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch.distributed as dist
+
+from ds_interlock.hf.data.batches import BatchShape
+from ds_interlock.jobs.arguments import RunArguments
+from ds_interlock.jobs.process import (
+    Job,
+    broadcast_from_rank_0,
+    peak_memory_bytes,
+    propagate_errors,
+    resume,
+    write_json,
+    writing,
+)
+from ds_interlock.jobs.progress import Progress
+from ds_interlock.jobs.train_log import TrainLog
+
+Metrics = dict[str, Any]
+"""The contents of ``metrics.json``: numbers by name, and the mode."""
+
+Losses = dict[str, float]
+"""Results of an evaluation by name."""
+
+_BEST = "best"
+_TIMELINE_STEPS = 20  # the timeline shows a typical one of the last
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the loop knows at its end."""
+
+    step: int  # from the beginning, steps before a resumption included
+    units_per_second: float  # without evaluations and checkpoints; 0 if nothing was trained
+    checkpoint: Path  # the last one
+    best_checkpoint: Path  # the one with the lowest loss, if the task keeps it
+    first: Losses  # before the first step; empty if the task does not evaluate then
+    last: Losses
+
+
+class Task(ABC):
+    """What one job trains on, evaluates and exports. Only the ranks of stage 0 have data.
+
+    Args:
+        engine: What ``ds_interlock.initialize`` returned.
+        output_dir: Where results go.
+    """
+
+    loss_name: ClassVar[str]  # among the results of an evaluation
+    unit: ClassVar[str | None] = None  # what the speed counts, such as "tokens"; None to show no speed
+    units_per_sample: int = 1
+    evaluates_first: ClassVar[bool] = False  # before the first step
+    keeps_best: ClassVar[bool] = False  # the checkpoint with the lowest loss, if evaluated on the way
+
+    def __init__(self, engine: Any, output_dir: str) -> None:
+        self.engine = engine
+        self.output = Path(output_dir)
+        self.replica: int = engine.grid.get_data_parallel_rank()
+        self.shape = BatchShape(
+            engine.train_micro_batch_size_per_gpu(),
+            engine.gradient_accumulation_steps(),
+            engine.grid.get_data_parallel_world_size(),
+        )
+
+    def begin(self, step: int) -> None:  # noqa: B027 - most have nothing to do
+        """Called on all ranks when the run is at ``step``, before anything is evaluated or trained."""
+
+    def before_checkpoint(self) -> None:  # noqa: B027 - most have nothing to do
+        """Called on all ranks before a checkpoint is written."""
+
+    @abstractmethod
+    def evaluate(self) -> Losses:
+        """Results on the validation data, the same on every rank. All ranks must call it."""
+
+    @abstractmethod
+    def describe(self, losses: Losses) -> str:
+        """A few words on the results of an evaluation."""
+
+    @abstractmethod
+    def export(self, trained: Trained) -> Metrics:
+        """On rank 0: writes what the job is for; returns the task's own metrics."""
+
+    @abstractmethod
+    def summary(self, metrics: Metrics) -> str:
+        """On rank 0: what the user reads at the end."""
+
+
+class Loop:
+    """One run of ``task``."""
+
+    def __init__(self, task: Task, args: RunArguments, job: Job) -> None:
+        self.task, self.args, self.job = task, args, job
+        self.engine, self.output = task.engine, task.output
+        self.checkpoints = self.output / "checkpoints"
+        self.log = TrainLog(self.output / "train_log.jsonl")
+        self.is_rank_0 = dist.get_rank() == 0
+        self.step = self.first_step = 0
+        self.seconds = 0.0
+        self.saved_step: int | None = None
+        self.best = math.inf
+
+    def run(self) -> Metrics:
+        """Trains up to ``max_steps`` and destroys the engine. All ranks must call it.
+
+        Returns:
+            The contents of ``metrics.json``, on every rank.
+
+        Raises:
+            ConfigError: If the output folder cannot be written, or the checkpoint to resume from is missing.
+        """
+        if self.args.resume_from_checkpoint:
+            self.step = self.first_step = resume(self.engine, Path(self.args.resume_from_checkpoint))
+        self.task.begin(self.step)
+        self.progress = Progress(self.step, self.args.max_steps, shows=self.is_rank_0)
+        first = self._begin_log()
+        self._train()
+        metrics = self._finish(first)
+        self.engine.destroy()
+        return metrics
+
+    def _begin_log(self) -> Losses:
+        """Results of the evaluation before the first step; a resumed run has them in its log."""
+        past: dict[int, Losses] = {}
+        with propagate_errors(), writing(self.output):
+            if self.is_rank_0:
+                past = self.log.evaluations(self.task.loss_name) if self.step > 0 else {}
+                self.log.begin(self.step)
+                if (self.checkpoints / _BEST).is_dir():
+                    losses = [losses[self.task.loss_name] for step, losses in past.items() if step]
+                    self.best = min(losses, default=math.inf)
+        first, self.best = broadcast_from_rank_0((past.get(0, {}), self.best))
+        if not first and self.task.evaluates_first:
+            first = self.task.evaluate()
+            self._log_evaluation(first)
+        return {name: loss for name, loss in first.items() if name != "step"}
+
+    def _train(self) -> None:
+        args = self.args
+        # Evaluations would be part of the timeline, so it begins after the last one on the way.
+        last_evaluation = (args.max_steps - 1) // args.eval_steps * args.eval_steps if args.eval_steps else 0
+        timeline_from = max(self.first_step, last_evaluation, args.max_steps - _TIMELINE_STEPS)
+        while self.step < args.max_steps:
+            if self.step == timeline_from:
+                self.engine.record_timeline()
+            started = time.perf_counter()
+            loss = self.engine.train_batch().item()
+            self.seconds += time.perf_counter() - started
+            self.step += 1
+            self.progress.bar.update()
+            if _is_due(self.step, args.logging_steps):
+                self._log_training(loss)
+            if _is_due(self.step, args.eval_steps) and self.step < args.max_steps:
+                self._log_evaluation(self._evaluate())
+            if _is_due(self.step, args.save_steps):
+                self._save(f"global_step{self.step}")
+        self.progress.bar.close()
+
+    def _evaluate(self) -> Losses:
+        """Evaluates; if the task keeps the best checkpoint, saves one that is better than all before."""
+        losses = self.task.evaluate()
+        loss = losses[self.task.loss_name]
+        if self.task.keeps_best and self.args.eval_steps and loss < self.best:
+            self.best = loss
+            self._save(_BEST)
+        return losses
+
+    def _save(self, tag: str) -> None:
+        """Writes a checkpoint. It holds all that a resumed run needs, its position in the data, too."""
+        self.task.before_checkpoint()
+        with writing(self.checkpoints):
+            self.engine.save_checkpoint(self.checkpoints, tag=tag, save_latest=tag != _BEST)
+        if tag != _BEST:
+            self.saved_step = self.step
+
+    def _finish(self, first: Losses) -> Metrics:
+        """Last loss, timeline, last evaluation, last checkpoint, export."""
+        started = time.perf_counter()
+        train_loss = self.engine.drain().item()
+        self.seconds += time.perf_counter() - started
+        if self.step > self.first_step:
+            self.engine.write_timeline(self.output / "timeline.svg")
+        last = self._evaluate()
+        tag = f"global_step{self.step}"
+        if self.saved_step != self.step:
+            self._save(tag)
+        dist.barrier()  # every rank has written its part of the checkpoint
+        self._log_evaluation(last)
+        speed = self._units_per_second()
+        trained = Trained(self.step, speed, self.checkpoints / tag, self.checkpoints / _BEST, first, last)
+        peaks = peak_memory_bytes()
+        metrics: Metrics = {}
+        with propagate_errors(), writing(self.output):
+            if self.is_rank_0:
+                metrics = self._metrics(train_loss, peaks) | self.task.export(trained)
+                write_json(self.output / "metrics.json", metrics)
+                print(self._summary(speed))
+                print(self.task.summary(metrics), flush=True)
+        return broadcast_from_rank_0(metrics)
+
+    def _metrics(self, train_loss: float, peaks: list[int]) -> Metrics:
+        return {
+            "mode": self.job.interlock.mode_name,
+            "window": self.job.interlock.window,
+            "num_stages": self.job.num_stages,
+            "seed": self.args.seed,
+            "steps": self.step,
+            "seconds": self.seconds,
+            "peak_memory_bytes": peaks,
+            "train_loss": train_loss,
+        }
+
+    def _summary(self, speed: float) -> str:
+        text = f"{self.job.mode}: {self.job.num_stages} stages, {self.step} steps, {self.seconds:.0f} s"
+        return f"{text}, {speed:.0f} {self.task.unit}/s" if self.task.unit else text
+
+    def _units_per_second(self) -> float:
+        num_samples = (self.step - self.first_step) * self.task.shape.num_rows
+        return num_samples * self.task.units_per_sample / self.seconds
+
+    def _log_training(self, loss: float) -> None:
+        """The newest training losses, to the terminal and to ``train_log.jsonl``."""
+        if not self.is_rank_0:
+            return
+        values = {"loss": f"{loss:.3f}"}
+        if self.task.unit:
+            values[f"{self.task.unit}/s"] = f"{self._units_per_second():.0f}"
+        stage_losses = self.engine.stage_losses()  # by names such as "stage_1/loss_after_layer_6"
+        for name, stage_loss in stage_losses.items():
+            if not name.endswith("/final_loss"):
+                values[name.partition("/")[0]] = f"{stage_loss:.3f}"
+        self.progress.report(self.step, values)
+        rate = self.engine.get_lr()[0]
+        entry = {"step": self.step, "loss": loss, "learning_rate": rate, "seconds": self.seconds}
+        self.log.append({**entry, **stage_losses})
+
+    def _log_evaluation(self, losses: Losses) -> None:
+        """An evaluation, to the terminal, the monitor and ``train_log.jsonl``."""
+        if not self.is_rank_0:
+            return
+        self.progress.write(f"step {self.step}: {self.task.describe(losses)}")
+        self.log.append({"step": self.step, **losses})
+        if self.engine.monitor.enabled:
+            samples = self.engine.global_samples
+            events = [(f"Eval/{name}", value, samples) for name, value in losses.items()]
+            self.engine.monitor.write_events(events)
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats."""
+    return math.exp(min(loss, 700.0))  # beyond that it is no number
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

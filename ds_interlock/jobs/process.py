@@ -1,0 +1,225 @@
+"""How the process of a job begins, what its errors do, and how it resumes."""
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.accelerator import get_accelerator
+
+import ds_interlock
+from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
+from ds_interlock.errors import ConfigError, DataError, PlanError
+from ds_interlock.files import replace_text
+from ds_interlock.jobs.arguments import Arguments, RunArguments, parse_arguments
+
+_WARMUP_SHARE = 0.1  # of the steps, where the config's scheduler says "auto"
+_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK")
+
+Result = TypeVar("Result")
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process knows of its job once it has joined it."""
+
+    config: Config
+    interlock: InterlockConfig
+    num_stages: int
+
+    @property
+    def has_data(self) -> bool:
+        """Whether this rank is one of stage 0: DeepSpeed numbers the ranks stage by stage."""
+        return dist.get_rank() < dist.get_world_size() // self.num_stages
+
+    @property
+    def mode(self) -> str:
+        """The mode, and the window if it has one."""
+        window = f", window {self.interlock.window:g}" if self.interlock.window else ""
+        return f"mode {self.interlock.mode_name}{window}"
+
+
+def run_command(
+    name: str,
+    kind: type[Arguments],
+    run: Callable[[Arguments], object],
+    description: str | None,
+    argv: list[str] | None,
+) -> None:
+    """The ``main`` of a job: reads the command line and runs; wrong input ends it with one sentence."""
+    join_job()
+    try:
+        with propagate_errors():
+            args = parse_arguments(kind, description, argv)
+        run(args)
+    except (ConfigError, DataError, PlanError) as error:
+        sys.exit(f"{name}: {error}")
+
+
+def start(args: RunArguments, complete: Callable[[Config], Config] = lambda config: config) -> Job:
+    """Joins the process group and reads the DeepSpeed config, which ``complete`` adds to.
+
+    Raises:
+        ConfigError: If the config or the number of stages cannot be used.
+    """
+    if not join_job():
+        raise ConfigError(f"start this through the launcher: deepspeed --num_gpus 4 {' '.join(sys.argv)}")
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    world_size = dist.get_world_size()
+    num_stages = world_size if args.num_stages is None else args.num_stages
+    with propagate_errors():
+        config = resolve_auto(complete(read_deepspeed(str(args.deepspeed_config))), args.max_steps)
+        check_deepspeed(config)
+        interlock = InterlockConfig.from_deepspeed(config)
+        if num_stages < 1 or world_size % num_stages:
+            raise ConfigError(
+                f"--num_stages is {num_stages}: expected a divisor of {world_size}, the number of processes"
+            )
+    return Job(config, interlock, num_stages)
+
+
+def join_job() -> bool:
+    """Joins the process group, if a launcher has started this process; returns whether one has."""
+    if not any(variable in os.environ for variable in _RANK_VARIABLES):
+        return False
+    ds_interlock.init_distributed()
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        torch.set_num_threads(1)  # the stages of a pipeline share the cores
+    else:
+        accelerator.set_device(_local_rank())  # before anything is gathered
+    return True
+
+
+def _local_rank() -> int:
+    """Number of this process on its machine; DeepSpeed sets the variable where a launcher has not."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def resolve_auto(config: Config, max_steps: int) -> Config:
+    """Fills in "auto" in the config's scheduler section, as Hugging Face's trainer does."""
+    scheduler = config.get("scheduler", {})
+    params = scheduler.get("params", {})
+    learning_rate = config.get("optimizer", {}).get("params", {}).get("lr")
+    values = {
+        "total_num_steps": max_steps,
+        "warmup_num_steps": max(1, round(_WARMUP_SHARE * max_steps)),
+        "warmup_min_lr": 0.0,
+        "warmup_max_lr": learning_rate,
+    }
+    unknown = [key for key, value in params.items() if value == "auto" and values.get(key) is None]
+    if unknown:
+        raise ConfigError(
+            f'scheduler.params.{unknown[0]} is "auto": only {", ".join(values)} can be filled in (the last '
+            "one from optimizer.params.lr); give a value"
+        )
+    resolved = {key: values[key] if value == "auto" else value for key, value in params.items()}
+    return {**config, "scheduler": {**scheduler, "params": resolved}} if scheduler else config
+
+
+def in_turns(work: Callable[[], Result]) -> Result:
+    """``work()`` on every rank; one process of a machine goes first, and the others read what it cached."""
+    results = []
+    for is_first_turn in (True, False):
+        with propagate_errors():
+            if (_local_rank() == 0) == is_first_turn:
+                results.append(work())
+    return results[0]
+
+
+def broadcast_from_rank_0(value: Result) -> Result:
+    """Rank 0's ``value``, on every rank. All ranks must call it."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+@contextmanager
+def propagate_errors() -> Iterator[None]:
+    """Where the input is wrong, one rank raises the error, and the others exit silently.
+
+    All ranks must enter it. Without it, ranks that cannot know of the error would wait for the one that
+    left and then fail themselves, and an error that all of them see would be printed by each. A process
+    that no launcher has started raises its own.
+    """
+    error = None
+    try:
+        yield
+    except (ConfigError, DataError, PlanError) as raised:
+        error = raised
+    failed = [error is not None]
+    rank = 0
+    if dist.is_initialized():
+        rank, failed = dist.get_rank(), [False] * dist.get_world_size()
+        dist.all_gather_object(failed, error is not None)
+    if error is not None and not any(failed[:rank]):
+        raise error
+    if any(failed):
+        sys.exit(1)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Within it results are written; a disk that is full or read-only is an error that the user can mend."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk with an error that is no OSError.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise ConfigError(
+            f"--output_dir: {folder} cannot be written ({str(error).splitlines()[0]}): make room, or give "
+            "another folder"
+        ) from error
+
+
+def resume(engine: Any, path: Path) -> int:
+    """Loads the checkpoint ``path`` and returns the optimizer steps it had done. All ranks must call it.
+
+    Raises:
+        ConfigError: If it does not exist.
+    """
+    is_parent = (path / "latest").is_file()
+    folder, tag = (path, None) if is_parent else (path.parent, path.name)
+    with propagate_errors():
+        if not is_parent and not path.is_dir():
+            raise ConfigError(
+                f"--resume_from_checkpoint {path}: there is no checkpoint; nor a file named latest"
+            )
+    loaded, _ = engine.load_checkpoint(folder, tag=tag)
+    if loaded is None:
+        raise ConfigError(f"--resume_from_checkpoint {path}: DeepSpeed finds no checkpoint there")
+    steps: int = engine.global_steps
+    return steps
+
+
+def peak_memory_bytes() -> list[int]:
+    """The most memory each rank has used: of its device; on CPU of the process, with all its libraries."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    else:
+        own = accelerator.max_memory_allocated()
+    peaks = [0] * dist.get_world_size()
+    dist.all_gather_object(peaks, own)
+    return peaks
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes ``content`` so that no one reads a half-written file; see ``with_nulls``."""
+    replace_text(path, json.dumps(with_nulls(content), indent=2, allow_nan=False) + "\n")
+
+
+def with_nulls(content: Mapping[str, Any]) -> dict[str, Any]:
+    """NaN and infinities, which JSON does not know, as null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}

@@ -1,0 +1,271 @@
+"""Trains a small decoder-only Transformer on text, in stages; the DeepSpeed config says in which mode.
+
+    deepspeed --num_gpus 4 launcher/train_lm.py --deepspeed_config configs/interlock.json --dataset sotu
+
+It writes to ``--output_dir``: ``checkpoints/`` to resume from, ``hf/`` with the model as a Hugging Face
+checkpoint, ``metrics.json``, ``train_log.jsonl``, and ``timeline.svg`` with a typical batch. Without this
+repository's files: ``deepspeed --module ds_interlock.jobs.train_lm``.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ds_interlock
+from ds_interlock import InterlockPipelineModule
+from ds_interlock.hf.data.text import (
+    BlockIterator,
+    TextData,
+    TokenBlocks,
+    encode_documents,
+    load_text,
+    unigram_perplexity,
+)
+from ds_interlock.hf.data.tokenizer import Tokenizer, load_tokenizer, same_ids
+from ds_interlock.hf.export.lm import export_gpt2, read_layer_states
+from ds_interlock.jobs.arguments import RunArguments, argument
+from ds_interlock.jobs.loop import Loop, Losses, Metrics, Task, Trained, perplexity
+from ds_interlock.jobs.process import broadcast_from_rank_0, in_turns, propagate_errors, run_command, start
+from ds_interlock.jobs.quiet import quiet
+from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
+
+_EVALUATED_AT_ONCE = 16
+_PROMPT_TOKENS = 8
+
+
+@dataclass(kw_only=True)
+class TextArguments:
+    """What it learns from."""
+
+    _argument_group_name: ClassVar[str] = "text"
+
+    train_file: list[str] = argument([], "text files, or folders of *.txt")
+    validation_file: list[str] = argument([], "default: 5 %% of the training documents")
+    dataset: str | None = argument(
+        None, '"sotu" (the package of that name), or a name for datasets.load_dataset'
+    )
+    dataset_config: str | None = argument(None, "name of the data set's configuration")
+    tokenizer: str | None = argument(None, "sentencepiece .model, or Hugging Face name; default: train one")
+    vocab_size: int = argument(2048, "of a trained tokenizer (%(default)s)")
+    seq_length: int = argument(128, "tokens in a block (%(default)s)")
+
+
+@dataclass(kw_only=True)
+class TransformerArguments:
+    """The model."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    width: int = argument(128, "of the hidden state (%(default)s)")
+    num_blocks: int = argument(8, "Transformer blocks (%(default)s)")
+    num_heads: int = argument(4, "attention heads of a block (%(default)s)")
+    dropout: float = argument(0.0)
+    label_smoothing: float = argument(0.0)
+    tie_embeddings: bool = argument(False, "token embedding serves as unembedding")
+
+
+@dataclass(kw_only=True)
+class LMRunArguments(RunArguments):
+    """The run, with this job's defaults."""
+
+    eval_steps: int = argument(100, "0: only at the end (%(default)s)")
+    max_eval_samples: int = argument(256, "blocks; 0: all (%(default)s)")
+    output_dir: str = argument("runs/lm", "(%(default)s)")
+    seed: int = argument(42, "of weights, order of data, dropout (%(default)s)")
+    generate: int = argument(64, "tokens to sample at the end (%(default)s)")
+
+
+@dataclass(kw_only=True)
+class LMArguments(TextArguments, TransformerArguments, LMRunArguments):
+    """All arguments of the job."""
+
+    _at_least_0: ClassVar[tuple[str, ...]] = (*RunArguments._at_least_0, "max_eval_samples", "generate")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    run_command("train_lm", LMArguments, run, __doc__, argv)
+
+
+def run(args: LMArguments) -> Metrics:
+    """Trains, and exports the model. To be called on every rank of a job.
+
+    Returns:
+        The contents of ``metrics.json``.
+
+    Raises:
+        ConfigError, DataError, PlanError: If arguments, config, text or stages cannot be used.
+    """
+    job = start(args)
+
+    def load() -> tuple[TextData, Tokenizer]:
+        files = args.train_file, args.validation_file
+        text = load_text(*files, args.dataset, args.dataset_config, args.seed)
+        return text, load_tokenizer(args.tokenizer, text.train, args.vocab_size)
+
+    text, tokenizer = in_turns(load)
+    lm = LMConfig(
+        vocab_size=tokenizer.vocab_size,
+        seq_length=args.seq_length,
+        width=args.width,
+        num_blocks=args.num_blocks,
+        num_heads=args.num_heads,
+        dropout=args.dropout,
+        label_smoothing=args.label_smoothing,
+        tie_embeddings=args.tie_embeddings,
+        seed=args.seed,
+    )
+    with quiet():
+        net = InterlockPipelineModule(
+            layers=lm_layers(lm),
+            loss_fn=lm_loss(lm.label_smoothing),
+            num_stages=job.num_stages,
+            partition_method="type:Block" if job.num_stages <= lm.num_blocks else "uniform",
+            interlock=job.interlock,
+        )
+    engine, *_ = ds_interlock.initialize(model=net, config=job.config)
+    torch.manual_seed(args.seed + dist.get_rank())  # every stage and replica drops out other units
+    return Loop(LMTask(engine, args, text, tokenizer, lm), args, job).run()
+
+
+class LMTask(Task):
+    """Text, and a GPT-2 at the end."""
+
+    loss_name = "validation_loss"
+    unit = "tokens"
+
+    def __init__(
+        self, engine: Any, args: LMArguments, text: TextData, tokenizer: Tokenizer, lm: LMConfig
+    ) -> None:
+        super().__init__(engine, args.output_dir)
+        self.args, self.tokenizer, self.lm = args, tokenizer, lm
+        self.units_per_sample = args.seq_length
+        with propagate_errors():
+            self.train_blocks = self._blocks(text.train, "training")
+            self.validation_blocks = self._blocks(text.validation, "validation")
+        training = self._iterator(self.train_blocks, shuffle=True)
+        if training is not None:
+            engine.set_dataiterator(training)  # its position is saved and restored with the engine
+        num_blocks = 0
+        if self.validation_blocks is not None:
+            num_blocks = min(len(self.validation_blocks), args.max_eval_samples or sys.maxsize)
+        self.num_eval_batches = broadcast_from_rank_0(max(1, num_blocks // self.shape.num_rows))
+
+    def evaluate(self) -> Losses:
+        """Mean loss over the validation blocks, the same on every rank."""
+        data = self._iterator(self.validation_blocks, shuffle=False)
+        losses = [self.engine.eval_batch(data).item() for _ in range(self.num_eval_batches)]
+        loss = math.fsum(losses) / len(losses)
+        return {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
+
+    def describe(self, losses: Losses) -> str:
+        """Loss and perplexity."""
+        loss, of_words = losses["validation_loss"], losses["validation_perplexity"]
+        return f"validation loss {loss:.4f}, perplexity {of_words:.2f}"
+
+    def export(self, trained: Trained) -> Metrics:
+        """Writes ``hf/`` and evaluates it as a user would: from the folder alone."""
+        training, validation = self.train_blocks, self.validation_blocks
+        assert training is not None, "rank 0 belongs to stage 0, which has the data"
+        assert validation is not None, "rank 0 belongs to stage 0, which has the data"
+        folder = self.output / "hf"
+        export_gpt2(read_layer_states(trained.checkpoint), self.lm, folder, self.tokenizer.to_hf())
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        num_blocks = self.num_eval_batches * self.shape.num_rows
+        validated = validation.tokens[1 : num_blocks * validation.seq_length + 1]
+        unigram = unigram_perplexity(training.tokens, validated, self.lm.vocab_size)
+        exported = _loss_of(model, validation, num_blocks)
+        self.remarks = self._remarks(model, tokenizer, validation.tokens)
+        return {
+            **trained.last,
+            "exported_validation_loss": exported,
+            "unigram_perplexity": unigram,
+            "tokens_per_second": trained.units_per_second,
+        }
+
+    def summary(self, metrics: Metrics) -> str:
+        """The metrics in a few lines, and a sample."""
+        folder = self.output / "hf"
+        return "\n".join(
+            [
+                f"validation perplexity  {metrics['validation_perplexity']:10.2f}",
+                f"unigram perplexity     {metrics['unigram_perplexity']:10.2f}",
+                f"validation loss        {metrics['validation_loss']:10.4f}  in the pipeline",
+                f"                       {metrics['exported_validation_loss']:10.4f}  from {folder}",
+                *self.remarks,
+            ]
+        )
+
+    def _remarks(self, model: Any, tokenizer: Any, tokens: Tensor) -> list[str]:
+        """A warning if the exported tokenizer is not the one that was trained with, and a sample."""
+        remarks = []
+        beginning: str = tokenizer.decode(tokens[:2000], skip_special_tokens=True)
+        if not same_ids(self.tokenizer, tokenizer, beginning):
+            remarks.append(
+                "warning: the exported tokenizer gives other ids than training saw, see "
+                "ds_interlock.hf.data.tokenizer"
+            )
+        if self.args.generate:
+            sample = _sample(model, tokenizer, tokens, self.args.generate, self.args.seed)
+            remarks.append(f"\na sample:\n{sample}")
+        return remarks
+
+    def _blocks(self, documents: Any, what: str) -> TokenBlocks | None:
+        """Token blocks on the ranks of stage 0, enough for a batch."""
+        if not self.engine.is_first_stage():
+            return None
+        blocks = TokenBlocks(encode_documents(documents, self.tokenizer), self.args.seq_length)
+        blocks.require(self.shape.num_rows, what)
+        return blocks
+
+    def _iterator(self, blocks: TokenBlocks | None, shuffle: bool) -> BlockIterator | None:
+        if blocks is None:
+            return None
+        return BlockIterator(
+            blocks,
+            self.shape.micro_batch_size,
+            replica=self.replica,
+            num_replicas=self.shape.num_replicas,
+            seed=self.args.seed,
+            shuffle=shuffle,
+        )
+
+
+def _loss_of(model: Any, blocks: TokenBlocks, num_blocks: int) -> float:
+    """Mean loss of the exported model over the first ``num_blocks`` blocks."""
+    loss_fn = lm_loss().eval()
+    total = 0.0
+    with torch.no_grad():
+        for first in range(0, num_blocks, _EVALUATED_AT_ONCE):
+            numbers = range(first, min(first + _EVALUATED_AT_ONCE, num_blocks))
+            inputs_bt, labels_bt = blocks.stack(numbers)
+            total += loss_fn(model(inputs_bt).logits, labels_bt).item() * len(numbers)
+    return total / num_blocks
+
+
+def _sample(model: Any, tokenizer: Any, tokens: Tensor, num_generated: int, seed: int) -> str:
+    """How the model continues the beginning of the validation text."""
+    torch.manual_seed(seed)
+    prompt = tokens[None, :_PROMPT_TOKENS]
+    room = model.config.n_positions - prompt.shape[1]
+    written = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=max(1, min(num_generated, room)),
+        do_sample=True,
+        top_p=0.9,
+        pad_token_id=model.config.eos_token_id,
+    )
+    text: str = tokenizer.decode(written[0], skip_special_tokens=True)
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""Trains a ResNet on small images, in stages; the DeepSpeed config says in which mode.
+
+    deepspeed --num_gpus 4 launcher/train_resnet.py --deepspeed_config configs/resnet/interlock.json
+
+Without more arguments that is ResNet-20 on Fashion-MNIST (apt-get install dataset-fashion-mnist). It writes
+to ``--output_dir``: ``checkpoints/`` to resume from, ``metrics.json`` with the error on the test images,
+``train_log.jsonl``, and ``timeline.svg`` with a typical batch. Without this repository's files:
+``deepspeed --module ds_interlock.jobs.train_resnet``.
+
+Unless the config has a scheduler, the learning rate is multiplied by 0.1 after half and after three quarters
+of the steps.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+import ds_interlock
+from ds_interlock import InterlockConfig, InterlockPipelineModule
+from ds_interlock.errors import ConfigError
+from ds_interlock.images.batches import ImageIterator, MicroBatch, evaluation_batches, num_evaluation_batches
+from ds_interlock.images.data import ImageData, Normalisation, Score
+from ds_interlock.images.sources import load_images
+from ds_interlock.jobs.arguments import RunArguments, argument
+from ds_interlock.jobs.loop import Loop, Losses, Metrics, Task, Trained
+from ds_interlock.jobs.process import in_turns, propagate_errors, run_command, start
+from ds_interlock.jobs.quiet import quiet
+from ds_interlock.models.resnet import (
+    HEAD_CHANNELS,
+    ResNetConfig,
+    classification_loss,
+    resnet_heads,
+    resnet_layers,
+)
+
+
+@dataclass(kw_only=True)
+class ImageArguments:
+    """What it learns from."""
+
+    _argument_group_name: ClassVar[str] = "images"
+
+    dataset: str = argument(
+        "fashion-mnist", "fashion-mnist, cifar10, cifar100, or a name for datasets.load_dataset (%(default)s)"
+    )
+    dataset_config: str | None = argument(None, "name of the data set's configuration")
+    data_dir: Path | None = argument(None, "folder of a data set's files (IDX; CIFAR: parquet)")
+    max_train_samples: int = argument(0, "images; 0: all (%(default)s)")
+    no_augment: bool = argument(False, "no random crops and flips")
+
+
+@dataclass(kw_only=True)
+class NetArguments:
+    """The model."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    depth: int = argument(20, "weighted layers: 20, 32, 56, 110 (%(default)s)")
+    width: int = argument(16, "channels of the first group (%(default)s)")
+    block: Literal["basic", "bottleneck"] = argument("basic", "(%(default)s)")
+    shortcut: Literal["A", "B"] = argument("A", "see models/resnet.py (%(default)s)")
+    head_channels: list[int] = argument(
+        list(HEAD_CHANNELS),
+        "of each convolution in an auxiliary head; none: pooling and a linear layer (128 64)",
+    )
+
+
+@dataclass(kw_only=True)
+class ResNetRunArguments(RunArguments):
+    """The run, with this job's defaults."""
+
+    max_steps: int = argument(1000, "optimizer steps (%(default)s)")
+    eval_steps: int = argument(250, "0: only at the end (%(default)s)")
+    max_eval_samples: int = argument(0, "test images; 0: all (%(default)s)")
+    output_dir: str = argument("runs/resnet", "(%(default)s)")
+    seed: int = argument(42, "of weights, order, crops, flips (%(default)s)")
+
+
+@dataclass(kw_only=True)
+class ResNetArguments(ImageArguments, NetArguments, ResNetRunArguments):
+    """All arguments of the job."""
+
+    _at_least_0: ClassVar[tuple[str, ...]] = (
+        *RunArguments._at_least_0, "max_train_samples", "max_eval_samples"
+    )  # fmt: skip
+    _example_config: ClassVar[str] = "configs/resnet/interlock.json"
+    _may_be_empty: ClassVar[tuple[str, ...]] = ("head_channels",)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    run_command("train_resnet", ResNetArguments, run, __doc__, argv)
+
+
+def run(args: ResNetArguments) -> Metrics:
+    """Trains. To be called on every rank of a job.
+
+    Returns:
+        The contents of ``metrics.json``.
+
+    Raises:
+        ConfigError, DataError, PlanError: If arguments, config, images or stages cannot be used.
+    """
+    job = start(args)
+    with propagate_errors():
+        check_heads(job.interlock)
+    data = in_turns(lambda: _read_images(args))
+    resnet = ResNetConfig(
+        depth=args.depth,
+        num_classes=data.num_classes,
+        in_channels=data.in_channels,
+        width=args.width,
+        block=args.block,
+        shortcut=args.shortcut,
+        seed=args.seed,
+    )
+    with quiet():
+        net = InterlockPipelineModule(
+            layers=resnet_layers(resnet),
+            loss_fn=classification_loss,
+            num_stages=job.num_stages,
+            partition_method="type:Block" if job.num_stages <= resnet.num_blocks else "uniform",
+            interlock=job.interlock,
+            head=resnet_heads(resnet, args.head_channels),
+        )
+    schedule = None if "scheduler" in job.config else step_schedule(args.max_steps)
+    engine, *_ = ds_interlock.initialize(model=net, config=job.config, lr_scheduler=schedule)
+    return Loop(ResNetTask(engine, args, data), args, job).run()
+
+
+def check_heads(interlock: InterlockConfig) -> None:
+    """Refuses a type of head that would be ignored."""
+    if interlock.head.type != "auto":
+        raise ConfigError(
+            f'interlock.head.type: "{interlock.head.type}" is for language models: leave it out, the heads '
+            "of a ResNet are set with --head_channels"
+        )
+
+
+def step_schedule(max_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
+    """Multiplies every learning rate by 0.1 after half, and again after three quarters of the steps."""
+
+    def factor(step: int) -> float:
+        return 0.1 ** ((2 * step >= max_steps) + (4 * step >= 3 * max_steps))
+
+    return lambda optimizer: LambdaLR(optimizer, factor)
+
+
+def _read_images(args: ResNetArguments) -> ImageData:
+    data = load_images(args.dataset, args.data_dir, args.dataset_config)
+    return ImageData(
+        data.train.first(args.max_train_samples or len(data.train)),
+        data.test.first(args.max_eval_samples or len(data.test)),
+        data.num_classes,
+    )
+
+
+class ResNetTask(Task):
+    """Images, and how many of them are classified wrongly."""
+
+    loss_name = "test_loss"
+    unit = "images"
+
+    def __init__(self, engine: Any, args: ResNetArguments, data: ImageData) -> None:
+        super().__init__(engine, args.output_dir)
+        self.args = args
+        self.num_classes = data.num_classes
+        self.num_train_images = len(data.train)
+        self.num_test_batches = num_evaluation_batches(
+            len(data.test), self.shape.micro_batch_size, self.shape.num_replicas
+        )
+        self.reads = engine.is_first_stage()
+        with propagate_errors():
+            if self.reads:
+                self._open(data)
+
+    def before_checkpoint(self) -> None:
+        """Batch norm's running statistics become the mean over the replicas, which each had their own.
+
+        Evaluation then does not depend on which replica reads an image, and a checkpoint, written by one
+        replica, holds for all.
+        """
+        if self.shape.num_replicas == 1:
+            return
+        for buffer in self.engine.module.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer, group=self.engine.grid.get_data_parallel_group())
+                buffer /= self.shape.num_replicas
+
+    def evaluate(self) -> Losses:
+        """The model on all test images, counted exactly; the same on every rank."""
+        self.before_checkpoint()
+        labels: list[Tensor] = []
+        outputs = self.engine.eval_batch(
+            self._test_batches(labels), compute_loss=False, num_micro_batches=self.num_test_batches
+        )
+        logits = self._to_all_stages(outputs)
+        score = Score.of(logits, torch.cat(labels)) if self.reads else Score()
+        total = torch.tensor([score.num_images, score.num_errors, score.loss_sum], dtype=torch.float64)
+        total = total.to(self.engine.device)
+        dist.all_reduce(total)  # each image was scored by one rank
+        num_images, num_errors, loss_sum = total.tolist()
+        score = Score(int(num_images), int(num_errors), loss_sum)
+        return {
+            "test_error": score.error,
+            "test_loss": score.loss,
+            "num_test_images": score.num_images,
+            "num_test_errors": score.num_errors,
+        }
+
+    def describe(self, losses: Losses) -> str:
+        """Error and loss."""
+        return f"test error {100 * losses['test_error']:.2f} %, test loss {losses['test_loss']:.4f}"
+
+    def export(self, trained: Trained) -> Metrics:
+        """Nothing is exported: the checkpoint is the result."""
+        return {
+            **trained.last,
+            "images_per_second": trained.units_per_second or None,
+            "depth": self.args.depth,
+            "epochs": trained.step * self.shape.num_rows / self.num_train_images,
+        }
+
+    def summary(self, metrics: Metrics) -> str:
+        """Error and loss on the test images."""
+        return self.describe(metrics)
+
+    def _open(self, data: ImageData) -> None:
+        """Puts the images where micro-batches are wanted, and gives the training images to the engine."""
+        self.normalisation = Normalisation.of(data.train)
+        self.test = data.test.to(self.engine.device)
+        training = ImageIterator(
+            data.train.to(self.engine.device),
+            self.normalisation,
+            self.shape.micro_batch_size,
+            replica=self.replica,
+            num_replicas=self.shape.num_replicas,
+            seed=self.args.seed,
+            augment=not self.args.no_augment,
+        )
+        self.engine.set_dataiterator(training)  # its position is saved and restored with the engine
+
+    def _test_batches(self, labels: list[Tensor]) -> Iterator[MicroBatch]:
+        """The test images of this replica on stage 0; the labels of what was read go to ``labels``."""
+        if not self.reads:
+            return
+        batches = evaluation_batches(
+            self.test,
+            self.normalisation,
+            self.shape.micro_batch_size,
+            replica=self.replica,
+            num_replicas=self.shape.num_replicas,
+        )
+        for images, labels_b in batches:
+            labels.append(labels_b)
+            yield images, labels_b
+
+    def _to_all_stages(self, outputs: list[Tensor] | None) -> Tensor:
+        """The last stage's outputs, float32 ``[images, classes]``, on every stage of its pipeline."""
+        grid, device = self.engine.grid, self.engine.device
+        if outputs is None:
+            num_images = self.num_test_batches * self.shape.micro_batch_size
+            logits = torch.empty(num_images, self.num_classes, device=device)
+        else:
+            logits = torch.cat(outputs).float()
+        last = grid.stage_to_global(stage_id=self.engine.num_stages - 1)
+        dist.broadcast(logits, src=last, group=grid.get_pipe_parallel_group())
+        return logits
+
+
+if __name__ == "__main__":
+    main()

@@ -112,7 +112,7 @@ class RankPool:
         Raises:
             RankError: If it failed on some rank.
         """
-        results, failures = self._ask(function, within_seconds, kwargs)
+        results, failures = self._ask(_run_and_leave_groups, within_seconds, {"function": function, **kwargs})
         self._check(failures)
         return [results[rank] for rank in range(self.num_ranks)]
 
@@ -297,30 +297,28 @@ def _die_with(parent: int) -> None:
 def _answer(request: bytes) -> bytes:
     try:
         function, kwargs = pickle.loads(request)
-        result = pickle.dumps(function(**kwargs))
-        _leave_groups()
-        return result
+        return pickle.dumps(function(**kwargs))
     except Exception as error:  # noqa: BLE001 - raised again where the test runs
         return pickle.dumps(Failure(type(error).__name__, str(error), traceback.format_exc()))
 
 
-def _leave_groups() -> None:
-    """Leaves all process groups but the first.
+def _run_and_leave_groups(function: Callable[..., Any], **kwargs: Any) -> Any:
+    """Calls ``function(**kwargs)``, and leaves all process groups but the first.
 
     DeepSpeed makes a dozen for every engine, and each polls its connections for as long as it lives:
     after some tests the ranks would do nothing else.
     """
-    if "deepspeed" not in sys.modules:
-        return
     from deepspeed.utils import groups as deepspeed_groups
     from torch import distributed as dist
 
+    result = function(**kwargs)
     dist.barrier()  # until nobody needs them any more
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
     for remembered in ("_WORLD_GROUP", "_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "mpu"):
         setattr(deepspeed_groups, remembered, None)
+    return result
 
 
 def _join_job(deepspeed: bool) -> None:

@@ -46,7 +46,7 @@ GRACE_SECONDS = 5.0
 END_SECONDS = 5.0
 """How long a rank without work may take to end (it may have to write what it covered)."""
 
-_PRELOADED = ["torch", "deepspeed", "ds_interlock"]
+_PRELOADED = ["deepspeed", "torch._dynamo", "ds_interlock.engine.initialize"]
 
 _LOG_LINES = 40
 
@@ -212,7 +212,7 @@ class RankPool:
                 rank = waiting[connection]
                 try:
                     answer = pickle.loads(connection.recv_bytes())
-                except EOFError:
+                except (EOFError, OSError):
                     self._processes[rank].join()
                     answer = Failure("Died", f"exit status {self._processes[rank].exitcode}")
                 (failures if isinstance(answer, Failure) else results)[rank] = answer
@@ -324,6 +324,10 @@ def _run_and_leave_groups(function: Callable[..., Any], **kwargs: Any) -> Any:
 def _join_job(deepspeed: bool) -> None:
     import torch
 
+    from ds_interlock.transport import links
+
+    # An engine whose neighbour failed gives its receiving threads up after this: here nothing ends with it.
+    links.CLOSE_SECONDS = 0.2
     torch.set_num_threads(1)
     if deepspeed:
         import ds_interlock

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 import pytest
 from ranks import RankPool
 
-
 POOLS = ("ranks2", "ranks4", "ranks5")
 
 

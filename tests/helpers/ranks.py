@@ -40,6 +40,9 @@ from typing import Any
 START_SECONDS = 300.0
 """For the server to import DeepSpeed and the ranks to meet. A broken start raises long before."""
 
+ANSWER_SECONDS = 240.0
+"""How long a function may take; only a hanging one ever does. Longer than the engines' own limits."""
+
 GRACE_SECONDS = 5.0
 """How long the other ranks may take to answer once one has failed: they may be waiting for it."""
 
@@ -103,7 +106,9 @@ class RankPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, function: Callable[..., Any], *, within_seconds: float = 90.0, **kwargs: Any) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *, within_seconds: float = ANSWER_SECONDS, **kwargs: Any
+    ) -> list[Any]:
         """Calls ``function(**kwargs)`` on every rank.
 
         Returns:
@@ -117,7 +122,7 @@ class RankPool:
         return [results[rank] for rank in range(self.num_ranks)]
 
     def run_mortals(
-        self, function: Callable[..., Any], *, within_seconds: float = 90.0, **kwargs: Any
+        self, function: Callable[..., Any], *, within_seconds: float = ANSWER_SECONDS, **kwargs: Any
     ) -> dict[int, Any]:
         """As ``run``, for functions in which ranks end themselves: results of the others, by rank."""
         results, failures = self._ask(function, within_seconds, kwargs)

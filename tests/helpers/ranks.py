@@ -1,17 +1,18 @@
 """A pool of ranks: processes of one job that stay up over many tests.
 
 Importing DeepSpeed and meeting in a process group takes longer than most tests. So that is done
-once, and the ranks then carry out one function after another:
+once, and the ranks then run one function after another:
 
     pytest ── run(function, **kwargs) ──►  rank 0 ─┐
-           ── the same ─────────────────►  rank 1 ─┼─ one gloo job, DeepSpeed imported
+           ── the same ─────────────────►  rank 1 ─┼─ one gloo job
            ── the same ─────────────────►  rank 2 ─┘
            ◄── [result, result, result]
 
-The function must be importable: defined at the top of a module. What it prints (DeepSpeed prints a
-lot) goes to a log a rank, of which a rank that dies or hangs shows the end. A rank that raises, dies
-or does not answer in time makes ``run`` raise; the ranks may then be out of step with each other, so
-the next ``run`` starts new ones.
+The ranks are forks of a server that has imported DeepSpeed, so new ones cost little. The function must
+be importable: defined at the top of a module. What it prints (DeepSpeed prints a lot) goes to a log per
+rank; a rank that dies or hangs shows the end of its log. A rank that raises, dies or does not answer in
+time makes ``run`` raise; the ranks may then be out of step with each other, so the next ``run`` starts
+new ones.
 """
 
 import faulthandler
@@ -23,7 +24,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -31,15 +31,25 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-START_SECONDS = 120.0
-"""For processes to start and import DeepSpeed, on a machine with more to do."""
+START_SECONDS = 300.0
+"""For the server to import DeepSpeed and the ranks to meet. A broken start raises long before."""
+
+ANSWER_SECONDS = 240.0
+"""How long a function may take; only a hanging one ever does. Longer than the engines' own limits."""
 
 GRACE_SECONDS = 5.0
 """How long the other ranks may take to answer once one has failed: they may be waiting for it."""
+
+END_SECONDS = 5.0
+"""How long a rank without work may take to end (it may have to write what it covered)."""
+
+_PRELOADED = ["deepspeed", "torch._dynamo", "ds_interlock.engine.initialize"]
 
 _LOG_LINES = 40
 
@@ -85,9 +95,10 @@ class RankPool:
     def __init__(self, num_ranks: int, *, deepspeed: bool = True) -> None:
         self.num_ranks = num_ranks
         self.deepspeed = deepspeed
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[ForkServerProcess] = []
         self._connections: list[Connection] = []
         self._logs: Path | None = None
+        self._store: Any = None
 
     def __enter__(self) -> "RankPool":
         return self
@@ -95,7 +106,9 @@ class RankPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, function: Callable[..., Any], *, within_seconds: float = 90.0, **kwargs: Any) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *, within_seconds: float = ANSWER_SECONDS, **kwargs: Any
+    ) -> list[Any]:
         """Calls ``function(**kwargs)`` on every rank.
 
         Returns:
@@ -104,12 +117,12 @@ class RankPool:
         Raises:
             RankError: If it failed on some rank.
         """
-        results, failures = self._ask(function, within_seconds, kwargs)
+        results, failures = self._ask(_run_and_leave_groups, within_seconds, {"function": function, **kwargs})
         self._check(failures)
         return [results[rank] for rank in range(self.num_ranks)]
 
     def run_mortals(
-        self, function: Callable[..., Any], *, within_seconds: float = 90.0, **kwargs: Any
+        self, function: Callable[..., Any], *, within_seconds: float = ANSWER_SECONDS, **kwargs: Any
     ) -> dict[int, Any]:
         """As ``run``, for functions in which ranks end themselves: results of the others, by rank."""
         results, failures = self._ask(function, within_seconds, kwargs)
@@ -118,38 +131,43 @@ class RankPool:
         return results
 
     def close(self) -> None:
-        """Ends all processes."""
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.wait()
+        """Ends all processes: those that wait for work by themselves, the others by force."""
         for connection in self._connections:
             connection.close()
-        self._processes, self._connections = [], []
+        deadline = time.monotonic() + END_SECONDS
+        for process in self._processes:
+            process.join(max(deadline - time.monotonic(), 0.0))
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._connections, self._store = [], [], None
         if self._logs is not None:
             shutil.rmtree(self._logs)
             self._logs = None
 
     def _start(self) -> None:
+        from torch.distributed import TCPStore
+
         self._logs = Path(tempfile.mkdtemp(prefix="ranks"))
+        # The system picks the port when the store begins to listen: nothing can take it in between.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         job = {
             "WORLD_SIZE": str(self.num_ranks),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # all ranks join our store, rank 0 opens none
+            "TORCHELASTIC_RESTART_COUNT": "0",
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         }
+        context = get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         for rank in range(self.num_ranks):
-            ours, theirs = Pipe()
-            with self._log(rank).open("wb") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-c", f"import ranks; ranks.serve({theirs.fileno()})"],
-                    env={**os.environ, **job, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[theirs.fileno()],
-                )
+            ours, theirs = context.Pipe()
+            environment = job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # Daemons, so that an interrupted pytest does not wait for them.
+            process = context.Process(target=serve, args=(theirs, environment, self._log(rank)), daemon=True)
+            process.start()
             theirs.close()
             self._processes.append(process)
             self._connections.append(ours)
@@ -199,8 +217,9 @@ class RankPool:
                 rank = waiting[connection]
                 try:
                     answer = pickle.loads(connection.recv_bytes())
-                except EOFError:
-                    answer = Failure("Died", f"exit status {self._processes[rank].wait()}")
+                except (EOFError, OSError):
+                    self._processes[rank].join()
+                    answer = Failure("Died", f"exit status {self._processes[rank].exitcode}")
                 (failures if isinstance(answer, Failure) else results)[rank] = answer
             if not ready:
                 self._dump_stacks(list(waiting.values()))
@@ -210,7 +229,8 @@ class RankPool:
 
     def _dump_stacks(self, ranks: list[int]) -> None:
         for rank in ranks:
-            self._processes[rank].send_signal(signal.SIGUSR1)
+            if pid := self._processes[rank].pid:
+                os.kill(pid, signal.SIGUSR1)
         time.sleep(0.5)
 
     def _log(self, rank: int) -> Path:
@@ -236,7 +256,9 @@ def free_port() -> int:
     It is below those that systems hand out by themselves: one of these may be in use again before the job
     that it is for has begun to listen.
     """
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # each has ports of its own
+    for port in random.SystemRandom().sample(range(20_000 + worker, 32_000, num_workers), 100):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) != 0:
                 return port
@@ -246,14 +268,18 @@ def free_port() -> int:
 # On the ranks.
 
 
-def serve(file_descriptor: int) -> None:
+def serve(connection: Connection, environment: dict[str, str], log: Path) -> None:
     """Calls what the pool asks for until it closes the connection."""
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
     # Every engine makes process groups, every group connections; all stay open.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    connection = Connection(file_descriptor)
+    num_modules = 0
     while True:
         try:
             request = connection.recv_bytes()
@@ -261,6 +287,9 @@ def serve(file_descriptor: int) -> None:
             os._exit(0)  # engines left by failed tests must not drain at exit
         connection.send_bytes(_answer(request))
         gc.collect()
+        if len(sys.modules) > num_modules:  # modules stay: no later collection need look at them
+            gc.freeze()
+            num_modules = len(sys.modules)
 
 
 def _die_with(parent: int) -> None:
@@ -273,35 +302,37 @@ def _die_with(parent: int) -> None:
 def _answer(request: bytes) -> bytes:
     try:
         function, kwargs = pickle.loads(request)
-        result = pickle.dumps(function(**kwargs))
-        _leave_groups()
-        return result
+        return pickle.dumps(function(**kwargs))
     except Exception as error:  # noqa: BLE001 - raised again where the test runs
         return pickle.dumps(Failure(type(error).__name__, str(error), traceback.format_exc()))
 
 
-def _leave_groups() -> None:
-    """Leaves all process groups but the first.
+def _run_and_leave_groups(function: Callable[..., Any], **kwargs: Any) -> Any:
+    """Calls ``function(**kwargs)``, and leaves all process groups but the first.
 
     DeepSpeed makes a dozen for every engine, and each polls its connections for as long as it lives:
     after some tests the ranks would do nothing else.
     """
-    if "deepspeed" not in sys.modules:
-        return
     from deepspeed.utils import groups as deepspeed_groups
     from torch import distributed as dist
 
+    result = function(**kwargs)
     dist.barrier()  # until nobody needs them any more
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
     for remembered in ("_WORLD_GROUP", "_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "mpu"):
         setattr(deepspeed_groups, remembered, None)
+    return result
 
 
 def _join_job(deepspeed: bool) -> None:
     import torch
 
+    from ds_interlock.transport import links
+
+    # An engine whose neighbour failed gives its receiving threads up after this: here nothing ends with it.
+    links.CLOSE_SECONDS = 0.2
     torch.set_num_threads(1)
     if deepspeed:
         import ds_interlock

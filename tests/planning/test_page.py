@@ -23,9 +23,14 @@ from ds_interlock.planning.page import render_page, write_page
 from ds_interlock.planning.profile import HeadProfile, LayerProfile, Profile, unit_profile
 from ds_interlock.planning.verdict import verdict
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# The first has the least to start: no profile, no desktop services, no windows.
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 # Playwright itself keeps a browser headless and from phoning home; this is what is left to say.
 BROWSER_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync"]
+LAUNCH_SECONDS = 60
+"""A browser that starts at all does so in a few seconds, on a machine with ten times its load too."""
+PAGE_SECONDS = 120
+"""For whatever a test waits for in a page that has been opened."""
 WIDE, NARROW = (1280, 800), (390, 844)
 
 INTERLOCK = InterlockConfig.model_validate({"mode": "interlock", "window": 1.25})
@@ -181,21 +186,30 @@ def find_browser() -> str:
     if found is None:
         pytest.fail(
             f"no browser on the PATH (looked for {', '.join(BROWSERS)}): the planner's page is tested in a "
-            "real one; install Debian's with `apt-get install chromium`"
+            "real one; install Debian's with `apt-get install chromium-headless-shell`"
         )
     return found
 
 
 def test_without_a_browser_the_tests_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium"):
+    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium-headless-shell"):
         find_browser()
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser that looks for nothing outside its own folder; if it does not start, its log is shown."""
+    home = str(tmp_path_factory.mktemp("browser"))
+    nowhere = {"DBUS_SESSION_BUS_ADDRESS": "disabled:", "DBUS_SYSTEM_BUS_ADDRESS": "disabled:"}
+    own = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR"), home)
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=find_browser(), args=BROWSER_OPTIONS)
+        started = playwright.chromium.launch(
+            executable_path=find_browser(),
+            args=BROWSER_OPTIONS,
+            env={**os.environ, **nowhere, **own},
+            timeout=1000 * LAUNCH_SECONDS,
+        )
         yield started
         started.close()
 
@@ -211,6 +225,7 @@ def unit_url(unit_page: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def page(browser: Browser) -> Iterator[Page]:
     """A page that must neither complain nor ask the network for anything."""
     context = browser.new_context(viewport={"width": WIDE[0], "height": WIDE[1]})
+    context.set_default_timeout(1000 * PAGE_SECONDS)
     page = context.new_page()
     complaints: list[str] = []
     requests: list[str] = []
@@ -398,4 +413,4 @@ def test_timelines_follow_a_change_of_scheme(page: Page, unit_url: str) -> None:
         drawn = canvas(page, "global (1F1B)").element_handle()
         expected = "> 180" if scheme == "light" else "< 80"
         # The page hears of the change after the test does.
-        page.wait_for_function(f"(canvas) => ({waiting})(canvas) {expected}", arg=drawn, timeout=10_000)
+        page.wait_for_function(f"(canvas) => ({waiting})(canvas) {expected}", arg=drawn)

@@ -18,8 +18,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -41,34 +40,12 @@ _PAUSE_SECONDS = 0.02
 """A report is posted when its stage turns to the next batch, and this thread would be in the way."""
 
 
-@dataclass(frozen=True)
-class BatchReport:
-    """What one stage measured for one batch.
-
-    Attributes:
-        batch: Number of the batch since the engine was made.
-        values: Numbers by name; tensors are read in the reporting thread.
-        final_loss: The final loss of the batch, from the last stage; None from the others.
-    """
+class Report(NamedTuple):
+    """What one stage measured for one batch; batches are counted since the engine was made."""
 
     batch: int
     values: Mapping[str, float | Tensor | None]
     final_loss: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class StageReport:
-    """A report as it arrives on the rank that collects them.
-
-    Attributes:
-        stage: The stage that measured it.
-        batch: Number of the batch since the engine was made.
-        values: Numbers by name.
-    """
-
-    stage: int
-    batch: int
-    values: dict[str, float]
 
 
 class Reporter:
@@ -84,15 +61,15 @@ class Reporter:
         self._next_exchange = 0.0
         self._store = job_store()
         self._newest: tuple[int, float] = -1, math.nan
-        self._collected: queue.SimpleQueue[StageReport] = queue.SimpleQueue()
-        self._jobs: queue.Queue[BatchReport | None] = queue.Queue()
+        self._collected: queue.SimpleQueue[tuple[int, dict[str, float]]] = queue.SimpleQueue()
+        self._jobs: queue.Queue[Report | None] = queue.Queue()
         self._closed = False
         self._flushing = threading.Event()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="interlock reports", daemon=True)
         self._thread.start()
 
-    def post(self, report: BatchReport) -> None:
+    def post(self, report: Report) -> None:
         """Sends a report off; returns at once."""
         self._jobs.put(report)
 
@@ -100,8 +77,8 @@ class Reporter:
         """Batch and value of the newest final loss that has reached this stage; (-1, nan) at first."""
         return self._newest
 
-    def collected(self) -> list[StageReport]:
-        """Takes the reports that have arrived here since the last call, in order within a stage."""
+    def collected(self) -> list[tuple[int, dict[str, float]]]:
+        """Takes the stages and values that have arrived since the last call, in order within a stage."""
         return [self._collected.get() for _ in range(self._collected.qsize())]
 
     def flush(self) -> None:
@@ -137,12 +114,12 @@ class Reporter:
             finally:
                 self._jobs.task_done()
 
-    def _exchange(self, report: BatchReport | None) -> None:
+    def _exchange(self, report: Report | None) -> None:
         if report is not None and self._posts:
             if report.final_loss is not None:
                 self._store.set("final", json.dumps([report.batch, float(report.final_loss)]))
             values = {name: float(value) for name, value in report.values.items() if value is not None}
-            self._unsent.append([report.batch, values])
+            self._unsent.append(values)
         if self._jobs.empty() and (self._newest[0] >= 0 or self._store.check(["final"])):
             batch, loss = json.loads(self._store.get("final"))
             self._newest = batch, loss
@@ -161,8 +138,8 @@ class Reporter:
     def _collect(self) -> None:
         for stage in range(len(self._num_collected)):
             while self._store.check([key := f"values/{stage}/{self._num_collected[stage]}"]):
-                for batch, values in json.loads(self._store.get(key)):
-                    self._collected.put(StageReport(stage, batch, values))
+                for values in json.loads(self._store.get(key)):
+                    self._collected.put((stage, values))
                 self._store.delete_key(key)
                 self._num_collected[stage] += 1
 
@@ -192,7 +169,7 @@ class Progress:
         """Reports the losses of the batch, and ``values``."""
         plan = self._engine.module.plan
         names = {loss_name(plan, loss): value for loss, value in self._losses.items()}
-        self.reporter.post(BatchReport(batch, {**names, **values}, self.final_loss))
+        self.reporter.post(Report(batch, {**names, **values}, self.final_loss))
 
     def stage_losses(self) -> dict[str, float]:
         """Every head's newest loss that has arrived here, by stage and name."""
@@ -210,16 +187,16 @@ class Progress:
     def write(self) -> None:
         """Writes the reports that have arrived to DeepSpeed's monitor."""
         monitor = self._engine.monitor
-        for report in self.reporter.collected():
-            samples = int(report.values.pop("samples"))
-            self._stage_values[report.stage] = report.values
-            if COSINE in report.values:
-                self._cosines[report.stage] = report.values[COSINE]
+        for stage, values in self.reporter.collected():
+            samples = int(values.pop("samples"))
+            self._stage_values[stage] = values
+            if COSINE in values:
+                self._cosines[stage] = values[COSINE]
             if not monitor.enabled:
                 continue
-            names = {f"Train/stage_{report.stage}/{name}": value for name, value in report.values.items()}
-            if "final_loss" in report.values:
-                names["Train/Samples/train_loss"] = report.values["final_loss"]
+            names = {f"Train/stage_{stage}/{name}": value for name, value in values.items()}
+            if "final_loss" in values:
+                names["Train/Samples/train_loss"] = values["final_loss"]
             monitor.write_events([(name, value, samples) for name, value in names.items()])
 
     def print_loss(self, batches_ago: int, loss: Tensor) -> None:

@@ -12,10 +12,11 @@ import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -97,40 +98,38 @@ def measured_costs(plan: GradientFlowPlan, rows: Rows) -> CostModel:
     A relay from a head within its stage crosses a part of it, and counts for the whole. A stage that
     relays nothing does not show what its input gradient costs alone; half of a backward pass is taken.
     """
-    forward, relay, backward, head, step = [], [], [], [], []
-    final_head = 0.0
-    for row in rows:
-        seconds: dict[Kind, dict[tuple[int, int], float]] = defaultdict(lambda: defaultdict(float))
-        relays: list[float] = []
-        heads: list[float] = []
-        finals: list[float] = []
-        for span in row:
-            took = span.end - span.start
-            seconds[span.action.kind][span.batch, span.action.micro_batch] += took  # a forward comes in parts
-            if span.action.kind is Kind.INPUT_GRADIENT:
-                relays.append(took / _WHOLE.seconds(plan, span.action))
-            elif span.action.kind is Kind.HEAD:
-                (finals if span.action.losses == (plan.final,) else heads).append(took)
-        forward.append(_median(seconds[Kind.FORWARD].values()))
-        backward.append(
-            _median(seconds[Kind.WEIGHT_GRADIENT].values()) or _median(seconds[Kind.BACKWARD].values())
-        )
-        relay.append(min(_median(relays) or backward[-1] / 2, backward[-1]))
-        head.append(_median(heads))
-        final_head = _median(finals) or final_head
-        step.append(_median(seconds[Kind.STEP].values()))
+    stages = [_median_seconds(plan, row) for row in rows]
+    backward = [of[Kind.WEIGHT_GRADIENT] or of[Kind.BACKWARD] for of in stages]
+    relay = [
+        min(of[Kind.INPUT_GRADIENT] or whole / 2, whole) for of, whole in zip(stages, backward, strict=True)
+    ]
     return CostModel(
-        forward=forward,
+        forward=[of[Kind.FORWARD] for of in stages],
         input_gradient=relay,
         weight_gradient=[whole - part for whole, part in zip(backward, relay, strict=True)],
-        head=head,
-        final_head=final_head,
-        optimizer=step,
+        head=[of[Kind.HEAD] for of in stages],
+        final_head=next((of[_FINAL] for of in reversed(stages) if of[_FINAL]), 0.0),
+        optimizer=[of[Kind.STEP] for of in stages],
     )
 
 
+_FINAL = "final head"
 _WHOLE = CostModel(input_gradient=1.0)
 """Says what share of its stage a relay crosses."""
+
+
+def _median_seconds(plan: GradientFlowPlan, row: Sequence[Span]) -> dict[str, float]:
+    """The median time of each kind of action of a stage, of the final head apart; 0 without any."""
+    seconds: dict[str, dict[Any, float]] = defaultdict(lambda: defaultdict(float))
+    for span in row:
+        action, took = span.action, span.end - span.start
+        kind = _FINAL if action.kind is Kind.HEAD and action.losses == (plan.final,) else action.kind
+        if kind is Kind.INPUT_GRADIENT:
+            took /= _WHOLE.seconds(plan, action)
+        losses = () if kind is Kind.FORWARD else action.losses  # a forward comes in parts
+        seconds[kind][span.batch, action.micro_batch, losses] += took
+    medians = {kind: statistics.median(times.values()) for kind, times in seconds.items()}
+    return defaultdict(float, medians)
 
 
 def measured_and_simulated(program: Program, rows: Rows, *, streaming: bool) -> list[Timeline]:
@@ -198,10 +197,6 @@ def from_zero(rows: Sequence[Sequence[Span]]) -> Rows:
 def _renumbered(rows: Sequence[Sequence[Span]], first: int) -> Rows:
     """``rows`` with batch ``first`` numbered 0 and beginning at zero."""
     return from_zero([[replace(span, batch=span.batch - first) for span in row] for row in rows])
-
-
-def _median(seconds: Collection[float]) -> float:
-    return statistics.median(seconds) if seconds else 0.0
 
 
 class Tracer:

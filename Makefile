@@ -79,7 +79,7 @@ wheel: $(WHEEL_INSTALLED)  ## build a wheel, install it without extras, import e
 	@rm -rf build dist
 	@$(call pip,$(WHEEL_VENV),wheel --no-deps --no-build-isolation --wheel-dir dist .)
 	@$(call install_in,$(WHEEL_VENV),--no-deps --force-reinstall dist/*.whl)
-	cd $(WHEEL_VENV) && PYTHONPATH= bin/python $(CURDIR)/tests/check_wheel.py
+	@cd $(WHEEL_VENV) && PYTHONPATH= PYTHONDONTWRITEBYTECODE= bin/python $(CURDIR)/tests/check_wheel.py
 
 # Installs Debian packages, if this user may: $(call debian,packages,what for)
 define debian

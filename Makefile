@@ -22,14 +22,14 @@ OUTPUT_DIR ?= runs/demo
 .PHONY: help install demo test wheel browser data lint types bench experiments docs clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 13
 
 install: $(INSTALLED)  ## make .venv with the versions of constraints.txt
 
 # Runs pip in a virtual environment; shows its output only if it fails: $(call pip,environment,arguments)
 pip = PYTHONPATH= $(1)/bin/python -m pip $(2) >> $(1)/pip.log 2>&1 \
 	|| { tail -n 20 $(1)/pip.log; echo "pip failed: all of its output is in $(1)/pip.log" >&2; exit 1; }
-install_in = $(call pip,$(1),install --no-compile -c constraints.txt $(2))
+install_in = $(call pip,$(1),install $(PIP_FLAGS) -c constraints.txt $(2))
 
 # What the package needs. The order matters: DeepSpeed's build script imports torch, so it is built without
 # isolation.
@@ -68,6 +68,9 @@ demo: $(DEMO_INSTALLED)  ## train a small language model in 4 processes (CONFIG=
 test: lint types browser data wheel  ## what CI runs: lint, types, the wheel and all tests
 	$(BIN)/python -m pytest
 
+# Byte code of what is never imported is not needed here.
+$(WHEEL_INSTALLED) wheel: PIP_FLAGS := --no-compile
+
 # A new environment whenever the requirements change, so that one that is missing is missed.
 $(WHEEL_INSTALLED): setup.cfg constraints.txt
 	@rm -rf $(WHEEL_VENV)
@@ -79,7 +82,7 @@ wheel: $(WHEEL_INSTALLED)  ## build a wheel, install it without extras, import e
 	@rm -rf build dist
 	@$(call pip,$(WHEEL_VENV),wheel --no-deps --no-build-isolation --wheel-dir dist .)
 	@$(call install_in,$(WHEEL_VENV),--no-deps --force-reinstall dist/*.whl)
-	cd $(WHEEL_VENV) && PYTHONPATH= bin/python $(CURDIR)/tests/check_wheel.py
+	@cd $(WHEEL_VENV) && PYTHONPATH= PYTHONDONTWRITEBYTECODE= bin/python $(CURDIR)/tests/check_wheel.py
 
 # Installs Debian packages, if this user may: $(call debian,packages,what for)
 define debian

@@ -14,7 +14,8 @@ TIMEOUT_SECONDS = 300
 def launch(*words: object, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """Starts a job, and waits for it."""
     bin_folder = Path(sys.executable).parent
-    command = [bin_folder / "deepspeed", "--num_gpus", ranks, "--master_port", free_port(), *words]
+    command = [bin_folder / "deepspeed", "--num_gpus", ranks, "--master_port", free_port()]
+    command += ["--log_level", "error", *words]
     path = os.pathsep.join([str(bin_folder), os.environ["PATH"]])
     return subprocess.run(
         [str(word) for word in command],

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -44,7 +45,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "cohere": _GROUPED,
     "bloom": {"hidden_size": 32, "n_layer": NUM_BLOCKS, "n_head": 4},
 }
-"""Sizes by family. The name in front of a comma is transformers' ``model_type``."""
+"""Sizes by family. The name before a comma is transformers' ``model_type``."""
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "bert": _SIZES,
@@ -99,6 +100,46 @@ def save_tiny(family: str, folder: Path, seed: int = 0, shards: str = "5GB", **c
     model.save_pretrained(folder, max_shard_size=shards)
     tiny_tokenizer().save_pretrained(folder)
     return model
+
+
+def save_gguf(file: Path) -> None:
+    """Writes a random Llama of two blocks with ``tiny_tokenizer`` as a GGUF file of float32 tensors."""
+    import gguf
+
+    ids = tiny_tokenizer().get_vocab()
+    tokens = sorted(ids, key=ids.__getitem__)
+    width, narrow, inside = 32, 16, 48
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(POSITIONS)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(inside)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(width // 4)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (len(tokens), width), "output": (len(tokens), width)}
+    shapes["output_norm"] = (width,)
+    for block in range(2):
+        shapes |= {f"blk.{block}.{part}_norm": (width,) for part in ("attn", "ffn")}
+        shapes |= {f"blk.{block}.attn_{part}": (width, width) for part in ("q", "output")}
+        shapes |= {f"blk.{block}.attn_{part}": (narrow, width) for part in ("k", "v")}
+        shapes |= {f"blk.{block}.ffn_{part}": (inside, width) for part in ("gate", "up")}
+        shapes[f"blk.{block}.ffn_down"] = (width, inside)
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", 0.3 * random.standard_normal(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

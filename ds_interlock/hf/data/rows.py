@@ -78,6 +78,15 @@ class Rows(ABC, Generic[AnySample]):
     def stack(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
         """The inputs, as ``names`` says, and the labels of a micro-batch, all int64."""
 
+    def _padded_inputs(self, rows: Sequence[Row]) -> tuple[Tensor, ...]:
+        """Ids and attention mask of rows padded to the longest, rounded up to ``PADDING_MULTIPLE``."""
+        ids = _joined(self._ids, rows)
+        longest = max(1, *map(len, ids))
+        length = min(-(-longest // PADDING_MULTIPLE) * PADDING_MULTIPLE, self.seq_length)
+        # A row without tokens keeps a 1 in its mask, because softmax over nothing is NaN.
+        mask = _padded([[1] * max(1, len(row)) for row in ids], length, 0)
+        return _padded(ids, length, self.pad_id), mask
+
 
 class PaddedRows(Rows[Sample]):
     """One sample per row, padded on the right to the longest of the micro-batch."""
@@ -85,10 +94,8 @@ class PaddedRows(Rows[Sample]):
     names: tuple[str, ...] = ("input_ids", "attention_mask")
 
     def stack(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
-        ids = _joined(self._ids, rows)
-        length = _padded_length(ids, self.seq_length)
-        inputs = _padded(ids, length, self.pad_id), _attention_mask(ids, length)
-        return inputs, _labels(self.samples, rows, length)
+        inputs = self._padded_inputs(rows)
+        return inputs, _labels(self.samples, rows, inputs[0].shape[1])
 
 
 class ClassifiedRows(Rows[ClassifiedSample]):
@@ -103,13 +110,11 @@ class ClassifiedRows(Rows[ClassifiedSample]):
             self.names = (*self.names, "token_type_ids")
 
     def stack(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
-        ids = _joined(self._ids, rows)
-        length = _padded_length(ids, self.seq_length)
-        inputs = [_padded(ids, length, self.pad_id), _attention_mask(ids, length)]
+        inputs = self._padded_inputs(rows)
         if "token_type_ids" in self.names:
-            inputs.append(_padded(_joined(self._type_ids, rows), length, 0))
+            inputs = (*inputs, _padded(_joined(self._type_ids, rows), inputs[0].shape[1], 0))
         labels = [self.samples[row[0]].label if row else IGNORED_LABEL for row in rows]
-        return tuple(inputs), torch.tensor(labels)
+        return inputs, torch.tensor(labels)
 
 
 class PackedRows(Rows[Sample]):
@@ -166,15 +171,5 @@ def _labels(samples: Sequence[Sample], rows: Sequence[Row], length: int) -> Tens
     return _padded(labels, length, IGNORED_LABEL)
 
 
-def _padded_length(rows: Sequence[Sequence[int]], seq_length: int) -> int:
-    longest = max(1, *map(len, rows))
-    return min(-(-longest // PADDING_MULTIPLE) * PADDING_MULTIPLE, seq_length)
-
-
 def _padded(rows: Sequence[list[int]], length: int, filler: int) -> Tensor:
     return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
-
-
-def _attention_mask(rows: Sequence[Sequence[int]], length: int) -> Tensor:
-    """1 at tokens, 0 at padding; a row without tokens keeps a 1, because softmax over nothing is NaN."""
-    return _padded([[1] * max(1, len(row)) for row in rows], length, 0)

@@ -9,10 +9,10 @@ ids         [P    P    C    C]
 labels      [-    C    C   <end>]           - is IGNORED_LABEL
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -144,22 +144,18 @@ def encode_classified(
         seq_length: The most tokens that a sample may have. Of a pair the longer text is cut.
         label_ids: The id of each class, as ``load_records`` gives it.
     """
-    classified = [record for record in records if isinstance(record, Classified)]
-    assert len(classified) == len(records)
     samples, num_cut = [], 0
-    for record in classified:
-        encoded = _encode_text(record, tokenizer)
+    for record in records:
+        assert isinstance(record, Classified)
+        encoded: Any = tokenizer(record.text, record.text_pair, verbose=False)
         if len(encoded["input_ids"]) > seq_length:
-            encoded = _encode_text(record, tokenizer, truncation=True, max_length=seq_length)
+            options = {"truncation": True, "max_length": seq_length}
+            encoded = tokenizer(record.text, record.text_pair, verbose=False, **options)
             num_cut += 1
         samples.append(
             ClassifiedSample(encoded["input_ids"], encoded.get("token_type_ids"), label_ids[record.label])
         )
     return SampleSet(samples, num_cut, num_dropped=0)
-
-
-def _encode_text(record: Classified, tokenizer: Any, **options: Any) -> Mapping[str, list[int]]:
-    return cast(Mapping[str, list[int]], tokenizer(record.text, record.text_pair, verbose=False, **options))
 
 
 @dataclass(frozen=True)
@@ -177,34 +173,30 @@ class _Tokens:
 
 def _tokenise_all(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
     """The tokens of each record."""
-    for _, group in groupby(records, type):
+    for kind, group in groupby(records, type):
         alike = list(group)
         for start in range(0, len(alike), _TOGETHER):
-            yield from _tokenise(alike[start : start + _TOGETHER], tokenizer)
+            passages = [_passage(record, tokenizer) for record in alike[start : start + _TOGETHER]]
+            if kind is Document:
+                encoded: Any = tokenizer([text for text, _ in passages], verbose=False)["input_ids"]
+                tokens: Iterable[_Tokens] = (_Tokens(ids, ids.copy()) for ids in encoded)
+            else:
+                tokens = _tokenise_spans(passages, tokenizer, add_special_tokens=kind is Completion)
+            yield from tokens if kind is Chat else (_ended(one, tokenizer) for one in tokens)
 
 
-def _tokenise(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
-    """The tokens of records of one kind."""
-    match records[0]:
-        case Document():
-            texts = [record.text for record in records if isinstance(record, Document)]
-            for ids in tokenizer(texts, verbose=False)["input_ids"]:
-                yield _ended(_Tokens(ids, ids.copy()), tokenizer)
-        case Completion():
-            passages = [_passage(record) for record in records if isinstance(record, Completion)]
-            for tokens in _tokenise_spans(passages, tokenizer, add_special_tokens=True):
-                yield _ended(tokens, tokenizer)
+def _passage(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
+    """The text of a record, and the spans of it that are to be learned."""
+    match record:
+        case Document(text):
+            return text, [(0, len(text))]
+        case Completion(prompt, completion):
+            # One text: its tokens must not depend on where the prompt ends.
+            return prompt + completion, [(len(prompt), len(prompt + completion))]
         case Chat():
-            chats = [render_chat(record, tokenizer) for record in records if isinstance(record, Chat)]
-            yield from _tokenise_spans(chats, tokenizer, add_special_tokens=False)
+            return render_chat(record, tokenizer)
         case Classified():
-            raise DataError(f"{records[0].where}: a classified text cannot train a language model")
-
-
-def _passage(record: Completion) -> tuple[str, list[Span]]:
-    """Prompt and completion as one text: its tokens must not depend on where the prompt ends."""
-    text = record.prompt + record.completion
-    return text, [(len(record.prompt), len(text))]
+            raise DataError(f"{record.where}: a classified text cannot train a language model")
 
 
 def _tokenise_spans(

@@ -1,7 +1,8 @@
-"""What is done to a pretrained model's layers before they train: adapters, freezing, learning rates.
+"""Changes to a pretrained model's layers before they train: adapters, freezing, learning rates.
 
-Each function returns what ``Blueprint.prepare`` takes: a function of one layer, called when its weights
-are there. Parameters are named as in the Hugging Face model, wherever their layer is in the pipeline.
+Each function returns one for ``Blueprint.prepare``, which is called with each layer once it has its weights.
+Parameters have the names of the Hugging Face model, whatever stage their layer is on. Patterns are regular
+expressions, searched anywhere in a name; one that is invalid or matches no parameter is a ConfigError.
 """
 
 import re
@@ -22,15 +23,7 @@ ALL_LINEAR = "all-linear"
 
 
 def freeze(patterns: Sequence[str], blueprint: Blueprint) -> Prepare:
-    """Freezes the parameters whose names match; gradients still flow through them.
-
-    Args:
-        patterns: Regular expressions, looked for anywhere in a name.
-        blueprint: The model.
-
-    Raises:
-        ConfigError: If a pattern is none, or matches no parameter.
-    """
+    """Freezes the parameters whose names match; gradients still flow through them."""
     compiled = [_compiled(pattern, "--freeze", blueprint) for pattern in patterns]
 
     def prepare(layer: nn.Module) -> None:
@@ -42,14 +35,10 @@ def freeze(patterns: Sequence[str], blueprint: Blueprint) -> Prepare:
 
 
 def scale_learning_rates(scales: Mapping[str, float], blueprint: Blueprint) -> Prepare:
-    """Multiplies the learning rate of the parameters whose names match; the first pattern that does counts.
-
-    Args:
-        scales: Factors by regular expressions, looked for anywhere in a name.
-        blueprint: The model.
+    """Multiplies the learning rate of the parameters whose names match; the first matching pattern counts.
 
     Raises:
-        ConfigError: If a pattern is none, matches no parameter, or a factor is not positive.
+        ConfigError: If a factor is not positive.
     """
     wrong = next((f"{pattern}={scale:g}" for pattern, scale in scales.items() if not scale > 0), None)
     if wrong:
@@ -89,7 +78,7 @@ def lora_config(
     Args:
         blueprint: The model.
         rank: Of an adapter's two matrices.
-        alpha: The adapter's output is multiplied by alpha / rank; default twice the rank.
+        alpha: An adapter's output is multiplied by alpha / rank; default twice the rank.
         dropout: On an adapter's input.
         target_modules: Names of modules, as peft takes them, or "all-linear".
 
@@ -122,11 +111,11 @@ def lora_config(
 
 
 def add_lora(config: Any, seed: int) -> Prepare:
-    """Puts adapters into the blocks. Nothing but them stays trainable, and a classifier's end, which is new.
+    """Puts adapters into the blocks. Only they, and a classifier's new output layers, stay trainable.
 
     Args:
         config: peft's configuration.
-        seed: With a block's name what its adapters' weights are drawn from, wherever the block is.
+        seed: The adapters of a block are drawn from it and the block's name, whatever stage the block is on.
     """
     from peft import inject_adapter_in_model
 

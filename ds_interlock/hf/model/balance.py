@@ -1,4 +1,4 @@
-"""Where to cut a model so that its stages have equally much to do."""
+"""Stage bounds of equal work."""
 
 from collections.abc import Sequence
 
@@ -13,15 +13,10 @@ from ds_interlock.planning.partition import balanced_bounds
 def default_bounds(blueprint: Blueprint, interlock: InterlockConfig, num_stages: int) -> list[int]:
     """Bounds of stages of equal work, counted in matrix parameters.
 
-    A token costs as many products as the matrices have parameters; embeddings are looked up. The
-    unembedding can weigh as much as many blocks. Where stages have heads of their own, each has one like
-    it, on ``token_fraction`` of the tokens, and only what the last stage has beyond that is counted.
-    ``ds-interlock plan`` tells more.
-
-    Args:
-        blueprint: The model.
-        interlock: Has the mode and the heads.
-        num_stages: Stages to cut into.
+    A token costs as many products as the matrices have parameters; embeddings are looked up. The unembedding
+    can cost as much as many blocks. In modes with auxiliary heads every stage has one like it, on
+    ``token_fraction`` of the tokens, so only the last stage's excess over that is counted. ``ds-interlock
+    plan`` is more exact.
 
     Raises:
         ConfigError: If there are more stages than blocks.
@@ -44,11 +39,7 @@ def _work(layer: nn.Module, in_heads: float) -> float:
 
 
 def parse_bounds(text: str) -> Sequence[int]:
-    """Reads ``--stage_bounds 0,9,18``.
-
-    Raises:
-        ConfigError: If it is no list of numbers.
-    """
+    """Reads ``--stage_bounds 0,9,18``; ConfigError if it is not a list of numbers."""
     try:
         return [int(bound) for bound in text.split(",")]
     except ValueError:
@@ -56,7 +47,7 @@ def parse_bounds(text: str) -> Sequence[int]:
 
 
 def describe(blueprint: Blueprint, bounds: Sequence[int]) -> str:
-    """What each stage holds, for people: blocks, and millions of parameters."""
+    """The layers of each stage and their millions of parameters, one line per stage."""
     lines = []
     for stage, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
         own = blueprint.outline[start:stop]

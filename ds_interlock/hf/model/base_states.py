@@ -1,17 +1,17 @@
-"""What the frozen base model makes of the training samples: its last hidden states.
+"""The frozen base model's last hidden states for the training samples.
 
     before the first step                                while it trains
-    the pipeline is the base model                       it is that no more
+    the pipeline is the base model                       it no longer is
 
     stage 0   rows of samples ──► ... ──► End            stage 0   (labels, normaliser, base_btd) ──► heads
                                            │                                               ▲
                       hidden_btd ◄─────────┘                                               │ mapped
                           └──► base_states/replica_00.safetensors ─────────────────────────┘
 
-A head that learns from the base model (``interlock.head.kl_weight``) wants what goes into its unembedding
-at every position, and no stage could compute that beside its own work. Neither padding nor other samples in
-its row change a sample's states, so they are kept sample by sample, without padding: one behind the other in
-the order in which the replica evaluated them. Stage 0 knows that order, and finds them again by it.
+A head that learns from the base model (``interlock.head.kl_weight``) needs the input of its unembedding at
+every position, and no stage could compute that beside its own work. Neither padding nor other samples in its
+row change a sample's states, so they are stored sample by sample, without padding, in the order in which the
+replica evaluated them. Stage 0 knows that order.
 
 Shape suffixes: b rows, t positions in a row, n positions of all samples of a replica, d hidden width.
 """
@@ -38,19 +38,19 @@ from ds_interlock.hf.model.states_file import map_states, new_states_file
 FOLDER = "base_states"
 """Name of the folder in a job's output directory."""
 
-_LAST_BYTES = 2**20  # of every file of weights: they tell two models of the same sizes apart
+_LAST_BYTES = 2**20  # of every file of weights: they differ between two models of the same sizes
 
 
 @dataclass(frozen=True)
 class Share:
-    """The samples whose states one data-parallel replica keeps, in the order of its file.
+    """The samples whose states one data-parallel replica stores, in the order of its file.
 
     Attributes:
-        replica: Number of the replica.
-        samples: Numbers of the samples.
+        replica: Index of the replica.
+        samples: Sample indices.
         lengths: Positions of each.
         row_lengths: Positions with a sample in every row that the replica evaluates; 0 if it has none.
-        fingerprint: Tells the base model, the samples and their order from others.
+        fingerprint: Identifies the base model, the samples and their order.
     """
 
     replica: int
@@ -61,12 +61,7 @@ class Share:
 
     @classmethod
     def of(cls, batches: EvaluationBatches, model: str) -> "Share":
-        """What ``batches`` go through.
-
-        Args:
-            batches: All training samples, once.
-            model: The base model, see ``digest_of_model``.
-        """
+        """The share of a replica's batches of all training samples; ``model`` is its ``digest_of_model``."""
         rows = list(chain.from_iterable(batches.rows_of_micro_batches()))
         samples = tuple(chain.from_iterable(rows))
         digest = hashlib.sha256()
@@ -85,7 +80,7 @@ class Share:
 
 
 def digest_of_model(folder: Path) -> str:
-    """Tells the weights in a model's folder from others, wherever it lies, without reading all of them."""
+    """Identifies the weights in a model's folder without reading all of them."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         num_bytes = path.stat().st_size
@@ -105,39 +100,39 @@ def record(
     width: int,
     dtype: torch.dtype,
 ) -> None:
-    """Evaluates all samples once, and keeps what the pipeline's ``End`` returns. All ranks must call it.
+    """Evaluates all samples once, and stores what the pipeline's ``End`` returns. All ranks must call it.
 
     Args:
         engine: An ``InterlockEngine`` over the layers of a blueprint.
         folder: Where the files go: the same for all ranks.
         batches: The samples, on stage 0; None elsewhere.
-        share: What ``batches`` go through, on stage 0; None elsewhere.
+        share: The samples of ``batches``, on stage 0; None elsewhere.
         width: d.
         dtype: Of the states, float32 or bfloat16.
 
     Raises:
         ConfigError: If a file cannot be written.
     """
-    num_batches, share = _told_by_stage_0(engine, (batches.num_batches if batches else 0, share))
+    num_batches, share = _broadcast_from_stage_0(engine, (batches.num_batches if batches else 0, share))
     data = None if batches is None else iter(batches)
     with _recorded(engine.module, folder, share, width, dtype):
         is_quiet = engine.global_rank != 0
         for _ in tqdm(range(num_batches), "base model's states", unit="batch", disable=is_quiet):
             engine.eval_batch(data)
-    dist.barrier()  # all files have their names
+    dist.barrier()  # all files are complete
 
 
-def _told_by_stage_0(engine: Any, value: Any) -> Any:
-    told = [value]
+def _broadcast_from_stage_0(engine: Any, value: Any) -> Any:
+    values = [value]
     if engine.is_pipe_parallel:
         group = engine.grid.get_pipe_parallel_group()
-        dist.broadcast_object_list(told, src=dist.get_global_rank(group, 0), group=group)
-    return told[0]
+        dist.broadcast_object_list(values, src=dist.get_global_rank(group, 0), group=group)
+    return values[0]
 
 
 @contextmanager
 def _recorded(module: Any, folder: Path, share: Share, width: int, dtype: torch.dtype) -> Iterator[None]:
-    """Within it, what an ``End`` among the layers of this stage returns goes to the replica's file."""
+    """Within it, what an ``End`` among this stage's layers returns is written to the replica's file."""
     end = next((layer for layer in module.forward_funcs if isinstance(layer, End)), None)
     if end is None:
         yield
@@ -179,11 +174,11 @@ class BaseStates:
         """The states at the positions of a micro-batch.
 
         Args:
-            rows: The samples of each row, one behind the other.
+            rows: The samples of each row.
             num_positions: t.
 
         Returns:
-            ``[b, t, d]`` in the files' dtype; 0 behind the last sample of a row.
+            ``[b, t, d]`` in the files' dtype; 0 after the last sample of a row.
         """
         like = next(iter(self._states_of.values()))
         base_btd = like.new_zeros(len(rows), num_positions, like.shape[-1])

@@ -3,9 +3,9 @@
     every stage       its layers, as they will train ──► logits of the pipeline ─┐
                                                                                  ├─ equal?
     the last stage    the model's own forward, never cut, ───► logits ───────────┘
-                      each module's weights read when it is called and dropped behind it
+                      each module's weights read when it is called and dropped after it
 
-So the reference costs the memory of one block, not of the model.
+So the reference takes the memory of one block, not of the model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,19 +21,19 @@ from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.hf.model.surgery import find_anatomy
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-"""By dtype, of the largest logit (1 at least); anything else is compared as ``_HALF_TOLERANCE``."""
+"""By dtype, relative to the largest logit (at least 1); for other dtypes ``_HALF_TOLERANCE``."""
 
 _HALF_TOLERANCE = 3e-2
 _ROWS, _POSITIONS = 2, 16
 
 
 def probe(pretrained: Pretrained, inputs: Sequence[str], num_positions: int) -> tuple[Tensor, ...]:
-    """A small batch with everything in it that the data will have: padding, or several samples in a row.
+    """A small batch like the data: with padding, or several samples in a row.
 
     Args:
         pretrained: The model.
-        inputs: Names of the tensors that stage 0 is fed.
-        num_positions: At most so many.
+        inputs: Names of the tensors that stage 0 gets.
+        num_positions: The largest t.
 
     Returns:
         int64 ``[2, t]`` for each name.
@@ -62,15 +62,15 @@ def probe(pretrained: Pretrained, inputs: Sequence[str], num_positions: int) -> 
 def reference_logits(
     pretrained: Pretrained, inputs: Mapping[str, Tensor], values: Values, own: Mapping[str, Tensor]
 ) -> Tensor:
-    """What the whole model makes of ``inputs``, with the weights of one module in memory at a time.
+    """The whole model's logits for ``inputs``, with the weights of one module in memory at a time.
 
-    Samples that share a row are given to it one by one, so that packing is checked too.
+    Samples that share a row are computed one by one, so that packing is checked too.
 
     Args:
         pretrained: The model.
         inputs: By name, ``[b, t]`` each.
         values: Reads weights.
-        own: Weights that are in memory already, which are taken as they are.
+        own: Weights that are in memory already, used as they are.
 
     Returns:
         Logits ``[b, t, v]``, or ``[b, c]`` of a classifier.
@@ -111,9 +111,9 @@ def _weights_on_demand(
 
     def fill(path: str, module: nn.Module) -> None:
         wanted = {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
-        found = values({name: tensor for name, tensor in wanted.items() if name not in own})
-        found = {**found, **{name: own[name] for name in wanted if name in own}}
-        inside = {name.removeprefix(f"{path}."): tensor.to(device) for name, tensor in found.items()}
+        tensors = dict(values({name: tensor for name, tensor in wanted.items() if name not in own}))
+        tensors |= {name: own[name] for name in wanted if name in own}
+        inside = {name.removeprefix(f"{path}."): tensor.to(device) for name, tensor in tensors.items()}
         module.load_state_dict(inside, assign=True, strict=False)
 
     def drop(module: nn.Module) -> None:
@@ -143,7 +143,7 @@ def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_in
         engine: An ``InterlockEngine`` over the layers of a blueprint.
         pretrained: The model.
         num_positions: The longest sequence of the job.
-        own_inputs: Names of the tensors that stage 0 is fed.
+        own_inputs: Names of the tensors that stage 0 gets.
 
     Returns:
         On the last stage the largest difference over the largest logit; elsewhere 0.
@@ -159,17 +159,13 @@ def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_in
         return 0.0
     layers = [module for module in engine.module.modules() if isinstance(module, HFLayer)]
     own = {name: tensor for layer in layers for name, tensor in layer.state_dict().items()}
-    given = {name: tensor.to(engine.device) for name, tensor in zip(own_inputs, inputs, strict=True)}
-    expected = reference_logits(pretrained, given, pretrained.blueprint().values, own)
-    return compare(outputs[0], expected, given, pretrained)
+    by_name = {name: tensor.to(engine.device) for name, tensor in zip(own_inputs, inputs, strict=True)}
+    expected = reference_logits(pretrained, by_name, pretrained.blueprint().values, own)
+    return compare(outputs[0], expected, by_name, pretrained)
 
 
 def compare(got: Tensor, expected: Tensor, inputs: Mapping[str, Tensor], pretrained: Pretrained) -> float:
-    """The largest difference over the largest logit, at positions that are no padding.
-
-    Raises:
-        ConfigError: If it is more than the tolerance of the model's dtype.
-    """
+    """The largest difference over the largest logit, padding aside; ConfigError beyond the tolerance."""
     difference = (got.float() - expected.float()).abs()
     if "attention_mask" in inputs and difference.dim() == 3:
         difference = difference * inputs["attention_mask"][..., None]
@@ -179,9 +175,7 @@ def compare(got: Tensor, expected: Tensor, inputs: Mapping[str, Tensor], pretrai
         place = "b, t, v" if difference.dim() == 3 else "b, c"
         index = [int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)]
         packed = "position_ids" in inputs
-        hint = (
-            "without --packing it may" if packed else "it has parts that its pipeline plan does not tell of"
-        )
+        hint = "without --packing it may" if packed else "it has parts that its pipeline plan does not show"
         raise ConfigError(
             f"--model {pretrained.name}: cut into pipeline layers, {type(pretrained.config).__name__} does "
             f"not compute what it does whole: at [{place}] = {index} the logit is {got[tuple(index)]:.6g}, "

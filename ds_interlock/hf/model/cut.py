@@ -6,9 +6,9 @@
     then           Unembedding   hidden_btd   -> logits_btv
     perhaps        Logits        logits_btv   -> logits_btv      soft-capped or scaled, where a model does it
 
-Masks and positions travel beside the hidden state, as integers, where the data has them. Every layer's
-parameters have their full Hugging Face names (``7.model.layers.6.mlp.up_proj.weight``): the files of a
-pipeline checkpoint are, side by side, the state dict of the model.
+Masks and positions travel beside the hidden state, as integers, where the data has them. Parameters have
+their full Hugging Face names (``7.model.layers.6.mlp.up_proj.weight``): the files of a pipeline checkpoint
+together are the state dict of the model.
 
 Shape suffixes: b batch, t position, d hidden width, v vocabulary, c class.
 """
@@ -33,23 +33,23 @@ TIE = "embedding"
 _TRAVELS = ("attention_mask", "position_ids")
 
 Values: TypeAlias = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""From a part of a model's state dict, without contents, to as much of it as there are values for."""
+"""From a part of a model's state dict on the meta device to those of its values that exist."""
 
 Hidden: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Blueprint:
-    """What a process needs to build the layers that it owns.
+    """Everything that a process needs to build its layers.
 
     Attributes:
         skeleton: The model without weights.
-        values: The weights, read when a layer is built.
-        inputs: What stage 0 is fed, in order: ``input_ids`` and perhaps ``attention_mask``,
-            ``position_ids``, ``token_type_ids``, ``[b, t]`` each.
-        tie: Whether a tied unembedding stays tied while it trains. Both are built from the same values
-            in any case; frozen ones need no tie.
-        prepare: What is done to a layer once it has its weights: adapters, freezing.
+        values: Reads the weights when a layer is built.
+        inputs: Of stage 0, in order: ``input_ids`` and perhaps ``attention_mask``, ``position_ids``,
+            ``token_type_ids``, ``[b, t]`` each.
+        tie: Whether a tied unembedding stays tied in training. Both start from the same values in any case;
+            frozen ones need no tie.
+        prepare: Called with each layer once it has its weights: adapters, freezing.
     """
 
     skeleton: Skeleton
@@ -65,13 +65,13 @@ class Blueprint:
 
     @cached_property
     def outline(self) -> list[nn.Module]:
-        """All layers without weights, to look at; a tied unembedding as the module it is on its own stage."""
+        """All layers without weights; a tied unembedding as the module it is on its own stage."""
         specs = self.layers()
         with torch.device("meta"):
             return [spec.build() for spec in specs]
 
     def parameters(self) -> dict[str, Tensor]:
-        """The model's parameters by name, without contents, in the order of its layers; a tied one once."""
+        """The model's parameters by name, on the meta device, in the order of its layers; a tied one once."""
         return {name: tensor for layer in self.outline for name, tensor in layer.named_parameters()}
 
     def layers(self) -> list[LayerSpec]:
@@ -112,13 +112,9 @@ def build_all(specs: Sequence[LayerSpec]) -> list[Callable[[Any], Any]]:
 
 
 class HFLayer(nn.Module):
-    """Some of a model's modules under their own names, with their weights.
+    """Some of a model's modules (``paths``) under their own names, with their weights.
 
-    Built on the meta device it has no weights, and nothing is read.
-
-    Args:
-        blueprint: The model.
-        paths: Names of the modules.
+    On the meta device no weights are read.
     """
 
     def __init__(self, blueprint: Blueprint, paths: Sequence[str]) -> None:
@@ -142,13 +138,13 @@ class HFLayer(nn.Module):
 
     def _fill(self) -> None:
         own = self.state_dict()
-        found = dict(self.blueprint.values(own))
-        # A buffer that no checkpoint has is what the model's own code made it.
-        found |= {name: own[name] for name in own.keys() - found.keys() if not own[name].is_meta}
-        missing = own.keys() - found.keys()
+        tensors = dict(self.blueprint.values(own))
+        # A buffer that no checkpoint has keeps the value that the model's own code gave it.
+        tensors |= {name: own[name] for name in own.keys() - tensors.keys() if not own[name].is_meta}
+        missing = own.keys() - tensors.keys()
         if missing:
             raise ConfigError(f"--model: its weights lack {', '.join(sorted(missing))}")
-        self.load_state_dict(found, assign=True)
+        self.load_state_dict(tensors, assign=True)
         for prepare in self.blueprint.prepare:
             prepare(self)
 
@@ -164,27 +160,21 @@ def _plant(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 class Front(HFLayer):
-    """Everything in front of the blocks: the inputs to the hidden state (and what travels beside it)."""
+    """Everything before the blocks: from the inputs to the hidden state (and what travels beside it)."""
 
     def __init__(self, blueprint: Blueprint) -> None:
         super().__init__(blueprint, blueprint.skeleton.anatomy.front)
 
     def forward(self, inputs: Hidden) -> Hidden:
-        given = dict(
-            zip(self.blueprint.inputs, inputs if isinstance(inputs, tuple) else (inputs,), strict=True)
-        )
-        hidden_btd = self.blueprint.skeleton.front(self.parts(), given)
-        context = tuple(given[name] for name in self.blueprint.context)
+        tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+        by_name = dict(zip(self.blueprint.inputs, tensors, strict=True))
+        hidden_btd = self.blueprint.skeleton.front(self.parts(), by_name)
+        context = tuple(by_name[name] for name in self.blueprint.context)
         return (hidden_btd, *context) if context else hidden_btd
 
 
 class Block(HFLayer):
-    """One of the model's own blocks.
-
-    Args:
-        blueprint: The model.
-        index: Its number among the blocks.
-    """
+    """One of the model's own blocks."""
 
     def __init__(self, blueprint: Blueprint, index: int) -> None:
         self.index = index
@@ -200,7 +190,7 @@ class Block(HFLayer):
 
 
 class End(HFLayer):
-    """Everything behind the blocks but the unembedding: the final norm, or pooling and classifier."""
+    """Everything after the blocks but the unembedding: the final norm, or pooling and classifier."""
 
     def __init__(self, blueprint: Blueprint) -> None:
         super().__init__(blueprint, blueprint.skeleton.anatomy.end)
@@ -226,7 +216,7 @@ class Unembedding(HFLayer):
 
 
 class Embedding(HFLayer):
-    """The token embedding once more, where it serves as a tied unembedding on another stage."""
+    """A copy of the token embedding that is the tied unembedding on another stage."""
 
     def __init__(self, blueprint: Blueprint) -> None:
         super().__init__(blueprint, [blueprint.skeleton.anatomy.embedding])
@@ -239,7 +229,7 @@ def unembed(weight_name: str, embedding: nn.Module, hidden_btd: Tensor) -> Tenso
 
 
 class Logits(nn.Module):
-    """What the model does to its logits at last: soft-capping, scaling. It has no weights."""
+    """The model's last step on its logits: soft-capping, scaling. It has no weights."""
 
     def __init__(self, blueprint: Blueprint) -> None:
         super().__init__()

@@ -92,8 +92,8 @@ def empty_model(config: Any, kind: str, dtype: torch.dtype | None = None) -> Any
     """
     refuse_other_models(config, type(config).__name__)
     automatic = next((auto for task, auto in _AUTO_MODELS.items() if task == kind), None)
-    model_class = getattr(transformers, kind, None)
-    if automatic is None and model_class is None:
+    model_class: Any = automatic or getattr(transformers, kind, None)
+    if model_class is None:
         raise ConfigError(
             f"architecture: transformers {transformers.__version__} has no {kind}; install the version that "
             "the model was fine-tuned with"

@@ -1,7 +1,7 @@
 """The profile of a Hugging Face causal language model: timed here, or estimated from its configuration.
 
-Its layers are those that ``launcher/finetune.py`` trains (``hf/cut.py``), so that stage bounds planned
-with the profile are stage bounds of the job. Weights are random, or have no contents.
+Its layers are those that ``launcher/finetune.py`` trains (``hf/model/cut.py``), so that stage bounds planned
+with the profile are stage bounds of the job. Weights are random, or on the meta device.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,21 +42,20 @@ def estimate_profile(
         head: The auxiliary heads.
         micro_batch_size: Samples in a micro-batch.
         seq_length: Tokens of a sample.
-        flops_per_second: What a device reaches, not its peak.
+        flops_per_second: Reached by a device, not its peak.
         link: Latency in seconds and bandwidth in bytes per second between two stages.
 
     Raises:
         ConfigError: If the model cannot be cut into layers.
     """
-    latency_seconds, bandwidth = link
-    assumed = (
+    source = (
         f"estimated: matrix products and attention at {flops_per_second / 1e12:g} TFLOP/s, links of "
-        f"{bandwidth / 1e9:g} GB/s and {latency_seconds * 1e6:g} us"
+        f"{link[1] / 1e9:g} GB/s and {link[0] * 1e6:g} us"
     )
     device = torch.device("meta")
     layers = _layers(config, torch.bfloat16, device)
-    # transformers asks tensors of the meta device for values, those of this mode not. Buffers outside the
-    # layers, such as rotary frequencies, are none of its tensors.
+    # transformers reads values of meta tensors, but not of this mode's. Buffers outside the layers, such as
+    # rotary frequencies, are real tensors.
     with FakeTensorMode(allow_non_fake_inputs=True):
         ids_bt = torch.zeros(micro_batch_size, seq_length, dtype=torch.int64, device=device)
         return profile_model(
@@ -68,7 +67,7 @@ def estimate_profile(
             None,
             model=name,
             device="assumed",
-            source=assumed,
+            source=source,
             link=link,
         )
 
@@ -88,20 +87,9 @@ def measure_profile(
 ) -> Profile:
     """A profile measured on this process's accelerator, with random weights.
 
-    Args:
-        name: What to call the model.
-        config: Its Hugging Face configuration.
-        head: The auxiliary heads.
-        dtype: Of weights and activations.
-        micro_batch_size: Samples in a micro-batch.
-        seq_length: Tokens of a sample.
-        make_optimizer: Makes the optimizer of a list of parameters.
-        num_rounds: Rounds each time is the median of.
-        link: Latency in seconds and bandwidth in bytes per second between two stages, if known.
-        progress: Told what is being measured.
-
-    Raises:
-        ConfigError: If the model cannot be cut into layers.
+    Each time is the median of ``num_rounds``. ``dtype`` is that of weights and activations,
+    ``make_optimizer`` makes the optimizer of a list of parameters, ``progress`` is called with what is being
+    measured. The rest is as for ``estimate_profile``.
     """
     accelerator = get_accelerator()
     device = torch.device(accelerator.current_device_name())
@@ -134,7 +122,7 @@ def _layers(config: Any, dtype: torch.dtype, device: torch.device) -> list[nn.Mo
 
 def _random_values(device: torch.device) -> Values:
     def values(wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # What is not on the meta device are buffers, with the values that the model's code gave them.
+        # Tensors that are not on the meta device are buffers with their values.
         return {
             name: torch.empty_like(like, device=device).normal_(std=_STD)
             for name, like in wanted.items()

@@ -1,8 +1,8 @@
 """A file of hidden states: written position by position, and mapped when it is read.
 
-It is a safetensors file with one tensor, ``states``, ``[n, d]``, and says in its metadata what the states are
-of. It may be larger than memory, and safetensors' own writer takes tensors that are in memory: so the header
-is written here, and the states behind it as they come.
+It is a safetensors file with one tensor, ``states``, ``[n, d]``, and a fingerprint of the states as metadata.
+It may be larger than memory, and safetensors' own writer takes tensors in memory: so the header is written
+here, and then the states as they come.
 
 Shape suffixes: n positions, d hidden width.
 """
@@ -25,8 +25,8 @@ _STATES = "states"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _WAY_OUT = "set interlock.head.kl_weight to 0"
 _NEEDED = (
-    "Heads with interlock.head.kl_weight learn from the base model to the last step, and what it makes of "
-    "the data can only be computed before the first"
+    "Heads with interlock.head.kl_weight learn from the base model until the last step, and its states can "
+    "only be computed before the first"
 )
 
 
@@ -34,13 +34,13 @@ class StatesWriter:
     """Appends states to an open file.
 
     Args:
-        file: Is at the end of its header.
-        path: The name it will have.
+        file: Positioned after its header.
+        path: Its final path, for messages.
         shape: ``(n, d)`` of the complete file.
-        dtype: What states are written as, float32 or bfloat16.
+        dtype: Of the states written, float32 or bfloat16.
 
     Attributes:
-        num_missing: Positions to come.
+        num_missing: Positions still to be appended.
     """
 
     def __init__(self, file: FileIO, path: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -51,15 +51,11 @@ class StatesWriter:
         self.num_missing = shape[0]
 
     def append(self, states_nd: Tensor) -> None:
-        """Writes some positions more.
-
-        Raises:
-            ConfigError: If the disk does not take them.
-        """
+        """Writes more positions; ConfigError if the disk is full."""
         assert states_nd.shape[1] == self._width, f"{list(states_nd.shape)} is not of width {self._width}"
         states_nd = states_nd.detach().to("cpu", self._dtype).contiguous()
         unwritten = states_nd.view(torch.uint8).flatten().numpy().data
-        while unwritten:  # without a buffer a write may be cut short, and errors come here, not at the end
+        while unwritten:  # an unbuffered write may be cut short, but its errors come here, not at the end
             with _disk_errors(self._path):
                 unwritten = unwritten[self._file.write(unwritten) :]
         self.num_missing -= len(states_nd)
@@ -69,13 +65,13 @@ class StatesWriter:
 def new_states_file(
     path: Path, shape: tuple[int, int], dtype: torch.dtype, fingerprint: Mapping[str, str]
 ) -> Iterator[StatesWriter]:
-    """A file to append states to. It gets its name when the block ends well; else nothing is left of it.
+    """A file to append states to, renamed to ``path`` when the block ends well; else nothing is left of it.
 
     Args:
-        path: Its name.
+        path: The complete file.
         shape: ``(n, d)``; all n positions must be appended within the block.
         dtype: Of the states, float32 or bfloat16.
-        fingerprint: Says what they are of, for ``map_states``.
+        fingerprint: Identifies them for ``map_states``.
 
     Raises:
         ConfigError: If it cannot be written.
@@ -104,14 +100,10 @@ def _header(shape: tuple[int, int], dtype: torch.dtype, fingerprint: Mapping[str
 
 
 def map_states(path: Path, fingerprint: Mapping[str, str]) -> Tensor:
-    """The states of a file, ``[n, d]``, each read from it when it is looked at.
-
-    Args:
-        path: The file.
-        fingerprint: What the states must be of.
+    """The states of a file, ``[n, d]``, mapped.
 
     Raises:
-        ConfigError: If the file is missing, damaged, or of something else.
+        ConfigError: If the file is missing, damaged, or has another fingerprint.
     """
     if not path.is_file():
         raise ConfigError(
@@ -120,11 +112,11 @@ def map_states(path: Path, fingerprint: Mapping[str, str]) -> Tensor:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
+            metadata = file.metadata() or {}
             states_nd: Tensor = file.get_tensor(_STATES)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"--output_dir: {path} cannot be read: {error}. {_NEEDED}") from error
-    differing = [name for name, value in fingerprint.items() if found.get(name) != value]
+    differing = [name for name, value in fingerprint.items() if metadata.get(name) != value]
     if differing:
         raise ConfigError(
             f"--output_dir: {path} was written for {' and '.join(f'another {name}' for name in differing)}. "
@@ -134,11 +126,7 @@ def map_states(path: Path, fingerprint: Mapping[str, str]) -> Tensor:
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
-    """Makes ``folder`` if there is none.
-
-    Raises:
-        ConfigError: If its disk has less room left than ``num_bytes``.
-    """
+    """Makes ``folder``; ConfigError if its disk has less room than ``num_bytes``."""
     with _disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(folder).free

@@ -5,17 +5,17 @@
     GPT2LMHeadModel    wte, wpe             transformer.h.0 .. ln_f           lm_head (tied to wte)
     BertForSequence..  bert.embeddings      encoder.layer.0 .. bert.pooler, classifier
 
-No forward is written anew. What happens between those modules (masks, rotary angles, the scale of
+No forward is written again. What happens between those modules (masks, rotary angles, the scale of
 embeddings, soft-capping) is left to the model's own forward, run on a ``Skeleton``: the model without
-weights, in which every block is a *guest* that looks at what the forward hands it.
+weights, in which a *guest* takes the place of every block and records its arguments.
 
-    front    the forward runs up to the first block; what it would hand over is the hidden state
-    block    the forward runs past all blocks; what it hands to this one, the hidden state aside, are its
-             arguments, the same for all micro-batches of one shape without masks
-    end      the last block returns the hidden state of the pipeline; the forward goes on from there
+    front    the forward runs up to the first block, whose first argument is the hidden state
+    block    the forward runs past all blocks; the other arguments of this one are recorded, the same for all
+             micro-batches of one shape without masks
+    end      the last block returns the hidden state of the pipeline; the forward continues from there
 
-Which module is what follows from transformers' own pipeline plans (``config.base_model_pp_plan``); a
-small table stands in for families without one.
+Which module is what follows from transformers' own pipeline plans (``config.base_model_pp_plan``); a small
+table covers families without one.
 
 Shape suffixes: b batch, t position, d hidden width, v vocabulary.
 """
@@ -32,7 +32,7 @@ from ds_interlock.errors import ConfigError
 
 
 class _Family(NamedTuple):
-    """Where the blocks are, and what stands in front of them; names within the base model."""
+    """The list of blocks, and the modules before them; names within the base model."""
 
     blocks: str
     front: tuple[str, ...]
@@ -66,10 +66,10 @@ class Anatomy:
     Attributes:
         blocks: The list of blocks.
         num_blocks: How many there are.
-        front: Modules with weights in front of the blocks.
-        end: Modules with weights behind the blocks, the unembedding aside.
-        embedding: The token embedding, one of ``front`` or inside one.
-        unembedding: What maps hidden states to logits; None for a model with another end.
+        front: Modules with weights before the blocks.
+        end: Modules with weights after the blocks, the unembedding aside.
+        embedding: The token embedding, one of ``front`` or within one.
+        unembedding: Maps hidden states to logits; None in a model without one.
         tied: Whether the unembedding's weight is the token embedding's.
         returns_tuple: Whether a block returns a tuple that begins with the hidden state.
     """
@@ -85,18 +85,18 @@ class Anatomy:
 
 
 def find_anatomy(model: Any) -> Anatomy:
-    """Looks at a transformers model, which may be on the meta device.
+    """The anatomy of a transformers model, which may be on the meta device.
 
     Raises:
-        ConfigError: If it has a form that cannot be cut, saying which.
+        ConfigError: If it has a form that cannot be cut.
     """
     config, name = model.config, type(model).__name__
     refuse_other_models(config, name)
     base = "" if model.base_model is model else model.base_model_prefix
     family = _family_of(config, name)
     blocks, *front = (f"{base}.{path}".lstrip(".") for path in (family.blocks, *family.front))
-    found = dict(model.named_modules())
-    if not isinstance(found.get(blocks), nn.ModuleList):
+    modules = dict(model.named_modules())
+    if not isinstance(modules.get(blocks), nn.ModuleList):
         _cannot_cut(name, f"expected its blocks in {blocks}")
     unembedding = _name_of(model, model.get_output_embeddings())
     parts = list(_parts_with_weights(model, blocks))
@@ -107,7 +107,7 @@ def find_anatomy(model: Any) -> Anatomy:
         _cannot_cut(name, f"{unembedding} has a bias beside its tied weight")
     return Anatomy(
         blocks=blocks,
-        num_blocks=len(found[blocks]),
+        num_blocks=len(modules[blocks]),
         front=tuple(part for part in parts if part in front),
         end=tuple(part for part in parts if part not in front and part != unembedding),
         embedding=embedding,
@@ -138,7 +138,7 @@ def _family_of(config: Any, name: str) -> _Family:
         _cannot_cut(
             name,
             f'transformers has no pipeline plan for model_type "{config.model_type}", and the table in '
-            f"ds_interlock/hf/surgery.py has none either (it has {', '.join(sorted(_WITHOUT_PLAN))})",
+            f"ds_interlock/hf/model/surgery.py has none either (it has {', '.join(sorted(_WITHOUT_PLAN))})",
         )
     return _WITHOUT_PLAN[config.model_type]
 
@@ -169,13 +169,13 @@ def _parts_with_weights(model: nn.Module, blocks: str) -> Iterator[str]:
                 yield path
 
 
-class _Captured(Exception):  # noqa: N818 - no error: what leaves a forward that has gone far enough
+class _Captured(Exception):  # noqa: N818 - not an error: ends a forward early, with its result so far
     def __init__(self, hidden: Any) -> None:
         self.hidden = hidden
 
 
 class _StandIn(nn.Module):
-    """In place of a module whose weights are elsewhere. What it returns, nobody looks at."""
+    """Replaces a module whose weights are on another layer; its attributes are that module's."""
 
     def __init__(self, module: nn.Module, result: Callable[[], Any]) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ Visit = Callable[[int, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class _Guest(_StandIn):
-    """In place of a block: tells the skeleton what the forward hands to it."""
+    """Replaces a block: passes its arguments to the skeleton."""
 
     def __init__(self, block: nn.Module, index: int, visit: Visit, returns_tuple: bool) -> None:
         super().__init__(block, lambda: None)
@@ -217,8 +217,8 @@ class Skeleton:
     """A model's own forward, without its weights.
 
     Args:
-        model: A transformers model whose parameters are on the meta device, and whose buffers are not. It
-            is taken apart: use ``anatomy`` and ``original`` from here on.
+        model: A transformers model whose parameters are on the meta device, and whose buffers are not. It is
+            taken apart: afterwards use ``anatomy`` and ``original``.
     """
 
     def __init__(self, model: Any) -> None:
@@ -250,16 +250,16 @@ class Skeleton:
         return self  # layers that are copied share it; it has no weights
 
     def original(self, path: str) -> nn.Module:
-        """A module that was taken out, without weights: a part, a block, or a module within one."""
+        """A module taken out of the model, without weights: a part, a block, or a module within one."""
         part = next(part for part in self._originals if f"{path}.".startswith(f"{part}."))
         return self._originals[part].get_submodule(path[len(part) + 1 :])
 
     def front(self, parts: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> Tensor:
-        """What the forward hands to the first block: hidden_btd.
+        """The hidden state that the forward passes to the first block, hidden_btd.
 
         Args:
-            parts: The modules in front of the blocks, by name, with their weights.
-            inputs: ``input_ids`` and whatever else the model takes, ``[b, t]`` each.
+            parts: The modules before the blocks, by name, with their weights.
+            inputs: ``input_ids`` and other arguments of the model, ``[b, t]`` each.
         """
 
         def stop(index: int, hidden: Any, *_: Any) -> NoReturn:
@@ -271,12 +271,12 @@ class Skeleton:
         return hidden
 
     def arguments(self, index: int, hidden_btd: Tensor, context: Mapping[str, Tensor]) -> Arguments:
-        """What the forward hands to a block besides the hidden state, positional and by name.
+        """The arguments of block ``index`` besides the hidden state, positional and by name.
 
         Args:
-            index: Which block.
-            hidden_btd: Gives batch, length, width, dtype and device.
-            context: ``attention_mask`` and ``position_ids``, ``[b, t]``, as far as there are any.
+            index: Of the block.
+            hidden_btd: Has the batch's shape, dtype and device.
+            context: ``attention_mask`` and ``position_ids``, ``[b, t]``, if the data has them.
         """
         key = (*context.values(), hidden_btd.shape, hidden_btd.dtype, hidden_btd.device)
         if self._arguments is None or not _same(self._arguments[0], key):
@@ -284,11 +284,11 @@ class Skeleton:
         return self._arguments[1][index]
 
     def _arguments_of_all(self, hidden_btd: Tensor, context: Mapping[str, Tensor]) -> dict[int, Arguments]:
-        found: dict[int, Arguments] = {}
+        arguments: dict[int, Arguments] = {}
 
         def note(index: int, hidden: Any, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
-            found[index] = rest, options
-            if len(found) == self.anatomy.num_blocks:
+            arguments[index] = rest, options
+            if len(arguments) == self.anatomy.num_blocks:
                 raise _Captured(None)
             return hidden
 
@@ -296,7 +296,7 @@ class Skeleton:
             self._hidden = hidden_btd.detach()
             inputs = {"inputs_embeds": self._hidden, **context}
             self._run(self.model.base_model, inputs, note, {}, training=False)
-        return found
+        return arguments
 
     def end(
         self,
@@ -305,16 +305,13 @@ class Skeleton:
         context: Mapping[str, Tensor],
         training: bool,
     ) -> Tensor:
-        """What the forward makes of the last block's output.
+        """The input of the unembedding ``[b, t, d]``; in a model without one, its logits.
 
         Args:
-            parts: The modules behind the blocks, by name, with their weights.
+            parts: The modules after the blocks, by name, with their weights.
             hidden_btd: The last block's output.
             context: As for ``arguments``.
             training: Whether dropout without weights is on.
-
-        Returns:
-            The input of the unembedding ``[b, t, d]``; in a model without one, the model's logits.
         """
         self._hidden = hidden_btd
         inputs = {"inputs_embeds": hidden_btd, **context}
@@ -326,7 +323,7 @@ class Skeleton:
         return result
 
     def logits(self, unembedded_btv: Tensor) -> Tensor:
-        """What the model makes of what its unembedding returns: scaled or soft-capped logits."""
+        """The model's logits, scaled or soft-capped, from its unembedding's output."""
         assert self.anatomy.unembedding is not None
         self._hidden = unembedded_btv.new_zeros(()).expand(*unembedded_btv.shape[:-1], 1)
         unembedding = _StandIn(self._originals[self.anatomy.unembedding], lambda: unembedded_btv)
@@ -339,7 +336,7 @@ class Skeleton:
         return result
 
     def changes_logits(self) -> bool:
-        """Whether ``logits`` does anything."""
+        """Whether ``logits`` changes its argument."""
         assert self.anatomy.unembedding is not None
         probe_btv = torch.linspace(-50, 50, 8).reshape(1, 2, 4)
         return not torch.equal(self.logits(probe_btv), probe_btv)
@@ -375,7 +372,7 @@ class Skeleton:
                 self._put(path, stand_in)
 
     def _follow(self, device: torch.device, training: bool) -> None:
-        """Buffers without weights, such as rotary frequencies, go where the data is."""
+        """Moves buffers, such as rotary frequencies, to the data's device."""
         if device != self._device:
             self.model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
             self._device = device

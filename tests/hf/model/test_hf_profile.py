@@ -1,5 +1,6 @@
 """Profiles of Hugging Face models: the layers are the job's, their costs the whole model's."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ FAMILIES = ["llama, tied", "gemma2", "gemma3_text", "gpt2", "opt, projected", "m
 """One of each kind: tied, capped or scaled logits, scaled or projected embeddings, experts, no rotary."""
 
 
+@cache
 def estimated(family: str, **head: Any) -> Profile:
     return estimate_profile(
         family,
@@ -87,7 +89,7 @@ def test_a_tied_unembedding_costs_what_an_untied_one_does() -> None:
 
 
 @pytest.mark.parametrize("kind", ["block_linear", "lens"])
-def test_heads_read_the_hidden_state_also_where_logits_are_capped_behind_the_unembedding(kind: str) -> None:
+def test_heads_read_the_hidden_state_also_where_logits_are_capped_after_the_unembedding(kind: str) -> None:
     estimate, profile = estimated("gemma2", type=kind), measured("gemma2", type=kind)
     assert estimate.layers[-1].name == f"{NUM_BLOCKS + 3} Logits"
     assert estimate.layers[-1].num_parameters == 0

@@ -8,8 +8,7 @@
 So the reference takes the memory of one block, not of the model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,13 +48,8 @@ def probe(pretrained: Pretrained, inputs: Sequence[str], num_positions: int) -> 
     mask_bt[1, split:] = 0
     positions_bt = torch.arange(length).repeat(_ROWS, 1)
     positions_bt[1, split:] -= split
-    known = {
-        "input_ids": ids_bt,
-        "attention_mask": mask_bt,
-        "position_ids": positions_bt,
-        "token_type_ids": torch.zeros_like(ids_bt),
-    }
-    return tuple(known[name] for name in inputs)
+    known = {"input_ids": ids_bt, "attention_mask": mask_bt, "position_ids": positions_bt}
+    return tuple(known.get(name, torch.zeros_like(ids_bt)) for name in inputs)  # token_type_ids are 0
 
 
 @torch.no_grad()
@@ -77,11 +71,11 @@ def reference_logits(
     """
     model = pretrained.new_model()
     device = inputs["input_ids"].device
-    with _weights_on_demand(model, values, own, device):
-        if "position_ids" not in inputs:
-            return _logits(model, inputs)
-        rows = zip(inputs["input_ids"], inputs["position_ids"], strict=True)
-        return torch.stack([_logits_of_row(model, ids_t, positions_t) for ids_t, positions_t in rows])
+    _read_weights_on_demand(model, values, own, device)
+    if "position_ids" not in inputs:
+        return _logits(model, inputs)
+    rows = zip(inputs["input_ids"], inputs["position_ids"], strict=True)
+    return torch.stack([_logits_of_row(model, ids_t, positions_t) for ids_t, positions_t in rows])
 
 
 def _logits_of_row(model: Any, ids_t: Tensor, positions_t: Tensor) -> Tensor:
@@ -99,11 +93,10 @@ def _logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     return logits
 
 
-@contextmanager
-def _weights_on_demand(
+def _read_weights_on_demand(
     model: Any, values: Values, own: Mapping[str, Tensor], device: torch.device
-) -> Iterator[None]:
-    """Within it, every part and block of ``model`` has its weights while it is called."""
+) -> None:
+    """Makes every part and block of ``model`` have its weights while it is called."""
     anatomy = find_anatomy(model)
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
     parts = [*anatomy.front, *anatomy.end, *([anatomy.unembedding] if anatomy.unembedding else [])]
@@ -122,18 +115,10 @@ def _weights_on_demand(
                 if parameter is not None:
                     part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    handles = []
     for path in parts:
         module = model.get_submodule(path)
-        handles += [
-            module.register_forward_pre_hook(lambda module, _, path=path: fill(path, module)),
-            module.register_forward_hook(lambda module, *_: drop(module)),
-        ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        module.register_forward_pre_hook(lambda module, _, path=path: fill(path, module))
+        module.register_forward_hook(lambda module, *_: drop(module))
 
 
 def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_inputs: Sequence[str]) -> float:
@@ -146,10 +131,7 @@ def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_in
         own_inputs: Names of the tensors that stage 0 gets.
 
     Returns:
-        On the last stage the largest difference over the largest logit; elsewhere 0.
-
-    Raises:
-        ConfigError: On the last stage, if they differ.
+        On the last stage what ``compare`` returns, or its ConfigError; elsewhere 0.
     """
     inputs = probe(pretrained, own_inputs, num_positions)
     labels = torch.zeros_like(inputs[0] if pretrained.task == "causal" else inputs[0][:, 0])

@@ -46,7 +46,7 @@ class Pretrained:
 
     Attributes:
         name: As the user wrote it.
-        folder: Where configuration, tokenizer and safetensors are.
+        folder: Has configuration, tokenizer and safetensors.
         config: Its transformers configuration.
         tokenizer: Its tokenizer.
         task: What it is used for.
@@ -230,15 +230,9 @@ def _local_folder(name: str, gguf_file: str | None) -> Path:
 
 
 def load_config(name: str, folder: Path | None = None, classes: Sequence[str] = ()) -> Any:
-    """A model's transformers configuration.
+    """The transformers configuration of a model on the hub or in a folder; ConfigError if it has none.
 
-    Args:
-        name: A folder, or a name on the hub.
-        folder: Where its files are, if it is known.
-        classes: Names of the classes by id, for classification.
-
-    Raises:
-        ConfigError: If there is none.
+    ``folder`` has its files, if they are known; ``classes`` are the names of its classes by id.
     """
     try:
         config = AutoConfig.from_pretrained(folder or name)

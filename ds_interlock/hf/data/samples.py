@@ -11,9 +11,8 @@ labels      [-    C    C   <end>]           - is IGNORED_LABEL
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -142,16 +141,16 @@ def encode_classified(
     Args:
         records: Classified texts and pairs.
         tokenizer: Any.
-        seq_length: The most tokens that a sample may have. Of a pair the longer text is cut.
-        label_ids: The id of each class, as ``load_records`` gives it.
+        seq_length: The most tokens in a sample. Of a pair the longer text is cut.
+        label_ids: As ``load_records`` returns them.
     """
     samples, num_cut = [], 0
     for record in records:
         assert isinstance(record, Classified)
-        encode: Any = partial(tokenizer, record.text, record.text_pair, verbose=False)
-        encoded = encode()
+        encoded: Any = tokenizer(record.text, record.text_pair, verbose=False)
         if len(encoded["input_ids"]) > seq_length:
-            encoded = encode(truncation=True, max_length=seq_length)
+            options = {"truncation": True, "max_length": seq_length}
+            encoded = tokenizer(record.text, record.text_pair, verbose=False, **options)
             num_cut += 1
         samples.append(
             ClassifiedSample(encoded["input_ids"], encoded.get("token_type_ids"), label_ids[record.label])
@@ -159,14 +158,8 @@ def encode_classified(
     return SampleSet(samples, num_cut, num_dropped=0)
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """A record's tokens, and those among them that are to be learned.
-
-    Attributes:
-        ids: Token ids.
-        targets: For each token its id, or ``IGNORED_LABEL`` if it is not to be learned.
-    """
+class _Tokens(NamedTuple):
+    """A record's token ids; as targets those to be learned, ``IGNORED_LABEL`` in place of the others."""
 
     ids: list[int]
     targets: list[int]

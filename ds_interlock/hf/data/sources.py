@@ -21,13 +21,7 @@ from ds_interlock.sampling import set_aside
 
 @dataclass(frozen=True)
 class RecordData:
-    """Records to train on and records to validate on.
-
-    Attributes:
-        train: The training records.
-        validation: The validation records.
-        label_ids: The id of each class; empty but for classification.
-    """
+    """Records to train on and to validate on, and the id of each class (empty but for classification)."""
 
     train: Sequence[Record]
     validation: Sequence[Record]

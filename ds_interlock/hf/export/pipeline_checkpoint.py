@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ds_interlock.errors import ConfigError
+from ds_interlock.hf.model.conversion import first_line
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
 
 _LAYER_FILE = re.compile(r"layer_(\d+)-(.*)model_states\.pt")
@@ -81,11 +82,11 @@ class PipelineCheckpoint:
         for stage in self._stages:
             # A run with a schedule has heads that its present plan does not use.
             in_plan = stage["plan"]["heads"]
-            places = [after_layer for _, after_layer, _ in stage["head_places"]]
+            positions = [after_layer for _, after_layer, _ in stage["head_places"]]
             losses = {after_layer: loss for loss, (_, after_layer, _) in enumerate(in_plan)}
             for name, tensor in stage["heads"].items():
                 number, _, rest = name.partition(".")
-                loss = losses.get(places[int(number)])
+                loss = losses.get(positions[int(number)])
                 if loss is not None:
                     heads.setdefault(loss, {})[rest] = tensor
         return dict(sorted(heads.items()))
@@ -110,7 +111,7 @@ def _load(file: Path) -> Mapping[str, Any]:
         state: Mapping[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ConfigError(
-            f"{file} cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
-            "the checkpoint is damaged or incomplete; export another one"
+            f"{file} cannot be read ({first_line(error)}): the checkpoint is damaged or incomplete; export "
+            "another one"
         ) from error
     return state

@@ -139,11 +139,11 @@ def _recorded(module: Any, folder: Path, share: Share, width: int, dtype: torch.
         return
     row_lengths = iter(share.row_lengths)
     shape = sum(share.lengths), width
-    with new_states_file(share.path(folder), shape, dtype, share.fingerprint) as file:
+    with new_states_file(share.path(folder), shape, dtype, share.fingerprint) as append:
 
         def keep(_module: Any, _inputs: Any, hidden_btd: Tensor) -> None:
             for states_td in hidden_btd:
-                file.append(states_td[: next(row_lengths)])
+                append(states_td[: next(row_lengths)])
 
         handle = end.register_forward_hook(keep)
         try:

@@ -8,9 +8,8 @@
 So the reference takes the memory of one block, not of the model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.model.cut import HFLayer, Values
 from ds_interlock.hf.model.pretrained import Pretrained
-from ds_interlock.hf.model.surgery import find_anatomy
+from ds_interlock.hf.model.surgery import find_anatomy, forward_without_cache
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 """By dtype, relative to the largest logit (at least 1); for other dtypes ``_HALF_TOLERANCE``."""
@@ -49,13 +48,8 @@ def probe(pretrained: Pretrained, inputs: Sequence[str], num_positions: int) -> 
     mask_bt[1, split:] = 0
     positions_bt = torch.arange(length).repeat(_ROWS, 1)
     positions_bt[1, split:] -= split
-    known = {
-        "input_ids": ids_bt,
-        "attention_mask": mask_bt,
-        "position_ids": positions_bt,
-        "token_type_ids": torch.zeros_like(ids_bt),
-    }
-    return tuple(known[name] for name in inputs)
+    known = {"input_ids": ids_bt, "attention_mask": mask_bt, "position_ids": positions_bt}
+    return tuple(known.get(name, torch.zeros_like(ids_bt)) for name in inputs)  # token_type_ids are 0
 
 
 @torch.no_grad()
@@ -77,33 +71,26 @@ def reference_logits(
     """
     model = pretrained.new_model()
     device = inputs["input_ids"].device
-    with _weights_on_demand(model, values, own, device):
-        if "position_ids" not in inputs:
-            return _logits(model, inputs)
-        rows = zip(inputs["input_ids"], inputs["position_ids"], strict=True)
-        return torch.stack([_logits_of_row(model, ids_t, positions_t) for ids_t, positions_t in rows])
+    _read_weights_on_demand(model, values, own, device)
+    if "position_ids" not in inputs:
+        return cast(Tensor, forward_without_cache(model, inputs).logits)
+    rows = zip(inputs["input_ids"], inputs["position_ids"], strict=True)
+    return torch.stack([_logits_of_row(model, ids_t, positions_t) for ids_t, positions_t in rows])
 
 
 def _logits_of_row(model: Any, ids_t: Tensor, positions_t: Tensor) -> Tensor:
     starts = [*(positions_t == 0).nonzero().flatten().tolist(), len(ids_t)]
     pieces = [
-        _logits(model, {"input_ids": ids_t[None, start:stop]})[0]
+        forward_without_cache(model, {"input_ids": ids_t[None, start:stop]}).logits[0]
         for start, stop in zip(starts, starts[1:], strict=False)
     ]
     return torch.cat(pieces)
 
 
-def _logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-    logits: Tensor = model(**inputs, **options).logits
-    return logits
-
-
-@contextmanager
-def _weights_on_demand(
+def _read_weights_on_demand(
     model: Any, values: Values, own: Mapping[str, Tensor], device: torch.device
-) -> Iterator[None]:
-    """Within it, every part and block of ``model`` has its weights while it is called."""
+) -> None:
+    """Makes every part and block of ``model`` have its weights while it is called."""
     anatomy = find_anatomy(model)
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
     parts = [*anatomy.front, *anatomy.end, *([anatomy.unembedding] if anatomy.unembedding else [])]
@@ -122,18 +109,10 @@ def _weights_on_demand(
                 if parameter is not None:
                     part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    handles = []
     for path in parts:
         module = model.get_submodule(path)
-        handles += [
-            module.register_forward_pre_hook(lambda module, _, path=path: fill(path, module)),
-            module.register_forward_hook(lambda module, *_: drop(module)),
-        ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        module.register_forward_pre_hook(lambda module, _, path=path: fill(path, module))
+        module.register_forward_hook(lambda module, *_: drop(module))
 
 
 def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_inputs: Sequence[str]) -> float:
@@ -146,10 +125,7 @@ def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_in
         own_inputs: Names of the tensors that stage 0 gets.
 
     Returns:
-        On the last stage the largest difference over the largest logit; elsewhere 0.
-
-    Raises:
-        ConfigError: On the last stage, if they differ.
+        On the last stage what ``compare`` returns, or its ConfigError; elsewhere 0.
     """
     inputs = probe(pretrained, own_inputs, num_positions)
     labels = torch.zeros_like(inputs[0] if pretrained.task == "causal" else inputs[0][:, 0])

@@ -46,7 +46,7 @@ class Pretrained:
 
     Attributes:
         name: As the user wrote it.
-        folder: Where configuration, tokenizer and safetensors are.
+        folder: Has configuration, tokenizer and safetensors.
         config: Its transformers configuration.
         tokenizer: Its tokenizer.
         task: What it is used for.
@@ -92,8 +92,8 @@ def empty_model(config: Any, kind: str, dtype: torch.dtype | None = None) -> Any
     """
     refuse_other_models(config, type(config).__name__)
     automatic = next((auto for task, auto in _AUTO_MODELS.items() if task == kind), None)
-    model_class = getattr(transformers, kind, None)
-    if automatic is None and model_class is None:
+    model_class: Any = automatic or getattr(transformers, kind, None)
+    if model_class is None:
         raise ConfigError(
             f"architecture: transformers {transformers.__version__} has no {kind}; install the version that "
             "the model was fine-tuned with"
@@ -172,9 +172,7 @@ def open_pretrained(
     if gguf_file is not None:
         folder = converted(auto_model, folder, name, gguf_file, cache_dir)
     config = load_config(name, folder, classes)
-    skeleton = Skeleton(
-        empty_model(config, task, dtype)
-    )  # what cannot be cut is refused before anything else
+    skeleton = Skeleton(empty_model(config, task, dtype))  # refuses what cannot be cut, before anything else
     tokenizer = _load_tokenizer(name, folder)
     if not has_safetensors(folder):
         folder = converted(auto_model, folder, name, None, cache_dir)
@@ -230,15 +228,9 @@ def _local_folder(name: str, gguf_file: str | None) -> Path:
 
 
 def load_config(name: str, folder: Path | None = None, classes: Sequence[str] = ()) -> Any:
-    """A model's transformers configuration.
+    """The transformers configuration of a model on the hub or in a folder; ConfigError if it has none.
 
-    Args:
-        name: A folder, or a name on the hub.
-        folder: Where its files are, if it is known.
-        classes: Names of the classes by id, for classification.
-
-    Raises:
-        ConfigError: If there is none.
+    ``folder`` has its files, if they are known; ``classes`` are the names of its classes by id.
     """
     try:
         config = AutoConfig.from_pretrained(folder or name)

@@ -9,9 +9,8 @@ Shape suffixes: n positions, d hidden width.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from io import FileIO
 from pathlib import Path
 
 import torch
@@ -30,61 +29,40 @@ _NEEDED = (
 )
 
 
-class StatesWriter:
-    """Appends states to an open file.
-
-    Args:
-        file: Positioned after its header.
-        path: Its final path, for messages.
-        shape: ``(n, d)`` of the complete file.
-        dtype: Of the states written, float32 or bfloat16.
-
-    Attributes:
-        num_missing: Positions still to be appended.
-    """
-
-    def __init__(self, file: FileIO, path: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        self._file = file
-        self._path = path
-        self._width = shape[1]
-        self._dtype = dtype
-        self.num_missing = shape[0]
-
-    def append(self, states_nd: Tensor) -> None:
-        """Writes more positions; ConfigError if the disk is full."""
-        assert states_nd.shape[1] == self._width, f"{list(states_nd.shape)} is not of width {self._width}"
-        states_nd = states_nd.detach().to("cpu", self._dtype).contiguous()
-        unwritten = states_nd.view(torch.uint8).flatten().numpy().data
-        while unwritten:  # an unbuffered write may be cut short, but its errors come here, not at the end
-            with _disk_errors(self._path):
-                unwritten = unwritten[self._file.write(unwritten) :]
-        self.num_missing -= len(states_nd)
-
-
 @contextmanager
 def new_states_file(
     path: Path, shape: tuple[int, int], dtype: torch.dtype, fingerprint: Mapping[str, str]
-) -> Iterator[StatesWriter]:
-    """A file to append states to, renamed to ``path`` when the block ends well; else nothing is left of it.
+) -> Iterator[Callable[[Tensor], None]]:
+    """Yields a function that appends states ``[n, d]`` to a file, which becomes ``path`` at the end.
 
     Args:
-        path: The complete file.
+        path: The complete file; after an error nothing is left of it.
         shape: ``(n, d)``; all n positions must be appended within the block.
-        dtype: Of the states, float32 or bfloat16.
+        dtype: Of the states written, float32 or bfloat16.
         fingerprint: Identifies them for ``map_states``.
 
     Raises:
-        ConfigError: If it cannot be written.
+        ConfigError: If it cannot be written; the function raises it too.
     """
+    num_missing = shape[0]
     with ExitStack() as stack:
         with _disk_errors(path):
             unfinished = stack.enter_context(unfinished_file(path))
             unfinished.write_bytes(_header(shape, dtype, fingerprint))
-            file = unfinished.open("ab", buffering=0)
-        with file:
-            writer = StatesWriter(file, path, shape, dtype)
-            yield writer
-        assert writer.num_missing == 0, f"{writer.num_missing} of {shape[0]} positions were not appended"
+            file = stack.enter_context(unfinished.open("ab", buffering=0))
+
+        def append(states_nd: Tensor) -> None:
+            nonlocal num_missing
+            assert states_nd.shape[1] == shape[1], f"{list(states_nd.shape)} is not of width {shape[1]}"
+            states_nd = states_nd.detach().to("cpu", dtype).contiguous()
+            unwritten = states_nd.view(torch.uint8).flatten().numpy().data
+            while unwritten:  # an unbuffered write may be cut short, but its errors come here, not at the end
+                with _disk_errors(path):
+                    unwritten = unwritten[file.write(unwritten) :]
+            num_missing -= len(states_nd)
+
+        yield append
+        assert num_missing == 0, f"{num_missing} of {shape[0]} positions were not appended"
 
 
 def _header(shape: tuple[int, int], dtype: torch.dtype, fingerprint: Mapping[str, str]) -> bytes:

@@ -169,6 +169,12 @@ def _parts_with_weights(model: nn.Module, blocks: str) -> Iterator[str]:
                 yield path
 
 
+def forward_without_cache(model: Any, inputs: Mapping[str, Tensor]) -> Any:
+    """The output of a transformers model that keeps no keys and values for generation."""
+    options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    return model(**inputs, **options)
+
+
 class _Captured(Exception):  # noqa: N818 - not an error: ends a forward early, with its result so far
     def __init__(self, hidden: Any) -> None:
         self.hidden = hidden
@@ -353,12 +359,9 @@ class Skeleton:
         self._visit = visit
         with self._with_parts(parts):
             try:
-                return model(**inputs, use_cache=False) if self._takes_cache(model) else model(**inputs)
+                return forward_without_cache(model, inputs)
             except _Captured as captured:
                 return captured.hidden
-
-    def _takes_cache(self, model: nn.Module) -> bool:
-        return hasattr(model.config, "use_cache")
 
     @contextmanager
     def _with_parts(self, parts: Mapping[str, nn.Module]) -> Iterator[None]:

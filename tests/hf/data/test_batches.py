@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import bert, letters
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -103,6 +103,7 @@ def test_padding_ids():
     assert padding_id(letters(eos_token=None)) == 0
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=60),
     extra=st.integers(0, 8),

@@ -1,7 +1,7 @@
 """What each position of a sample is to say: by hand on a tokenizer of letters."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import bert, byte_level, letters
 
@@ -43,9 +43,10 @@ def test_a_long_document_is_cut_into_pieces():
     assert encode_records(documents("ab"), LETTERS, 3).samples == [Sample([START, A, B], [A, B, END])]
 
 
-TEXTS = st.text("abcd \n", min_size=1, max_size=30).filter(str.strip)
+TEXTS = st.text("abcd \n", max_size=30).map(lambda text: text + "a")
 
 
+@settings(deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=5), st.integers(1, 12))
 def test_every_token_of_a_document_but_the_first_is_a_label_once(texts, seq_length):
     samples = encode_records(documents(*texts), LETTERS, seq_length).samples

@@ -178,9 +178,9 @@ def test_a_model_is_known_by_its_weights(tmp_path: Path) -> None:
 def test_a_file_has_its_name_once_it_is_complete(dtype: torch.dtype, tmp_path: Path) -> None:
     states_nd = torch.randn(7, 5, dtype=dtype)
     path = tmp_path / "folder" / "states.safetensors"
-    with new_states_file(path, (7, 5), dtype, OF) as file:
+    with new_states_file(path, (7, 5), dtype, OF) as append:
         for start, stop in ((0, 3), (3, 3), (3, 7)):
-            file.append(states_nd[start:stop])
+            append(states_nd[start:stop])
             assert not path.exists()
     found = map_states(path, OF)
     assert found.dtype == dtype
@@ -229,9 +229,9 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
 
 
 def write(path: Path, num_positions: int, of: int | None = None) -> Path:
-    with new_states_file(path, (of or num_positions, 5), torch.float32, OF) as file:
+    with new_states_file(path, (of or num_positions, 5), torch.float32, OF) as append:
         for _ in range(num_positions):
-            file.append(torch.ones(1, 5))
+            append(torch.ones(1, 5))
     return path
 
 

@@ -35,11 +35,11 @@ from ds_interlock.files import replace_text
 from experiments import definition
 from experiments.definition import GLOBAL, Definition
 from experiments.efficiency import phase_sections
-from experiments.results_file import RESULTS
 from experiments.sleeping_pipeline import Pipeline
 from experiments.stage_profile import LEARNING_KEYS, TaskProfile, without_learning
 from experiments.tasks import make_task
 from measuring.results import machine, table_of, versions
+from measuring.results_file import RESULTS
 
 FORMAT = 1
 """Of the file. Raise it when a reader of the old one would be misled; old files are then refused."""

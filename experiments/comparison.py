@@ -15,9 +15,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from ds_interlock.errors import DataError
-from experiments import results_file
 from experiments.definition import GLOBAL, LOCAL, Run
-from experiments.results_file import Record
+from measuring import results_file
+from measuring.results_file import Record
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from pydantic import BaseModel, ConfigDict
 
 from ds_interlock.errors import DataError
 from experiments.comparison import Spread
-from experiments.results_file import Record
 from experiments.tables import NOTHING, cell
 from measuring.results import markdown, versions
+from measuring.results_file import Record
 
 NAME = "finetune"
 NUM_STAGES = 3

@@ -21,11 +21,12 @@ from matplotlib.figure import Figure
 
 from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.files import replace_text
-from experiments import batch_times, comparison, definition, figures, finetune, results_file, tables
+from experiments import batch_times, comparison, definition, figures, finetune, tables
 from experiments.comparison import Comparison, Result
 from experiments.definition import Definition, ProseModel
 from experiments.efficiency import Efficiency
-from experiments.results_file import RESULTS
+from measuring import results_file
+from measuring.results_file import RESULTS
 
 OUTPUT = Path("docs/results.md")
 TEMPLATE = Path(__file__).with_name("report.md.jinja")

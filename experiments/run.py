@@ -22,10 +22,11 @@ import torch
 from tqdm import tqdm
 
 from ds_interlock.errors import ConfigError, DataError
-from experiments import definition, finetune, results_file
+from experiments import definition, finetune
 from experiments.definition import Run
-from experiments.results_file import RESULTS, Record
 from experiments.training import Progress, train
+from measuring import results_file
+from measuring.results_file import RESULTS, Record
 
 CHECKPOINTS = Path("runs/experiments")
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import finetune, results_file, run
+from experiments import finetune, run
+from measuring import results_file
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / results_file.RESULTS / "finetune.jsonl"

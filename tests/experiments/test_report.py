@@ -9,7 +9,8 @@ import pytest
 from made_up_results import LOSSES, record, records, write_batch_times
 
 from ds_interlock.errors import DataError
-from experiments import comparison, definition, report, results_file
+from experiments import comparison, definition, report
+from measuring import results_file
 
 DEFINITION = """
 title = "Tiny prose"

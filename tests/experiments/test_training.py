@@ -9,10 +9,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ds_interlock.errors import ConfigError, DataError
-from experiments import definition, prose, results_file, run
+from experiments import definition, prose, run
 from experiments.definition import Definition, Run
 from experiments.tasks import make_task
 from experiments.training import Training, _average, train
+from measuring import results_file
 
 TINY = {
     "title": "tiny",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ds_interlock.errors import DataError
-from experiments import results_file
+from measuring import results_file
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@
     (stage_profile.py)                 (sleeping_pipeline.py)                (this file)
 
 Whatever the number M of micro-batches, a batch is the same work: a micro-batch is taken to be 1/M of it, and
-to need 1/M of its time. The model's optimizer step and the size of its messages are left out; what the engine
-itself needs is in, as large beside ``--milliseconds`` as it is.
+to need 1/M of its time. The model's optimizer step and the size of its messages are left out; the time of the
+engine itself is included, in proportion to ``--milliseconds``.
 
 A mode whose gradient reach changes ("schedule") has a time for each phase. Sections that differ only in how
 heads learn share a measurement. Modes with a model of their own (``modes.NAME.model``) are not timed.
@@ -29,17 +29,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
-from benchmarks.results import machine, markdown, versions
 from ds_interlock import InterlockConfig
 from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.files import replace_text
 from experiments import definition
 from experiments.definition import GLOBAL, Definition
-from experiments.run import RESULTS
+from experiments.efficiency import phase_sections
 from experiments.sleeping_pipeline import Pipeline
 from experiments.stage_profile import LEARNING_KEYS, TaskProfile, without_learning
 from experiments.tasks import make_task
-from experiments.time_to_loss import phase_sections
+from measuring.results import machine, table_of, versions
+from measuring.results_file import RESULTS
 
 FORMAT = 1
 """Of the file. Raise it when a reader of the old one would be misled; old files are then refused."""
@@ -76,7 +76,7 @@ class Stage(_Record):
 
 
 class ProfileOfStages(_Record):
-    """The proportions that the stages sleep in. The unit is the mean forward of a stage."""
+    """The proportions of the stages' sleeps. The unit is the mean forward of a stage."""
 
     stage_bounds: tuple[int, ...]
     stages: tuple[Stage, ...]
@@ -130,10 +130,10 @@ def read(path: Path) -> BatchTimes:
         raise DataError(
             f"{path}: cannot read the batch times: {error}; measure them with `{_command('NAME')}`"
         ) from error
-    found = contents.get("format") if isinstance(contents, dict) else None
-    if found != FORMAT:
+    version = contents.get("format") if isinstance(contents, dict) else None
+    if version != FORMAT:
         raise DataError(
-            f"{path}: format {found}, expected {FORMAT}: the file is from another version of this package; "
+            f"{path}: format {version}, expected {FORMAT}: the file is from another version of this package; "
             f"measure again with `{_command('NAME')}`"
         )
     try:
@@ -147,7 +147,7 @@ def read(path: Path) -> BatchTimes:
 
 
 def batch_seconds(times: BatchTimes, section: Mapping[str, Any], micro_batches: int) -> float:
-    """What a batch of the experiment takes on a device for each stage, at the speed that was profiled.
+    """What a batch of the experiment takes with one device per stage, at the speed that was profiled.
 
     Args:
         times: From ``read``.
@@ -158,11 +158,10 @@ def batch_seconds(times: BatchTimes, section: Mapping[str, Any], micro_batches: 
         ConfigError: If the section has phases.
         DataError: If this was not measured.
     """
-    wanted = _what_counts(section, times.profile.stage_bounds)
+    bounds = times.profile.stage_bounds
+    wanted = _what_counts(section, bounds)
     for row in times.rows:
-        if row.micro_batches == micro_batches and wanted == _what_counts(
-            row.interlock, times.profile.stage_bounds
-        ):
+        if row.micro_batches == micro_batches and wanted == _what_counts(row.interlock, bounds):
             return row.relative_seconds * times.profile.unit_seconds
     raise DataError(
         f"no batch time of {json.dumps(dict(section))} with {micro_batches} micro-batches: measure it with "
@@ -175,7 +174,7 @@ def _command(name: str) -> str:
 
 
 def _what_counts(section: Mapping[str, Any], stage_bounds: Sequence[int]) -> Hashable:
-    """All that the time of a batch depends on: equal for sections that a batch takes as long under."""
+    """All that the time of a batch depends on: equal for sections with equal times."""
     config = _one_phase(section)
     plan = config.plan(stage_bounds)
     streams = config.streaming and not plan.is_end_to_end
@@ -183,7 +182,7 @@ def _what_counts(section: Mapping[str, Any], stage_bounds: Sequence[int]) -> Has
 
 
 def _one_phase(section: Mapping[str, Any]) -> InterlockConfig:
-    """The section, checked, without what its heads learn by."""
+    """The section, checked, without the keys for how heads learn."""
     if "schedule" in section:
         raise ConfigError(
             "interlock.schedule: a batch takes another time in every phase; ask for one of phase_sections"
@@ -200,8 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     torch.set_num_threads(1)
     try:
-        found = definition.load(args.name)
-        times = _measured(found, _phases(found, args.modes), args, argv)
+        experiment = definition.load(args.name)
+        times = _measure(experiment, _phases(experiment, args.modes), args, argv)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -232,42 +231,44 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _phases(found: Definition, modes: Sequence[str] | None) -> list[_Phase]:
+def _phases(experiment: Definition, modes: Sequence[str] | None) -> list[_Phase]:
     """What to measure, global first."""
-    unknown = [mode for mode in modes or () if mode not in found.modes]
+    of_experiment = experiment.modes
+    unknown = [mode for mode in modes or () if mode not in of_experiment]
     if unknown:
         raise ConfigError(
-            f"--modes: the experiment has no {', '.join(unknown)}: expected some of {', '.join(found.modes)}"
+            f"--modes: the experiment has no {', '.join(unknown)}: expected some of "
+            f"{', '.join(of_experiment)}"
         )
-    own_model = [mode for mode in modes or () if found.modes[mode].model]
+    own_model = [mode for mode in modes or () if of_experiment[mode].model]
     if own_model:
         raise ConfigError(
             f"--modes: {', '.join(own_model)} would be timed with another model than the experiment's; leave "
             "out modes that have a model of their own"
         )
-    timed = modes or [mode for mode in found.modes if not found.modes[mode].model]
+    timed = modes or [mode for mode in of_experiment if not of_experiment[mode].model]
     chosen = [GLOBAL, *(mode for mode in timed if mode != GLOBAL)]
     return [
-        (mode, step if "schedule" in found.modes[mode].interlock else None, section)
+        (mode, step if "schedule" in of_experiment[mode].interlock else None, section)
         for mode in chosen
-        for step, section in phase_sections(found.modes[mode].interlock)
+        for step, section in phase_sections(of_experiment[mode].interlock)
     ]
 
 
-def _measured(
-    found: Definition, phases: Sequence[_Phase], args: argparse.Namespace, argv: Sequence[str] | None
+def _measure(
+    experiment: Definition, phases: Sequence[_Phase], args: argparse.Namespace, argv: Sequence[str] | None
 ) -> BatchTimes:
-    run = next(run for run in found.runs(args.name) if run.mode == GLOBAL)
-    profile = TaskProfile.measure(make_task(run.model_copy(update={"model": found.model})))
-    given = sys.argv[1:] if argv is None else argv
+    run = next(run for run in experiment.runs(args.name) if run.mode == GLOBAL)
+    profile = TaskProfile.measure(make_task(run.model_copy(update={"model": experiment.model})))
+    words = sys.argv[1:] if argv is None else argv
     rows = _rows(phases, profile, args.micro_batches, args.milliseconds / 1000)
     return BatchTimes(
         experiment=args.name,
         milliseconds=args.milliseconds,
-        command=shlex.join(["python", "-m", "experiments.batch_times", *given]),
+        command=shlex.join(["python", "-m", "experiments.batch_times", *words]),
         machine=machine(),
         versions=versions(),
-        profile=_described(profile, run.training.num_micro_batches),
+        profile=_profile_of_stages(profile, run.training.num_micro_batches),
         rows=tuple(rows),
     )
 
@@ -275,7 +276,7 @@ def _measured(
 def _rows(
     phases: Sequence[_Phase], profile: TaskProfile, micro_batches: Sequence[int], unit_seconds: float
 ) -> list[Row]:
-    """Measures every pipeline that there is among the phases once, one after the other."""
+    """Measures every pipeline among the phases once, one after the other."""
     model = profile.model
     keys = [_what_counts(section, model.stage_bounds) for _, _, section in phases]
     pipelines: dict[Hashable, Pipeline] = {}
@@ -302,13 +303,16 @@ def _rows(
     ]
 
 
-def _described(profile: TaskProfile, num_micro_batches: int) -> ProfileOfStages:
+def _profile_of_stages(profile: TaskProfile, num_micro_batches: int) -> ProfileOfStages:
     model = profile.model
-    sums = {name: model.stage_sums(name) for name in ("forward", "input_gradient", "weight_gradient")}
+    costs = model.costs
+    passes: list[Any] = [costs.forward, costs.input_gradient, costs.weight_gradient]
     bounds = list(pairwise(model.stage_bounds))
     stages = [
         Stage(
-            **{name: of_stages[number] for name, of_stages in sums.items()},
+            forward=passes[0][number],
+            input_gradient=passes[1][number],
+            weight_gradient=passes[2][number],
             loss=model.loss if number == len(bounds) - 1 else 0.0,
             heads=tuple(
                 Head(after_layer=after_layer, section=config.model_dump(exclude=LEARNING_KEYS), units=units)
@@ -327,14 +331,16 @@ def _described(profile: TaskProfile, num_micro_batches: int) -> ProfileOfStages:
 
 def table(times: BatchTimes) -> str:
     """The rows, as Markdown."""
-    header = ["mode", "from step", "M", "stage forwards a batch", "predicted", "floor", "times global"]
-    return markdown(
-        header,
-        [
-            (r.mode, r.phase, r.micro_batches, r.relative_seconds, r.predicted, r.floor, r.times_global)
-            for r in times.rows
-        ],
-    )
+    columns = {
+        "mode": "mode",
+        "from step": "phase",
+        "M": "micro_batches",
+        "stage forwards per batch": "relative_seconds",
+        "predicted": "predicted",
+        "floor": "floor",
+        "times global": "times_global",
+    }
+    return table_of([row.model_dump() for row in times.rows], columns)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,59 @@
-"""The runs of an experiment beside each other: by mode and seed, and what one mode has over another.
+"""The runs of an experiment by mode and seed, and the differences between modes.
 
 Modes are compared seed by seed: all modes of a seed start from the same weights and see the same batches,
 so that a difference between two of them varies less than either.
 """
 
 import statistics
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from ds_interlock.errors import DataError
-from experiments import results_file
-from experiments.definition import GLOBAL, Run
-from experiments.results_file import Record
-from experiments.time_to_loss import Curve
+from experiments.definition import GLOBAL, LOCAL, Run
+from measuring import results_file
+from measuring.results_file import Record
 
-LOCAL = "local"
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses (of at least one step) after rising numbers of steps."""
+
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+
+    def first_crossing(self, target: float) -> float | None:
+        """Steps after which the loss is at most ``target`` for the first time, linear between points.
+
+        The first point if that is below already; None if the curve does not get there.
+        """
+        if self.losses[0] <= target:
+            return float(self.steps[0])
+        points = list(zip(self.steps, self.losses, strict=True))
+        for (step, loss), (next_step, next_loss) in pairwise(points):
+            if next_loss <= target:
+                return step + (next_step - step) * (loss - target) / (loss - next_loss)
+        return None
+
+    def at(self, steps: float) -> float:
+        """The loss after ``steps``, linear between points; the curve must reach there."""
+        assert self.steps[0] <= steps <= self.steps[-1], "within the curve"
+        if steps == self.steps[0]:
+            return self.losses[0]
+        number = bisect_left(self.steps, steps)
+        step, next_step = self.steps[number - 1 : number + 1]
+        loss, next_loss = self.losses[number - 1 : number + 1]
+        return loss + (next_loss - loss) * (steps - step) / (next_step - step)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A number that was found once for each of some seeds."""
+    """A number for each of some seeds."""
 
     values: tuple[float, ...]
 
@@ -39,20 +69,15 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> "Spread | None":
-        """Of the values if there are any and each of them is a number."""
-        found = tuple(values)
-        known = tuple(value for value in found if value is not None)
-        return cls(known) if known and len(known) == len(found) else None
+        """Of the values; None without any, or if one of them is None."""
+        all_values = tuple(values)
+        known = tuple(value for value in all_values if value is not None)
+        return cls(known) if known and len(known) == len(all_values) else None
 
 
 @dataclass(frozen=True)
 class Result:
-    """A line of the results file: what was run, and what was measured.
-
-    Attributes:
-        run: What decides all the rest.
-        record: The whole line.
-    """
+    """A line of the results file (``record``), and the run it is of."""
 
     run: Run
     record: Record
@@ -64,18 +89,18 @@ class Result:
 
     @property
     def final(self) -> dict[str, float]:
-        """What the model scores at the end of the budget: "loss", and for images "error"."""
-        found: dict[str, float] = self.record["final"]
-        return found
+        """The model's score at the end of the budget: "loss", and for images "error"."""
+        score: dict[str, float] = self.record["final"]
+        return score
 
     @property
     def curve(self) -> Curve:
-        """Validation losses on the way."""
+        """Validation losses during training."""
         points = self.record["curve"]
         return Curve(tuple(p["step"] for p in points), tuple(p["loss"] for p in points))
 
     def series(self, key: str) -> dict[int, Any]:
-        """What the points of the curve have under ``key``, by step; points without it are left out."""
+        """The values of ``key`` in the points of the curve, by step; points without it are left out."""
         return {point["step"]: point[key] for point in self.record["curve"] if point.get(key) is not None}
 
     def at_the_end(self, key: str) -> Any:
@@ -90,7 +115,7 @@ class Comparison:
 
     Attributes:
         name: Of the experiment.
-        results: By mode and seed, modes in the order in which they were met.
+        results: By mode and seed.
     """
 
     name: str
@@ -120,11 +145,11 @@ class Comparison:
         return self._first_run(mode).section.is_global
 
     def has_own_model(self, mode: str) -> bool:
-        """Whether the model differs from that of global, and so what a batch takes with it."""
+        """Whether the model, and so the time of a batch, differs from that of global."""
         return self._first_run(mode).model != self.reference.run.model
 
     def _first_run(self, mode: str) -> Run:
-        """Of any seed: what the runs of a mode have in common is in each of them."""
+        """Of any seed."""
         return next(iter(self.results[mode].values())).run
 
     @property
@@ -138,15 +163,15 @@ class Comparison:
         return self.reference.budget
 
     def quality(self, result: Result) -> float:
-        """What modes are judged by, less is better: test error in %, or validation loss in nats."""
+        """Test error in %, or validation loss in nats; less is better."""
         return 100 * result.final["error"] if self.is_images else result.final["loss"]
 
     def spread(self, mode: str, measure: Callable[[Result], float | None]) -> Spread | None:
-        """What ``measure`` finds in each run of the mode."""
+        """``measure`` of each run of the mode."""
         return Spread.of(measure(result) for result in self.results[mode].values())
 
     def paired(self, modes: Sequence[str], measure: Callable[..., float | None]) -> Spread | None:
-        """What ``measure`` finds in the runs of ``modes`` of one seed, for each seed that all of them have.
+        """``measure`` of the runs of ``modes`` with one seed, for each seed that all of them have.
 
         Returns:
             None if there is no such seed, or no number for one of them.
@@ -180,7 +205,7 @@ def read(path: Path, order: Sequence[str]) -> Comparison:
         order: Modes in the order that they are to have; others follow.
 
     Raises:
-        DataError: If a line is none of ours, there is no global run, or two runs cannot be compared.
+        DataError: If a line is no run, no run is global, or two runs cannot be compared.
     """
     results: dict[str, dict[int, Result]] = {mode: {} for mode in order}
     for number, record in enumerate(results_file.read(path), start=1):
@@ -198,9 +223,9 @@ def read(path: Path, order: Sequence[str]) -> Comparison:
             f"{path}: no run of mode global, which the others are compared with: run "
             f"`python -m experiments.run {path.stem} --modes global --resume`"
         )
-    found = Comparison(path.stem, results)
-    _check_comparable(path, found)
-    return found
+    comparison = Comparison(path.stem, results)
+    _check_comparable(path, comparison)
+    return comparison
 
 
 def _parse(path: Path, number: int, record: Record) -> Result:
@@ -215,11 +240,12 @@ def _parse(path: Path, number: int, record: Record) -> Result:
         ) from error
 
 
-def _check_comparable(path: Path, found: Comparison) -> None:
-    for of_mode in found.results.values():
+def _check_comparable(path: Path, comparison: Comparison) -> None:
+    reference = _of_experiment(comparison.reference.run)
+    for of_mode in comparison.results.values():
         first = next(iter(of_mode.values())).run
         for run in (result.run for result in of_mode.values()):
-            if _of_experiment(run) != _of_experiment(found.reference.run) or _of_mode(run) != _of_mode(first):
+            if _of_experiment(run) != reference or _of_mode(run) != _of_mode(first):
                 raise DataError(
                     f"{path}: mode {run.mode}, seed {run.seed} is not of the same experiment as the runs "
                     "before: the experiment's file has changed in between; remove the lines that are out "
@@ -228,11 +254,11 @@ def _check_comparable(path: Path, found: Comparison) -> None:
 
 
 def _of_experiment(run: Run) -> tuple[Any, ...]:
-    """What all runs of an experiment have in common."""
+    """Equal for all runs of an experiment."""
     samples = (run.measurements.num_samples, run.measurements.num_final_samples)
     return run.training, run.num_stages, run.model.kind, samples
 
 
 def _of_mode(run: Run) -> tuple[Any, ...]:
-    """What all runs of a mode have in common as well."""
+    """Equal for all runs of a mode, too."""
     return run.model, run.interlock, run.num_steps

@@ -1,4 +1,4 @@
-"""What an experiment is: a TOML file in ``experiments/definitions``, checked before anything runs.
+"""The definition of an experiment: a TOML file in ``experiments/definitions``, checked before anything runs.
 
     seeds = [0, 1, 2]
     [modes."window 2"]                  one run for each mode and seed
@@ -20,9 +20,22 @@ from ds_interlock.errors import ConfigError, list_faults
 FOLDER = Path(__file__).parent / "definitions"
 GLOBAL = "global"
 """The mode that all others are compared with; every experiment has it."""
+LOCAL = "local"
 
-
-_SMOKE = "smoke-"
+SMOKE = "smoke-"
+"""Before an experiment's name: a short version of it, whose results mean nothing."""
+_SMOKE_STAGES = 4
+_SMOKE_MODELS: dict[str, dict[str, Any]] = {
+    "prose": {"seq_length": 16, "width": 16, "num_blocks": _SMOKE_STAGES},
+    "images": {"width": 2, "num_train_images": 256},
+}
+_SMOKE_TRAINING = {"num_steps": 4, "micro_batch_size": 4, "warmup_steps": 1}
+_SMOKE_MEASUREMENTS = {
+    "evaluate_every": 2,
+    "num_samples": 16,
+    "num_final_samples": 32,
+    "evaluation_batch_size": 32,
+}
 
 
 class _Section(BaseModel):
@@ -56,7 +69,7 @@ class ImageModel(_Section):
 
 
 class Training(_Section):
-    """How long and by what. The learning rate rises for ``warmup_steps``, then stays."""
+    """Optimizer and budget. The learning rate rises for ``warmup_steps``, then stays."""
 
     num_steps: int = Field(ge=1)
     """The budget: quality is compared after so many batches."""
@@ -71,11 +84,11 @@ class Training(_Section):
 
 
 class Measurements(_Section):
-    """What is measured on the way, and how often, in steps."""
+    """What is measured during training, and how often, in steps."""
 
     evaluate_every: int = Field(ge=1)
     num_samples: int = Field(ge=1)
-    """Validation samples of an evaluation on the way."""
+    """Validation samples of an evaluation during training."""
     num_final_samples: int = Field(ge=1)
     """Validation samples of the evaluation at the end of the budget."""
     evaluation_batch_size: int = Field(256, ge=1)
@@ -132,7 +145,7 @@ class Definition(_Section):
     measurements: Measurements
     modes: dict[str, Mode]
     conclusions: str = ""
-    """What we make of the results, for the end of the experiment's section of the report."""
+    """For the end of the experiment's section of the report."""
 
     @model_validator(mode="after")
     def _has_global(self) -> "Definition":
@@ -156,6 +169,30 @@ class Definition(_Section):
             if seed in (mode.seeds or self.seeds)
         ]
 
+    def shrunk(self) -> "Definition":
+        """The same modes on a tiny model for a few steps; the phases of a schedule follow step by step."""
+
+        def section(whole: dict[str, Any]) -> dict[str, Any]:
+            phases = [
+                {**phase, "from_step": number} for number, phase in enumerate(whole.get("schedule", []))
+            ]
+            return {**whole, **({"schedule": phases} if phases else {})}
+
+        modes = {
+            name: mode.model_copy(update={"interlock": section(mode.interlock), "num_steps": None})
+            for name, mode in self.modes.items()
+        }
+        return self.model_copy(
+            update={
+                "num_stages": _SMOKE_STAGES,
+                "seeds": self.seeds[:2],
+                "model": self.model.model_copy(update=_SMOKE_MODELS[self.model.kind]),
+                "training": self.training.model_copy(update=_SMOKE_TRAINING),
+                "measurements": self.measurements.model_copy(update=_SMOKE_MEASUREMENTS),
+                "modes": modes,
+            }
+        )
+
     def _run(self, experiment: str, name: str, mode: Mode, seed: int) -> Run:
         return Run(
             experiment=experiment,
@@ -171,25 +208,18 @@ class Definition(_Section):
 
 
 def names() -> list[str]:
-    """The experiments that there are."""
+    """All experiments with a file."""
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
 
 
-def smoke_name(name: str) -> str:
-    """What ``load`` knows the short version of an experiment by (smoke.py)."""
-    return _SMOKE + name
-
-
 def load(name: str) -> Definition:
-    """Reads an experiment's file.
+    """Reads an experiment's file; with ``SMOKE`` before its name, shrinks it.
 
     Raises:
-        ConfigError: If there is none of this name, or listing what is wrong with it.
+        ConfigError: If there is no experiment of this name, or listing all faults of its file.
     """
-    if name.startswith(_SMOKE):
-        from experiments.smoke import shrunk  # it imports this module
-
-        return shrunk(load(name.removeprefix(_SMOKE)))
+    if name.startswith(SMOKE):
+        return load(name.removeprefix(SMOKE)).shrunk()
     file = FOLDER / f"{name}.toml"
     if not file.is_file():
         raise ConfigError(f"there is no experiment {name!r}: expected one of {', '.join(names())}")

@@ -1,34 +1,70 @@
-"""What a mode gains in time: its curves of losses, combined with the measured time of a batch.
+"""How long each mode takes to a loss: a curve of losses against steps, and the time of a batch.
 
-Every seed has a target of its own: the loss that global's curve is at when its budget ends.
+    loss
+     │╲  global                    T = time of a batch, of K devices
+     │ ╲╲                          time to the target = steps x T
+     │──╲─╲──────── target         speed-up = global's time to it / the mode's
+     │   ╲  ╲___
+     └────┴────┴─── steps
+
+Every seed has a target of its own: the loss of global's curve at the end of its budget. A mode whose
+gradient reach changes during training has another batch time in every phase.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from ds_interlock import InterlockConfig
 from ds_interlock.errors import DataError
 from experiments.comparison import Comparison, Result, Spread
 from experiments.definition import GLOBAL
-from experiments.time_to_loss import Phase, phase_sections, seconds_of, steps_within
 
 BatchSeconds = Callable[[Mapping[str, Any], int], float]
-"""Of an "interlock" section of one phase and a number of micro-batches: what a batch takes.
+"""Of an "interlock" section of one phase and a number of micro-batches: the time of a batch.
 
 Raises DataError if that was not measured."""
 
 
-@dataclass(frozen=True)
-class EqualTime:
-    """The loss of a mode after the time that global's budget takes.
+class Phase(NamedTuple):
+    """A part of training with one gradient flow: the batches before it, and what each of its own takes."""
 
-    Attributes:
-        loss: Over the seeds.
-        is_bound: Whether a curve ends before, so that the loss is its last one.
+    from_step: int
+    batch_seconds: float
+
+
+def seconds_of(steps: float, phases: Sequence[Phase]) -> float:
+    """Time of the first ``steps`` batches; the first phase begins at 0."""
+    total = 0.0
+    for phase, end in zip(phases, _ends(phases), strict=True):
+        total += max(0.0, min(steps, end) - phase.from_step) * phase.batch_seconds
+    return total
+
+
+def steps_within(seconds: float, phases: Sequence[Phase]) -> float:
+    """How many batches, parts of one included, fit into ``seconds``: the inverse of ``seconds_of``."""
+    for phase, end in zip(phases, _ends(phases), strict=True):
+        in_phase = seconds / phase.batch_seconds
+        if phase.from_step + in_phase <= end:
+            return phase.from_step + in_phase
+        seconds -= (end - phase.from_step) * phase.batch_seconds
+    raise AssertionError("the last phase has no end")
+
+
+def phase_sections(section: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """The phases of an "interlock" section: the first step of each, and a section that means it alone.
+
+    A section without a "schedule" is one phase.
     """
+    if "schedule" not in section:
+        return [(0, dict(section))]
+    phases = InterlockConfig.from_deepspeed({"interlock": section}).phases
+    return [(step, phase.model_dump(mode="json", exclude_defaults=True)) for step, phase in phases]
 
-    loss: Spread
-    is_bound: bool
+
+def _ends(phases: Sequence[Phase]) -> list[float]:
+    assert phases[0].from_step == 0, "the first phase begins at step 0"
+    return [*(float(phase.from_step) for phase in phases[1:]), float("inf")]
 
 
 @dataclass(frozen=True)
@@ -38,8 +74,8 @@ class Efficiency:
     Attributes:
         comparison: The runs.
         micro_batches: The numbers of micro-batches M that batches were timed with.
-        phases: What a batch takes, by mode and M; modes that were not timed, or have a model of their own,
-            are left out.
+        phases: Phases with their times, by mode and M; modes that were not timed, or have a model of their
+            own, are left out.
     """
 
     comparison: Comparison
@@ -60,9 +96,11 @@ class Efficiency:
         for mode in comparison.modes:
             if comparison.has_own_model(mode):
                 continue
-            section = comparison.section(mode)
+            sections = phase_sections(comparison.section(mode))
             try:
-                phases[mode] = {m: _phases(section, m, batch_seconds) for m in numbers}
+                phases[mode] = {
+                    m: [Phase(step, batch_seconds(section, m)) for step, section in sections] for m in numbers
+                }
             except DataError:
                 if mode == GLOBAL:
                     raise
@@ -75,10 +113,9 @@ class Efficiency:
 
     def steps(self, mode: str) -> list[float | None]:
         """For each seed with a global run, the steps in which the mode gets to its loss; None if never."""
-        seeds = self.comparison.results[mode].items()
         return [
             result.curve.first_crossing(self._target(seed))
-            for seed, result in seeds
+            for seed, result in self.comparison.results[mode].items()
             if seed in self.comparison.results[GLOBAL]
         ]
 
@@ -88,11 +125,7 @@ class Efficiency:
         return [of_global.batch_seconds / p.batch_seconds for p in self.phases[mode][num_micro_batches]]
 
     def speed_up(self, mode: str, num_micro_batches: int) -> Spread | None:
-        """How many times sooner than global the mode is at the target, seed by seed.
-
-        Returns:
-            None if it does not get there in one of the seeds.
-        """
+        """Global's time to the target over the mode's, seed by seed; None if one seed does not get there."""
 
         def of_seed(result: Result, reference: Result) -> float | None:
             target = self._target(result.run.seed)
@@ -105,20 +138,17 @@ class Efficiency:
 
         return self.comparison.paired([mode, GLOBAL], of_seed)
 
-    def at_equal_time(self, mode: str, num_micro_batches: int) -> EqualTime:
-        """Where the mode is when global's budget is over."""
+    def at_equal_time(self, mode: str, num_micro_batches: int) -> tuple[Spread, bool]:
+        """The loss of the mode after the time of global's budget.
+
+        Returns:
+            The loss over the seeds, and whether it is a bound: a curve ends before, at its last loss.
+        """
         seconds = seconds_of(self.comparison.budget, self.phases[GLOBAL][num_micro_batches])
         steps = steps_within(seconds, self.phases[mode][num_micro_batches])
         curves = [result.curve for result in self.comparison.results[mode].values()]
         losses = tuple(curve.at(min(max(steps, curve.steps[0]), curve.steps[-1])) for curve in curves)
-        return EqualTime(Spread(losses), any(steps > curve.steps[-1] for curve in curves))
+        return Spread(losses), any(steps > curve.steps[-1] for curve in curves)
 
     def _target(self, seed: int) -> float:
         return self.comparison.results[GLOBAL][seed].curve.at(self.comparison.budget)
-
-
-def _phases(section: Mapping[str, Any], num_micro_batches: int, batch_seconds: BatchSeconds) -> list[Phase]:
-    return [
-        Phase(from_step, batch_seconds(of_phase, num_micro_batches))
-        for from_step, of_phase in phase_sections(section)
-    ]

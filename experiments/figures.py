@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
-from benchmarks.results import add_legend, new_figure
-from experiments.comparison import LOCAL, Comparison
-from experiments.definition import GLOBAL
+from experiments.comparison import Comparison
+from experiments.definition import GLOBAL, LOCAL
+from measuring.results import add_legend, new_figure
 
 _NUM_COLUMNS = 4
 _PANEL_INCHES = (2.6, 2.2)
@@ -67,7 +67,7 @@ def zoom(comparison: Comparison) -> tuple[float, float]:
 
 
 def stage_rms(comparison: Comparison) -> Figure:
-    """Root mean square of what each stage but the last hands on, over training; a panel for each mode."""
+    """Root mean square of each stage's output but the last's, over training; a panel for each mode."""
     return _panels(comparison, "stage_rms", "RMS of each stage's output", _use_log_scale)
 
 
@@ -82,15 +82,15 @@ def modes_with(comparison: Comparison, key: str) -> list[str]:
 
 
 def over_seeds(comparison: Comparison, mode: str, key: str) -> tuple[Floats, Floats]:
-    """What the points of a mode's curves have under ``key``.
+    """The values of ``key`` in the points of a mode's curves.
 
     Returns:
         The steps at which all seeds have it; the values [seed, step], or [seed, step, stage], nan where
         a file has null.
     """
     series = [result.series(key) for result in comparison.results[mode].values()]
-    steps = sorted(set.intersection(*(set(found) for found in series)))
-    values = np.array([[found[step] for step in steps] for found in series], dtype=float)
+    steps = sorted(set.intersection(*(set(of_seed) for of_seed in series)))
+    values = np.array([[of_seed[step] for step in steps] for of_seed in series], dtype=float)
     return np.array(steps, dtype=float), values
 
 

@@ -3,9 +3,10 @@
     python -m experiments.run transformer --jobs 2       # all runs, two at a time
     python -m experiments.run transformer --resume       # what is missing, from where it stopped
     python -m experiments.report                         # docs/results.md, from the results files
-    python -m experiments.run smoke                      # one short version of everything, into runs/smoke
+    python -m experiments.smoke                          # one short version of everything, into runs/smoke
 
-An experiment is a file in experiments/definitions. Each run computes in one thread.
+An experiment is a file in experiments/definitions, or "finetune" (finetune.py). Each run computes in one
+thread; those of "finetune" are jobs of several processes.
 """
 
 import argparse
@@ -21,23 +22,23 @@ import torch
 from tqdm import tqdm
 
 from ds_interlock.errors import ConfigError, DataError
-from experiments import definition, results_file, smoke
+from experiments import definition, finetune
 from experiments.definition import Run
-from experiments.training import train
+from experiments.training import Progress, train
+from measuring import results_file
+from measuring.results_file import RESULTS, Record
 
-RESULTS = Path("docs/experiments")
-SMOKE = "smoke"
 CHECKPOINTS = Path("runs/experiments")
+
+AnyRun = Run | finetune.Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Does all runs that are not in the results file yet; the exit status."""
     args = _arguments(argv)
-    if args.name == SMOKE:
-        return smoke.main()
     try:
         runs = _missing(args)
-        with tqdm(total=len(runs), unit="run") as bar:
+        with tqdm(total=len(runs), unit="run", disable=None) as bar:
             for line in _finished(runs, args):
                 bar.write(line)
                 bar.update()
@@ -51,7 +52,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", help=f"the experiment: {', '.join(definition.names())}; or {SMOKE}")
+    parser.add_argument("name", help=f"the experiment: {', '.join([*definition.names(), finetune.NAME])}")
     parser.add_argument("--device", default="cpu", help="where to compute, as torch names it (%(default)s)")
     parser.add_argument(
         "--resume", action="store_true", help="keep the runs that are in the results file, and do the others"
@@ -65,15 +66,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _missing(args: argparse.Namespace) -> list[Run]:
-    found = definition.load(args.name)
-    unknown = [mode for mode in args.modes or () if mode not in found.modes]
+def _missing(args: argparse.Namespace) -> list[AnyRun]:
+    all_runs: list[AnyRun] = [*_all_runs(args.name)]
+    modes = list(dict.fromkeys(run.mode for run in all_runs))
+    unknown = [mode for mode in args.modes or () if mode not in modes]
     if unknown:
         raise ConfigError(
             f"--modes: experiment {args.name} has no {', '.join(unknown)}: expected some of "
-            f"{', '.join(found.modes)}"
+            f"{', '.join(modes)}"
         )
-    done = [Run.model_validate(record["run"]) for record in results_file.read(args.output)]
+    done = [_run_of(args.name, record) for record in results_file.read(args.output)]
     if done and not args.resume:
         raise ConfigError(
             f"{args.output} has {len(done)} runs already: give --resume to add those that are missing, or "
@@ -81,14 +83,24 @@ def _missing(args: argparse.Namespace) -> list[Run]:
         )
     return [
         run
-        for run in found.runs(args.name)
+        for run in all_runs
         if (not args.modes or run.mode in args.modes)
         and (not args.seeds or run.seed in args.seeds)
         and run not in done
     ]
 
 
-def _finished(runs: list[Run], args: argparse.Namespace) -> Iterator[str]:
+def _all_runs(name: str) -> Sequence[AnyRun]:
+    return finetune.runs() if name == finetune.NAME else definition.load(name).runs(name)
+
+
+def _run_of(name: str, record: Record) -> AnyRun:
+    if name == finetune.NAME:
+        return finetune.Run.model_validate(record)
+    return Run.model_validate(record["run"])
+
+
+def _finished(runs: list[AnyRun], args: argparse.Namespace) -> Iterator[str]:
     """Does the runs; a line about each as it ends."""
     if args.jobs == 1:
         for run in runs:
@@ -104,28 +116,31 @@ def _finished(runs: list[Run], args: argparse.Namespace) -> Iterator[str]:
                 future.cancel()
 
 
-def _do(run: Run, output: Path, device: str) -> str:
+def _do(run: AnyRun, output: Path, device: str) -> str:
+    if isinstance(run, finetune.Run):
+        results_file.append(output, finetune.carry(run))
+        return f"{run.mode}, {run.heads} heads, seed {run.seed}"
     checkpoint = CHECKPOINTS / run.experiment / f"{_as_file_name(run.mode)}-{run.seed}.pt"
     torch.set_num_threads(1)
     with _progress(run) as progress:
         record = train(run, checkpoint, device, progress)
     results_file.append(output, record)
     checkpoint.unlink()
-    said = ", ".join(f"{name} {value:.4f}" for name, value in record["final"].items())
+    score = ", ".join(f"{name} {value:.4f}" for name, value in record["final"].items())
     steps = f"{run.training.num_steps} of {run.num_steps} steps"
-    return f"{run.mode}, seed {run.seed}: {said} after {steps}, {record['seconds']:.0f} s"
+    return f"{run.mode}, seed {run.seed}: {score} after {steps}, {record['seconds']:.0f} s"
 
 
 @contextmanager
-def _progress(run: Run) -> Iterator[None]:
+def _progress(run: Run) -> Iterator[Progress]:
     name = f"{run.mode}, seed {run.seed}"
-    with tqdm(total=run.num_steps, desc=name, unit="step", leave=False) as bar:
+    with tqdm(total=run.num_steps, desc=name, unit="step", leave=False, disable=None) as bar:
 
-        def tell(step: int, said: str) -> None:
+        def show(step: int, line: str) -> None:
             bar.update(step - bar.n)
-            bar.set_postfix_str(said)
+            bar.set_postfix_str(line)
 
-        yield tell
+        yield show
 
 
 def _as_file_name(mode: str) -> str:

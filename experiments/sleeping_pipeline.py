@@ -1,7 +1,7 @@
 """A real pipeline whose stages sleep as long as a model's would compute.
 
 Every stage is a process with our engine, and all work at once, however few cores there are: sleeping needs
-none. What a batch takes is then what the schedule, the engine and the model's proportions make of it.
+none. The time of a batch is then that of the schedule, the engine and the model's proportions.
 """
 
 from collections.abc import Sequence
@@ -9,30 +9,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmarks.engines import Workload, make_engine, seconds_of_a_batch
-from benchmarks.ranks import run_ranks
-from benchmarks.sleeping import SleepingHead, SleepingLayer, sleep, sleeping_loss, use_exact_timers
 from deepspeed.pipe import LayerSpec
 from torch import Tensor
 
 from ds_interlock import InterlockConfig
-from ds_interlock.schedule.lower import training_program
-from ds_interlock.schedule.simulate import simulate
-from experiments.staged_model import StagedModel
+from experiments.stage_profile import StagedModel
+from measuring.engines import Workload, make_engine, seconds_of_a_batch, simulated_batch
+from measuring.ranks import run_ranks
+from measuring.sleeping import SleepingHead, SleepingLayer, sleep, sleeping_loss, use_exact_timers
 
 _WIDTH = 16
-_NUM_SIMULATED_BATCHES = 10
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A model in a mode; its costs are in units.
-
-    Attributes:
-        interlock: The mode.
-        model: What layers and final loss cost, and where it is cut.
-        heads: What every auxiliary head costs, by its ``after_layer``.
-    """
+    """A model in a mode; its costs are in units, those of auxiliary heads by their ``after_layer``."""
 
     interlock: InterlockConfig
     model: StagedModel
@@ -45,75 +36,50 @@ class Pipeline:
             micro_batches: The numbers to measure with, M.
             unit_seconds: How long a unit is slept for.
         """
+        # 16 micro-batches, as far as 3 to 8 batches make them.
+        num_batches = {num: min(max(16 // num, 3), 8) for num in micro_batches}
         num_stages = len(self.model.stage_bounds) - 1
-        found: dict[int, float] = run_ranks(
-            measure,
-            num_stages,
-            interlock=self.interlock,
-            model=self.model,
-            head_seconds={place: unit_seconds * units for place, units in self.heads.items()},
-            unit_seconds=unit_seconds,
-            num_batches={num: _num_batches(num) for num in micro_batches},
-        )[0]
-        return found
+        arguments = {"pipeline": self, "unit_seconds": unit_seconds, "num_batches": num_batches}
+        seconds: dict[int, float] = run_ranks(measure, num_stages, **arguments)[0]
+        return seconds
 
     def predicted(self, num_micro_batches: int) -> float:
-        """What the simulator says that a batch takes, in units; the engine itself needs no time there."""
+        """A batch according to the simulator, in units; the engine itself needs no time there."""
         plan = self.interlock.plan(self.model.stage_bounds)
-        extra_in_flight = self.interlock.extra_in_flight
-        return simulate(
-            training_program(plan, num_micro_batches, extra_in_flight=extra_in_flight),
-            self.model.cost_model(plan, self.heads),
-            num_batches=_NUM_SIMULATED_BATCHES,
-            streaming=self.interlock.streaming and not plan.is_end_to_end,
-        ).batch_seconds
+        costs = self.model.cost_model(plan, self.heads)
+        return simulated_batch(self.interlock, plan, costs, num_micro_batches)
+
+    def workload(self, unit_seconds: float) -> Workload:
+        """The layers, heads and final loss, each of which sleeps."""
+        seconds = [
+            [
+                unit_seconds * units
+                for units in (
+                    layer.forward_seconds,
+                    layer.input_gradient_seconds,
+                    layer.weight_gradient_seconds,
+                )
+            ]
+            for layer in self.model.layers
+        ]
+        return Workload(
+            layers=[LayerSpec(SleepingLayer, _WIDTH, *passes) for passes in seconds],
+            layer_seconds=[sum(passes) for passes in seconds],
+            loss_fn=_FinalLoss(unit_seconds * self.model.loss),
+            micro_batch=(torch.ones(1, _WIDTH), torch.zeros(1, _WIDTH)),
+            head=lambda position: _Head(unit_seconds * self.heads[position.after_layer]),
+            stage_bounds=self.model.stage_bounds,
+        )
 
 
-def _num_batches(num_micro_batches: int) -> int:
-    """Batches to time: 16 micro-batches, as far as 3 to 8 batches make them."""
-    return min(max(16 // num_micro_batches, 3), 8)
-
-
-# In the processes of a job.
-
-
-def measure(
-    interlock: InterlockConfig,
-    model: StagedModel,
-    head_seconds: dict[int, float],
-    unit_seconds: float,
-    num_batches: dict[int, int],
-) -> dict[int, float]:
-    """On every rank of a job: seconds of a batch, by its number of micro-batches.
-
-    Args:
-        interlock: The mode.
-        model: What layers and final loss cost, in units.
-        head_seconds: How long every auxiliary head sleeps, by its ``after_layer``.
-        unit_seconds: How long a unit is slept for.
-        num_batches: For each number of micro-batches the batches to time.
-    """
+def measure(pipeline: Pipeline, unit_seconds: float, num_batches: dict[int, int]) -> dict[int, float]:
+    """On every rank of a job: seconds of a batch, by its number of micro-batches."""
     use_exact_timers()
-    work = _workload(model, head_seconds, unit_seconds)
-    # A head sleeps whatever its section says; fitting it first, and measuring on the way, only takes time.
-    section = interlock.model_dump(exclude={"head", "trace", "myopia"}, exclude_defaults=True)
-    engine = make_engine("", work, section)
+    work = pipeline.workload(unit_seconds)
+    # A head sleeps whatever its section is; fitting it first, and measuring during training, only takes time.
+    section = pipeline.interlock.model_dump(exclude={"head", "trace", "myopia"}, exclude_defaults=True)
+    engine = make_engine(work, section)
     return {m: seconds_of_a_batch(engine, work, m, num) for m, num in num_batches.items()}
-
-
-def _workload(model: StagedModel, head_seconds: dict[int, float], unit_seconds: float) -> Workload:
-    seconds = [
-        [unit_seconds * units for units in (layer.forward, layer.input_gradient, layer.weight_gradient)]
-        for layer in model.layers
-    ]
-    return Workload(
-        layers=[LayerSpec(SleepingLayer, _WIDTH, *passes) for passes in seconds],
-        layer_seconds=[sum(passes) for passes in seconds],
-        loss_fn=_FinalLoss(unit_seconds * model.loss),
-        micro_batch=(torch.ones(1, _WIDTH), torch.zeros(1, _WIDTH)),
-        head=lambda place: _Head(head_seconds[place.after_layer]),
-        stage_bounds=model.stage_bounds,
-    )
 
 
 class _FinalLoss:

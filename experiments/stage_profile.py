@@ -1,16 +1,19 @@
-"""What the stages of an experiment's model cost beside each other, measured on this machine.
+"""What the stages of an experiment's model cost, measured on this machine.
 
-Every layer is timed by itself, with what it is called with in the whole model: forward, input gradient,
-weight gradient; then the final loss, and every auxiliary head that is asked for.
+Every layer is timed by itself, with its arguments in the whole model: forward, input gradient, weight
+gradient; then the final loss, and every auxiliary head that is asked for. Costs are in *units*: one is the
+mean forward of a stage for a micro-batch.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from ds_interlock import InterlockConfig
 from ds_interlock.config import HeadConfig
+from ds_interlock.planning.profile import HeadProfile, LayerProfile, Profile
 from ds_interlock.profiling.layers import (
     Stopwatch,
     first_tensor,
@@ -20,15 +23,53 @@ from ds_interlock.profiling.layers import (
     profile_layers,
 )
 from ds_interlock.profiling.model import LossFn, calls_in_sequence
+from ds_interlock.schedule.cost import CostModel
+from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.heads import build_head
-from experiments.staged_model import LayerCosts, StagedModel
 from experiments.tasks import Task
 
 NUM_ROUNDS = 50
 """How often everything is timed; medians count."""
 
 LEARNING_KEYS = {"weight", "learning_rate_scale", "warmup_steps", "warmup_learning_rate"}
-"""What the section of a head says of how it learns, and its time does not depend on."""
+"""Keys of a head's section for how it learns, on which its time does not depend."""
+
+
+@dataclass(frozen=True)
+class StagedModel:
+    """The costs of a model that is cut into stages, in units, without those of auxiliary heads.
+
+    Attributes:
+        stage_bounds: Where it is cut: ``num_stages + 1`` rising layer numbers.
+        layers: Of every layer; seconds are units.
+        loss: Of the final loss, forward and backward. It belongs to the last stage.
+    """
+
+    stage_bounds: tuple[int, ...]
+    layers: tuple[LayerProfile, ...]
+    loss: float
+
+    @property
+    def costs(self) -> CostModel:
+        """For the simulator, with auxiliary heads at no cost."""
+        head = HeadProfile(type="", seconds=0.0)
+        profile = Profile(model="", device="", source="", layers=self.layers, head=head)
+        return replace(profile.cost_model(self.stage_bounds), final_head=self.loss)
+
+    def cost_model(self, plan: GradientFlowPlan, heads: Mapping[int, float]) -> CostModel:
+        """For the simulator, with every auxiliary head of ``plan`` by its ``after_layer``."""
+        of_stages = [0.0] * plan.num_stages
+        for position in plan.heads[:-1]:
+            of_stages[position.stage] = heads[position.after_layer]
+        return replace(self.costs, head=of_stages)
+
+    @property
+    def floor(self) -> float:
+        """A micro-batch without a bubble and without extra work: the slowest stage's own."""
+        costs = self.costs
+        passes: list[Any] = [costs.forward, costs.input_gradient, costs.weight_gradient]
+        *others, last = (sum(of_stage) for of_stage in zip(*passes, strict=True))
+        return float(max(*others, last + self.loss))
 
 
 @dataclass
@@ -38,7 +79,7 @@ class TaskProfile:
     Attributes:
         task: The model and its data.
         model: All costs but those of heads.
-        unit_seconds: A unit on this machine: the mean forward of a stage for one micro-batch.
+        unit_seconds: A unit on this machine.
         heads: The costs of the heads that were asked for, in units, by configuration and ``after_layer``.
         num_rounds: How often everything is timed, after a first time that does not count.
     """
@@ -51,43 +92,38 @@ class TaskProfile:
 
     @classmethod
     def measure(cls, task: Task, num_rounds: int = NUM_ROUNDS) -> "TaskProfile":
-        """Times layers and loss on the first micro-batch of the task.
-
-        Args:
-            task: A model and its data.
-            num_rounds: See the class.
-        """
+        """Times layers and loss on the first micro-batch of the task."""
         inputs, labels = task.batch(0)[0]
         calls = calls_in_sequence(task.layers, first_tensor(inputs))
-        found = profile_layers(calls, _stopwatch(num_rounds), None)
+        profiles = profile_layers(calls, _stopwatch(num_rounds), None)
         outputs = first_tensor(task.layers[-1](*calls[-1].inputs))
         loss_seconds = _loss_seconds(task.loss_fn, outputs, labels, num_rounds)
-        unit = sum(layer.forward_seconds for layer in found) / (len(task.stage_bounds) - 1)
-        layers = [
-            LayerCosts(
-                forward=layer.forward_seconds / unit,
-                input_gradient=layer.input_gradient_seconds / unit if number else 0.0,
-                weight_gradient=layer.weight_gradient_seconds / unit,
+        unit = sum(layer.forward_seconds for layer in profiles) / (len(task.stage_bounds) - 1)
+        layers = tuple(
+            LayerProfile(
+                name=layer.name,
+                forward_seconds=layer.forward_seconds / unit,
+                input_gradient_seconds=layer.input_gradient_seconds / unit if number else 0.0,  # data
+                weight_gradient_seconds=layer.weight_gradient_seconds / unit,
             )
-            for number, layer in enumerate(found)
-        ]
-        model = StagedModel(tuple(task.stage_bounds), tuple(layers), loss_seconds / unit)
+            for number, layer in enumerate(profiles)
+        )
+        model = StagedModel(tuple(task.stage_bounds), layers, loss_seconds / unit)
         return cls(task, model, unit, num_rounds=num_rounds)
 
     def heads_of(self, section: InterlockConfig) -> dict[int, float]:
-        """The cost of every auxiliary head of ``section`` by its ``after_layer``, in units.
+        """The cost of every auxiliary head of ``section`` by its ``after_layer``, in units, both passes.
 
-        Forward, and backward to the head's weights and its input. A head is timed once for all sections that
-        have it.
+        A head is timed once for all sections that have it.
         """
         plan = section.plan(self.model.stage_bounds)
         config = without_learning(section.head)
         make_head = self.task.heads(section) if plan.heads[:-1] else None
-        for loss, place in enumerate(plan.heads[:-1]):
+        for loss, position in enumerate(plan.heads[:-1]):
             assert make_head is not None
-            if (config, place.after_layer) not in self.heads:
-                head = build_head(make_head, loss, place)
-                self.heads[config, place.after_layer] = self._head_units(head, place.after_layer)
+            if (config, position.after_layer) not in self.heads:
+                head = build_head(make_head, loss, position)
+                self.heads[config, position.after_layer] = self._head_units(head, position.after_layer)
         return {place.after_layer: self.heads[config, place.after_layer] for place in plan.heads[:-1]}
 
     def _head_units(self, head: Any, after_layer: int) -> float:
@@ -97,12 +133,12 @@ class TaskProfile:
 
         def loss(hidden: Tensor) -> Tensor:
             if hasattr(head, "loss"):
-                found: Tensor = head.loss(hidden, labels, self.task.loss_fn)
-                return found
+                own_loss: Tensor = head.loss(hidden, labels, self.task.loss_fn)
+                return own_loss
             return self.task.loss_fn(head(hidden), labels)
 
-        found = profile_head(head, loss, hidden, _stopwatch(self.num_rounds), None, type(head).__name__)
-        return found.seconds / self.unit_seconds
+        profile = profile_head(head, loss, hidden, _stopwatch(self.num_rounds), None, type(head).__name__)
+        return profile.seconds / self.unit_seconds
 
 
 def without_learning(head: HeadConfig) -> HeadConfig:

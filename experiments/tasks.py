@@ -1,4 +1,4 @@
-"""What is learned: the layers of a model, its batches and how it is judged, for each kind of model.
+"""The tasks: a model's layers, its batches and its evaluation, for each kind of model.
 
 A batch is fixed by seed and step, so that a run can be resumed at any step and all modes of a seed see the
 same batches in the same order.
@@ -6,7 +6,7 @@ same batches in the same order.
 Shape suffixes: b micro-batch, t position, d width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from typing import Any, Protocol
@@ -30,13 +30,7 @@ _VALIDATION_SEED = 2**40
 
 
 class Task(Protocol):
-    """One model and its data.
-
-    Attributes:
-        layers: The model's layers, built, with the seed's weights.
-        stage_bounds: Where they are cut.
-        loss_fn: The model's loss.
-    """
+    """One model and its data: the layers with the seed's weights, where they are cut, and the loss."""
 
     layers: list[nn.Module]
     stage_bounds: list[int]
@@ -48,8 +42,8 @@ class Task(Protocol):
     def batch(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step, on the CPU."""
 
-    def evaluate(self, num_samples: int, batch_size: int, device: str) -> dict[str, float]:
-        """Final validation loss (``loss``, nats) and, where there is one, ``error`` (share)."""
+    def evaluate(self, model: nn.Module, num_samples: int, batch_size: int, device: str) -> dict[str, float]:
+        """Validation loss of ``model`` (``loss``, nats) and, for images, ``error`` (share)."""
 
     def probe(self) -> Any:
         """Some validation inputs, to look at hidden states with."""
@@ -78,7 +72,7 @@ class ResidualBranch(nn.Module):
 
 
 class Prose:
-    """Characters of prose; a head is the model's own norm and unembedding, unless the section says else."""
+    """Characters of prose; heads are as the section says, by default norm and unembedding."""
 
     def __init__(self, run: Run, model: ProseModel) -> None:
         self.run, self.seq_length = run, model.seq_length
@@ -104,11 +98,12 @@ class Prose:
         windows = self._windows(self.train, sizes, self.run.seed * 2**32 + step)
         return [(window_bt[:, :-1], window_bt[:, 1:]) for window_bt in windows]
 
-    def evaluate(self, num_samples: int, batch_size: int, device: str) -> dict[str, float]:
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, num_samples: int, batch_size: int, device: str) -> dict[str, float]:
         windows = self._windows(self.validation, (num_samples,), _VALIDATION_SEED).to(device)
         total = 0.0
         for window_bt in windows.split(batch_size):
-            loss = self.loss_fn(_through(self.layers, window_bt[:, :-1]), window_bt[:, 1:])
+            loss = self.loss_fn(model(window_bt[:, :-1]), window_bt[:, 1:])
             total += loss.item() * len(window_bt)
         return {"loss": total / num_samples}
 
@@ -153,12 +148,12 @@ class Pictures:
         self.iterator.position = step * num_micro_batches
         return [next(self.iterator) for _ in range(num_micro_batches)]
 
-    def evaluate(self, num_samples: int, batch_size: int, device: str) -> dict[str, float]:
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, num_samples: int, batch_size: int, device: str) -> dict[str, float]:
         score = Score()
-        for images, labels in evaluation_batches(
-            self.test.first(num_samples), self.normalisation, batch_size
-        ):
-            score += Score.of(_through(self.layers, images.to(device)), labels.to(device))
+        images = self.test.first(num_samples)
+        for pixels, labels in evaluation_batches(images, self.normalisation, batch_size):
+            score += Score.of(model(pixels.to(device)), labels.to(device))
         return {"loss": score.loss, "error": score.error}
 
     def probe(self) -> Tensor:
@@ -178,10 +173,7 @@ def pictures() -> ImageData:
 
 
 def _first_blocks(num_blocks: int, num_stages: int) -> list[int]:
-    """The first block of every stage, and the number of all: if they do not divide, the last have more.
-
-    The first has the stem or the embedding beside its blocks.
-    """
+    """The first block of every stage, and the number of all: if they do not divide, the last have more."""
     return [num_blocks * stage // num_stages for stage in range(num_stages + 1)]
 
 
@@ -202,10 +194,3 @@ def _cut_into_halves(
         bounds.append(len(layers))
     bounds[-1] += 2
     return [*layers, norm, unembedding], bounds
-
-
-@torch.no_grad()
-def _through(layers: Sequence[nn.Module], hidden: Any) -> Any:
-    for layer in layers:
-        hidden = layer(hidden)
-    return hidden

@@ -1,4 +1,13 @@
-"""One run: a model trained in one mode from one seed, all stages in one process, and what was measured."""
+"""One run: a model trained in one mode from one seed, all stages in one process, and its measurements.
+
+The learning rate stays constant, and the model that is evaluated is the average of the weights so far, in
+which step s of t has a weight that rises as s**8: about the last ninth of the run, whatever its length. So
+the curve of losses shows what every shorter budget would have given, which a curve under a decaying
+learning rate does not.
+
+Source: Shamir, Zhang: Stochastic Gradient Descent for Non-smooth Optimization: Convergence Results and
+Optimal Averaging Schemes, 2013, section 4 (polynomial-decay averaging).
+"""
 
 import math
 import time
@@ -10,19 +19,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
-from benchmarks.results import machine, versions
 from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.files import unfinished_file
 from ds_interlock.stage.in_process import InProcessPipeline, MicroBatch
 from ds_interlock.stage.myopia import gradient_cosines
-from experiments.averaging import PolynomialAverage
 from experiments.definition import Run
 from experiments.tasks import Task, make_task
+from measuring.results import machine, versions
 
 Progress = Callable[[int, str], None]
-"""Called with the steps done and a few words."""
+"""Called with the steps done and a line about the evaluation."""
+
+_ETA = 8
+"""Of the average: the power that weights rise with."""
 
 _NUM_BATCH_NORM_STEPS = 20
 """Of training, whose batches give batch norm its statistics in an evaluation."""
@@ -31,20 +42,20 @@ _NUM_BATCH_NORM_STEPS = 20
 def train(
     run: Run, checkpoint: Path, device: str = "cpu", progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Trains, or goes on from ``checkpoint`` if it is there.
+    """Trains, or resumes from ``checkpoint`` if it exists.
 
     Args:
-        run: What to do.
-        checkpoint: Where to keep the state of the run at every evaluation; removed by the caller.
+        run: Everything that decides what to do.
+        checkpoint: File for the state of the run at every evaluation; removed by the caller.
         device: Where to compute.
-        progress: Told of every evaluation.
+        progress: Called after every evaluation.
 
     Returns:
         A record for the results file.
 
     Raises:
         DataError: If data is missing, or the checkpoint belongs to another run.
-        ConfigError: If the loss is no number any more.
+        ConfigError: If the loss becomes nan.
     """
     torch.manual_seed(run.seed)
     training = Training(run, device)
@@ -53,10 +64,10 @@ def train(
     while training.step < run.num_steps:
         training.do_step()
         if training.evaluation_is_due():
-            said = training.evaluate()
+            line = training.evaluate()
             training.save(checkpoint)
             if progress:
-                progress(training.step, said)
+                progress(training.step, line)
     return training.record()
 
 
@@ -73,7 +84,8 @@ class Training:
         net = InProcessPipeline(self.task.layers, self.task.loss_fn, schedule, self.task.heads(section))
         self.net = net.to(device)
         self.optimizer = _optimizer(run, self.net)
-        self.average = PolynomialAverage(self.net)
+        self.model = nn.Sequential(*self.task.layers)
+        self.average = AveragedModel(self.model, multi_avg_fn=_average)
         self.step = 0
         self.seconds = 0.0
         self.curve: list[dict[str, Any]] = []
@@ -89,7 +101,7 @@ class Training:
         self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.average.update()
+        self.average.update_parameters(self.model)
         self._losses.append(losses[self.net.plan.final].detach())
         self.step += 1
         self.seconds += time.perf_counter() - started
@@ -100,7 +112,7 @@ class Training:
         return self.step % self.run.measurements.evaluate_every == 0 or self.step in ends
 
     def evaluate(self) -> str:
-        """Adds a point to the curve; says what it is."""
+        """Adds a point to the curve, and describes it in a line."""
         measure = self.run.measurements
         train_loss = torch.stack(self._losses).mean().item()
         self._losses.clear()
@@ -108,47 +120,45 @@ class Training:
         if measure.cosines_every and self.step % measure.cosines_every == 0:
             cosines = gradient_cosines(self.net, self._batch(self.step))
             point["cosine"] = [None if math.isnan(cosine) else cosine for cosine in cosines]
-        with self.average.in_place():
-            self._measure_batch_norms()
-            found = self._score(measure.num_samples)
-            point |= {**found, "stage_rms": self.stage_rms()}
-            if self.step == self.run.training.num_steps:
-                self.final = self._score(measure.num_final_samples)
-        if any(math.isnan(value) for value in found.values()):
+        self._measure_batch_norms()
+        score = self._score(measure.num_samples)
+        point |= {**score, "stage_rms": self.stage_rms()}
+        if self.step == self.run.training.num_steps:
+            self.final = self._score(measure.num_final_samples)
+        if any(math.isnan(value) for value in score.values()):
             raise ConfigError(
                 f"mode {self.run.mode}, seed {self.run.seed}: the loss is nan at step {self.step}; set a "
                 "lower training.learning_rate in the experiment's file"
             )
         self.curve.append(point)
-        return ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+        return ", ".join(f"{name} {value:.4f}" for name, value in score.items())
 
     def _batch(self, step: int) -> list[MicroBatch]:
         return [(x.to(self.device), y.to(self.device)) for x, y in self.task.batch(step)]
 
     def _measure_batch_norms(self) -> None:
-        """Statistics that belong to the average of the weights, from the last batches; none without norms."""
+        """Gives batch norms of the averaged weights statistics of their own, from the last batches."""
         steps = range(max(0, self.step - _NUM_BATCH_NORM_STEPS), self.step)
-        inputs = (x for step in steps for x, _ in self._batch(step))
-        update_bn(inputs, nn.Sequential(*self.task.layers))
+        update_bn((x for step in steps for x, _ in self._batch(step)), self.average.module)
+        self.average.eval()
 
     def _score(self, num_samples: int) -> dict[str, float]:
-        self.net.eval()
-        return self.task.evaluate(num_samples, self.run.measurements.evaluation_batch_size, self.device)
+        batch_size = self.run.measurements.evaluation_batch_size
+        return self.task.evaluate(self.average.module, num_samples, batch_size, self.device)
 
     @torch.no_grad()
     def stage_rms(self) -> list[float]:
-        """Root mean square of what each stage but the last hands on, on some validation inputs."""
-        self.net.eval()
+        """Root mean square of each stage's output but the last's, on some validation inputs."""
         hidden = self.task.probe().to(self.device)
-        found = []
-        for number, layer in enumerate(self.task.layers, start=1):
+        values = []
+        for number, layer in enumerate(self.average.module, start=1):
             hidden = layer(hidden)
             if number in self.task.stage_bounds[1:-1]:
-                found.append(hidden.square().mean().sqrt().item())
-        return found
+                values.append(hidden.square().mean().sqrt().item())
+        return values
 
     def record(self) -> dict[str, Any]:
-        """What goes into the results file."""
+        """A line of the results file."""
         return {
             "run": self.run.model_dump(mode="json"),
             "final": self.final,
@@ -160,10 +170,8 @@ class Training:
             "versions": versions(),
         }
 
-    # Checkpoints.
-
     def save(self, path: Path) -> None:
-        """Keeps everything that the rest of the run depends on."""
+        """Writes everything that the rest of the run depends on."""
         state = {
             "run": self.run.model_dump(mode="json"),
             "net": self.net.state_dict(),
@@ -179,7 +187,7 @@ class Training:
             torch.save(state, draft)
 
     def load(self, path: Path) -> None:
-        """Goes on where ``save`` was called."""
+        """Restores the state at which ``save`` was called."""
         state = torch.load(path, weights_only=True, map_location=self.device)
         if state["run"] != self.run.model_dump(mode="json"):
             raise DataError(
@@ -194,8 +202,6 @@ class Training:
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve, self.final = state["curve"], state["final"]
 
-    # One step.
-
     def _set_learning_rate(self) -> None:
         warmup = self.run.training.warmup_steps
         share = min(1.0, (self.step + 1) / warmup) if warmup else 1.0
@@ -203,7 +209,7 @@ class Training:
             group["lr"] = share * group["peak"]
 
     def _clip(self) -> None:
-        """As the engine does: over the whole model in global mode, otherwise each stage by itself."""
+        """As in the engine: over the whole model in global mode, otherwise each stage by itself."""
         limit = self.run.training.max_gradient_norm
         if limit is None:
             return
@@ -212,6 +218,11 @@ class Training:
             parameters = [list(chain.from_iterable(parameters))]
         for of_stage in parameters:
             nn.utils.clip_grad_norm_(of_stage, limit, foreach=True)
+
+
+def _average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
+    """Takes in the weights after one more step."""
+    torch._foreach_lerp_(averaged, current, (_ETA + 1) / (int(num_averaged) + 1 + _ETA))
 
 
 def _optimizer(run: Run, net: InProcessPipeline) -> torch.optim.Optimizer:

@@ -9,14 +9,14 @@ import pytest
 
 from ds_interlock import InterlockConfig
 from ds_interlock.errors import ConfigError, DataError
+from ds_interlock.planning.profile import LayerProfile
 from experiments import batch_times, definition
 from experiments.batch_times import BatchTimes, ProfileOfStages, Row, Stage, batch_seconds
 from experiments.definition import Definition
+from experiments.efficiency import phase_sections
 from experiments.sleeping_pipeline import Pipeline
-from experiments.stage_profile import TaskProfile
-from experiments.staged_model import LayerCosts, StagedModel
+from experiments.stage_profile import StagedModel, TaskProfile
 from experiments.tasks import make_task
-from experiments.time_to_loss import phase_sections
 
 EXPERIMENT = """
 title = "tiny"
@@ -71,7 +71,9 @@ BOUNDS = (0, 2, 4, 7)
 
 def unequal_model() -> StagedModel:
     """Three stages of 2, 2 and 3 layers; the last has the most to do."""
-    layers = [LayerCosts(0.4, 0.0, 0.2), *[LayerCosts(0.5, 0.6, 0.3)] * 3, *[LayerCosts(0.4, 0.5, 0.2)] * 3]
+    costs = [(0.4, 0.0, 0.2), *[(0.5, 0.6, 0.3)] * 3, *[(0.4, 0.5, 0.2)] * 3]
+    names = ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds")
+    layers = [LayerProfile(name="", **dict(zip(names, passes, strict=True))) for passes in costs]
     return StagedModel(BOUNDS, tuple(layers), loss=0.25)
 
 
@@ -125,7 +127,7 @@ def test_every_plan_is_measured_on_a_pipeline(folder: Path, capsys: pytest.Captu
     assert of_mode["local"].times_global == of_mode["global"].seconds / of_mode["local"].seconds
     for one in found.rows:
         assert one.relative_seconds == pytest.approx(one.seconds / 0.02)
-        assert one.relative_seconds > 0.98 * one.predicted  # nobody sleeps too short
+        assert one.relative_seconds > 0.98 * one.predicted  # no stage sleeps too short
         assert one.predicted >= 0.999 * one.floor
     # Sections that differ in how heads learn share a pipeline.
     assert of_mode["window 2, eager heads"].seconds == of_mode["window 2"].seconds
@@ -144,7 +146,7 @@ def test_every_plan_is_measured_on_a_pipeline(folder: Path, capsys: pytest.Captu
         ({"mode": "interlock", "window": 1.5, "extra_in_flight": 1}, 0.25, {3: 6.0, 6: 0.3}, 6.0),
         ({"mode": "global"}, 9.0, {}, 9.0),
     ],
-    ids=["head inside a stage", "final loss"],
+    ids=["head within a stage", "final loss"],
 )
 def test_heads_and_final_loss_sleep(
     section: dict[str, Any], loss: float, heads: dict[int, float], parts: float
@@ -164,7 +166,7 @@ def test_predictions_worked_by_hand() -> None:
     assert local.predicted(1) == pytest.approx(3.8)
     assert local.predicted(4) == pytest.approx(4 * 3.8)
     stopping = Pipeline(InterlockConfig(mode="local", streaming=False), model, heads)
-    # All wait for the last stage: the forwards in front of it, 0.9 + 1.0, then its own 3.3 + 0.25.
+    # All wait for the last stage: the forwards before it, 0.9 + 1.0, then its own 3.3 + 0.25.
     assert stopping.predicted(1) == pytest.approx(1.9 + 3.55)
     end_to_end = Pipeline(InterlockConfig(), model, {})
     assert end_to_end.predicted(1) == pytest.approx((0.9 + 0.6 + 0.5) + (1.0 + 1.2 + 0.6) + 3.55)
@@ -174,14 +176,14 @@ def test_the_profile_of_a_task(folder: Path) -> None:
     run = definition.load("tiny").runs("tiny")[0]
     profile = TaskProfile.measure(make_task(run), num_rounds=3)
     assert profile.model.stage_bounds == (0, 4, 6, 10)
-    assert sum(layer.forward for layer in profile.model.layers) == pytest.approx(3)
+    assert sum(layer.forward_seconds for layer in profile.model.layers) == pytest.approx(3)
     assert profile.unit_seconds > 0
     first, *others = profile.model.layers
-    assert first.input_gradient == 0  # its input is data
-    assert all(layer.input_gradient > 0 for layer in others)
+    assert first.input_gradient_seconds == 0  # its input is data
+    assert all(layer.input_gradient_seconds > 0 for layer in others)
     assert profile.model.loss > 0
     heads = profile.heads_of(InterlockConfig(mode="interlock", window=1.5))
-    assert heads.keys() == {5, 8}  # behind the first of 2 layers, the second of 4
+    assert heads.keys() == {5, 8}  # after the first of 2 layers, the second of 4
     assert all(units > 0 for units in heads.values())
     eager = InterlockConfig.from_deepspeed(
         {"interlock": {"mode": "interlock", "window": 1.5, "head": {"learning_rate_scale": 2.0}}}
@@ -205,7 +207,8 @@ def test_the_first_layer_of_a_picture_model_owes_no_input_gradient() -> None:
     }
     run = Definition.model_validate(contents).runs("pictures")[0]
     profile = TaskProfile.measure(make_task(run), num_rounds=1)
-    assert profile.model.layers[0].input_gradient == 0 < profile.model.layers[1].input_gradient
+    first, second = (layer.input_gradient_seconds for layer in profile.model.layers[:2])
+    assert first == 0 < second
     assert profile.heads_of(InterlockConfig(mode="local")).keys() == {2, 3}
 
 

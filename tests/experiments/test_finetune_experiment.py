@@ -1,52 +1,64 @@
-"""The experiment's table comes from its results file, and the documentation says what is in it."""
+"""Fine-tuning as an experiment: its table comes from its results file, and the documentation quotes it."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from experiments import finetune
+from experiments import finetune, run
+from measuring import results_file
 
 ROOT = Path(__file__).parents[2]
-BUDGET = {
-    "max_steps": 24,
-    "seq_length": 128,
-    "batch": 4,
-    "learning_rate": 5e-5,
-    "token_fraction": 0.25,
-    "max_eval_samples": 24,
-}
+FILE = ROOT / results_file.RESULTS / "finetune.jsonl"
+METRICS = {"first_eval_loss": 2.0, "eval_loss": 1.0, "peak_memory_bytes": [10**9, 2 * 10**9]}
+
+
+def test_the_results_are_those_of_the_runs() -> None:
+    """A definition that changes after its runs leaves results of something else."""
+    records = results_file.read(FILE)
+    assert [finetune.Run.model_validate(record) for record in records] == finetune.runs()
+    assert all("Paris" in record["written"] for record in records)
 
 
 def test_the_documentation_quotes_the_results() -> None:
-    results = finetune.read(ROOT / finetune.RESULTS)
-    assert {(r["mode"], r["heads"]) for r in results} == {(s.mode, s.heads) for s in finetune.settings(0.25)}
     documented = (ROOT / "docs" / "finetune.md").read_text()
-    for result in results:
-        losses = f"{result['metrics']['first_eval_loss']:.3f} | {result['metrics']['eval_loss']:.3f}"
-        heads = result["heads"].replace("none", "–")
-        assert f"| {result['mode']} | {heads} | {losses} |" in documented
-        assert "Paris" in result["written"]
+    for record in results_file.read(FILE):
+        losses = f"{record['metrics']['first_eval_loss']:.3f} | {record['metrics']['eval_loss']:.3f}"
+        heads = record["heads"].replace("none", "–")
+        assert f"| {record['mode']} | {heads} | {losses} |" in documented
+    assert finetune.table(results_file.read(FILE)) in (ROOT / "docs" / "results.md").read_text()
 
 
-def test_results_are_appended_and_not_repeated(tmp_path: Path) -> None:
-    file, options = tmp_path / "results" / "finetune.jsonl", Namespace(**BUDGET)
-    first, second = list(finetune.settings(0.25))[:2]
-    metrics = {"first_eval_loss": 2.0, "eval_loss": 1.0, "peak_memory_bytes": [10**9, 2 * 10**9]}
-    for seed, loss in ((0, 1.0), (1, 2.0)):
-        run = {"mode": first.mode, "heads": first.heads, "seed": seed, "budget": finetune.budget(options)}
-        finetune.append(file, {**run, "metrics": {**metrics, "eval_loss": loss}})
-    assert finetune.is_done(file, first, 1, options)
-    assert not finetune.is_done(file, first, 2, options)
-    assert not finetune.is_done(file, second, 0, options)
-    assert not finetune.is_done(file, first, 0, Namespace(**{**BUDGET, "max_steps": 25}))
-    table = finetune.table(finetune.read(file))
+def test_missing_runs_are_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "carry", lambda run: {**run.model_dump(), "metrics": METRICS})
+    arguments = ["finetune", "--output", str(tmp_path / "finetune.jsonl")]
+    assert run.main([*arguments, "--modes", "global", "window 2"]) == 0
+    assert run.main(arguments) == 1  # needs --resume
+    assert run.main([*arguments, "--resume"]) == 0
+    records = results_file.read(tmp_path / "finetune.jsonl")
+    assert [(record["mode"], record["heads"]) for record in records[:3]] == [
+        ("global", "none"),
+        ("window 2", "warm"),
+        ("window 2", "cold"),
+    ]
+    assert len(records) == len(finetune.runs()) == 7
+
+
+def test_the_table_has_means_over_seeds_and_a_part_for_each_budget() -> None:
+    first, second = (
+        finetune.runs(seeds=(0, 1), budget={**finetune.BUDGET, "max_steps": steps}) for steps in (24, 25)
+    )
+    records = [
+        {**one.model_dump(), "metrics": {**METRICS, "eval_loss": 1.0 + one.seed}}
+        for one in (first[0], first[7], second[0])
+    ]
+    table = finetune.table(records)
     assert "| global | none | 2.000 ± 0.000 | 1.500 ± 0.707 | – | – | 1.00 / 2.00 |" in table
+    assert "| global | none | 2.000 | 1.000 | – | – | 1.00 / 2.00 |" in table
     assert "seeds 0, 1" in table
 
 
 @pytest.mark.parametrize("fraction", [0.25, 1.0])
 def test_every_mode_has_warm_and_cold_heads(fraction: float) -> None:
-    settings = list(finetune.settings(fraction))
-    assert len({setting.name for setting in settings}) == len(settings) == 7
-    assert all(s.section["head"]["token_fraction"] == fraction for s in settings[1:])
+    rows = finetune.runs(budget={**finetune.BUDGET, "token_fraction": fraction})
+    assert len({(row.mode, row.heads) for row in rows}) == len(rows) == 7
+    assert all(row.config["interlock"]["head"]["token_fraction"] == fraction for row in rows[1:])

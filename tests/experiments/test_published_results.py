@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import definition, report, results_file
+from experiments import definition, report
 from experiments.definition import Run
+from measuring import results_file
 
 DOCS = Path(__file__).parents[2] / "docs"
 PUBLISHED = [name for name in definition.names() if (DOCS / "experiments" / f"{name}.jsonl").exists()]

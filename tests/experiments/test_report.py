@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_results import LOSSES, compared, record, records, write_batch_times
+from made_up_results import LOSSES, record, records, write_batch_times
 
 from ds_interlock.errors import DataError
-from experiments import comparison, definition, report, results_file
-from experiments.report_sections import Experiment, section
+from experiments import comparison, definition, report
+from measuring import results_file
 
 DEFINITION = """
 title = "Tiny prose"
@@ -56,8 +56,7 @@ class Bench:
         self.file = self.results / "tiny.jsonl"
         self.times = self.results / "tiny_batch_times.json"
         self.results.mkdir()
-        # Results of no experiment here, in a format of their own: to be left alone.
-        (self.results / "finetune.jsonl").write_text('{"mode": "global"}\nnot JSON\n')
+        (self.results / "other.jsonl").write_text("not JSON, and of no experiment here\n")
 
     def fill(self, lines: Iterable[dict[str, Any]]) -> None:
         for line in lines:
@@ -177,13 +176,11 @@ def test_cosines_are_averaged_and_null_is_a_dash(bench: Bench) -> None:
 
 
 def test_conclusions_stand_at_the_end(bench: Bench) -> None:
-    found = definition.load("tiny")
-    runs = compared([record("global", 0, LOSSES["global"][0])])
-    written = [
-        section(Experiment(found.model_copy(update=update), runs, None, "tiny.jsonl"), bench.results)
-        for update in ({}, {"conclusions": "\nIt is so.\n"})
-    ]
-    assert written[1] == written[0] + "\n\n### Conclusions\n\nIt is so."
+    bench.fill([record("global", 0, LOSSES["global"][0])])
+    before = bench.report()
+    file = definition.FOLDER / "tiny.toml"
+    file.write_text('conclusions = """\nIt is so.\n"""\n' + file.read_text())
+    assert bench.report() == before + "\n### Conclusions\n\nIt is so.\n"
 
 
 def test_what_is_missing_is_named(bench: Bench) -> None:
@@ -192,7 +189,7 @@ def test_what_is_missing_is_named(bench: Bench) -> None:
     assert 'Not run yet, of the modes (and seeds): "global" (1), "local" (1), "window 2" (0, 1).' in page
     assert "No batch times here; `python -m experiments.batch_times tiny` measures them." in page
     assert "| tiny | – | – | – | – | not measured | not measured |" in page
-    assert "| local | 13.464 | 2.600 | – | – | 1 |" in page, "a single seed has no spread"
+    assert "| local | 13.464 | 2.600 | – | – | 1 |" in page, "a single seed has no deviation"
 
 
 def test_modes_without_batch_times_are_named(bench: Bench) -> None:
@@ -261,10 +258,10 @@ def test_results_that_cannot_be_used_are_one_sentence(
 ) -> None:
     prepare(bench)
     assert report.main(["--results", str(bench.results), "--output", str(bench.page)]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert message in said
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
     assert not bench.page.exists()
 
 

@@ -1,21 +1,44 @@
-"""``python -m experiments.run smoke``: every experiment in short, from its data to the report."""
+"""``python -m experiments.smoke``: experiments in short, from their data to the report."""
 
 from pathlib import Path
 
 import pytest
 
-from experiments import definition, run, smoke
+from experiments import definition, smoke
+from experiments.definition import Definition
+from experiments.training import Training
+
+FEW_MODES = ("global", "local", "window 2")
 
 
-def test_smoke_runs_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def few_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the definitions with the modes of the summary, and with one seed."""
+    whole = definition.load
+
+    def load(name: str) -> Definition:
+        found = whole(name)
+        modes = {mode: found.modes[mode] for mode in FEW_MODES}
+        return found.model_copy(update={"modes": modes, "seeds": found.seeds[:1]})
+
+    monkeypatch.setattr(definition, "load", load)
+
+
+def test_the_whole_chain_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_modes: None) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run.main(["smoke"]) == 0
+    assert smoke.main(["transformer", "resnet_convolutions"]) == 0
     page = (smoke.FOLDER / "results.md").read_text(encoding="utf-8")
-    for name in definition.names():
+    for name in ("transformer", "resnet_convolutions"):
         found = definition.load(name)
-        assert f"## {found.title}" in page
         section = page.split(f"## {found.title}")[1].split("\n## ")[0]
-        for mode in found.modes:
-            assert f"| {mode} |" in section
+        assert all(f"| {mode} |" in section for mode in found.modes)
         assert "Not run yet" not in section
         assert (smoke.FOLDER / "results" / f"smoke-{name}_curves.svg").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", definition.names())
+def test_models_and_plans_of_all_modes_build(name: str) -> None:
+    runs = definition.load(definition.SMOKE + name).runs(name)
+    for run in {run.mode: run for run in runs}.values():
+        training = Training(run, "cpu")
+        assert training.net.plan.num_stages == run.num_stages

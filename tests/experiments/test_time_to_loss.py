@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.time_to_loss import Curve, Phase, phase_sections, seconds_of, steps_within
+from experiments.comparison import Curve
+from experiments.efficiency import Phase, phase_sections, seconds_of, steps_within
 
 CURVE = Curve((100, 200, 400), (3.0, 2.0, 1.0))
 #: 100 batches of 1 s, 50 of 2 s, then 8 s each.

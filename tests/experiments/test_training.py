@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from ds_interlock.errors import ConfigError, DataError
-from experiments import definition, prose, results_file, run
-from experiments.averaging import PolynomialAverage
+from experiments import definition, prose, run
 from experiments.definition import Definition, Run
 from experiments.tasks import make_task
-from experiments.training import Training, train
+from experiments.training import Training, _average, train
+from measuring import results_file
 
 TINY = {
     "title": "tiny",
@@ -114,15 +115,12 @@ def test_a_border_norm_is_a_layer_at_every_border() -> None:
 
 def test_the_average_is_polynomial() -> None:
     module = nn.Linear(1, 1, bias=False)
-    average = PolynomialAverage(module)
+    average = AveragedModel(module, multi_avg_fn=_average)
     for value in (1.0, 2.0, 4.0):
         module.weight.data.fill_(value)
-        average.update()
+        average.update_parameters(module)
     second = 1 + 9 / 10 * (2 - 1)
-    expected = second + 9 / 11 * (4 - second)
-    with average.in_place():
-        assert module.weight.item() == pytest.approx(expected)
-    assert module.weight.item() == 4.0
+    assert average.module.weight.item() == pytest.approx(second + 9 / 11 * (4 - second))
 
 
 def test_averaged_weights_are_judged_with_batch_norms_of_their_own() -> None:
@@ -131,9 +129,9 @@ def test_averaged_weights_are_judged_with_batch_norms_of_their_own() -> None:
     for _ in range(3):
         training.do_step()
     training.evaluate()
-    stem = training.task.layers[0]
+    stem = training.average.module[0]
     inputs = [images for step in range(3) for images, _ in training.task.batch(step)]
-    with training.average.in_place(), torch.no_grad():
+    with torch.no_grad():
         means = [stem.convolution(images).mean(dim=(0, 2, 3)) for images in inputs]
     torch.testing.assert_close(stem.norm.running_mean, torch.stack(means).mean(dim=0))
 
@@ -157,10 +155,10 @@ def test_a_missing_text_says_how_to_get_it(tmp_path: Path) -> None:
 def test_missing_pictures_say_how_to_get_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ds_interlock.images import idx
+    from ds_interlock.images import sources
     from experiments import tasks
 
-    monkeypatch.setattr(idx, "DEBIAN_FOLDER", tmp_path)
+    monkeypatch.setattr(sources, "DEBIAN_FOLDER", tmp_path)
     tasks.pictures.cache_clear()
     assert run.main(["resnet", "--output", str(tmp_path / "r.jsonl")]) == 1
     assert "apt-get install dataset-fashion-mnist" in capsys.readouterr().err

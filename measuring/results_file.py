@@ -1,6 +1,6 @@
 """The results of an experiment: one line of JSON for each finished run.
 
-A line is there whole or not at all, also if several runs end at once or the power fails: the file is
+A line is written whole or not at all, also if several runs end at once or the power fails: the file is
 written anew under another name, which then takes its place.
 """
 
@@ -14,17 +14,20 @@ from typing import Any
 from ds_interlock.errors import DataError
 from ds_interlock.files import replace_text
 
+RESULTS = Path("docs/experiments")
+"""The folder of all results files."""
+
 FORMAT = 1
-"""Of a line. Raise it when a reader of the old lines would be misled; old files are then refused."""
+"""Of a line, and of one without the key. Raise it when a reader of the old lines would be misled."""
 
 Record = dict[str, Any]
 
 
 def append(path: Path, record: Record) -> None:
-    """Adds a run to the file, which is made if there is none.
+    """Adds a run to the file, which is created if necessary.
 
     Raises:
-        DataError: If what is there already cannot be read.
+        DataError: If the lines before cannot be read.
     """
     line = json.dumps({"format": FORMAT, **record}, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,10 +39,10 @@ def append(path: Path, record: Record) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """The runs in the file, in the order in which they ended; none if there is no file.
+    """The runs in the file, in the order in which they ended; none if the file does not exist.
 
     Raises:
-        DataError: If a line is no record, or one of another version.
+        DataError: If a line is no record, or of another version.
     """
     if not path.exists():
         return []
@@ -52,11 +55,11 @@ def read(path: Path) -> list[Record]:
                 f"{path}, line {number}: not JSON ({error}): remove the line, and run the experiment again "
                 "with --resume"
             ) from error
-        found = record.get("format") if isinstance(record, dict) else None
-        if found != FORMAT:
+        version = record.get("format", FORMAT) if isinstance(record, dict) else None
+        if version != FORMAT:
             raise DataError(
-                f"{path}, line {number}: format {found}, expected {FORMAT}: the file is from another version "
-                "of this package; move it away, or run the version that wrote it"
+                f"{path}, line {number}: format {version}, expected {FORMAT}: the file is from another "
+                "version of this package; move it away, or run the version that wrote it"
             )
         records.append(record)
     return records
@@ -64,7 +67,7 @@ def read(path: Path) -> list[Record]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock beside ``path``; a process that ends lets go of it."""
+    """Holds a lock beside ``path``, which the end of the process releases too."""
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ds_interlock.errors import DataError
-from experiments import results_file
+from measuring import results_file
 
 
 @pytest.fixture
@@ -61,9 +61,7 @@ def test_an_interrupted_write_leaves_the_file_as_it_was(file: Path, monkeypatch:
     assert [record["number"] for record in results_file.read(file)] == [1, 3]
 
 
-@pytest.mark.parametrize(
-    "line", ['{"format": 2, "number": 1}', '{"number": 1}', "[1]"], ids=["newer", "without", "a list"]
-)
+@pytest.mark.parametrize("line", ['{"format": 2, "number": 1}', "[1]"], ids=["newer", "a list"])
 def test_another_version_is_refused_and_not_appended_to(file: Path, line: str) -> None:
     results_file.append(file, {"number": 0})
     text = file.read_text() + line + "\n"
@@ -81,3 +79,9 @@ def test_a_line_that_was_cut_off_is_named(file: Path) -> None:
     file.write_text(file.read_text() + json.dumps({"format": 1, "number": 1})[:-3] + "\n")
     with pytest.raises(DataError, match=r"line 2: not JSON .*remove the line"):
         results_file.read(file)
+
+
+def test_a_line_without_a_format_is_of_the_first(file: Path) -> None:
+    file.parent.mkdir()
+    file.write_text('{"mode": "global"}\n')
+    assert results_file.read(file) == [{"mode": "global"}]

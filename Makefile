@@ -42,8 +42,9 @@ demo: $(INSTALLED)  ## train a small language model in 4 processes (CONFIG=confi
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 4 launcher/train_lm.py \
 		--deepspeed_config $(CONFIG) --dataset sotu --output_dir $(OUTPUT_DIR)
 
+# Two workers: every pool of ranks is in one of them (see tests/conftest.py).
 test: lint types browser data  ## what CI runs: lint, types and all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # Installs Debian packages, if this user may: $(call debian,packages,what for)
 define debian

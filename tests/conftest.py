@@ -3,6 +3,7 @@
 Must run before torch is first imported: it reads these variables once.
 """
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +39,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(
             key=lambda item: next((n for n, g in enumerate(LONG) if groups[item].startswith(g)), len(LONG))
         )
+
+
+def pytest_collection_finish() -> None:
+    """Spares every later garbage collection the modules that tests have imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -130,11 +130,11 @@ class RankPool:
         self.close()
         return results
 
-    def close(self) -> None:
-        """Ends all processes: those that wait for work by themselves, the others by force."""
+    def close(self, within_seconds: float = END_SECONDS) -> None:
+        """Ends all processes: those that wait for work end by themselves, the others by force."""
         for connection in self._connections:
             connection.close()
-        deadline = time.monotonic() + END_SECONDS
+        deadline = time.monotonic() + within_seconds
         for process in self._processes:
             process.join(max(deadline - time.monotonic(), 0.0))
         for process in self._processes:
@@ -198,7 +198,7 @@ class RankPool:
         """Raises if there are failures, and ends the ranks: they may be out of step with each other."""
         if failures:
             logs = {rank: self._end_of_log(rank) for rank, f in failures.items() if not f.traceback}
-            self.close()
+            self.close(1.0)  # those that hang have had their time
             raise RankError(dict(sorted(failures.items())), logs)
 
     def _collect(self, deadline: float, failures: dict[int, Failure]) -> dict[int, Any]:

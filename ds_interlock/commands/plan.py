@@ -15,6 +15,7 @@ from ds_interlock.planning.forecast import Comparison, Forecast, compare
 from ds_interlock.planning.profile import Profile, unit_profile
 from ds_interlock.planning.report import as_json, print_report, write_svg, write_trace
 from ds_interlock.schedule.picture import draw_plan
+from ds_interlock.schedule.plan import rises
 
 _DEFAULT_STAGES = 4
 _UNIT_LAYERS_PER_STAGE = 4
@@ -211,6 +212,6 @@ def _bounds(text: str) -> list[int]:
         bounds = [int(part) for part in text.split(",")]
     except ValueError:
         bounds = []
-    if len(bounds) < 2 or bounds[0] != 0 or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if len(bounds) < 2 or bounds[0] != 0 or not rises(bounds):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected rising numbers from 0, like 0,4,8,12")
     return bounds

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from ds_interlock.config.deepspeed import read_deepspeed
 from ds_interlock.config.faults import fault_of, misspelt_sections, shown_as_json
 from ds_interlock.config.monitoring import MyopiaConfig, TraceConfig
-from ds_interlock.config.schedule import PhaseConfig, checked_phases
+from ds_interlock.config.schedule import PhaseConfig, check_phases
 from ds_interlock.config.strict import DEFAULT_WINDOW, SECTION, Mode, Section, window_of
 from ds_interlock.errors import ConfigError, PlanError, list_faults
 from ds_interlock.schedule.phases import PlanSchedule
@@ -195,7 +195,7 @@ class InterlockConfig(Section):
     @classmethod
     def _phases_are_in_order(cls, schedule: list[PhaseConfig] | None) -> list[PhaseConfig] | None:
         if schedule is not None:
-            checked_phases(schedule)
+            check_phases(schedule)
         return schedule
 
     @model_validator(mode="after")

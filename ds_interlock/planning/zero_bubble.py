@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ds_interlock.schedule.action import Action, Kind
-from ds_interlock.schedule.cost import CostModel
+from ds_interlock.schedule.cost import CostModel, LinkTimes
+from ds_interlock.schedule.lower import send_of
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.simulate import Span
 
@@ -30,22 +31,26 @@ def zero_bubble_batch(
     orders = [_order(plan, stage, num_micro_batches) for stage in range(plan.num_stages)]
     rows: list[list[Span]] = [[] for _ in orders]
     done: dict[Action, float] = {}
+    links = LinkTimes(costs)
     while any(len(row) < len(order) for row, order in zip(rows, orders, strict=True)):
         for row, order in zip(rows, orders, strict=True):
             while len(row) < len(order):
                 action = order[len(row)]
-                needs = _from_neighbour(plan, action)
-                if needs is not None and needs not in done:
-                    break
-                arrival = 0.0 if needs is None else done[needs] + costs.latency
-                start = max(row[-1].end if row else 0.0, arrival)
+                start = row[-1].end if row else 0.0
+                needed = _from_neighbour(plan, action)
+                if needed is not None:
+                    if needed not in done:
+                        break
+                    send = send_of(plan, needed)
+                    assert send is not None
+                    start = max(start, links.arrival(send, done[needed]))
                 done[action] = start + _seconds(plan, costs, action)
                 row.append(Span(action, 0, start, done[action]))
     return tuple(map(tuple, rows))
 
 
 def _order(plan: GradientFlowPlan, stage: int, num_micro_batches: int) -> list[Action]:
-    """1F1B, its backward split: weight gradients follow ``stage`` micro-batches behind.
+    """1F1B, its backward split: weight gradients follow ``stage`` micro-batches later.
 
     Every stage then holds K micro-batches, as the first stage does under 1F1B.
     """

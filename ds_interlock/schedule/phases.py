@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ds_interlock.errors import PlanError, list_faults
-from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
+from ds_interlock.schedule.plan import GradientFlowPlan, LossHead, rises
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,23 @@ class PlanSchedule:
         return GradientFlowPlan(bounds, tuple(heads), tuple(behind))
 
 
-def _faults(phases: Sequence[Phase]) -> list[str]:
-    """Everything that is wrong with ``phases``, empty if nothing is."""
-    if not phases:
+def faults_of_steps(steps: Sequence[int]) -> list[str]:
+    """What is wrong with the steps at which phases begin; empty if nothing is."""
+    if not steps:
         return ["it has no phases: the first must begin at step 0"]
     faults = []
-    steps = [phase.from_step for phase in phases]
     if steps[0] != 0:
         faults.append(f"the first phase begins at step {steps[0]}, expected 0")
-    if any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
-        faults.append(f"the phases begin at steps {steps}, expected rising numbers")
+    if not rises(steps):
+        faults.append(f"the phases begin at steps {list(steps)}, expected rising numbers")
+    return faults
+
+
+def _faults(phases: Sequence[Phase]) -> list[str]:
+    """Everything that is wrong with ``phases``, empty if nothing is."""
+    faults = faults_of_steps([phase.from_step for phase in phases])
+    if not phases:
+        return faults
     bounds = phases[0].plan.stage_bounds
     for number, phase in enumerate(phases):
         if phase.plan.stage_bounds != bounds:

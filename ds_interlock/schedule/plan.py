@@ -25,9 +25,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from itertools import pairwise
+from typing import ClassVar, Literal
 
 from ds_interlock.errors import PlanError, list_faults
+from ds_interlock.schedule.action import Kind
 
 Combine = Literal["sum", "farthest"]
 
@@ -64,6 +66,15 @@ class GradientFlowPlan:
     stage_bounds: tuple[int, ...]
     heads: tuple[LossHead, ...]
     trained_by: tuple[frozenset[int], ...]
+
+    urgency: ClassVar[tuple[Kind, ...]] = (
+        Kind.INPUT_GRADIENT,
+        Kind.HEAD,
+        Kind.FORWARD,
+        Kind.BACKWARD,
+        Kind.WEIGHT_GRADIENT,
+    )
+    """Which work a stage does first when several are ready. A subclass may have another order."""
 
     # Constructors. Each takes `num_stages` (one layer a stage) or `stage_bounds`.
 
@@ -221,8 +232,29 @@ class GradientFlowPlan:
         return max((self.heads[loss].stage - stage for loss in losses), default=0)
 
     def in_flight(self, stage: int) -> int:
-        """Micro-batches whose activations ``stage`` holds at once; no more of them is faster."""
+        """Micro-batches whose activations ``stage`` needs to hold at once.
+
+        More can be faster (``extra_in_flight``): under a fractional window one more removes the last
+        wait, window 3 gains a little, and a slow network gains under any plan.
+        """
         return self.reach(stage) + 1
+
+    @cached_property
+    def merges_passes(self) -> bool:
+        """True if one backward pass makes both gradients of a stage.
+
+        That is so if every stage relays exactly what trains it, as one sum, as under global
+        backpropagation. If one stage cannot merge its passes, none does: the merged pass would make its
+        relay late, and the stages beside it have more work anyway.
+        """
+        return all(
+            [frozenset(bundle) for bundle in self.bundles(stage)] == [self.trained_by[stage]]
+            for stage in range(1, self.num_stages)
+        )
+
+    def forward_part(self, loss: int) -> tuple[int, ...]:
+        """The losses of the forward action that the head of ``loss`` waits for (``Action.losses``)."""
+        return (loss,) if self.is_inner(loss) else ()
 
     @cached_property
     def _upstream(self) -> dict[tuple[int, int], frozenset[int]]:
@@ -257,7 +289,7 @@ def _bounds(num_stages: int | None, stage_bounds: Sequence[int] | None) -> tuple
         bounds = tuple(int(bound) for bound in stage_bounds)
         if len(bounds) < 2:
             raise PlanError(f"stage_bounds {list(bounds)}: at least two numbers are needed: [0, num_layers]")
-        if bounds[0] != 0 or not _rises(bounds):
+        if bounds[0] != 0 or not rises(bounds):
             raise PlanError(
                 f"stage_bounds {list(bounds)} must start at 0 and rise: every stage needs a layer"
             )
@@ -306,7 +338,7 @@ def _head_at(
 def _faults(plan: GradientFlowPlan) -> list[str]:
     """Everything that is wrong with ``plan``, empty if nothing is."""
     bounds, num = plan.stage_bounds, plan.num_stages
-    if bounds[0] != 0 or not _rises(bounds):
+    if bounds[0] != 0 or not rises(bounds):
         return [f"stage_bounds {list(bounds)} must start at 0 and rise: every stage needs a layer"]
     if not plan.heads:
         return ["heads is empty: the last head must be the final loss"]
@@ -325,7 +357,7 @@ def _faults(plan: GradientFlowPlan) -> list[str]:
     if plan.heads[-1].after_layer != plan.num_layers:
         faults.append(f"the last head must be the final loss, after layer {plan.num_layers}")
     positions = [head.after_layer for head in plan.heads]
-    if not _rises(positions):
+    if not rises(positions):
         faults.append(f"heads must be in the order of their layers, one a layer, not {positions}")
     if len(plan.trained_by) != num:
         faults.append(f"trained_by has {len(plan.trained_by)} entries for {num} stages")
@@ -344,5 +376,6 @@ def _faults(plan: GradientFlowPlan) -> list[str]:
     return faults
 
 
-def _rises(numbers: Sequence[int]) -> bool:
-    return all(a < b for a, b in zip(numbers, numbers[1:], strict=False))
+def rises(numbers: Sequence[int]) -> bool:
+    """True if each number is larger than the one before it."""
+    return all(a < b for a, b in pairwise(numbers))

@@ -13,10 +13,9 @@ from deepspeed.pipe import LayerSpec
 from benchmarks.engines import Workload
 from benchmarks.sleeping import SleepingHead, SleepingLayer, sleeping_loss, use_exact_timers
 from ds_interlock import InterlockConfig
+from ds_interlock.planning.forecast import play
 from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.cost import CostModel
-from ds_interlock.schedule.lower import training_program
-from ds_interlock.schedule.simulate import simulate
 
 LAYERS_PER_STAGE = 4
 WIDTH = 16
@@ -103,8 +102,6 @@ def predicted_seconds(
         costs: Of each stage, from ``stage_costs``.
         num_micro_batches: Micro-batches of a batch.
     """
-    interlock = InterlockConfig(**section)
-    plan = interlock.plan([LAYERS_PER_STAGE * stage for stage in range(len(costs) + 1)])
+    bounds = [LAYERS_PER_STAGE * stage for stage in range(len(costs) + 1)]
     model = CostModel(**{name: [stage[name] for stage in costs] for name in costs[0]})
-    program = training_program(plan, num_micro_batches, extra_in_flight=interlock.extra_in_flight)
-    return simulate(program, model, num_batches=10, streaming=not plan.is_end_to_end).batch_seconds
+    return play(InterlockConfig(**section), model, bounds, num_micro_batches, num_batches=10)[1].batch_seconds

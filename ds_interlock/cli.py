@@ -5,8 +5,8 @@
     ds-interlock verify configs/interlock.json --stages 4        check gradients
     ds-interlock export out/checkpoints out/model                a fine-tuned model for transformers
 
-Exit status: 0 if all is well, 1 if a check failed or could not be carried out, 2 if the input is
-wrong; errors are one message on standard error. What a command needs is imported when it runs:
+Exit status: 0 if all is well, 1 if a check failed or could not be made, 2 if the input is wrong;
+errors are one message on standard error. What a command needs is imported when it runs:
 importing torch and DeepSpeed takes seconds, ``--help`` should not.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from ds_interlock import __version__
 from ds_interlock.commands import export, plan, profile, verify
-from ds_interlock.errors import ConfigError, PeerError, PlanError
+from ds_interlock.errors import ConfigError, PeerError, PlanError, ScheduleError
 
 FAILED, BAD_INPUT = 1, 2
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, PlanError) as error:
         print(f"ds-interlock: {error}", file=sys.stderr)
         return BAD_INPUT
-    except PeerError as error:
+    except (PeerError, ScheduleError) as error:
         print(f"ds-interlock: {error}", file=sys.stderr)
         return FAILED
     return status

@@ -16,8 +16,7 @@ from benchmarks.engines import Workload, make_engine, seconds_of_a_batch
 from benchmarks.ranks import run_ranks
 from benchmarks.sleeping import SleepingHead, SleepingLayer, sleep, sleeping_loss, use_exact_timers
 from ds_interlock import InterlockConfig
-from ds_interlock.schedule.lower import training_program
-from ds_interlock.schedule.simulate import simulate
+from ds_interlock.planning.forecast import play
 from experiments.staged_model import StagedModel
 
 _WIDTH = 16
@@ -59,14 +58,12 @@ class Pipeline:
 
     def predicted(self, num_micro_batches: int) -> float:
         """What the simulator says that a batch takes, in units; the engine itself needs no time there."""
-        plan = self.interlock.plan(self.model.stage_bounds)
-        extra_in_flight = self.interlock.extra_in_flight
-        return simulate(
-            training_program(plan, num_micro_batches, extra_in_flight=extra_in_flight),
-            self.model.cost_model(plan, self.heads),
-            num_batches=_NUM_SIMULATED_BATCHES,
-            streaming=self.interlock.streaming and not plan.is_end_to_end,
-        ).batch_seconds
+        bounds = self.model.stage_bounds
+        costs = self.model.cost_model(self.interlock.plan(bounds), self.heads)
+        _, simulation = play(
+            self.interlock, costs, bounds, num_micro_batches, num_batches=_NUM_SIMULATED_BATCHES
+        )
+        return simulation.batch_seconds
 
 
 def _num_batches(num_micro_batches: int) -> int:

@@ -55,13 +55,13 @@ class StagedModel:
         of_stages = [0.0] * plan.num_stages
         for place in plan.heads[:-1]:
             of_stages[place.stage] = heads[place.after_layer]
-        return CostModel(
-            forward=self.stage_sums("forward"),
-            input_gradient=self.stage_sums("input_gradient"),
-            weight_gradient=self.stage_sums("weight_gradient"),
+        return CostModel.of_layers(
+            self.stage_bounds,
+            forward=[layer.forward for layer in self.layers],
+            input_gradient=[layer.input_gradient for layer in self.layers],
+            weight_gradient=[layer.weight_gradient for layer in self.layers],
             head=of_stages,
             final_head=self.loss,
-            layer_weights=[layer.forward for layer in self.layers],
         )
 
     @property

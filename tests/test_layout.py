@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "hf/model": {"config", "heads", "hf/data", "models", "planning", "profiling", "schedule"},
     "hf/export": {"heads", "hf/model", "models", "schedule"},
     "images": {"heads", "hf/data", "sampling"},
-    "verification": {"config", "heads", "schedule", "stage"},
+    "verification": {"config", "heads", "schedule", "stage", "transport"},
 }
 # These plan without a GPU library.
 PURE = ("errors", "files", "config", "schedule", "planning")

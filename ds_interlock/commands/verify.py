@@ -25,8 +25,9 @@ _DEFAULT_TIMEOUT_SECONDS = 300.0
 _WIDTH = 100  # of tables that do not go to a terminal
 
 _VERIFY = """\
-Carries out the plan of CONFIG's "interlock" section (mode, window, combine, head_stride, head, ...) on a
-small random model, with the real engine in as many processes on CPU as there are stages, and compares:
+Runs the plan of CONFIG's "interlock" section (mode, window, combine, head_stride, head, ...) on a small
+random model, with the real engine in as many processes on CPU as there are stages. A program that is wrong
+or could come to a standstill is refused before it runs. Then it compares:
 
   - the gradient of every parameter, layers and heads, with float64 autograd on truncated graphs;
   - the gradients of the same samples in other numbers of micro-batches;
@@ -161,6 +162,7 @@ def _print_report(report: "Report") -> None:
     console.print(table)
     for note in report.notes:
         print(f"note: {note}")
+    print(f"{report.num_programs} programs verified: all work in order, no standstill")
     num_failed = sum(not check.passed for check in report.checks)
     total = f"{len(report.checks)} checks"
     print(f"{num_failed} of {total} failed" if num_failed else f"all {total} passed")
@@ -175,6 +177,7 @@ def _as_json(report: "Report") -> dict[str, Any]:
             "heads": [vars(head) for head in report.plan.heads],
             "trained_by": [sorted(losses) for losses in report.plan.trained_by],
         },
+        "num_programs_verified": report.num_programs,
         "checks": [
             {
                 "name": check.name,

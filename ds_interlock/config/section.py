@@ -248,8 +248,26 @@ class InterlockConfig(Section):
 
     @property
     def is_global(self) -> bool:
-        """True for ordinary backpropagation throughout, which is left to DeepSpeed's own engine."""
+        """True for ordinary backpropagation throughout."""
         return all(section.mode == "global" for _, section in self.phases)
+
+    def steps_alone(self, plan: GradientFlowPlan, *, tied: bool) -> bool:
+        """True if a stage's update depends on its window only, not on the whole pipeline.
+
+        Args:
+            plan: The plan in force.
+            tied: Whether stages share weights.
+        """
+        return not plan.is_end_to_end and not (tied and self.tied_weights == "sync")
+
+    def streams(self, plan: GradientFlowPlan, *, tied: bool) -> bool:
+        """True if a stage goes on to the next batch while others still work on this one.
+
+        Args:
+            plan: See ``steps_alone``.
+            tied: See ``steps_alone``.
+        """
+        return self.streaming and self.steps_alone(plan, tied=tied)
 
     def plan_schedule(self, stage_bounds: Sequence[int]) -> PlanSchedule:
         """The gradient-flow plans of all phases; see ``plan``.

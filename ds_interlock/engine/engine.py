@@ -103,7 +103,7 @@ class InterlockEngine(
     @property
     def streaming(self) -> bool:
         """Whether a stage goes on to the next batch while others still work on this one."""
-        return self.interlock.streaming and self.module.steps_alone
+        return self.interlock.streams(self.plan, tied=self.module.keeps_ties)
 
     # Training.
 

@@ -158,7 +158,8 @@ class InterlockPipelineModule(PipelineModule):
     @property
     def steps_alone(self) -> bool:
         """True if a stage's update depends on its window only, not on the whole pipeline. Same on all."""
-        return not self.plan.is_end_to_end and not self.keeps_ties
+        assert self.interlock is not None
+        return self.interlock.steps_alone(self.plan, tied=self.keeps_ties)
 
     def mpu(self) -> Any:
         """The process groups, as DeepSpeed's optimizers use them."""

@@ -14,6 +14,7 @@ from ds_interlock.errors import ConfigError
 from ds_interlock.planning.profile import Profile
 from ds_interlock.planning.zero_bubble import zero_bubble_batch
 from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.cost import CostModel
 from ds_interlock.schedule.lower import Program, training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.simulate import Simulation, Span, simulate
@@ -72,12 +73,14 @@ class Comparison:
         configured: The setting of the configuration.
         others: Those it is compared with; global (1F1B) is the first.
         skipped: Settings that do not exist here, each with the reason.
+        syncs_ties: True if stages share weights that are kept equal, so that no setting streams.
     """
 
     profile: Profile
     configured: Forecast
     others: tuple[Forecast, ...]
     skipped: tuple[str, ...] = ()
+    syncs_ties: bool = False
 
     @property
     def reference(self) -> Forecast:
@@ -107,8 +110,8 @@ def setting_name(interlock: InterlockConfig) -> str:
 
 
 def settings_to_compare(interlock: InterlockConfig) -> list[InterlockConfig]:
-    """The settings a user would choose between, with the heads of ``interlock``."""
-    keep = {"head": interlock.head}
+    """The settings a user would choose between, with the heads and ties of ``interlock``."""
+    keep = {"head": interlock.head, "tied_weights": interlock.tied_weights}
 
     def window(size: float, **keys: int) -> InterlockConfig:
         return InterlockConfig.model_validate({"mode": "interlock", "window": size, **keep, **keys})
@@ -174,6 +177,7 @@ def compare(
         configured=_relative(configured, pace),
         others=tuple(_relative(each, pace) for each in played),
         skipped=tuple(skipped),
+        syncs_ties=profile.is_tied_across(bounds) and interlock.tied_weights == "sync",
     )
 
 
@@ -185,7 +189,8 @@ def forecast(
     Raises:
         ConfigError: If the setting does not exist for these stages.
     """
-    program, simulation = play(interlock, profile, stage_bounds, num_micro_batches)
+    costs, tied = profile.cost_model(stage_bounds), profile.is_tied_across(stage_bounds)
+    program, simulation = play(interlock, costs, stage_bounds, num_micro_batches, tied=tied)
     plan = program.plan
     kept = profile.activation_bytes(stage_bounds)
     return Forecast(
@@ -199,7 +204,7 @@ def forecast(
         activation_bytes=tuple(
             number * size for number, size in zip(simulation.peak_in_flight, kept, strict=True)
         ),
-        relay_bytes=_relay_bytes(program, profile),
+        relay_bytes=_relay_bytes(program, costs),
         head_share=_head_share(plan, simulation),
         speed=1.0,
         rows=simulation.spans,
@@ -208,20 +213,29 @@ def forecast(
 
 def play(
     interlock: InterlockConfig,
-    profile: Profile,
+    costs: CostModel,
     stage_bounds: Sequence[int],
     num_micro_batches: int,
+    *,
+    tied: bool = False,
     num_batches: int = _NUM_BATCHES,
 ) -> tuple[Program, Simulation]:
-    """The program of a setting, and what the simulator makes of some batches of it.
+    """The program of a setting, and a simulation of some batches of it.
+
+    Args:
+        interlock: The setting, without a schedule.
+        costs: What the stages cost.
+        stage_bounds: ``num_stages + 1`` rising layer numbers.
+        num_micro_batches: Micro-batches in a batch.
+        tied: Whether stages share weights.
+        num_batches: Batches to simulate.
 
     Raises:
         ConfigError: If the setting does not exist for these stages.
     """
     plan = interlock.plan(stage_bounds)
     program = training_program(plan, num_micro_batches, extra_in_flight=interlock.extra_in_flight)
-    streaming = interlock.streaming and not plan.is_end_to_end
-    costs = profile.cost_model(stage_bounds)
+    streaming = interlock.streams(plan, tied=tied)
     return program, simulate(program, costs, num_batches=num_batches, streaming=streaming)
 
 
@@ -235,8 +249,7 @@ def _relative(each: Forecast, pace: float) -> Forecast:
     return replace(each, speed=pace / each.batch_seconds)
 
 
-def _relay_bytes(program: Program, profile: Profile) -> tuple[float, ...]:
-    costs = profile.cost_model(program.plan.stage_bounds)
+def _relay_bytes(program: Program, costs: CostModel) -> tuple[float, ...]:
     return tuple(
         sum(costs.message_bytes(action) for action in actions if action.kind is Kind.SEND_GRADIENT)
         for actions in program.stages

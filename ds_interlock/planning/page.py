@@ -212,12 +212,12 @@ class _Views:
         """Its rows, and then ever more batches of them."""
         yield forecast.rows
         setting, num_micro_batches = self._settings[forecast.name], forecast.num_micro_batches
+        bounds = forecast.stage_bounds
+        costs, tied = self._profile.cost_model(bounds), self._profile.is_tied_across(bounds)
         num_played = 1 + forecast.rows[0][-1].batch
         while num_played * num_micro_batches < _MOST_PLAYED:
             num_played *= 2
-            _, longer = play(
-                setting, self._profile, forecast.stage_bounds, num_micro_batches, num_batches=num_played
-            )
+            _, longer = play(setting, costs, bounds, num_micro_batches, tied=tied, num_batches=num_played)
             yield longer.spans
 
     def _row(self, row: Sequence[Span], start: float, end: float, tick: float) -> list[int]:

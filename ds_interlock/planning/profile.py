@@ -8,7 +8,9 @@ All times are for one micro-batch of ``micro_batch_size`` samples.
 """
 
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -64,6 +66,7 @@ class Profile(_Record):
     head: HeadProfile
     loss_seconds: float = Field(0.0, ge=0, description="The model's own loss, both passes.")
     label_bytes: float = Field(0.0, ge=0)
+    tied_layers: tuple[int, ...] = Field((), description="Layers that share a weight, by number.")
     latency_seconds: float = Field(0.0, ge=0)
     bandwidth_bytes_per_second: float | None = Field(None, gt=0, description="None: not known; no limit.")
     versions: dict[str, str] = Field(default_factory=dict)
@@ -125,28 +128,31 @@ class Profile(_Record):
 
     def cost_model(self, stage_bounds: Sequence[int]) -> CostModel:
         """The costs, in seconds, of stages cut at ``stage_bounds``."""
-        stages = [self.layers[a:b] for a, b in zip(stage_bounds, stage_bounds[1:], strict=False)]
-        last = [stage[-1].output_bytes for stage in stages]
-        return CostModel(
-            forward=[sum(layer.forward_seconds for layer in stage) for stage in stages],
-            input_gradient=[sum(layer.input_gradient_seconds for layer in stage) for stage in stages],
-            weight_gradient=[sum(layer.weight_gradient_seconds for layer in stage) for stage in stages],
+        last = [self.layers[stop - 1].output_bytes for stop in stage_bounds[1:]]
+        return CostModel.of_layers(
+            stage_bounds,
+            forward=[layer.forward_seconds for layer in self.layers],
+            input_gradient=[layer.input_gradient_seconds for layer in self.layers],
+            weight_gradient=[layer.weight_gradient_seconds for layer in self.layers],
+            optimizer=[layer.optimizer_seconds for layer in self.layers],
             head=self.head.seconds,
             final_head=self.loss_seconds,
-            optimizer=[sum(layer.optimizer_seconds for layer in stage) for stage in stages],
             head_optimizer=self.head.optimizer_seconds,
             latency=self.latency_seconds,
             bandwidth=self.bandwidth_bytes_per_second or float("inf"),
             forward_bytes=[size + self.label_bytes for size in last],
-            # A gradient has the size of the hidden state in front of its sender.
+            # A gradient has the size of the hidden state that its sender received.
             gradient_bytes=[0.0, *last[:-1]],
-            layer_weights=[layer.forward_seconds for layer in self.layers],
         )
+
+    def is_tied_across(self, stage_bounds: Sequence[int]) -> bool:
+        """True if stages cut at ``stage_bounds`` share weights."""
+        return len({bisect_right(stage_bounds, layer) for layer in self.tied_layers}) > 1
 
     def activation_bytes(self, stage_bounds: Sequence[int]) -> list[float]:
         """For each stage what one micro-batch in flight keeps, its input included."""
         result = []
-        for start, stop in zip(stage_bounds, stage_bounds[1:], strict=False):
+        for start, stop in pairwise(stage_bounds):
             inputs = self.layers[start - 1].output_bytes if start else 0.0
             result.append(inputs + sum(layer.activation_bytes for layer in self.layers[start:stop]))
         return result

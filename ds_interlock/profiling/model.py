@@ -51,6 +51,7 @@ def profile_model(
     device: str,
     source: str,
     link: tuple[float, float] | None = None,
+    tied_layers: tuple[int, ...] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
     """Measures everything a plan of this model depends on.
@@ -68,7 +69,8 @@ def profile_model(
         device: What to call the device.
         source: How this was measured or estimated.
         link: Latency in seconds and bandwidth in bytes per second between two stages, if known.
-        progress: Told what is being measured.
+        tied_layers: Layers that share a weight, by number.
+        progress: Called with what is being measured.
     """
     head_config = head_config.resolve(pretrained=head_config.kl_weight > 0)
     layers = profile_layers(calls, meter, make_optimizer, progress)
@@ -99,6 +101,7 @@ def profile_model(
         head=head_profile,
         loss_seconds=median_of_rounds(loss_rounds),
         label_bytes=labels_bt.numel() * labels_bt.element_size(),
+        tied_layers=tied_layers,
         latency_seconds=latency_seconds,
         bandwidth_bytes_per_second=bandwidth,
         versions={

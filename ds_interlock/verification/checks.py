@@ -1,7 +1,7 @@
 """What a verification compares with what, and how closely the two must agree."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.heads.factory import head_factory
+from ds_interlock.schedule.lower import Program, training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.schedule.verify import verify as verify_program
 from ds_interlock.stage.in_process import InProcessPipeline
-from ds_interlock.verification.rank import Outcome, Run
-from ds_interlock.verification.ranks import run_job
+from ds_interlock.verification.job import Outcome, Run, run_job
 from ds_interlock.verification.reference import (
     Batch,
     loss_fn,
@@ -65,12 +66,14 @@ class Report:
     """All that a verification found.
 
     Attributes:
-        plan: The plan that was carried out.
+        plan: The plan that was run.
+        num_programs: How many programs ran, each of them verified before.
         checks: In the order in which they are to be read.
         notes: Where the verification is not the configuration to the letter.
     """
 
     plan: GradientFlowPlan
+    num_programs: int
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
 
@@ -106,23 +109,25 @@ def verify(
     timeout_seconds: float,
     progress: Progress = lambda _: None,
 ) -> Report:
-    """Carries out a plan on a small model and compares what comes out.
+    """Runs a plan on a small model and compares the results.
 
     Args:
         interlock: What to verify.
         plan: Its plan, for as many layers as the small model is to have; each stage is a process.
         seed: Of the model's weights and data.
         timeout_seconds: Limit for the processes.
-        progress: Is told in a few words what goes on.
+        progress: Called with a few words on what goes on.
 
     Raises:
         ConfigError: If no heads can be built where the plan has them.
+        ScheduleError: If a program is wrong or could come to a standstill.
         PeerError: If a process fails or the time is up.
     """
     interlock, notes = _repeatable(interlock, timeout_seconds)
+    runs = _Runs.of(interlock, plan)
+    programs = {_verified_program(run, plan.stage_bounds) for run in runs.all}
     progress("one process, float64")
     in_process, expected = gradients_in_process(interlock, plan, seed)
-    runs = _Runs.of(interlock, plan)
     outcomes = run_job(
         plan.stage_bounds, runs.all, seed=seed, timeout_seconds=timeout_seconds, progress=progress
     )
@@ -135,7 +140,16 @@ def verify(
         notes.append(
             "streaming on and off are the same thing here: no stage steps before the whole pipeline is done"
         )
-    return Report(plan, tuple(checks), tuple(notes))
+    return Report(plan, len(programs), tuple(checks), tuple(notes))
+
+
+def _verified_program(run: Run, stage_bounds: Sequence[int]) -> Program:
+    """The program of ``run``; raises ScheduleError if it fails the verifier."""
+    extra = run.interlock.extra_in_flight
+    plan = run.interlock.plan(stage_bounds)
+    program = training_program(plan, run.num_micro_batches, extra_in_flight=extra)
+    verify_program(program, extra_in_flight=extra)
+    return program
 
 
 def gradients_in_process(

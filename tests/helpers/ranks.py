@@ -18,11 +18,9 @@ import faulthandler
 import gc
 import os
 import pickle
-import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +32,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
+
+from ds_interlock.transport.local_ranks import free_port
 
 START_SECONDS = 120.0
 """For processes to start and import DeepSpeed, on a machine with more to do."""
@@ -228,19 +228,6 @@ def caught(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Exception
     except Exception as error:  # noqa: BLE001 - to be looked at by the test
         return error
     return None
-
-
-def free_port() -> int:
-    """A port nobody listens on.
-
-    It is below those that systems hand out by themselves: one of these may be in use again before the job
-    that it is for has begun to listen.
-    """
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-    raise RuntimeError("somebody listens on each of a hundred ports between 20,000 and 32,000")
 
 
 # On the ranks.

@@ -12,14 +12,11 @@ integers: ticks, of which the longest timeline of a view has ``_TICKS``.
                what (see ``actions``), micro-batch, ticks of waiting before it, ticks it takes
 """
 
-import html
 import itertools
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 from ds_interlock.config import InterlockConfig
@@ -38,7 +35,7 @@ from ds_interlock.planning.forecast import (
 from ds_interlock.planning.profile import Profile
 from ds_interlock.planning.verdict import verdict
 from ds_interlock.schedule.action import Action
-from ds_interlock.schedule.render import LABELS
+from ds_interlock.schedule.render import COLOURS, LABELS, fill_template
 from ds_interlock.schedule.simulate import Span
 
 Progress = Callable[[int, int], None]
@@ -133,7 +130,10 @@ def render_page(
         "actions": maker.actions,
         "views": views,
     }
-    return _fill_in(title or f"Pipeline plan: {profile.model}", data)
+    # In JSON no "<" is left that could end the script.
+    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    title = title or f"Pipeline plan: {profile.model}"
+    return fill_template(__package__, "page.html", title=title, colours=COLOURS, data=content)
 
 
 def _stage_choices(
@@ -271,11 +271,3 @@ def _figures(forecast: Forecast) -> dict[str, float | bool]:
         "headShare": forecast.head_share,
         "isReference": forecast.is_reference,
     }
-
-
-def _fill_in(title: str, data: Mapping[str, Any]) -> str:
-    """The template with its two places filled; in JSON no "<" is left that could end the script."""
-    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    places = {"{{title}}": html.escape(title), "{{data}}": content}
-    return re.sub(r"\{\{\w+\}\}", lambda place: places[place.group()], template)

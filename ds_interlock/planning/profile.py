@@ -1,7 +1,7 @@
 """What each layer of a model costs on one device: the file between measuring and planning.
 
-    ds-interlock profile ... -o profile.json   measures one (``pipe/measure.py``)
-    ds-interlock plan ... --model NAME         estimates one from sizes (``hf/profile.py``)
+    ds-interlock profile ... -o profile.json   measures one (``profiling/``)
+    ds-interlock plan ... --model NAME         estimates one from sizes (``hf/model/profile.py``)
     ds-interlock plan ... --profile FILE       reads one
 
 All times are for one micro-batch of ``micro_batch_size`` samples.
@@ -11,13 +11,11 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from ds_interlock.errors import ConfigError, list_faults
-from ds_interlock.files import replace_text
+from ds_interlock.files import read_record, replace_text
 from ds_interlock.planning.partition import balanced_bounds
 from ds_interlock.schedule.cost import CostModel
 
@@ -29,7 +27,7 @@ class _Record(BaseModel):
 
 
 class LayerProfile(_Record):
-    """One layer: seconds of its passes, bytes of what it keeps and hands on."""
+    """One layer: seconds of its passes, bytes of what it keeps and sends."""
 
     name: str
     forward_seconds: float = Field(ge=0)
@@ -40,7 +38,7 @@ class LayerProfile(_Record):
     optimizer_seconds: float = Field(0.0, ge=0)
     num_parameters: int = Field(0, ge=0)
     activation_bytes: float = Field(0.0, ge=0, description="Kept until the last backward pass.")
-    output_bytes: float = Field(0.0, ge=0, description="Of the hidden state behind it.")
+    output_bytes: float = Field(0.0, ge=0, description="Of the hidden state after it.")
 
 
 class HeadProfile(_Record):
@@ -76,23 +74,9 @@ class Profile(_Record):
         """Reads a profile.
 
         Raises:
-            ConfigError: If there is none at ``path``, saying what is wrong with the file.
+            ConfigError: If ``path`` holds none, saying what is wrong with the file.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{path}: cannot read the profile: {error}; make one with `ds-interlock profile`"
-            ) from error
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            faults = [
-                f"{'.'.join(map(str, detail['loc'])) or 'the file'}: {detail['msg']}"
-                for detail in error.errors()
-            ]
-            subject = f"{path} is not a profile of `ds-interlock profile` (format 1)"
-            raise ConfigError(list_faults(subject, faults[:10])) from error
+        return read_record(path, cls, what="profile", hint="make one with `ds-interlock profile`")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the profile as JSON; an interrupted write leaves an earlier file as it was."""

@@ -113,10 +113,10 @@ def run_local_ranks(
                 theirs.close()
             return _collect(ranks, logs, deadline, on_report)
         finally:
-            for process in ranks.values():
-                if process.pid is not None:
-                    process.kill()
-                    process.join()
+            for started in ranks.values():
+                if started.pid is not None:
+                    started.kill()
+                    started.join()
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ class PlanError(ValueError):
 
 
 class ScheduleError(ValueError):
-    """A program does not carry out its plan. Shows the grid with the faulty action marked."""
+    """A program does not do the work of its plan. Shows the grid with the faulty action marked."""
 
 
 class DataError(ValueError):

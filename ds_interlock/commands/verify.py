@@ -59,7 +59,7 @@ def add_parser(commands: Any) -> None:
         "--layers",
         type=at_least_one,
         metavar="L",
-        help="layers of the small model (default: 2 K + 1, room for a head inside every stage)",
+        help="layers of the small model (default: 2 K + 1, room for a head within every stage)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="of weights and data (default: %(default)s)"
@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _leaving_on_sigterm() -> Iterator[None]:
-    """Lets a termination unwind as Ctrl-C does, so that processes started are stopped too."""
+    """Lets a termination unwind as Ctrl-C does, so that processes are stopped too."""
 
     def leave(number: int, _: object) -> None:
         sys.exit(128 + number)

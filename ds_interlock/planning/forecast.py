@@ -1,9 +1,9 @@
-"""A setting played through at a model's costs: how long a batch takes, and what it takes up.
+"""A setting simulated at a model's costs: how long a batch takes, and how much memory and traffic.
 
     forecasts = compare(interlock, profile, num_stages=8, num_micro_batches=4)
 
 The setting of the configuration comes first, global second. A setting that does not exist for these
-stages (window 3 on two stages, a head inside a stage of one layer) is left out and named in ``skipped``.
+stages (window 3 on two stages, a head within a stage of one layer) is left out and named in ``skipped``.
 """
 
 from collections.abc import Sequence

@@ -48,7 +48,7 @@ _NUM_MICRO_BATCHES = (1, 2, 4, 8, 16)
 _TICKS = 100_000
 
 _MOST_PLAYED = 96
-"""Micro-batches after which stages are taken to have found their pace."""
+"""Micro-batches after which stages are assumed to run at a steady pace."""
 
 _SLACK = 0.03
 """What a batch may differ from its steady time, as a share of it."""
@@ -101,7 +101,7 @@ def render_page(
         num_micro_batches: Where the slider for M stands at first. Others are 1, 2, 4, 8, 16.
         stage_bounds: Where to cut the layers into ``num_stages``; by default as evenly as can be.
         title: Heading of the page; by default the profile's model.
-        progress: Told how far the work is, after every view.
+        progress: Called after every view.
 
     Raises:
         ConfigError: If the configured setting, the stages and the profile do not fit together.
@@ -195,8 +195,8 @@ class _Views:
     def _excerpt(self, forecast: Forecast) -> tuple[Rows, float, float]:
         """Spans that cover some batches of the running pipeline, and the times these begin and end.
 
-        Until the stages in front are held up by those behind, they run ahead; where a forecast is not
-        played for long enough to get past that, more of it is played here.
+        At first, stages upstream run ahead of slower ones downstream. Where a forecast does not last long
+        enough to get past that, more of it is simulated here.
         """
         num_batches = _num_batches(forecast)
         length = num_batches * forecast.batch_seconds
@@ -204,7 +204,7 @@ class _Views:
             start = _steady_start(rows, num_batches, length)
             if min(row[-1].end for row in rows) >= (start + length) * (1 - _SLACK):
                 return rows, start, start + length
-        # Not held up yet: between many stages there is room for many micro-batches.
+        # Still ahead: between many stages there is room for many micro-batches.
         end = min(row[-1].end for row in rows)
         return rows, end - length, end
 

@@ -149,10 +149,7 @@ def unit_profile(num_layers: int, layers_per_stage: float, head_share: float = 0
     """
     share = 1.0 / layers_per_stage
     layer = LayerProfile(
-        name="layer",
-        forward_seconds=share,
-        input_gradient_seconds=share,
-        weight_gradient_seconds=share,
+        name="layer", forward_seconds=share, input_gradient_seconds=share, weight_gradient_seconds=share
     )
     return Profile(
         model="equal layers",

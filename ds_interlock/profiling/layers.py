@@ -177,7 +177,7 @@ def profile_layers(
         calls: The layers and their inputs, on the device to measure on.
         meter: A ``Stopwatch`` or a ``FlopMeter``.
         optimizer: Makes the optimizer of a list of parameters; None to leave the step out.
-        progress: Told what is being measured.
+        progress: Called with what is being measured.
     """
     layers = [_Layer(call) for call in calls]
     for number in range(num_rounds_of(meter)):

@@ -120,7 +120,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _head(config: HeadConfig, calls: list[LayerCall], hidden_btd: Tensor) -> nn.Module:
-    """A head as the pipeline would build it behind the middle of the model."""
+    """A head as the pipeline would build it after the middle of the model."""
     make_head = head_factory(config, [call.module for call in calls])
     before = torch.get_default_dtype()
     torch.set_default_dtype(hidden_btd.dtype)

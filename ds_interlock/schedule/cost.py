@@ -17,7 +17,7 @@ class CostModel:
     """Costs of one micro-batch on one stage, in any unit of time (seconds, or multiples of a forward).
 
     A value is one number for all stages or a sequence with one for each stage. Work on part of a
-    stage (up to a head inside it) costs the share of the layers it runs, by ``layer_weights``.
+    stage (up to a head within it) costs the share of the layers it runs, by ``layer_weights``.
 
     Attributes:
         forward: Forward through the stage.

@@ -1,7 +1,7 @@
 """From the order of work to a program: what a stage loads, receives, computes and sends, in order.
 
 Communication is added here and only here. Walking through a stage's work, a send follows the action
-that made the message; the matching receive is placed into the neighbour's program in the same go,
+that made the message; the matching receive is placed into the neighbour's program at the same time,
 so the order of messages on a link has one author. A receive is *posted* early (its data may arrive
 while the stage works on), but never more than ``RECEIVE_AHEAD`` ahead of the work that takes it,
 which is also what keeps a fast stage from running away from a slow one.
@@ -44,7 +44,7 @@ class Program:
         return action.micro_batch % self.slots[action.stage]
 
 
-@lru_cache(maxsize=128)  # asked for at every batch
+@lru_cache(maxsize=128)  # called at every batch
 def training_program(plan: GradientFlowPlan, num_micro_batches: int, *, extra_in_flight: int = 0) -> Program:
     """The program of one training batch: ordered, lowered, ready to run.
 

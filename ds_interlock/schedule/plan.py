@@ -15,7 +15,7 @@ last head is the model's own output and loss. The plan says, for every stage k, 
 
 Local learning is the same picture with arrows one stage long, ordinary ("global") backpropagation
 with one arrow as long as the pipeline. A stage that an arrow crosses on its way to an upstream stage
-*relays* it: it computes the input gradient and passes it on.
+*relays* it: it computes the input gradient and sends it upstream.
 
 Source: Gomez, Key, Perlin, Gou, Frosst, Dean, Gal: Interlocking Backpropagation: Improving
 depthwise model-parallelism. JMLR 23(171), 2022. Fractional windows are this project's own.
@@ -40,7 +40,7 @@ class LossHead:
 
     Attributes:
         stage: The stage that computes it.
-        after_layer: Number of layers in front of it, counted over the whole model.
+        after_layer: Number of layers before it, counted over the whole model.
         weight: Factor of this loss in every gradient it takes part in, its own head's included.
     """
 
@@ -206,23 +206,23 @@ class GradientFlowPlan:
         return tuple(i for i, head in enumerate(self.heads) if head.stage == stage)
 
     def is_inner(self, loss: int) -> bool:
-        """True if the head sits inside its stage rather than at its end."""
+        """True if the head sits within its stage rather than at its end."""
         head = self.heads[loss]
         return head.after_layer < self.stage_bounds[head.stage + 1]
 
     def upstream(self, loss: int, stage: int) -> frozenset[int]:
-        """The stages in front of ``stage`` that ``loss`` trains."""
+        """The stages before ``stage`` that ``loss`` trains."""
         return self._upstream[loss, stage]
 
     def relays(self, stage: int) -> tuple[int, ...]:
-        """Losses whose input gradient ``stage`` passes on to the stage in front of it."""
+        """Losses whose input gradient ``stage`` sends to the previous stage."""
         return tuple(loss for bundle in self.bundles(stage) for loss in bundle)
 
     def bundles(self, stage: int) -> tuple[tuple[int, ...], ...]:
         """The relays of ``stage``, those that train the same upstream stages grouped together.
 
         The gradients of a group are never needed apart again, so they travel as one sum. Groups
-        are ordered by the stage they have come from: the nearest loss is there first.
+        are ordered by the stage they come from: the nearest loss arrives first.
         """
         return self._bundles[stage]
 
@@ -277,7 +277,7 @@ class GradientFlowPlan:
 
 
 def loss_name(plan: GradientFlowPlan, loss: int) -> str:
-    """How the loss with this index in ``plan.heads`` is called in reports, in every plan with this place."""
+    """How reports call the loss with this index, in every plan with a head at this position."""
     return "final_loss" if loss == plan.final else f"loss_after_layer_{plan.heads[loss].after_layer}"
 
 
@@ -328,7 +328,7 @@ def _head_at(
     num_layers = bounds[slot + 1] - bounds[slot]
     if num_layers < 2:
         faults.append(
-            f"a fractional window needs a head inside stage {slot}, which has {num_layers} layer; "
+            f"a fractional window needs a head within stage {slot}, which has {num_layers} layer; "
             "give it at least 2 layers, or use a whole window"
         )
     inside = min(max(round(fraction * num_layers), 1), num_layers - 1)
@@ -370,9 +370,9 @@ def _faults(plan: GradientFlowPlan) -> list[str]:
             elif plan.heads[loss].after_layer < bounds[stage + 1]:
                 faults.append(f"stage {stage} is trained by loss {loss}, which sits before its end")
     trains = frozenset().union(*plan.trained_by)
-    idle = [loss for loss in range(len(plan.heads)) if loss not in trains]
-    if idle:
-        faults.append(f"losses {idle} train no stage: leave their heads out")
+    unused = [loss for loss in range(len(plan.heads)) if loss not in trains]
+    if unused:
+        faults.append(f"losses {unused} train no stage: leave their heads out")
     return faults
 
 

@@ -1,6 +1,6 @@
 """Pictures of a program: a grid of text, and an SVG of when what ran.
 
-The grid shows the order of work. One row a stage, time to the right, every action one slot wide
+The grid shows the order of work. One row per stage, time to the right, every action one slot wide
 whatever it costs, and a blank where the stage waits. Window 2, two micro-batches:
 
     stage 0 | F0 F1       W0       W1 S2
@@ -8,7 +8,7 @@ whatever it costs, and a blank where the stage waits. Window 2, two micro-batche
     stage 2 |       F0 H0 I0 F1 H1 I1 W0    W1 S2
     stage 3 |          F0 H0 I0 W0 F1 H1 I1 W1 S2
 
-The stage's number stands in front of its row; the losses of an action are left out where the stage
+The stage's number comes before its row; the losses of an action are left out where the stage
 has no choice. The SVG shows durations, measured or simulated, and any number of timelines under one
 another, on one scale where they have one unit.
 """
@@ -56,7 +56,7 @@ class Timeline:
 
 
 def render_text(program: Program, *, faulty: Collection[Place] = (), missing: Collection[Action] = ()) -> str:
-    """The work of ``program`` as a grid of text, one row a stage, time to the right.
+    """The work of ``program`` as a grid of text, one row per stage, time to the right.
 
     Args:
         program: What to show. It need not be correct.

@@ -154,7 +154,7 @@ class _Verifier:
         for action, of_action in places.items():
             astray = [place for place in of_action if place[0] != action.stage]
             if action not in expected:
-                self._fault(f"{action} is not asked for by the plan; leave it out", of_action)
+                self._fault(f"{action} is not work of the plan; leave it out", of_action)
             elif astray:
                 self._fault(f"{action} is in the list of stage {astray[0][0]}, not of its own stage", astray)
             elif len(of_action) > 1:

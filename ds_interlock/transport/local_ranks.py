@@ -120,7 +120,7 @@ def run_local_ranks(
 
 
 def free_port() -> int:
-    """A port nobody listens on.
+    """A port on which no process listens.
 
     It is below those that systems hand out by themselves: one of these may be in use again before the job
     that it is for has begun to listen.

@@ -63,7 +63,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a verification found.
+    """The results of a verification.
 
     Attributes:
         plan: The plan that was run.
@@ -83,20 +83,20 @@ class Report:
         return all(check.passed for check in self.checks)
 
 
-def worst_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+def worst_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest difference between two sets of tensors, each relative to the largest entry expected.
 
     Infinite if one has a tensor that the other lacks, or of another shape; 0 only if all are equal.
     """
-    if found.keys() != expected.keys():
+    if actual.keys() != expected.keys():
         return math.inf
-    return max((_error(found[name], expected[name]) for name in expected), default=math.inf)
+    return max((_error(actual[name], expected[name]) for name in expected), default=math.inf)
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape:
+def _error(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape:
         return math.inf
-    difference = (found.double() - expected.double()).abs().max().item()
+    difference = (actual.double() - expected.double()).abs().max().item()
     scale = expected.double().abs().max().item()
     return difference / scale if scale else (math.inf if difference else 0.0)
 
@@ -161,8 +161,8 @@ def gradients_in_process(
     net = InProcessPipeline(layers, loss_fn, plan, head).double()
     batch = _double(random_batches(1, seed)[0])
     net.accumulate_gradients(micro_batches(batch, NUM_MICRO_BATCHES))
-    found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
-    return found, truncated_gradients(net, batch)
+    actual = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return actual, truncated_gradients(net, batch)
 
 
 def _double(batch: Batch) -> Batch:
@@ -231,7 +231,7 @@ class _Runs:
 
 
 def _checks_by_stage(
-    plan: GradientFlowPlan, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    plan: GradientFlowPlan, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> list[Check]:
     def part(gradients: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
         return {name: value for name, value in gradients.items() if stage_of(plan, name) == stage}
@@ -239,7 +239,7 @@ def _checks_by_stage(
     return [
         _compare(
             f"processes, float32, stage {stage}: gradients == autograd",
-            part(found, stage),
+            part(actual, stage),
             part(expected, stage),
             FLOAT32_LIMIT,
         )
@@ -266,15 +266,15 @@ def _checks_between(runs: _Runs, outcomes: Mapping[Run, Outcome]) -> list[Check]
     return [*checks, _same_training(name, whole, ordinary)]
 
 
-def _same_training(name: str, found: Outcome, expected: Outcome) -> Check:
+def _same_training(name: str, actual: Outcome, expected: Outcome) -> Check:
     """Weights and loss after a few batches must be the same to the last bit."""
     check = _compare(
-        f"{name}: weights after {NUM_BATCHES} batches", found.weights, expected.weights, _BIT_FOR_BIT
+        f"{name}: weights after {NUM_BATCHES} batches", actual.weights, expected.weights, _BIT_FOR_BIT
     )
-    if torch.equal(found.loss, expected.loss):
+    if torch.equal(actual.loss, expected.loss):
         return check
     return Check(check.name, check.num_parameters, math.inf, check.limit)
 
 
-def _compare(name: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float) -> Check:
-    return Check(name, len(expected), worst_error(found, expected), limit)
+def _compare(name: str, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float) -> Check:
+    return Check(name, len(expected), worst_error(actual, expected), limit)

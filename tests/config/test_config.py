@@ -130,7 +130,7 @@ def test_a_schedule_has_a_plan_for_every_phase() -> None:
         GradientFlowPlan.end_to_end(stage_bounds=BOUNDS),
     ]
     assert not config.is_global
-    with pytest.raises(ConfigError, match=r"interlock\.schedule: one plan is asked for, but 4 phases"):
+    with pytest.raises(ConfigError, match=r"interlock\.schedule: a schedule of 4 phases has no single plan"):
         config.plan(BOUNDS)
 
 

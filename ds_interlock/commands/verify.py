@@ -89,28 +89,21 @@ def run(options: argparse.Namespace) -> int:
     with _leaving_on_sigterm(), Console(stderr=True).status("importing DeepSpeed") as status:
         from ds_interlock.verification.checks import verify
 
+        how = {"seed": options.seed, "timeout_seconds": options.timeout, "progress": status.update}
         reports = [
-            verify(
-                section,
-                phase.plan,
-                seed=options.seed,
-                timeout_seconds=options.timeout,
-                progress=status.update,
-            )
+            verify(section, phase.plan, **how)
             for phase, (_, section) in zip(schedule.phases, interlock.phases, strict=True)
         ]
+    by_step = list(zip([phase.from_step for phase in schedule.phases], reports, strict=True))
     if options.json:
-        phases = [
-            {"from_step": phase.from_step, **_as_json(report)}
-            for phase, report in zip(schedule.phases, reports, strict=True)
-        ]
+        phases = [{"from_step": step, **_as_json(report)} for step, report in by_step]
         print(
             json.dumps(_as_json(reports[0]) if interlock.schedule is None else {"phases": phases}, indent=2)
         )
     else:
-        for phase, report in zip(schedule.phases, reports, strict=True):
+        for step, report in by_step:
             if interlock.schedule is not None:
-                print(f"From step {phase.from_step}:\n")
+                print(f"From step {step}:\n")
             _print_report(report)
     return _OK if all(report.passed for report in reports) else _FAILED
 
@@ -179,13 +172,8 @@ def _as_json(report: "Report") -> dict[str, Any]:
         },
         "num_programs_verified": report.num_programs,
         "checks": [
-            {
-                "name": check.name,
-                "num_parameters": check.num_parameters,
-                "error": check.error if math.isfinite(check.error) else None,
-                "limit": check.limit,
-                "passed": check.passed,
-            }
+            vars(check)
+            | {"error": check.error if math.isfinite(check.error) else None, "passed": check.passed}
             for check in report.checks
         ],
         "notes": list(report.notes),

@@ -204,7 +204,7 @@ def forecast(
         activation_bytes=tuple(
             number * size for number, size in zip(simulation.peak_in_flight, kept, strict=True)
         ),
-        relay_bytes=_relay_bytes(program, costs),
+        relay_bytes=simulation.relay_bytes,
         head_share=_head_share(plan, simulation),
         speed=1.0,
         rows=simulation.spans,
@@ -247,13 +247,6 @@ def _window(interlock: InterlockConfig, plan: GradientFlowPlan) -> float:
 
 def _relative(each: Forecast, pace: float) -> Forecast:
     return replace(each, speed=pace / each.batch_seconds)
-
-
-def _relay_bytes(program: Program, costs: CostModel) -> tuple[float, ...]:
-    return tuple(
-        sum(costs.message_bytes(action) for action in actions if action.kind is Kind.SEND_GRADIENT)
-        for actions in program.stages
-    )
 
 
 def _head_share(plan: GradientFlowPlan, simulation: Simulation) -> float:

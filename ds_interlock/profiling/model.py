@@ -19,8 +19,7 @@ from ds_interlock.profiling.layers import (
     MakeOptimizer,
     Meter,
     first_tensor,
-    median_of_rounds,
-    num_rounds_of,
+    loss_seconds,
     profile_head,
     profile_layers,
 )
@@ -84,11 +83,6 @@ def profile_model(
     last = calls[-1]
     with torch.no_grad():
         outputs = first_tensor(last.module(*last.inputs, **last.options))
-    leaf = outputs.detach().requires_grad_()
-    loss_rounds = [
-        meter(lambda: loss_fn(leaf, labels_bt).backward())[0]  # type: ignore[no-untyped-call]
-        for _ in range(num_rounds_of(meter))
-    ]
     latency_seconds, bandwidth = link or (0.0, None)
     return Profile(
         model=model,
@@ -99,7 +93,7 @@ def profile_model(
         seq_length=labels_bt.shape[1],
         layers=tuple(layers),
         head=head_profile,
-        loss_seconds=median_of_rounds(loss_rounds),
+        loss_seconds=loss_seconds(lambda outputs: loss_fn(outputs, labels_bt), outputs, meter),
         label_bytes=labels_bt.numel() * labels_bt.element_size(),
         tied_layers=tied_layers,
         latency_seconds=latency_seconds,

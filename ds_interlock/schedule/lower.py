@@ -10,7 +10,7 @@ which is also what keeps a fast stage from running away from a slow one.
     stage 1:  RECV_F0 RECV_F1 | F0 H0@0 I0@0 SEND_I0@0 | RECV_F2 | F1 ...
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -42,6 +42,23 @@ class Program:
     def buffer(self, action: Action) -> int:
         """The activation buffer ``action`` works on: a micro-batch keeps it until its last pass."""
         return action.micro_batch % self.slots[action.stage]
+
+
+def micro_batch_starts(actions: Iterable[Action]) -> Iterator[tuple[Action, tuple[Action, ...]]]:
+    """The first action of each micro-batch, and those of the micro-batches in flight at that moment.
+
+    Args:
+        actions: Of one stage, in order.
+    """
+    work = [action for action in actions if action.kind in COMPUTE_KINDS - {Kind.STEP}]
+    last = {action.micro_batch: action for action in work}
+    live: dict[int, Action] = {}
+    for action in work:
+        if action.micro_batch not in live:
+            yield action, tuple(live.values())
+            live[action.micro_batch] = action
+        if last[action.micro_batch] == action:
+            del live[action.micro_batch]
 
 
 @lru_cache(maxsize=128)  # called at every batch

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule.action import COMPUTE_KINDS, RECV_KINDS, SEND_KINDS, Action, Kind
 from ds_interlock.schedule.cost import CostModel, LinkTimes
-from ds_interlock.schedule.lower import Program, receive_of, receives_needed
+from ds_interlock.schedule.lower import Program, micro_batch_starts, receive_of, receives_needed
 
 SEND_AHEAD = 2
 """Messages of one link that may be on their way before the sending stage waits."""
@@ -62,14 +62,14 @@ class Simulation:
         batch_seconds: Time a batch takes once the pipeline is running.
         bubble_fraction: Share of the stages' time, over those batches, in which they wait.
         peak_in_flight: For each stage the most micro-batches it held activations of at once.
-        bytes_sent: For each stage the bytes it sends for one batch.
+        relay_bytes: For each stage the bytes of gradients it sends upstream for one batch.
     """
 
     spans: tuple[tuple[Span, ...], ...]
     batch_seconds: float
     bubble_fraction: float
     peak_in_flight: tuple[int, ...]
-    bytes_sent: tuple[float, ...]
+    relay_bytes: tuple[float, ...]
 
 
 def simulate(
@@ -114,9 +114,12 @@ def simulate(
         spans=tuple(map(tuple, player.spans)),
         batch_seconds=seconds,
         bubble_fraction=max(0.0, 1.0 - busy / total) if total else 0.0,
-        peak_in_flight=tuple(_peak_in_flight(program, stage) for stage in range(program.plan.num_stages)),
-        bytes_sent=tuple(
-            sum(player.costs.message_bytes(action) for action in actions if action.kind in SEND_KINDS)
+        peak_in_flight=tuple(
+            max((1 + len(live) for _, live in micro_batch_starts(actions)), default=0)
+            for actions in program.stages
+        ),
+        relay_bytes=tuple(
+            sum(player.costs.message_bytes(action) for action in actions if action.kind is Kind.SEND_GRADIENT)
             for actions in program.stages
         ),
     )
@@ -197,17 +200,3 @@ class _Player:
         arrival = self.links.arrival(send, max(sent, self.posted[receive]))
         self.arrivals[send.stage, send.kind][number] = arrival
         self.arrived[receive] = arrival
-
-
-def _peak_in_flight(program: Program, stage: int) -> int:
-    """Most micro-batches between the first and the last thing that ``stage`` does for them."""
-    work = [action for action in program.stages[stage] if action.kind in COMPUTE_KINDS - {Kind.STEP}]
-    last = {action.micro_batch: action for action in work}
-    live: set[int] = set()
-    peak = 0
-    for action in work:
-        live.add(action.micro_batch)
-        peak = max(peak, len(live))
-        if last[action.micro_batch] == action:
-            live.remove(action.micro_batch)
-    return peak

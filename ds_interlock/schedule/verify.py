@@ -16,7 +16,7 @@ from functools import partial
 from ds_interlock.errors import ScheduleError, list_faults
 from ds_interlock.schedule.action import COMPUTE_KINDS, SEND_KINDS, Action, Kind
 from ds_interlock.schedule.dependency import batch_end, dependencies, evaluation_actions, stage_actions
-from ds_interlock.schedule.lower import Program, receive_of, receives_needed, send_of
+from ds_interlock.schedule.lower import Program, micro_batch_starts, receive_of, receives_needed, send_of
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.render import Place, render_text
 from ds_interlock.schedule.simulate import StandstillError, simulate
@@ -218,32 +218,16 @@ class _Verifier:
 
     def _check_buffers(self) -> None:
         """No more micro-batches at once than slots, and no two of them in one buffer."""
-        for actions in self.order:
-            work = [action for action in actions if action.kind in COMPUTE_KINDS - {Kind.STEP}]
-            last = {action.micro_batch: action for action in work}
-            live: dict[int, Action] = {}
-            for action in work:
-                if action.micro_batch not in live:
-                    self._check_opening(action, [*live.values()])
-                    live[action.micro_batch] = action
-                if last[action.micro_batch] == action:
-                    del live[action.micro_batch]
-
-    def _check_opening(self, action: Action, live: Sequence[Action]) -> None:
-        """``action`` is the first of its micro-batch on its stage, the first of ``live`` are not done."""
-        slots = self.program.slots[action.stage]
-        clash = [other for other in live if self.program.buffer(other) == self.program.buffer(action)]
-        if len(live) >= slots:
-            self._fault(
-                f"{action} begins micro-batch {len(live) + 1} at once on stage {action.stage}, "
-                f"which has slots for {slots}",
-                [self.at[action]],
-            )
-        elif clash:
-            self._fault(
-                f"{action} takes the buffer that {clash[0]} filled and that is still in use",
-                [self.at[action], self.at[clash[0]]],
-            )
+        buffer = self.program.buffer
+        for stage, slots in enumerate(self.program.slots):
+            for action, live in micro_batch_starts(self.order[stage]):
+                clash = [other for other in live if buffer(other) == buffer(action)]
+                if len(live) >= slots:
+                    text = f"begins micro-batch {len(live) + 1} at once on stage {stage}, which has slots for"
+                    self._fault(f"{action} {text} {slots}", [self.at[action]])
+                elif clash:
+                    text = f"takes the buffer that {clash[0]} filled and that is still in use"
+                    self._fault(f"{action} {text}", [self.at[action], self.at[clash[0]]])
 
     def _check_standstill(self) -> None:
         """Even if every send waits for its receiver, all stages finish two batches."""

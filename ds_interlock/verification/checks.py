@@ -16,7 +16,6 @@ from ds_interlock.schedule.verify import verify as verify_program
 from ds_interlock.stage.in_process import InProcessPipeline
 from ds_interlock.verification.job import Outcome, Run, run_job
 from ds_interlock.verification.reference import (
-    Batch,
     loss_fn,
     micro_batches,
     random_batches,
@@ -159,14 +158,11 @@ def gradients_in_process(
     layers = small_model(plan.num_layers, seed)
     head = None if plan.is_end_to_end else head_factory(interlock.head, layers)
     net = InProcessPipeline(layers, loss_fn, plan, head).double()
-    batch = _double(random_batches(1, seed)[0])
+    inputs, labels = random_batches(1, seed)[0]
+    batch = inputs.double(), labels
     net.accumulate_gradients(micro_batches(batch, NUM_MICRO_BATCHES))
     actual = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     return actual, truncated_gradients(net, batch)
-
-
-def _double(batch: Batch) -> Batch:
-    return batch[0].double(), batch[1]
 
 
 def _repeatable(interlock: InterlockConfig, timeout_seconds: float) -> tuple[InterlockConfig, list[str]]:
@@ -220,14 +216,9 @@ class _Runs:
     @property
     def all(self) -> tuple[Run, ...]:
         """All runs, one that serves two purposes once."""
-        runs = (
-            self.configured,
-            self.streaming_switched,
-            *self.cut_otherwise,
-            self.whole_window,
-            self.ordinary,
-        )
-        return tuple(dict.fromkeys(run for run in runs if run is not None))
+        switched = [self.streaming_switched] if self.streaming_switched else []
+        runs = (self.configured, *switched, *self.cut_otherwise, self.whole_window, self.ordinary)
+        return tuple(dict.fromkeys(runs))
 
 
 def _checks_by_stage(

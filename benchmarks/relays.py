@@ -18,19 +18,16 @@ Times are in forwards of a stage, for each batch once the pipeline is running. E
 for its forward, its input gradient and its weight gradient, a head 0.3 of that.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec
 
 from benchmarks import results
 from benchmarks.sleeping_stages import HEAD_SHARE, LAYERS_PER_STAGE, WIDTH, sleeping_workload
-from ds_interlock.schedule import dependency, order
-from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.cost import CostModel
 from ds_interlock.schedule.lower import training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
@@ -51,21 +48,11 @@ class Side:
         plan: Makes the plan from the stage bounds.
         input_gradient: What an input gradient costs, in forwards.
         weight_gradient: What a weight gradient costs each stage on top of that, in forwards.
-        patch: Context in which programs are made.
     """
 
     plan: MakePlan
     input_gradient: float = 1.0
     weight_gradient: Callable[[GradientFlowPlan], list[float]] = lambda plan: [1.0] * plan.num_stages
-    patch: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-    @contextmanager
-    def in_force(self) -> Iterator[None]:
-        """Programs of this process are made as this side makes them."""
-        training_program.cache_clear()
-        with self.patch():
-            yield
-        training_program.cache_clear()
 
 
 class _EachAlone(GradientFlowPlan):
@@ -75,23 +62,31 @@ class _EachAlone(GradientFlowPlan):
         return tuple((loss,) for bundle in super().bundles(stage) for loss in bundle)
 
 
-def _window(window: float) -> MakePlan:
-    return lambda bounds: GradientFlowPlan.n_wise(window=window, stage_bounds=bounds)
+class _RelaysLast(GradientFlowPlan):
+    """A plan whose stages do all other work before a relay."""
+
+    urgency = (*GradientFlowPlan.urgency[1:], Kind.INPUT_GRADIENT)
 
 
-def _relays_last() -> AbstractContextManager[Any]:
-    return mock.patch.dict(order._URGENCY, {Kind.INPUT_GRADIENT: max(order._URGENCY.values()) + 1})
+class _TwoPasses(GradientFlowPlan):
+    """A plan whose stages compute input and weight gradients apart."""
+
+    merges_passes = False
 
 
-def _two_passes() -> AbstractContextManager[Any]:
-    return mock.patch.object(dependency, "relays_all_in_one", return_value=False)
+class _HeadsAfterTheForward(GradientFlowPlan):
+    """A plan in which a head within a stage waits for the end of the stage."""
+
+    def forward_part(self, loss: int) -> tuple[int, ...]:
+        return ()
 
 
-def _heads_after_the_forward() -> AbstractContextManager[Any]:
-    def whole_forward(plan: GradientFlowPlan, stage: int, micro_batch: int, loss: int) -> Action:
-        return Action(stage, Kind.FORWARD, micro_batch)
+def _window(window: float, kind: type[GradientFlowPlan] = GradientFlowPlan) -> MakePlan:
+    return lambda bounds: kind.n_wise(window=window, stage_bounds=bounds)
 
-    return mock.patch.object(dependency, "_forward_to", whole_forward)
+
+def _deep(kind: type[GradientFlowPlan] = GradientFlowPlan) -> MakePlan:
+    return lambda bounds: kind.deep_supervision(stage_bounds=bounds)
 
 
 def _with_needless_relays(plan: GradientFlowPlan) -> list[float]:
@@ -104,23 +99,20 @@ def _no_weight_gradient(plan: GradientFlowPlan) -> list[float]:
 
 
 _TWO = Side(_window(2))
-_FRACTIONAL = Side(_window(1.25))
-_DEEP = Side(lambda bounds: GradientFlowPlan.deep_supervision(stage_bounds=bounds))
-_DEEP_IN_TWO = replace(_DEEP, patch=_two_passes)
-_DEEP_EACH_ALONE = Side(lambda bounds: _EachAlone.deep_supervision(stage_bounds=bounds))
+_DEEP_IN_TWO = Side(_deep(_TwoPasses))
 MEASURES: dict[str, tuple[str, Side, Side]] = {
     "input gradient only": (
         "window 2",
         _TWO,
         replace(_TWO, input_gradient=2.0, weight_gradient=_no_weight_gradient),
     ),
-    "summed losses": ("deep supervision, two passes", _DEEP_IN_TWO, _DEEP_EACH_ALONE),
-    "one backward pass": ("deep supervision", _DEEP, _DEEP_IN_TWO),
-    "relays first": ("window 2", _TWO, replace(_TWO, patch=_relays_last)),
+    "summed losses": ("deep supervision, two passes", _DEEP_IN_TWO, Side(_deep(_EachAlone))),
+    "one backward pass": ("deep supervision", Side(_deep()), _DEEP_IN_TWO),
+    "relays first": ("window 2", _TWO, Side(_window(2, _RelaysLast))),
     "heads inside a stage": (
         "window 1.25",
-        _FRACTIONAL,
-        replace(_FRACTIONAL, patch=_heads_after_the_forward),
+        Side(_window(1.25)),
+        Side(_window(1.25, _HeadsAfterTheForward)),
     ),
     "skipped relays": ("window 2", _TWO, replace(_TWO, weight_gradient=_with_needless_relays)),
 }
@@ -168,9 +160,7 @@ def simulated_forwards(side: Side, num_stages: int, num_micro_batches: int) -> f
     costs = CostModel(
         input_gradient=side.input_gradient, weight_gradient=side.weight_gradient(plan), head=HEAD_SHARE
     )
-    with side.in_force():
-        program = training_program(plan, num_micro_batches)
-        return simulate(program, costs, num_batches=10).batch_seconds
+    return simulate(training_program(plan, num_micro_batches), costs, num_batches=10).batch_seconds
 
 
 def measure(
@@ -187,9 +177,8 @@ def measure(
         for _ in range(LAYERS_PER_STAGE)
     ]
     work = replace(work, layers=layers, plan=side.plan)
-    with side.in_force():
-        engine = make_engine(work, {"mode": "interlock", "window": 2})  # the plan is the side's
-        return [seconds_of_a_batch(engine, work, m, num_batches) / seconds for m in micro_batches]
+    engine = make_engine(work, {"mode": "interlock", "window": 2})  # the plan is the side's
+    return [seconds_of_a_batch(engine, work, m, num_batches) / seconds for m in micro_batches]
 
 
 def table(found: dict[str, Any]) -> str:

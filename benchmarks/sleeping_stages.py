@@ -11,9 +11,10 @@ import torch.distributed as dist
 from deepspeed.pipe import LayerSpec
 
 from ds_interlock import InterlockConfig
+from ds_interlock.planning.forecast import play
 from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.cost import CostModel
-from measuring.engines import Workload, simulated_batch
+from measuring.engines import Workload
 from measuring.sleeping import SleepingHead, SleepingLayer, sleeping_loss, use_exact_timers
 
 LAYERS_PER_STAGE = 4
@@ -95,7 +96,6 @@ def predicted_seconds(
     section: dict[str, Any], costs: list[dict[str, float]], num_micro_batches: int
 ) -> float:
     """A batch of M micro-batches according to the simulator, from the ``stage_costs`` of each stage."""
-    interlock = InterlockConfig(**section)
-    plan = interlock.plan([LAYERS_PER_STAGE * stage for stage in range(len(costs) + 1)])
+    bounds = [LAYERS_PER_STAGE * stage for stage in range(len(costs) + 1)]
     model = CostModel(**{name: [stage[name] for stage in costs] for name in costs[0]})
-    return simulated_batch(interlock, plan, model, num_micro_batches)
+    return play(InterlockConfig(**section), model, bounds, num_micro_batches, num_batches=10)[1].batch_seconds

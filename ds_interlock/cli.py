@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from ds_interlock import __version__
 from ds_interlock.commands import export, plan, profile, verify
-from ds_interlock.errors import ConfigError, PeerError, PlanError
+from ds_interlock.errors import ConfigError, PeerError, PlanError, ScheduleError
 
 FAILED, BAD_INPUT = 1, 2
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, PlanError) as error:
         print(f"ds-interlock: {error}", file=sys.stderr)
         return BAD_INPUT
-    except PeerError as error:
+    except (PeerError, ScheduleError) as error:
         print(f"ds-interlock: {error}", file=sys.stderr)
         return FAILED
     return status

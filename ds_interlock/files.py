@@ -1,4 +1,7 @@
-"""Files and folders that appear whole: an interrupted write leaves the previous one as it was."""
+"""Files and folders that are written whole, and JSON files that are read into records.
+
+An interrupted write leaves what was there before.
+"""
 
 import os
 import secrets
@@ -6,6 +9,43 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from ds_interlock.errors import ConfigError, list_faults
+
+Record = TypeVar("Record", bound=BaseModel)
+
+_MOST_FAULTS = 10
+
+
+def read_record(path: str | os.PathLike[str], kind: type[Record], *, what: str, hint: str) -> Record:
+    """Reads a JSON file into a pydantic model.
+
+    Args:
+        path: The file.
+        kind: The model.
+        what: What to call such a file, as "profile".
+        hint: What to do about a file that cannot be read, or is another kind of file.
+
+    Raises:
+        ConfigError: Saying what is wrong with the file.
+    """
+    try:
+        return kind.model_validate_json(Path(path).read_text(encoding="utf-8"))
+    except ValidationError as error:
+        faults = faults_of(error)[:_MOST_FAULTS]
+        raise ConfigError(f"{list_faults(f'{path} is not a {what}', faults)}; {hint}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the {what}: {error}; {hint}") from error
+
+
+def faults_of(error: ValidationError) -> list[str]:
+    """What pydantic complains of, a line for each key."""
+    return [
+        f"{'.'.join(map(str, detail['loc'])) or 'the file'}: {detail['msg']}" for detail in error.errors()
+    ]
 
 
 def replace_text(path: str | os.PathLike[str], text: str) -> None:

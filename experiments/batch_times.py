@@ -177,7 +177,7 @@ def _what_counts(section: Mapping[str, Any], stage_bounds: Sequence[int]) -> Has
     """All that the time of a batch depends on: equal for sections with equal times."""
     config = _one_phase(section)
     plan = config.plan(stage_bounds)
-    streams = config.streaming and not plan.is_end_to_end
+    streams = config.streams(plan, tied=False)
     return plan, streams, config.extra_in_flight, None if plan.is_end_to_end else config.head
 
 

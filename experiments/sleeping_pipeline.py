@@ -13,8 +13,9 @@ from deepspeed.pipe import LayerSpec
 from torch import Tensor
 
 from ds_interlock import InterlockConfig
+from ds_interlock.planning.forecast import play
 from experiments.stage_profile import StagedModel
-from measuring.engines import Workload, make_engine, seconds_of_a_batch, simulated_batch
+from measuring.engines import Workload, make_engine, seconds_of_a_batch
 from measuring.ranks import run_ranks
 from measuring.sleeping import SleepingHead, SleepingLayer, sleep, sleeping_loss, use_exact_timers
 
@@ -45,9 +46,9 @@ class Pipeline:
 
     def predicted(self, num_micro_batches: int) -> float:
         """A batch according to the simulator, in units; the engine itself needs no time there."""
-        plan = self.interlock.plan(self.model.stage_bounds)
-        costs = self.model.cost_model(plan, self.heads)
-        return simulated_batch(self.interlock, plan, costs, num_micro_batches)
+        bounds = self.model.stage_bounds
+        costs = self.model.cost_model(self.interlock.plan(bounds), self.heads)
+        return play(self.interlock, costs, bounds, num_micro_batches, num_batches=10)[1].batch_seconds
 
     def workload(self, unit_seconds: float) -> Workload:
         """The layers, heads and final loss, each of which sleeps."""

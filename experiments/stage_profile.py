@@ -17,12 +17,11 @@ from ds_interlock.planning.profile import HeadProfile, LayerProfile, Profile
 from ds_interlock.profiling.layers import (
     Stopwatch,
     first_tensor,
-    median_of_rounds,
-    num_rounds_of,
+    loss_seconds,
     profile_head,
     profile_layers,
 )
-from ds_interlock.profiling.model import LossFn, calls_in_sequence
+from ds_interlock.profiling.model import calls_in_sequence
 from ds_interlock.schedule.cost import CostModel
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.heads import build_head
@@ -97,7 +96,7 @@ class TaskProfile:
         calls = calls_in_sequence(task.layers, first_tensor(inputs))
         profiles = profile_layers(calls, _stopwatch(num_rounds), None)
         outputs = first_tensor(task.layers[-1](*calls[-1].inputs))
-        loss_seconds = _loss_seconds(task.loss_fn, outputs, labels, num_rounds)
+        seconds = loss_seconds(lambda outputs: task.loss_fn(outputs, labels), outputs, _stopwatch(num_rounds))
         unit = sum(layer.forward_seconds for layer in profiles) / (len(task.stage_bounds) - 1)
         layers = tuple(
             LayerProfile(
@@ -108,7 +107,7 @@ class TaskProfile:
             )
             for number, layer in enumerate(profiles)
         )
-        model = StagedModel(tuple(task.stage_bounds), layers, loss_seconds / unit)
+        model = StagedModel(tuple(task.stage_bounds), layers, seconds / unit)
         return cls(task, model, unit, num_rounds=num_rounds)
 
     def heads_of(self, section: InterlockConfig) -> dict[int, float]:
@@ -144,16 +143,6 @@ class TaskProfile:
 def without_learning(head: HeadConfig) -> HeadConfig:
     """The part of a head's section that its time depends on."""
     return HeadConfig(**head.resolve(pretrained=False).model_dump(exclude=LEARNING_KEYS))
-
-
-def _loss_seconds(loss_fn: LossFn, outputs: Tensor, labels: Any, num_rounds: int) -> float:
-    meter = _stopwatch(num_rounds)
-    leaf = outputs.detach().requires_grad_()
-
-    def both_passes() -> None:
-        loss_fn(leaf, labels).backward()  # type: ignore[no-untyped-call]
-
-    return median_of_rounds([meter(both_passes)[0] for _ in range(num_rounds_of(meter))])
 
 
 def _stopwatch(num_rounds: int) -> Stopwatch:

@@ -15,13 +15,9 @@ from torch import Tensor
 
 import ds_interlock
 from ds_interlock.errors import ConfigError
-from ds_interlock.schedule.cost import CostModel
-from ds_interlock.schedule.lower import training_program
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
-from ds_interlock.schedule.simulate import simulate
 
 LEARNING_RATE = 1e-3
-_NUM_SIMULATED_BATCHES = 10
 
 
 @dataclass(frozen=True)
@@ -119,12 +115,3 @@ def seconds_of_a_batch(engine: Any, work: Workload, num_micro_batches: int, num_
         engine.drain()
     dist.all_reduce(elapsed, dist.ReduceOp.MAX)
     return elapsed.item()
-
-
-def simulated_batch(
-    interlock: ds_interlock.InterlockConfig, plan: GradientFlowPlan, costs: CostModel, num_micro_batches: int
-) -> float:
-    """Time of a batch in the simulator, once the pipeline is running, in the unit of ``costs``."""
-    program = training_program(plan, num_micro_batches, extra_in_flight=interlock.extra_in_flight)
-    streaming = interlock.streaming and not plan.is_end_to_end
-    return simulate(program, costs, num_batches=_NUM_SIMULATED_BATCHES, streaming=streaming).batch_seconds

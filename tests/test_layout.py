@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "hf/export": {"heads", "hf/model", "models", "schedule"},
     "images": {"heads", "hf/data", "sampling"},
     "jobs": {"config", "hf/data", "hf/export", "hf/model", "images", "models"},
-    "verification": {"config", "heads", "schedule", "stage"},
+    "verification": {"config", "heads", "schedule", "stage", "transport"},
 }
 # What each tree may import of the others.
 TREE_MAY_IMPORT = {

@@ -14,7 +14,7 @@ Writes a model that launcher/finetune.py trained as a folder that transformers l
 configuration, generation configuration and tokenizer, without the auxiliary heads. Of a model with
 adapters (LoRA) the adapters alone are written, in peft's format.
 
-With --stages N, writes a smaller model of the same architecture instead: the blocks in front of an
+With --stages N, writes a smaller model of the same architecture instead: the blocks before an
 auxiliary head in stage N - 1, and that head, as a draft for speculative decoding or an early exit.
 
 OUT appears when it is complete; a model that was there is replaced only then.

@@ -15,13 +15,14 @@ from ds_interlock.planning.forecast import Comparison, Forecast, compare
 from ds_interlock.planning.profile import Profile, unit_profile
 from ds_interlock.planning.report import as_json, print_report, write_svg, write_trace
 from ds_interlock.schedule.picture import draw_plan
+from ds_interlock.schedule.plan import rises
 
 _DEFAULT_STAGES = 4
 _UNIT_LAYERS_PER_STAGE = 4
 _WIDTH = 130  # of tables that do not go to a terminal
 
 _PLAN = """\
-Plays CONFIG's plan through (of a schedule, the plan of each phase) and prints the time of a batch, the
+Simulates CONFIG's plan (of a schedule, the plan of each phase) and prints the time of a batch, the
 bubble, the micro-batches in flight and their activations, the gradients relayed, the share of the auxiliary
 heads, and the speed relative to global backpropagation (1F1B, as DeepSpeed runs it); then says whether
 interlocking pays here.
@@ -51,10 +52,7 @@ def add_parser(commands: Any) -> None:
         help="in a batch (default: CONFIG's gradient_accumulation_steps)",
     )
     parser.add_argument(
-        "--bounds",
-        type=_bounds,
-        metavar="0,3,...",
-        help="first layer of each stage; number of layers",
+        "--bounds", type=_bounds, metavar="0,3,...", help="first layer of each stage; number of layers"
     )
     costs = parser.add_mutually_exclusive_group()
     costs.add_argument("--profile", metavar="FILE", help="measured costs, from `ds-interlock profile`")
@@ -78,7 +76,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints and writes what was asked for."""
+    """Prints the report and writes the pictures."""
     contents = read_deepspeed(options.config)
     interlock = InterlockConfig.from_deepspeed(options.config)
     check_deepspeed(contents)
@@ -113,16 +111,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_phases(options: argparse.Namespace, interlock: InterlockConfig) -> None:
-    """Pictures are of one plan.
-
-    Raises:
-        ConfigError: If some are asked for, and the plan changes.
-    """
+    """Raises ConfigError if pictures are wanted of a plan that changes."""
     pictures = {"--svg": options.svg, "--trace": options.trace, "--html": options.html}
-    asked = [flag for flag, path in pictures.items() if path]
-    if len(interlock.phases) > 1 and asked:
+    flags = [flag for flag, path in pictures.items() if path]
+    if len(interlock.phases) > 1 and flags:
         raise ConfigError(
-            f"{', '.join(asked)}: a picture is of one plan, but interlock.schedule has "
+            f"{', '.join(flags)}: a picture is of one plan, but interlock.schedule has "
             f"{len(interlock.phases)} phases; draw one from a config with its mode and window"
         )
 
@@ -192,7 +186,7 @@ def _micro_batches_of(contents: dict[str, Any]) -> int:
     """The config's number of micro-batches.
 
     Raises:
-        ConfigError: If it does not say.
+        ConfigError: If it has none.
     """
     value = contents.get("gradient_accumulation_steps")
     batch, micro = contents.get("train_batch_size"), contents.get("train_micro_batch_size_per_gpu")
@@ -200,7 +194,7 @@ def _micro_batches_of(contents: dict[str, Any]) -> int:
         value = batch // micro  # one data-parallel replica
     if not isinstance(value, int) or value < 1:
         raise ConfigError(
-            f"gradient_accumulation_steps: got {value!r}, expected a whole number of at least 1; or say "
+            f"gradient_accumulation_steps: got {value!r}, expected a whole number of at least 1; or use "
             "--micro-batches"
         )
     return value
@@ -211,6 +205,6 @@ def _bounds(text: str) -> list[int]:
         bounds = [int(part) for part in text.split(",")]
     except ValueError:
         bounds = []
-    if len(bounds) < 2 or bounds[0] != 0 or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if len(bounds) < 2 or bounds[0] != 0 or not rises(bounds):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected rising numbers from 0, like 0,4,8,12")
     return bounds

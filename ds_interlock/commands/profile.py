@@ -33,10 +33,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("config", metavar="CONFIG", help="DeepSpeed JSON config")
     parser.add_argument(
-        "--model",
-        required=True,
-        metavar="NAME_OR_PATH",
-        help="Hugging Face model, or a folder of one",
+        "--model", required=True, metavar="NAME_OR_PATH", help="Hugging Face model, or a folder of one"
     )
     parser.add_argument(
         "--seq-length",

@@ -25,8 +25,9 @@ _DEFAULT_TIMEOUT_SECONDS = 300.0
 _WIDTH = 100  # of tables that do not go to a terminal
 
 _VERIFY = """\
-Carries out the plan of CONFIG's "interlock" section (mode, window, combine, head_stride, head, ...) on a
-small random model, with the real engine in as many processes on CPU as there are stages, and compares:
+Runs the plan of CONFIG's "interlock" section (mode, window, combine, head_stride, head, ...) on a small
+random model, with the real engine in as many processes on CPU as there are stages. A program that is wrong
+or could come to a standstill is refused before it runs. Then it compares:
 
   - the gradient of every parameter, layers and heads, with float64 autograd on truncated graphs;
   - the gradients of the same samples in other numbers of micro-batches;
@@ -58,7 +59,7 @@ def add_parser(commands: Any) -> None:
         "--layers",
         type=at_least_one,
         metavar="L",
-        help="layers of the small model (default: 2 K + 1, room for a head inside every stage)",
+        help="layers of the small model (default: 2 K + 1, room for a head within every stage)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="of weights and data (default: %(default)s)"
@@ -88,35 +89,28 @@ def run(options: argparse.Namespace) -> int:
     with _leaving_on_sigterm(), Console(stderr=True).status("importing DeepSpeed") as status:
         from ds_interlock.verification.checks import verify
 
+        how = {"seed": options.seed, "timeout_seconds": options.timeout, "progress": status.update}
         reports = [
-            verify(
-                section,
-                phase.plan,
-                seed=options.seed,
-                timeout_seconds=options.timeout,
-                progress=status.update,
-            )
+            verify(section, phase.plan, **how)
             for phase, (_, section) in zip(schedule.phases, interlock.phases, strict=True)
         ]
+    by_step = list(zip([phase.from_step for phase in schedule.phases], reports, strict=True))
     if options.json:
-        phases = [
-            {"from_step": phase.from_step, **_as_json(report)}
-            for phase, report in zip(schedule.phases, reports, strict=True)
-        ]
+        phases = [{"from_step": step, **_as_json(report)} for step, report in by_step]
         print(
             json.dumps(_as_json(reports[0]) if interlock.schedule is None else {"phases": phases}, indent=2)
         )
     else:
-        for phase, report in zip(schedule.phases, reports, strict=True):
+        for step, report in by_step:
             if interlock.schedule is not None:
-                print(f"From step {phase.from_step}:\n")
+                print(f"From step {step}:\n")
             _print_report(report)
     return _OK if all(report.passed for report in reports) else _FAILED
 
 
 @contextmanager
 def _leaving_on_sigterm() -> Iterator[None]:
-    """Lets a termination unwind as Ctrl-C does, so that processes started are stopped too."""
+    """Lets a termination unwind as Ctrl-C does, so that processes are stopped too."""
 
     def leave(number: int, _: object) -> None:
         sys.exit(128 + number)
@@ -161,6 +155,7 @@ def _print_report(report: "Report") -> None:
     console.print(table)
     for note in report.notes:
         print(f"note: {note}")
+    print(f"{report.num_programs} programs verified: all work in order, no standstill")
     num_failed = sum(not check.passed for check in report.checks)
     total = f"{len(report.checks)} checks"
     print(f"{num_failed} of {total} failed" if num_failed else f"all {total} passed")
@@ -175,14 +170,10 @@ def _as_json(report: "Report") -> dict[str, Any]:
             "heads": [vars(head) for head in report.plan.heads],
             "trained_by": [sorted(losses) for losses in report.plan.trained_by],
         },
+        "num_programs_verified": report.num_programs,
         "checks": [
-            {
-                "name": check.name,
-                "num_parameters": check.num_parameters,
-                "error": check.error if math.isfinite(check.error) else None,
-                "limit": check.limit,
-                "passed": check.passed,
-            }
+            vars(check)
+            | {"error": check.error if math.isfinite(check.error) else None, "passed": check.passed}
             for check in report.checks
         ],
         "notes": list(report.notes),

@@ -26,7 +26,7 @@ REFUSALS = (
         "fp16.enabled",
         (True,),
         "fp16 needs loss scaling: on an overflow anywhere every stage has to skip the same step and change "
-        "to the same new scale, so none could step before all have compared notes across the whole pipeline; "
+        "to the same new scale, so no stage could step before all have agreed across the whole pipeline; "
         "stages that step on their own would soon relay gradients under scales that their neighbours do not "
         'have. Use "bf16": {"enabled": true}, which needs no scale',
     ),

@@ -1,4 +1,4 @@
-"""The parts of the ``"interlock"`` section about looking at a run: what is recorded, what is measured."""
+"""The parts of the ``"interlock"`` section about observing a run: what is recorded, what is measured."""
 
 from pydantic import Field, field_validator
 
@@ -15,8 +15,7 @@ class TraceConfig(Section):
         "`path.svg` a picture, both with the measured batches above the same batches as simulated.",
     )
     batches: list[int] = Field(
-        [10, 12],
-        description="The first and the last training batch to record, counted from 1 in this run.",
+        [10, 12], description="The first and the last training batch to record, counted from 1 in this run."
     )
 
     @field_validator("batches", mode="after")
@@ -36,7 +35,7 @@ class MyopiaConfig(Section):
 
     every: int = Field(
         ge=1,
-        description="Measure in front of every n-th training batch, the first one included, on its first "
+        description="Measure before every n-th training batch, the first one included, on its first "
         "micro-batch: the plan in force and ordinary backpropagation each go through it once more. Reported "
         "as `Train/stage_K/gradient_cosine`. A phase that is `global` has cosines of 1 and measures nothing.",
     )

@@ -1,4 +1,4 @@
-"""The text of ``docs/config.md``, made from the models of ``config.py``."""
+"""The text of ``docs/config.md``, made from the models of ``config/``."""
 
 import inspect
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 
 def _value_text(model: type[BaseModel], name: str) -> str:
-    """What may stand there, in words: the choices, or the type and its bounds."""
+    """The values that a key takes, in words: the choices, or the type and its bounds."""
     field = model.model_fields[name]
     annotation: Any = field.annotation
     choices = tuple(part for part in _parts(annotation) if part is not NoneType)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from ds_interlock.config.faults import shown_as_json
 from ds_interlock.config.strict import DEFAULT_WINDOW, Mode, Section, window_of
+from ds_interlock.schedule.phases import faults_of_steps
 from ds_interlock.schedule.plan import Combine
 
 
@@ -45,12 +45,8 @@ class PhaseConfig(Section):
         return {"schedule": None, "mode": mode, "window": self.window, "combine": self.combine or combine}
 
 
-def checked_phases(phases: Sequence[PhaseConfig]) -> None:
+def check_phases(phases: Sequence[PhaseConfig]) -> None:
     """Raises ValueError if the phases are not in order."""
-    steps = [phase.from_step for phase in phases]
-    if not steps:
-        raise ValueError('got [], expected at least one phase, as [{"from_step": 0, "window": 1}]')
-    if steps[0] != 0:
-        raise ValueError(f"the first phase has from_step {steps[0]}, expected 0: every step needs a phase")
-    if any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
-        raise ValueError(f"from_step is {shown_as_json(steps)} in this order, expected rising numbers")
+    faults = faults_of_steps([phase.from_step for phase in phases])
+    if faults:
+        raise ValueError("; ".join(faults))

@@ -1,4 +1,4 @@
-"""The ``"interlock"`` section of a DeepSpeed config: what can be said in it, and what is wrong with it.
+"""The ``"interlock"`` section of a DeepSpeed config: its keys, and what is wrong with it.
 
     configs/interlock.json                       InterlockConfig                 GradientFlowPlan
     {"train_batch_size": 32, ...    read,        mode, window, combine, ...      which loss trains
@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from ds_interlock.config.deepspeed import read_deepspeed
 from ds_interlock.config.faults import fault_of, misspelt_sections, shown_as_json
 from ds_interlock.config.monitoring import MyopiaConfig, TraceConfig
-from ds_interlock.config.schedule import PhaseConfig, checked_phases
+from ds_interlock.config.schedule import PhaseConfig, check_phases
 from ds_interlock.config.strict import DEFAULT_WINDOW, SECTION, Mode, Section, window_of
 from ds_interlock.errors import ConfigError, PlanError, list_faults
 from ds_interlock.schedule.phases import PlanSchedule
@@ -42,7 +42,7 @@ class HeadConfig(Section):
         description="What a head is, if the module is given no `head` of its own. `auto`: `lens` for a "
         "pretrained model, `norm_linear` for one that starts from random weights. `linear`: an unembedding. "
         "`norm_linear`: a norm of the model's kind, then an unembedding. `low_rank`: a norm, then an "
-        "unembedding of rank `rank`. `block_linear`: one more layer of the kind in front of the head, "
+        "unembedding of rank `rank`. `block_linear`: one more layer of the same kind before the head, "
         "then a norm and an unembedding. `lens`: a trainable affine translator, then a frozen copy of the "
         "model's own norm and unembedding. docs/heads.md says what each costs.",
     )
@@ -164,7 +164,7 @@ class InterlockConfig(Section):
     )
     tied_weights: TiedWeights = Field(
         "untie",
-        description="What becomes of weights tied between stages outside mode `global`. `untie`: each stage "
+        description="What happens to weights tied between stages outside mode `global`. `untie`: each stage "
         "trains its own copy. `sync`: keep them equal by an all-reduce in every batch, and therefore without "
         "streaming. `error`: refuse the model.",
     )
@@ -195,14 +195,14 @@ class InterlockConfig(Section):
     @classmethod
     def _phases_are_in_order(cls, schedule: list[PhaseConfig] | None) -> list[PhaseConfig] | None:
         if schedule is not None:
-            checked_phases(schedule)
+            check_phases(schedule)
         return schedule
 
     @model_validator(mode="after")
     def _schedule_or_mode(self) -> "InterlockConfig":
-        given = [key for key in ("mode", "window") if key in self.model_fields_set]
-        if self.schedule is not None and given:
-            named = " and ".join(given)
+        others = [key for key in ("mode", "window") if key in self.model_fields_set]
+        if self.schedule is not None and others:
+            named = " and ".join(others)
             raise ValueError(
                 f"schedule and {named} are both given: remove {named} (each phase of the schedule has its "
                 "own), or remove schedule"
@@ -248,8 +248,26 @@ class InterlockConfig(Section):
 
     @property
     def is_global(self) -> bool:
-        """True for ordinary backpropagation throughout, which is left to DeepSpeed's own engine."""
+        """True for ordinary backpropagation throughout."""
         return all(section.mode == "global" for _, section in self.phases)
+
+    def steps_alone(self, plan: GradientFlowPlan, *, tied: bool) -> bool:
+        """True if a stage's update depends on its window only, not on the whole pipeline.
+
+        Args:
+            plan: The plan in force.
+            tied: Whether stages share weights.
+        """
+        return not plan.is_end_to_end and not (tied and self.tied_weights == "sync")
+
+    def streams(self, plan: GradientFlowPlan, *, tied: bool) -> bool:
+        """True if a stage goes on to the next batch while others still work on this one.
+
+        Args:
+            plan: See ``steps_alone``.
+            tied: See ``steps_alone``.
+        """
+        return self.streaming and self.steps_alone(plan, tied=tied)
 
     def plan_schedule(self, stage_bounds: Sequence[int]) -> PlanSchedule:
         """The gradient-flow plans of all phases; see ``plan``.
@@ -279,8 +297,8 @@ class InterlockConfig(Section):
         """
         if self.schedule is not None:
             raise ConfigError(
-                f"{SECTION}.schedule: one plan is asked for, but {len(self.schedule)} phases are given; take "
-                "each by itself (InterlockConfig.phases, plan_schedule)"
+                f"{SECTION}.schedule: a schedule of {len(self.schedule)} phases has no single plan; take "
+                "each phase by itself (InterlockConfig.phases, plan_schedule)"
             )
         end_to_end = GradientFlowPlan.end_to_end(stage_bounds=stage_bounds)
         if self.is_global:
@@ -297,6 +315,6 @@ class InterlockConfig(Section):
             )
         except PlanError as error:
             keys = {"mode": self.mode, "window": window, "head_stride": self.head_stride}
-            said = ", ".join(f"{SECTION}.{key} {shown_as_json(value)}" for key, value in keys.items())
+            settings = ", ".join(f"{SECTION}.{key} {shown_as_json(value)}" for key, value in keys.items())
             num = end_to_end.num_stages
-            raise ConfigError(f"{said} do not fit a model of {num} stages: {error}") from error
+            raise ConfigError(f"{settings} do not fit a model of {num} stages: {error}") from error

@@ -8,7 +8,6 @@ of process groups that span the pipe when stages step on their own.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.schedule.phases import PlanSchedule
-from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.schedule.plan import GradientFlowPlan, rises
 from ds_interlock.stage.heads import Heads, MakeHead, build_head
 from ds_interlock.stage.hidden import Hidden
 
@@ -105,7 +104,7 @@ class InterlockPipelineModule(PipelineModule):
         self.keeps_ties = False
         self.phase = 0
         self.interlock: InterlockConfig | None = None
-        if any(start >= stop for start, stop in zip(self.parts, self.parts[1:], strict=False)):
+        if not rises(self.parts):
             raise ConfigError(
                 f'partition_method "{pipeline.get("partition_method", "parameters")}" leaves a stage without '
                 f'layers: {list(self.parts)}; use partition_method="uniform" or fewer stages'
@@ -165,7 +164,8 @@ class InterlockPipelineModule(PipelineModule):
     @property
     def steps_alone(self) -> bool:
         """True if a stage's update depends on its window only, not on the whole pipeline. Same on all."""
-        return not self.plan.is_end_to_end and not self.keeps_ties
+        assert self.interlock is not None
+        return self.interlock.steps_alone(self.plan, tied=self.keeps_ties)
 
     def mpu(self) -> Any:
         """The process groups, as DeepSpeed's optimizers use them."""
@@ -286,8 +286,7 @@ class InterlockPipelineModule(PipelineModule):
 
 def _checked_bounds(stage_bounds: Sequence[int], num_layers: int, num_stages: int | None) -> list[int]:
     bounds = [int(bound) for bound in stage_bounds]
-    rises = all(start < stop for start, stop in pairwise(bounds))
-    if not rises or bounds[:1] != [0] or bounds[-1:] != [num_layers]:
+    if not rises(bounds) or bounds[:1] != [0] or bounds[-1:] != [num_layers]:
         raise ConfigError(
             f"stage_bounds {bounds}: expected rising numbers from 0 to {num_layers}, the number of layers"
         )

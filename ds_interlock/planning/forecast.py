@@ -1,9 +1,9 @@
-"""A setting played through at a model's costs: how long a batch takes, and what it takes up.
+"""A setting simulated at a model's costs: how long a batch takes, and how much memory and traffic.
 
     forecasts = compare(interlock, profile, num_stages=8, num_micro_batches=4)
 
 The setting of the configuration comes first, global second. A setting that does not exist for these
-stages (window 3 on two stages, a head inside a stage of one layer) is left out and named in ``skipped``.
+stages (window 3 on two stages, a head within a stage of one layer) is left out and named in ``skipped``.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.planning.profile import Profile
-from ds_interlock.planning.zero_bubble import zero_bubble_batch
-from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.planning.zero_bubble import zero_bubble_batches
+from ds_interlock.schedule.action import Kind
+from ds_interlock.schedule.cost import CostModel
 from ds_interlock.schedule.lower import Program, training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.simulate import Simulation, Span, simulate
@@ -72,12 +73,14 @@ class Comparison:
         configured: The setting of the configuration.
         others: Those it is compared with; global (1F1B) is the first.
         skipped: Settings that do not exist here, each with the reason.
+        syncs_ties: True if stages share weights that are kept equal, so that no setting streams.
     """
 
     profile: Profile
     configured: Forecast
     others: tuple[Forecast, ...]
     skipped: tuple[str, ...] = ()
+    syncs_ties: bool = False
 
     @property
     def reference(self) -> Forecast:
@@ -107,8 +110,8 @@ def setting_name(interlock: InterlockConfig) -> str:
 
 
 def settings_to_compare(interlock: InterlockConfig) -> list[InterlockConfig]:
-    """The settings a user would choose between, with the heads of ``interlock``."""
-    keep = {"head": interlock.head}
+    """The settings a user would choose between, with the heads and ties of ``interlock``."""
+    keep = {"head": interlock.head, "tied_weights": interlock.tied_weights}
 
     def window(size: float, **keys: int) -> InterlockConfig:
         return InterlockConfig.model_validate({"mode": "interlock", "window": size, **keep, **keys})
@@ -167,13 +170,20 @@ def compare(
             played.append(forecast(setting, profile, bounds, num_micro_batches))
         except ConfigError as error:
             skipped.append(f"{setting_name(setting)}: {error.__cause__ or error}")
-    played.insert(1, _zero_bubble(profile, bounds, num_micro_batches))
-    pace = played[0].batch_seconds
+    reference = GradientFlowPlan.end_to_end(stage_bounds=bounds)
+    batches = zero_bubble_batches(reference, num_micro_batches, profile.cost_model(bounds), _NUM_BATCHES)
+    played.insert(
+        1, _forecast_of(batches, profile, reference, num_micro_batches, ZERO_BUBBLE, reference.num_stages)
+    )
+    configured, *played = [
+        replace(each, speed=played[0].batch_seconds / each.batch_seconds) for each in (configured, *played)
+    ]
     return Comparison(
         profile=profile,
-        configured=_relative(configured, pace),
-        others=tuple(_relative(each, pace) for each in played),
+        configured=configured,
+        others=tuple(played),
         skipped=tuple(skipped),
+        syncs_ties=profile.is_tied_across(bounds) and interlock.tied_weights == "sync",
     )
 
 
@@ -185,62 +195,64 @@ def forecast(
     Raises:
         ConfigError: If the setting does not exist for these stages.
     """
-    program, simulation = play(interlock, profile, stage_bounds, num_micro_batches)
-    plan = program.plan
-    kept = profile.activation_bytes(stage_bounds)
+    costs, tied = profile.cost_model(stage_bounds), profile.is_tied_across(stage_bounds)
+    program, simulation = play(interlock, costs, stage_bounds, num_micro_batches, tied=tied)
+    window = program.plan.num_stages if interlock.is_global else interlock.window or 1
+    return _forecast_of(simulation, profile, program.plan, num_micro_batches, setting_name(interlock), window)
+
+
+def _forecast_of(
+    simulation: Simulation,
+    profile: Profile,
+    plan: GradientFlowPlan,
+    num_micro_batches: int,
+    name: str,
+    window: float,
+) -> Forecast:
+    in_flight, kept = simulation.peak_in_flight, profile.activation_bytes(plan.stage_bounds)
     return Forecast(
-        name=setting_name(interlock),
-        window=_window(interlock, plan),
+        name=name,
+        window=window,
         stage_bounds=plan.stage_bounds,
         num_micro_batches=num_micro_batches,
         batch_seconds=simulation.batch_seconds,
         bubble_fraction=simulation.bubble_fraction,
-        in_flight=simulation.peak_in_flight,
-        activation_bytes=tuple(
-            number * size for number, size in zip(simulation.peak_in_flight, kept, strict=True)
-        ),
-        relay_bytes=_relay_bytes(program, profile),
+        in_flight=in_flight,
+        activation_bytes=tuple(number * size for number, size in zip(in_flight, kept, strict=True)),
+        relay_bytes=simulation.relay_bytes,
         head_share=_head_share(plan, simulation),
         speed=1.0,
         rows=simulation.spans,
+        is_reference=name == ZERO_BUBBLE,
     )
 
 
 def play(
     interlock: InterlockConfig,
-    profile: Profile,
+    costs: CostModel,
     stage_bounds: Sequence[int],
     num_micro_batches: int,
+    *,
+    tied: bool = False,
     num_batches: int = _NUM_BATCHES,
 ) -> tuple[Program, Simulation]:
-    """The program of a setting, and what the simulator makes of some batches of it.
+    """The program of a setting, and a simulation of some batches of it.
+
+    Args:
+        interlock: The setting, without a schedule.
+        costs: What the stages cost.
+        stage_bounds: ``num_stages + 1`` rising layer numbers.
+        num_micro_batches: Micro-batches in a batch.
+        tied: Whether stages share weights.
+        num_batches: Batches to simulate.
 
     Raises:
         ConfigError: If the setting does not exist for these stages.
     """
     plan = interlock.plan(stage_bounds)
     program = training_program(plan, num_micro_batches, extra_in_flight=interlock.extra_in_flight)
-    streaming = interlock.streaming and not plan.is_end_to_end
-    costs = profile.cost_model(stage_bounds)
+    streaming = interlock.streams(plan, tied=tied)
     return program, simulate(program, costs, num_batches=num_batches, streaming=streaming)
-
-
-def _window(interlock: InterlockConfig, plan: GradientFlowPlan) -> float:
-    if interlock.is_global:
-        return plan.num_stages
-    return 1 if interlock.window is None else interlock.window
-
-
-def _relative(each: Forecast, pace: float) -> Forecast:
-    return replace(each, speed=pace / each.batch_seconds)
-
-
-def _relay_bytes(program: Program, profile: Profile) -> tuple[float, ...]:
-    costs = profile.cost_model(program.plan.stage_bounds)
-    return tuple(
-        sum(costs.message_bytes(action) for action in actions if action.kind is Kind.SEND_GRADIENT)
-        for actions in program.stages
-    )
 
 
 def _head_share(plan: GradientFlowPlan, simulation: Simulation) -> float:
@@ -248,48 +260,3 @@ def _head_share(plan: GradientFlowPlan, simulation: Simulation) -> float:
     heads = [s for s in spans if s.action.kind is Kind.HEAD and s.action.losses != (plan.final,)]
     busy = sum(span.end - span.start for span in spans)
     return sum(span.end - span.start for span in heads) / busy if busy else 0.0
-
-
-def _zero_bubble(profile: Profile, bounds: tuple[int, ...], num_micro_batches: int) -> Forecast:
-    """The reference line: ZB-H1 batches one after the other, each ended by the optimizer step."""
-    costs = profile.cost_model(bounds)
-    num_stages = len(bounds) - 1
-    plan = GradientFlowPlan.end_to_end(stage_bounds=bounds)
-    batch = zero_bubble_batch(bounds, num_micro_batches, costs)
-    flush = max(row[-1].end for row in batch)
-    steps = [Action(stage, Kind.STEP, num_micro_batches) for stage in range(num_stages)]
-    rows = [
-        (*row, Span(step, 0, flush, flush + costs.seconds(plan, step)))
-        for row, step in zip(batch, steps, strict=True)
-    ]
-    seconds = max(row[-1].end for row in rows)
-    busy = sum(span.end - span.start for row in rows for span in row)
-    held = tuple(min(num_stages, num_micro_batches) for _ in range(num_stages))
-    kept = profile.activation_bytes(bounds)
-    sizes = [costs.message_bytes(Action(s, Kind.SEND_GRADIENT, 0)) for s in range(num_stages)]
-    return Forecast(
-        name=ZERO_BUBBLE,
-        window=num_stages,
-        stage_bounds=bounds,
-        num_micro_batches=num_micro_batches,
-        batch_seconds=seconds,
-        bubble_fraction=1.0 - busy / (seconds * num_stages) if seconds else 0.0,
-        in_flight=held,
-        activation_bytes=tuple(number * size for number, size in zip(held, kept, strict=True)),
-        relay_bytes=tuple(num_micro_batches * size for size in sizes),
-        head_share=0.0,
-        speed=1.0,
-        rows=_repeat(rows, seconds),
-        is_reference=True,
-    )
-
-
-def _repeat(rows: Sequence[Sequence[Span]], seconds: float) -> tuple[tuple[Span, ...], ...]:
-    return tuple(
-        tuple(
-            replace(span, batch=batch, start=span.start + batch * seconds, end=span.end + batch * seconds)
-            for batch in range(_NUM_BATCHES)
-            for span in row
-        )
-        for row in rows
-    )

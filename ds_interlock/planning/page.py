@@ -12,14 +12,11 @@ integers: ticks, of which the longest timeline of a view has ``_TICKS``.
                what (see ``actions``), micro-batch, ticks of waiting before it, ticks it takes
 """
 
-import html
 import itertools
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 from ds_interlock.config import InterlockConfig
@@ -38,7 +35,7 @@ from ds_interlock.planning.forecast import (
 from ds_interlock.planning.profile import Profile
 from ds_interlock.planning.verdict import verdict
 from ds_interlock.schedule.action import Action
-from ds_interlock.schedule.render import LABELS
+from ds_interlock.schedule.render import COLOURS, LABELS, fill_template
 from ds_interlock.schedule.simulate import Span
 
 Progress = Callable[[int, int], None]
@@ -51,7 +48,7 @@ _NUM_MICRO_BATCHES = (1, 2, 4, 8, 16)
 _TICKS = 100_000
 
 _MOST_PLAYED = 96
-"""Micro-batches after which stages are taken to have found their pace."""
+"""Micro-batches after which stages are assumed to run at a steady pace."""
 
 _SLACK = 0.03
 """What a batch may differ from its steady time, as a share of it."""
@@ -104,7 +101,7 @@ def render_page(
         num_micro_batches: Where the slider for M stands at first. Others are 1, 2, 4, 8, 16.
         stage_bounds: Where to cut the layers into ``num_stages``; by default as evenly as can be.
         title: Heading of the page; by default the profile's model.
-        progress: Told how far the work is, after every view.
+        progress: Called after every view.
 
     Raises:
         ConfigError: If the configured setting, the stages and the profile do not fit together.
@@ -133,7 +130,10 @@ def render_page(
         "actions": maker.actions,
         "views": views,
     }
-    return _fill_in(title or f"Pipeline plan: {profile.model}", data)
+    # In JSON no "<" is left that could end the script.
+    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    title = title or f"Pipeline plan: {profile.model}"
+    return fill_template(__package__, "page.html", title=title, colours=COLOURS, data=content)
 
 
 def _stage_choices(
@@ -195,8 +195,8 @@ class _Views:
     def _excerpt(self, forecast: Forecast) -> tuple[Rows, float, float]:
         """Spans that cover some batches of the running pipeline, and the times these begin and end.
 
-        Until the stages in front are held up by those behind, they run ahead; where a forecast is not
-        played for long enough to get past that, more of it is played here.
+        At first, stages upstream run ahead of slower ones downstream. Where a forecast does not last long
+        enough to get past that, more of it is simulated here.
         """
         num_batches = _num_batches(forecast)
         length = num_batches * forecast.batch_seconds
@@ -204,7 +204,7 @@ class _Views:
             start = _steady_start(rows, num_batches, length)
             if min(row[-1].end for row in rows) >= (start + length) * (1 - _SLACK):
                 return rows, start, start + length
-        # Not held up yet: between many stages there is room for many micro-batches.
+        # Still ahead: between many stages there is room for many micro-batches.
         end = min(row[-1].end for row in rows)
         return rows, end - length, end
 
@@ -212,12 +212,12 @@ class _Views:
         """Its rows, and then ever more batches of them."""
         yield forecast.rows
         setting, num_micro_batches = self._settings[forecast.name], forecast.num_micro_batches
+        bounds = forecast.stage_bounds
+        costs, tied = self._profile.cost_model(bounds), self._profile.is_tied_across(bounds)
         num_played = 1 + forecast.rows[0][-1].batch
         while num_played * num_micro_batches < _MOST_PLAYED:
             num_played *= 2
-            _, longer = play(
-                setting, self._profile, forecast.stage_bounds, num_micro_batches, num_batches=num_played
-            )
+            _, longer = play(setting, costs, bounds, num_micro_batches, tied=tied, num_batches=num_played)
             yield longer.spans
 
     def _row(self, row: Sequence[Span], start: float, end: float, tick: float) -> list[int]:
@@ -271,11 +271,3 @@ def _figures(forecast: Forecast) -> dict[str, float | bool]:
         "headShare": forecast.head_share,
         "isReference": forecast.is_reference,
     }
-
-
-def _fill_in(title: str, data: Mapping[str, Any]) -> str:
-    """The template with its two places filled; in JSON no "<" is left that could end the script."""
-    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    places = {"{{title}}": html.escape(title), "{{data}}": content}
-    return re.sub(r"\{\{\w+\}\}", lambda place: places[place.group()], template)

@@ -1,21 +1,21 @@
 """What each layer of a model costs on one device: the file between measuring and planning.
 
-    ds-interlock profile ... -o profile.json   measures one (``pipe/measure.py``)
-    ds-interlock plan ... --model NAME         estimates one from sizes (``hf/profile.py``)
+    ds-interlock profile ... -o profile.json   measures one (``profiling/``)
+    ds-interlock plan ... --model NAME         estimates one from sizes (``hf/model/profile.py``)
     ds-interlock plan ... --profile FILE       reads one
 
 All times are for one micro-batch of ``micro_batch_size`` samples.
 """
 
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import pairwise
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from ds_interlock.errors import ConfigError, list_faults
-from ds_interlock.files import replace_text
+from ds_interlock.files import read_record, replace_text
 from ds_interlock.planning.partition import balanced_bounds
 from ds_interlock.schedule.cost import CostModel
 
@@ -27,7 +27,7 @@ class _Record(BaseModel):
 
 
 class LayerProfile(_Record):
-    """One layer: seconds of its passes, bytes of what it keeps and hands on."""
+    """One layer: seconds of its passes, bytes of what it keeps and sends."""
 
     name: str
     forward_seconds: float = Field(ge=0)
@@ -38,7 +38,7 @@ class LayerProfile(_Record):
     optimizer_seconds: float = Field(0.0, ge=0)
     num_parameters: int = Field(0, ge=0)
     activation_bytes: float = Field(0.0, ge=0, description="Kept until the last backward pass.")
-    output_bytes: float = Field(0.0, ge=0, description="Of the hidden state behind it.")
+    output_bytes: float = Field(0.0, ge=0, description="Of the hidden state after it.")
 
 
 class HeadProfile(_Record):
@@ -64,6 +64,7 @@ class Profile(_Record):
     head: HeadProfile
     loss_seconds: float = Field(0.0, ge=0, description="The model's own loss, both passes.")
     label_bytes: float = Field(0.0, ge=0)
+    tied_layers: tuple[int, ...] = Field((), description="Layers that share a weight, by number.")
     latency_seconds: float = Field(0.0, ge=0)
     bandwidth_bytes_per_second: float | None = Field(None, gt=0, description="None: not known; no limit.")
     versions: dict[str, str] = Field(default_factory=dict)
@@ -73,23 +74,9 @@ class Profile(_Record):
         """Reads a profile.
 
         Raises:
-            ConfigError: If there is none at ``path``, saying what is wrong with the file.
+            ConfigError: If ``path`` holds none, saying what is wrong with the file.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{path}: cannot read the profile: {error}; make one with `ds-interlock profile`"
-            ) from error
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            faults = [
-                f"{'.'.join(map(str, detail['loc'])) or 'the file'}: {detail['msg']}"
-                for detail in error.errors()
-            ]
-            subject = f"{path} is not a profile of `ds-interlock profile` (format 1)"
-            raise ConfigError(list_faults(subject, faults[:10])) from error
+        return read_record(path, cls, what="profile", hint="make one with `ds-interlock profile`")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the profile as JSON; an interrupted write leaves an earlier file as it was."""
@@ -125,28 +112,31 @@ class Profile(_Record):
 
     def cost_model(self, stage_bounds: Sequence[int]) -> CostModel:
         """The costs, in seconds, of stages cut at ``stage_bounds``."""
-        stages = [self.layers[a:b] for a, b in zip(stage_bounds, stage_bounds[1:], strict=False)]
-        last = [stage[-1].output_bytes for stage in stages]
-        return CostModel(
-            forward=[sum(layer.forward_seconds for layer in stage) for stage in stages],
-            input_gradient=[sum(layer.input_gradient_seconds for layer in stage) for stage in stages],
-            weight_gradient=[sum(layer.weight_gradient_seconds for layer in stage) for stage in stages],
+        last = [self.layers[stop - 1].output_bytes for stop in stage_bounds[1:]]
+        return CostModel.of_layers(
+            stage_bounds,
+            forward=[layer.forward_seconds for layer in self.layers],
+            input_gradient=[layer.input_gradient_seconds for layer in self.layers],
+            weight_gradient=[layer.weight_gradient_seconds for layer in self.layers],
+            optimizer=[layer.optimizer_seconds for layer in self.layers],
             head=self.head.seconds,
             final_head=self.loss_seconds,
-            optimizer=[sum(layer.optimizer_seconds for layer in stage) for stage in stages],
             head_optimizer=self.head.optimizer_seconds,
             latency=self.latency_seconds,
             bandwidth=self.bandwidth_bytes_per_second or float("inf"),
             forward_bytes=[size + self.label_bytes for size in last],
-            # A gradient has the size of the hidden state in front of its sender.
+            # A gradient has the size of the hidden state that its sender received.
             gradient_bytes=[0.0, *last[:-1]],
-            layer_weights=[layer.forward_seconds for layer in self.layers],
         )
+
+    def is_tied_across(self, stage_bounds: Sequence[int]) -> bool:
+        """True if stages cut at ``stage_bounds`` share weights."""
+        return len({bisect_right(stage_bounds, layer) for layer in self.tied_layers}) > 1
 
     def activation_bytes(self, stage_bounds: Sequence[int]) -> list[float]:
         """For each stage what one micro-batch in flight keeps, its input included."""
         result = []
-        for start, stop in zip(stage_bounds, stage_bounds[1:], strict=False):
+        for start, stop in pairwise(stage_bounds):
             inputs = self.layers[start - 1].output_bytes if start else 0.0
             result.append(inputs + sum(layer.activation_bytes for layer in self.layers[start:stop]))
         return result
@@ -159,10 +149,7 @@ def unit_profile(num_layers: int, layers_per_stage: float, head_share: float = 0
     """
     share = 1.0 / layers_per_stage
     layer = LayerProfile(
-        name="layer",
-        forward_seconds=share,
-        input_gradient_seconds=share,
-        weight_gradient_seconds=share,
+        name="layer", forward_seconds=share, input_gradient_seconds=share, weight_gradient_seconds=share
     )
     return Profile(
         model="equal layers",

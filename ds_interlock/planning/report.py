@@ -69,6 +69,10 @@ def print_report(comparison: Comparison, forecasts: Sequence[Forecast], console:
     )
     for reason in comparison.skipped:
         console.print(f"left out: {reason}", style="dim", markup=False, soft_wrap=True)
+    if comparison.syncs_ties:
+        console.print(
+            'stages share weights, interlock.tied_weights is "sync": no setting streams', style="dim"
+        )
     console.print(f"\n{verdict(comparison)}", markup=False, soft_wrap=True)
 
 

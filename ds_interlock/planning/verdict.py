@@ -11,11 +11,9 @@ _DEAR_HEADS = 0.15
 
 
 def best_interlock(comparison: Comparison) -> Forecast | None:
-    """The fastest setting whose stages still talk to each other; None if there is none."""
+    """The fastest setting whose stages still talk to each other; None if no setting does."""
     return max(
-        (each for each in comparison.all if _interlocks(each)),
-        key=lambda each: each.speed,
-        default=None,
+        (each for each in comparison.all if _interlocks(each)), key=lambda each: each.speed, default=None
     )
 
 
@@ -40,15 +38,16 @@ def verdict(comparison: Comparison) -> str:
     )
     best = best_interlock(comparison)
     if best is None:
-        text = f"With {where} there is nothing to interlock: fastest is {_told(fastest)}"
+        text = f"With {where} there is nothing to interlock: fastest is {_named(fastest)}"
     elif pays(comparison):
-        text = f"Interlocking pays with {where}: {_told(best)}"
+        text = f"Interlocking pays with {where}: {_named(best)}"
         if fastest is not best:
-            text += f"; only {_told(fastest)} is faster, with gradients that stop at every border"
+            text += f"; only {_named(fastest)} is faster, with gradients that stop at every border"
     elif best.speed >= 1:
-        text = f"Interlocking hardly pays with {where}: {_told(best)}, too small a gain for inexact gradients"
+        text = f"Interlocking hardly pays with {where}: {_named(best)}"
+        text += ", too small a gain for inexact gradients"
     else:
-        text = f"Interlocking does not pay with {where}: its fastest setting, {_told(best)}, is slower"
+        text = f"Interlocking does not pay with {where}: its fastest setting, {_named(best)}, is slower"
         text += " than global, whose gradients are exact besides"
     remarks = (_about_zero_bubble, _about_heads, _about_configured)
     return "".join([text, *(remark(comparison, best) for remark in remarks), "."])
@@ -58,7 +57,7 @@ def _interlocks(each: Forecast) -> bool:
     return not each.is_reference and 1 < each.window < each.num_stages
 
 
-def _told(each: Forecast) -> str:
+def _named(each: Forecast) -> str:
     return f"{each.name} ({each.speed:.2f} times the speed of global)"
 
 

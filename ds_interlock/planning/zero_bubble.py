@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ds_interlock.schedule.action import Action, Kind
-from ds_interlock.schedule.cost import CostModel
+from ds_interlock.schedule.cost import CostModel, LinkTimes
+from ds_interlock.schedule.lower import send_of
 from ds_interlock.schedule.plan import GradientFlowPlan
-from ds_interlock.schedule.simulate import Span
+from ds_interlock.schedule.simulate import Simulation, Span
 
 
 def zero_bubble_batch(
@@ -30,22 +31,57 @@ def zero_bubble_batch(
     orders = [_order(plan, stage, num_micro_batches) for stage in range(plan.num_stages)]
     rows: list[list[Span]] = [[] for _ in orders]
     done: dict[Action, float] = {}
+    links = LinkTimes(costs)
     while any(len(row) < len(order) for row, order in zip(rows, orders, strict=True)):
         for row, order in zip(rows, orders, strict=True):
             while len(row) < len(order):
                 action = order[len(row)]
-                needs = _from_neighbour(plan, action)
-                if needs is not None and needs not in done:
-                    break
-                arrival = 0.0 if needs is None else done[needs] + costs.latency
-                start = max(row[-1].end if row else 0.0, arrival)
+                start = row[-1].end if row else 0.0
+                needed = _from_neighbour(plan, action)
+                if needed is not None:
+                    if needed not in done:
+                        break
+                    send = send_of(plan, needed)
+                    assert send is not None
+                    start = max(start, links.arrival(send, done[needed]))
                 done[action] = start + _seconds(plan, costs, action)
                 row.append(Span(action, 0, start, done[action]))
     return tuple(map(tuple, rows))
 
 
+def zero_bubble_batches(
+    plan: GradientFlowPlan, num_micro_batches: int, costs: CostModel, num_batches: int
+) -> Simulation:
+    """Batches under ZB-H1 one after the other, each ended by the optimizer step of all stages."""
+    batch = zero_bubble_batch(plan.stage_bounds, num_micro_batches, costs)
+    flush = max(row[-1].end for row in batch)
+    steps = [Action(stage, Kind.STEP, num_micro_batches) for stage in range(plan.num_stages)]
+    rows = [
+        (*row, Span(step, 0, flush, flush + costs.seconds(plan, step)))
+        for row, step in zip(batch, steps, strict=True)
+    ]
+    seconds = max(row[-1].end for row in rows)
+    busy = sum(span.end - span.start for row in rows for span in row)
+    relays = [Action(stage, Kind.SEND_GRADIENT, 0) for stage in range(plan.num_stages)]
+    return Simulation(
+        spans=tuple(
+            tuple(_moved(span, number, seconds) for number in range(num_batches) for span in row)
+            for row in rows
+        ),
+        batch_seconds=seconds,
+        bubble_fraction=1.0 - busy / (seconds * plan.num_stages) if seconds else 0.0,
+        peak_in_flight=(min(plan.num_stages, num_micro_batches),) * plan.num_stages,
+        relay_bytes=tuple(num_micro_batches * costs.message_bytes(relay) for relay in relays),
+    )
+
+
+def _moved(span: Span, batch: int, batch_seconds: float) -> Span:
+    offset = batch * batch_seconds
+    return replace(span, batch=batch, start=span.start + offset, end=span.end + offset)
+
+
 def _order(plan: GradientFlowPlan, stage: int, num_micro_batches: int) -> list[Action]:
-    """1F1B, its backward split: weight gradients follow ``stage`` micro-batches behind.
+    """1F1B, its backward split: weight gradients follow ``stage`` micro-batches later.
 
     Every stage then holds K micro-batches, as the first stage does under 1F1B.
     """

@@ -30,6 +30,9 @@ MakeOptimizer = Callable[[list[Tensor]], Any]
 _BYTES_PER_PARAMETER_AND_STEP = 28
 """Adam in float32: weight, gradient and two moments read, three of them written."""
 
+_FLOPS_PER_BYTE = 100
+"""Assumed where nothing is measured: operations a device does in the time its memory moves a byte."""
+
 
 @dataclass(frozen=True)
 class LayerCall:
@@ -52,7 +55,7 @@ class Meter(Protocol):
     """Runs pieces of work and says how many seconds they take."""
 
     num_rounds: int
-    """How many times everything is measured; medians count."""
+    """How many times everything is measured; of several rounds the first does not count."""
 
     def __call__(self, work: Callable[[], Any]) -> tuple[float, Any]:
         """Seconds that ``work`` took or would take, and its result."""
@@ -68,7 +71,7 @@ class Stopwatch:
 
     def __init__(self, synchronize: Callable[[], None], num_rounds: int = 5) -> None:
         self.synchronize = synchronize
-        self.num_rounds = num_rounds
+        self.num_rounds = num_rounds + 1
 
     def __call__(self, work: Callable[[], Any]) -> tuple[float, Any]:
         """Seconds from an idle device to an idle device."""
@@ -109,40 +112,39 @@ class _Layer:
         self.hidden = [tensor for tensor in tensors if tensor.requires_grad]
         self.parameters = [p for p in call.module.parameters() if p.requires_grad]
         self.seconds: dict[str, list[float]] = {"forward": [], "relay": [], "backward": [], "step": []}
-        self.kept_bytes = self.output_bytes = 0
+        self.kept_bytes = 0
 
     def forward(self, meter: Meter) -> None:
         weights = [*self.call.module.parameters(), *self.call.module.buffers()]
         with _kept_bytes(weights) as kept:
-            self._time("forward", meter, self._run)
-        self.output = self._result
+            seconds, output = meter(lambda: self.call.module(*self.inputs, **self.options))
+        self.seconds["forward"].append(seconds)
+        self.output = first_tensor(output)
         self.gradient = torch.ones_like(self.output)
-        self.kept_bytes, self.output_bytes = sum(kept.values()), _size(self.output)
+        self.kept_bytes = sum(kept.values())
+        self.output_bytes = self.output.numel() * self.output.element_size()
 
     def relay(self, meter: Meter) -> None:
+        def input_gradient() -> None:
+            torch.autograd.grad(self.output, self.hidden, self.gradient, retain_graph=True, allow_unused=True)
+
         if self.hidden:
-            arguments: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-            self._time(
-                "relay",
-                meter,
-                lambda: torch.autograd.grad(self.output, self.hidden, self.gradient, **arguments),
-            )
+            self.seconds["relay"].append(meter(input_gradient)[0])
 
     def backward(self, meter: Meter) -> None:
         both = [*self.parameters, *self.hidden]
         if self.parameters:
-            self._time(
-                "backward", meter, lambda: torch.autograd.backward(self.output, self.gradient, inputs=both)
-            )
+            seconds, _ = meter(lambda: torch.autograd.backward(self.output, self.gradient, inputs=both))
+            self.seconds["backward"].append(seconds)
         for tensor in both:
             tensor.grad = None
         del self.output, self.gradient
 
     def step(self, meter: Meter, optimizer: MakeOptimizer | None) -> None:
-        self.seconds["step"].append(optimizer_seconds(self.parameters, meter, optimizer))
+        self.seconds["step"].append(_step_seconds(self.parameters, meter, optimizer))
 
     def profile(self) -> LayerProfile:
-        seconds = {name: median_of_rounds(values) for name, values in self.seconds.items()}
+        seconds = {name: _median(values) for name, values in self.seconds.items()}
         return LayerProfile(
             name=self.call.name,
             forward_seconds=seconds["forward"],
@@ -153,13 +155,6 @@ class _Layer:
             activation_bytes=self.kept_bytes,
             output_bytes=self.output_bytes,
         )
-
-    def _run(self) -> Tensor:
-        return first_tensor(self.call.module(*self.inputs, **self.options))
-
-    def _time(self, name: str, meter: Meter, work: Callable[[], Any]) -> None:
-        seconds, self._result = meter(work)
-        self.seconds[name].append(seconds)
 
 
 def profile_layers(
@@ -177,11 +172,11 @@ def profile_layers(
         calls: The layers and their inputs, on the device to measure on.
         meter: A ``Stopwatch`` or a ``FlopMeter``.
         optimizer: Makes the optimizer of a list of parameters; None to leave the step out.
-        progress: Told what is being measured.
+        progress: Called with what is being measured.
     """
     layers = [_Layer(call) for call in calls]
-    for number in range(num_rounds_of(meter)):
-        progress(f"layers, round {number + 1} of {num_rounds_of(meter)}")
+    for number in range(meter.num_rounds):
+        progress(f"layers, round {number + 1} of {meter.num_rounds}")
         for layer in layers:
             layer.forward(meter)
         for layer in reversed(layers):
@@ -193,14 +188,22 @@ def profile_layers(
     return [layer.profile() for layer in layers]
 
 
-def num_rounds_of(meter: Meter) -> int:
-    """Rounds to measure: of a stopwatch one more than count."""
-    return meter.num_rounds + isinstance(meter, Stopwatch)
-
-
-def median_of_rounds(seconds: list[float]) -> float:
+def _median(seconds: Sequence[float]) -> float:
     """The median, of several rounds without the first; 0 of none."""
     return statistics.median(seconds[1:] or seconds) if seconds else 0.0
+
+
+def loss_seconds(loss: Callable[[Tensor], Tensor], value: Tensor, meter: Meter) -> float:
+    """Median time of a loss, forward and backward.
+
+    Args:
+        loss: From ``value`` to a scalar.
+        value: A hidden state, or outputs of the model.
+        meter: See ``profile_layers``.
+    """
+    leaf = value.detach().requires_grad_()
+    rounds = range(meter.num_rounds)
+    return _median([meter(lambda: loss(leaf).backward())[0] for _ in rounds])  # type: ignore[no-untyped-call]
 
 
 def profile_head(
@@ -221,25 +224,24 @@ def profile_head(
         optimizer: See ``profile_layers``.
         head_type: Its ``interlock.head.type``.
     """
-    leaf = hidden.detach().requires_grad_()
     parameters = [p for p in head.parameters() if p.requires_grad]
-    rounds = range(num_rounds_of(meter))
-    seconds = [meter(lambda: loss(leaf).backward())[0] for _ in rounds]  # type: ignore[no-untyped-call]
+    seconds = loss_seconds(loss, hidden, meter)
+    steps = [_step_seconds(parameters, meter, optimizer) for _ in range(meter.num_rounds)]
     return HeadProfile(
         type=head_type,
-        seconds=median_of_rounds(seconds),
-        optimizer_seconds=median_of_rounds([optimizer_seconds(parameters, meter, optimizer) for _ in rounds]),
+        seconds=seconds,
+        optimizer_seconds=_median(steps),
         num_parameters=sum(p.numel() for p in parameters),
     )
 
 
-def optimizer_seconds(parameters: Sequence[Tensor], meter: Meter, optimizer: MakeOptimizer | None) -> float:
+def _step_seconds(parameters: Sequence[Tensor], meter: Meter, optimizer: MakeOptimizer | None) -> float:
     """Time of one optimizer step; from the bytes it moves if nothing runs."""
     if not parameters:
         return 0.0
     if isinstance(meter, FlopMeter):
         moved = _BYTES_PER_PARAMETER_AND_STEP * sum(p.numel() for p in parameters)
-        return moved / (meter.flops_per_second / FLOPS_PER_BYTE)
+        return moved / (meter.flops_per_second / _FLOPS_PER_BYTE)
     if optimizer is None:
         return 0.0
     for parameter in parameters:
@@ -250,10 +252,6 @@ def optimizer_seconds(parameters: Sequence[Tensor], meter: Meter, optimizer: Mak
     for parameter in parameters:
         parameter.grad = None
     return seconds
-
-
-FLOPS_PER_BYTE = 100
-"""Assumed where nothing is measured: operations a device does in the time its memory moves a byte."""
 
 
 def first_tensor(value: Any) -> Tensor:
@@ -268,10 +266,6 @@ def _as_leaf(value: Any) -> Any:
         value = value.detach()
         return value.requires_grad_() if value.is_floating_point() else value
     return value
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 @contextmanager

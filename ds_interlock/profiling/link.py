@@ -5,20 +5,18 @@ latency, with one of the size of a hidden state for the bandwidth.
 """
 
 import os
-import socket
 import statistics
-import tempfile
 import time
 from datetime import timedelta
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch.multiprocessing.spawn import spawn
 
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.transport.links import Links
+from ds_interlock.transport.local_ranks import run_local_ranks
 
 _NUM_TURNS = 30
 _TIMEOUT_SECONDS = 60.0
@@ -37,36 +35,28 @@ def measure_link(num_bytes: int) -> tuple[float, float] | None:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu" and accelerator.device_count() < 2:
         return None
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "seconds"
-        spawn(_play, args=(port, num_bytes, str(result)), nprocs=2)  # type: ignore[no-untyped-call]
-        small, large = map(float, result.read_text().split())
+    on_cpu = accelerator.device_name() == "cpu"
+    small, large = run_local_ranks(partial(_play, num_bytes), 2, fork=on_cpu)[0]
     return small, num_bytes / max(large - small, 1e-9)
 
 
-def _play(rank: int, port: int, num_bytes: int, result: str) -> None:
-    """One of the two processes; rank 0 writes the seconds of a small and of a large message."""
-    torch.set_num_threads(1)
+def _play(num_bytes: int) -> tuple[float, float]:
+    """On each of the two ranks: the seconds of a small and of a large message."""
+    rank = int(os.environ["RANK"])
     accelerator = get_accelerator()
     device = torch.device(accelerator.device_name(rank) if accelerator.device_name() != "cpu" else "cpu")
     if device.type != "cpu":
         accelerator.set_device(rank)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     backend = "gloo" if device.type == "cpu" else accelerator.communication_backend_name()
     timeout = timedelta(seconds=_TIMEOUT_SECONDS)
-    dist.init_process_group(backend, rank=rank, world_size=2, timeout=timeout)
+    dist.init_process_group(backend, timeout=timeout)
     links = Links([0, 1], rank, device, _TIMEOUT_SECONDS)
     small = _one_way_seconds(links, rank, torch.zeros(1, device=device))
     payload = torch.zeros(max(1, num_bytes // 4), device=device)
     large = _one_way_seconds(links, rank, payload)
-    if rank == 0:
-        Path(result).write_text(f"{small} {large}")
     dist.barrier()
     links.close()
-    dist.destroy_process_group()
+    return small, large
 
 
 def _one_way_seconds(links: Links, rank: int, message: torch.Tensor) -> float:

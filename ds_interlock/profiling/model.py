@@ -19,8 +19,7 @@ from ds_interlock.profiling.layers import (
     MakeOptimizer,
     Meter,
     first_tensor,
-    median_of_rounds,
-    num_rounds_of,
+    loss_seconds,
     profile_head,
     profile_layers,
 )
@@ -51,6 +50,7 @@ def profile_model(
     device: str,
     source: str,
     link: tuple[float, float] | None = None,
+    tied_layers: tuple[int, ...] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
     """Measures everything a plan of this model depends on.
@@ -68,7 +68,8 @@ def profile_model(
         device: What to call the device.
         source: How this was measured or estimated.
         link: Latency in seconds and bandwidth in bytes per second between two stages, if known.
-        progress: Told what is being measured.
+        tied_layers: Layers that share a weight, by number.
+        progress: Called with what is being measured.
     """
     head_config = head_config.resolve(pretrained=head_config.kl_weight > 0)
     layers = profile_layers(calls, meter, make_optimizer, progress)
@@ -82,11 +83,6 @@ def profile_model(
     last = calls[-1]
     with torch.no_grad():
         outputs = first_tensor(last.module(*last.inputs, **last.options))
-    leaf = outputs.detach().requires_grad_()
-    loss_rounds = [
-        meter(lambda: loss_fn(leaf, labels_bt).backward())[0]  # type: ignore[no-untyped-call]
-        for _ in range(num_rounds_of(meter))
-    ]
     latency_seconds, bandwidth = link or (0.0, None)
     return Profile(
         model=model,
@@ -97,8 +93,9 @@ def profile_model(
         seq_length=labels_bt.shape[1],
         layers=tuple(layers),
         head=head_profile,
-        loss_seconds=median_of_rounds(loss_rounds),
+        loss_seconds=loss_seconds(lambda outputs: loss_fn(outputs, labels_bt), outputs, meter),
         label_bytes=labels_bt.numel() * labels_bt.element_size(),
+        tied_layers=tied_layers,
         latency_seconds=latency_seconds,
         bandwidth_bytes_per_second=bandwidth,
         versions={
@@ -117,7 +114,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _head(config: HeadConfig, calls: list[LayerCall], hidden_btd: Tensor) -> nn.Module:
-    """A head as the pipeline would build it behind the middle of the model."""
+    """A head as the pipeline would build it after the middle of the model."""
     make_head = head_factory(config, [call.module for call in calls])
     before = torch.get_default_dtype()
     torch.set_default_dtype(hidden_btd.dtype)

@@ -1,9 +1,9 @@
-"""An action: one thing one stage does for one micro-batch, and its text form.
+"""An action: what one stage does for one micro-batch, and its text form.
 
 The field's letters name the work, as in ``torch.distributed.pipelining``:
 
     2F0       stage 2: forward of micro-batch 0 (to the end of the stage)
-    2F0@3     forward only as far as the head of loss 3, which sits inside the stage
+    2F0@3     forward only as far as the head of loss 3, which sits within the stage
     2H0@3     forward and backward of that head; its input counts as a constant
     2I0@3     input gradient of loss 3 alone: a relay; of a sum of losses: 2I0@3+4
     2W0       weight gradient of the stage

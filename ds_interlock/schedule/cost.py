@@ -1,7 +1,10 @@
 """How long an action takes and how many bytes a message has. Shared by order, simulator and planner."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.plan import GradientFlowPlan
@@ -14,7 +17,7 @@ class CostModel:
     """Costs of one micro-batch on one stage, in any unit of time (seconds, or multiples of a forward).
 
     A value is one number for all stages or a sequence with one for each stage. Work on part of a
-    stage (up to a head inside it) costs the share of the layers it runs, by ``layer_weights``.
+    stage (up to a head within it) costs the share of the layers it runs, by ``layer_weights``.
 
     Attributes:
         forward: Forward through the stage.
@@ -28,7 +31,7 @@ class CostModel:
         latency: Time a message takes however small it is.
         bandwidth: Bytes per unit of time of one link, in one direction.
         forward_bytes: Size of the activations and labels a stage sends to the next one.
-        gradient_bytes: Size of one gradient that a stage relays to the one in front of it.
+        gradient_bytes: Size of one gradient that a stage relays to the previous one.
         layer_weights: For each layer of the model its cost in proportion to the others; None if all
             cost the same.
     """
@@ -64,6 +67,40 @@ class CostModel:
             case _:
                 return 0.0
 
+    @classmethod
+    def of_layers(
+        cls,
+        stage_bounds: Sequence[int],
+        *,
+        forward: Sequence[float],
+        input_gradient: Sequence[float],
+        weight_gradient: Sequence[float],
+        optimizer: Sequence[float] | None = None,
+        **others: Any,
+    ) -> "CostModel":
+        """The costs of stages cut at ``stage_bounds``, from one number for each layer.
+
+        Args:
+            stage_bounds: ``num_stages + 1`` rising layer numbers.
+            forward: For each layer; the others likewise.
+            input_gradient: See the class.
+            weight_gradient: See the class.
+            optimizer: See the class; None: nothing.
+            **others: The other attributes, as they are.
+        """
+
+        def sums(costs: Sequence[float]) -> list[float]:
+            return [sum(costs[start:stop]) for start, stop in pairwise(stage_bounds)]
+
+        return cls(
+            forward=sums(forward),
+            input_gradient=sums(input_gradient),
+            weight_gradient=sums(weight_gradient),
+            optimizer=0.0 if optimizer is None else sums(optimizer),
+            layer_weights=forward,
+            **others,
+        )
+
     def message_bytes(self, action: Action) -> float:
         """Size of the message that the send ``action`` puts on its link."""
         size = self.forward_bytes if action.kind is Kind.SEND_FORWARD else self.gradient_bytes
@@ -82,7 +119,7 @@ class CostModel:
         return self._share(plan, action.stage, start, stop)
 
     def _relay_share(self, plan: GradientFlowPlan, action: Action) -> float:
-        """A gradient from behind crosses the whole stage, one from a head inside it only its front."""
+        """A gradient from the next stage crosses all layers, one from an inner head those before it."""
         heads = [plan.heads[loss] for loss in action.losses]
         if any(head.stage != action.stage for head in heads):
             return 1.0
@@ -96,6 +133,31 @@ class CostModel:
             return (stop - start) / (end - first)
         whole = sum(self.layer_weights[first:end])
         return sum(self.layer_weights[start:stop]) / whole if whole else 0.0
+
+
+class LinkTimes:
+    """When messages arrive. Those of one link and direction go one after the other.
+
+    Args:
+        costs: Latency, bandwidth and sizes.
+    """
+
+    def __init__(self, costs: CostModel) -> None:
+        self._costs = costs
+        self._free: dict[tuple[int, Kind], float] = defaultdict(float)
+
+    def arrival(self, send: Action, ready: float) -> float:
+        """The time at which the message of ``send`` arrives; calls come in the order of the link.
+
+        Args:
+            send: The action that sends it.
+            ready: Time from which sender and receiver are ready.
+        """
+        link = send.stage, send.kind
+        arrival = max(ready, self._free[link]) + self._costs.message_seconds(send)
+        # The latency of one message overlaps with the next; its bytes do not.
+        self._free[link] = arrival - self._costs.latency
+        return arrival
 
 
 def _at(value: PerStage, stage: int) -> float:

@@ -1,6 +1,6 @@
 """The order of things: what must be done before an action. Stated here and nowhere else.
 
-The compute order, the lowering, the verifier, the simulator and the renderer all ask
+The compute order, the lowering, the verifier, the simulator and the renderer all call
 ``dependencies``. For micro-batch 0 of four stages under window 2 (``sum``; losses 0, 1, 2):
 
     stage 0   0F0 ────────────────────────────┐                  0W0
@@ -27,34 +27,39 @@ def stage_actions(plan: GradientFlowPlan, stage: int, micro_batch: int) -> tuple
     )
 
 
+def evaluation_actions(
+    plan: GradientFlowPlan, stage: int, micro_batch: int, *, all_heads: bool
+) -> tuple[Action, ...]:
+    """The work of an evaluation: the forward, and the final loss or, with ``all_heads``, every loss."""
+    return tuple(
+        action
+        for action in stage_actions(plan, stage, micro_batch)
+        if action.kind is Kind.FORWARD
+        or (action.kind is Kind.HEAD and (all_heads or action.losses == (plan.final,)))
+    )
+
+
+def batch_end(stage: int, num_micro_batches: int) -> tuple[Action, ...]:
+    """What a stage ends a training batch with."""
+    return Action(stage, Kind.REDUCE, num_micro_batches), Action(stage, Kind.STEP, num_micro_batches)
+
+
 def backward_actions(plan: GradientFlowPlan, stage: int, micro_batch: int) -> tuple[Action, ...]:
     """The passes back through ``stage``: relays and weight gradient, or both in one.
 
-    The first needs the activations that the forward left, the last lets go of them.
+    The first needs the activations of the forward, the last frees them.
     """
-    if stage > 0 and relays_all_in_one(plan):
+    if stage > 0 and plan.merges_passes:
         return (Action(stage, Kind.BACKWARD, micro_batch),)
     relays = [Action(stage, Kind.INPUT_GRADIENT, micro_batch, bundle) for bundle in plan.bundles(stage)]
     return (*relays, Action(stage, Kind.WEIGHT_GRADIENT, micro_batch))
 
 
-def relays_all_in_one(plan: GradientFlowPlan) -> bool:
-    """True if every stage relays exactly what trains it, as one sum: one pass then does both.
-
-    So it is under global backpropagation. Where some stage has to relay apart from its weight
-    gradient, all do: a pass for both would make the relay late, and the neighbours no busier.
-    """
-    return all(
-        [frozenset(bundle) for bundle in plan.bundles(stage)] == [plan.trained_by[stage]]
-        for stage in range(1, plan.num_stages)
-    )
-
-
-def gradient_producer(
+def _gradient_producer(
     plan: GradientFlowPlan, stage: int, micro_batch: int, bundle: tuple[int, ...]
 ) -> Action:
-    """The action of ``stage`` that makes the gradient of ``bundle`` for the stage in front of it."""
-    if relays_all_in_one(plan):
+    """The action of ``stage`` that makes the gradient of ``bundle`` for the previous stage."""
+    if plan.merges_passes:
         return Action(stage, Kind.BACKWARD, micro_batch)
     return Action(stage, Kind.INPUT_GRADIENT, micro_batch, bundle)
 
@@ -62,9 +67,9 @@ def gradient_producer(
 def received_bundles(
     plan: GradientFlowPlan, stage: int, losses: frozenset[int]
 ) -> tuple[tuple[int, ...], ...]:
-    """The bundles from the next stage that carry the gradients of those ``losses`` that lie behind.
+    """The bundles from the next stage that carry gradients of ``losses``.
 
-    A bundle is never torn apart: what travels together trains the same stages.
+    A bundle is never split: what travels together trains the same stages.
     """
     if stage + 1 == plan.num_stages:
         return ()
@@ -85,14 +90,10 @@ def dependencies(plan: GradientFlowPlan, action: Action) -> tuple[Action, ...]:
             f"{action}: the plan has no stage {action.stage}, only 0 to {plan.num_stages - 1}"
         )
     if action.kind in (Kind.STEP, Kind.REDUCE):
-        done = [
-            needed
-            for micro_batch in range(action.micro_batch)
-            for needed in stage_actions(plan, action.stage, micro_batch)
-        ]
-        if action.kind is Kind.STEP:
-            done.append(Action(action.stage, Kind.REDUCE, action.micro_batch))
-        return tuple(done)
+        numbers = range(action.micro_batch)
+        work = tuple(needed for number in numbers for needed in stage_actions(plan, action.stage, number))
+        ends = batch_end(action.stage, action.micro_batch)
+        return (*work, *ends[: ends.index(action)])
     if action not in stage_actions(plan, action.stage, action.micro_batch):
         raise ScheduleError(f"{action} is not work that the plan asks of stage {action.stage}")
     before = _previous_micro_batch(action)
@@ -100,7 +101,8 @@ def dependencies(plan: GradientFlowPlan, action: Action) -> tuple[Action, ...]:
         case Kind.FORWARD:
             return (*_forward_needs(plan, action), *before)
         case Kind.HEAD:
-            return (_forward_to(plan, action.stage, action.micro_batch, action.losses[0]), *before)
+            part = plan.forward_part(action.losses[0])
+            return (Action(action.stage, Kind.FORWARD, action.micro_batch, part), *before)
         case Kind.INPUT_GRADIENT:
             return _gradients(plan, action, frozenset(action.losses))
         case _:
@@ -114,7 +116,7 @@ def _previous_micro_batch(action: Action) -> tuple[Action, ...]:
 
 
 def _forward_needs(plan: GradientFlowPlan, action: Action) -> tuple[Action, ...]:
-    """A forward goes on where the last head inside the stage cut it, or starts from the last stage."""
+    """The part of the forward before this one, which ended at a head, or the previous stage's forward."""
     stage, micro_batch = action.stage, action.micro_batch
     inner = [loss for loss in plan.losses_at(stage) if plan.is_inner(loss)]
     earlier = [loss for loss in inner if not action.losses or loss < action.losses[0]]
@@ -123,16 +125,12 @@ def _forward_needs(plan: GradientFlowPlan, action: Action) -> tuple[Action, ...]
     return (Action(stage - 1, Kind.FORWARD, micro_batch),) if stage else ()
 
 
-def _forward_to(plan: GradientFlowPlan, stage: int, micro_batch: int, loss: int) -> Action:
-    return Action(stage, Kind.FORWARD, micro_batch, (loss,) if plan.is_inner(loss) else ())
-
-
 def _gradients(plan: GradientFlowPlan, action: Action, losses: frozenset[int]) -> tuple[Action, ...]:
-    """What makes the gradients of ``losses`` at this stage: its own heads and the stage behind it."""
+    """What makes the gradients of ``losses`` at this stage: its own heads and the next stage."""
     stage, micro_batch = action.stage, action.micro_batch
     own = [Action(stage, Kind.HEAD, micro_batch, (loss,)) for loss in plan.losses_at(stage) if loss in losses]
-    behind = [
-        gradient_producer(plan, stage + 1, micro_batch, bundle)
+    received = [
+        _gradient_producer(plan, stage + 1, micro_batch, bundle)
         for bundle in received_bundles(plan, stage, losses)
     ]
-    return (*own, *behind)
+    return (*own, *received)

@@ -1,7 +1,7 @@
 """From the order of work to a program: what a stage loads, receives, computes and sends, in order.
 
 Communication is added here and only here. Walking through a stage's work, a send follows the action
-that made the message; the matching receive is placed into the neighbour's program in the same go,
+that made the message; the matching receive is placed into the neighbour's program at the same time,
 so the order of messages on a link has one author. A receive is *posted* early (its data may arrive
 while the stage works on), but never more than ``RECEIVE_AHEAD`` ahead of the work that takes it,
 which is also what keeps a fast stage from running away from a slow one.
@@ -10,12 +10,12 @@ which is also what keeps a fast stage from running away from a slow one.
     stage 1:  RECV_F0 RECV_F1 | F0 H0@0 I0@0 SEND_I0@0 | RECV_F2 | F1 ...
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from ds_interlock.schedule.action import COMPUTE_KINDS, Action, Kind
-from ds_interlock.schedule.dependency import dependencies
+from ds_interlock.schedule.dependency import batch_end, dependencies, evaluation_actions
 from ds_interlock.schedule.order import compute_order
 from ds_interlock.schedule.plan import GradientFlowPlan
 
@@ -28,7 +28,7 @@ class Program:
     """Everything every stage does for one batch.
 
     Attributes:
-        plan: The gradient flow it carries out.
+        plan: Its gradient flow.
         num_micro_batches: Micro-batches in the batch.
         slots: For each stage the number of micro-batches it may hold the activations of.
         stages: For each stage its actions in order, communication included.
@@ -44,7 +44,24 @@ class Program:
         return action.micro_batch % self.slots[action.stage]
 
 
-@lru_cache(maxsize=128)  # asked for at every batch
+def micro_batch_starts(actions: Iterable[Action]) -> Iterator[tuple[Action, tuple[Action, ...]]]:
+    """The first action of each micro-batch, and those of the micro-batches in flight at that moment.
+
+    Args:
+        actions: Of one stage, in order.
+    """
+    work = [action for action in actions if action.kind in COMPUTE_KINDS - {Kind.STEP}]
+    last = {action.micro_batch: action for action in work}
+    live: dict[int, Action] = {}
+    for action in work:
+        if action.micro_batch not in live:
+            yield action, tuple(live.values())
+            live[action.micro_batch] = action
+        if last[action.micro_batch] == action:
+            del live[action.micro_batch]
+
+
+@lru_cache(maxsize=128)  # called at every batch
 def training_program(plan: GradientFlowPlan, num_micro_batches: int, *, extra_in_flight: int = 0) -> Program:
     """The program of one training batch: ordered, lowered, ready to run.
 
@@ -52,33 +69,22 @@ def training_program(plan: GradientFlowPlan, num_micro_batches: int, *, extra_in
         ScheduleError: If ``num_micro_batches`` or ``extra_in_flight`` is out of range.
     """
     order = compute_order(plan, num_micro_batches, extra_in_flight=extra_in_flight)
-    ends = [
-        (Action(stage, Kind.REDUCE, num_micro_batches), Action(stage, Kind.STEP, num_micro_batches))
-        for stage in range(plan.num_stages)
-    ]
     slots = tuple(plan.in_flight(stage) + extra_in_flight for stage in range(plan.num_stages))
-    work = [(*actions, *end) for actions, end in zip(order, ends, strict=True)]
+    work = [(*actions, *batch_end(stage, num_micro_batches)) for stage, actions in enumerate(order)]
     return Program(plan, num_micro_batches, slots, lower(plan, work))
 
 
 @lru_cache(maxsize=128)
 def evaluation_program(plan: GradientFlowPlan, num_micro_batches: int, *, all_heads: bool) -> Program:
     """Forward only: the final loss of every micro-batch, or with ``all_heads`` every head's."""
-    work = []
-    for stage in range(plan.num_stages):
-        losses = [loss for loss in plan.losses_at(stage) if all_heads or loss == plan.final]
-        inner = [loss for loss in plan.losses_at(stage) if plan.is_inner(loss)]
-        work.append(
-            [
-                action
-                for micro_batch in range(num_micro_batches)
-                for action in (
-                    *(Action(stage, Kind.FORWARD, micro_batch, (loss,)) for loss in inner),
-                    Action(stage, Kind.FORWARD, micro_batch),
-                    *(Action(stage, Kind.HEAD, micro_batch, (loss,)) for loss in losses),
-                )
-            ]
-        )
+    work = [
+        [
+            action
+            for micro_batch in range(num_micro_batches)
+            for action in evaluation_actions(plan, stage, micro_batch, all_heads=all_heads)
+        ]
+        for stage in range(plan.num_stages)
+    ]
     return Program(plan, num_micro_batches, (1,) * plan.num_stages, lower(plan, work))
 
 
@@ -146,7 +152,7 @@ def _with_receives(plan: GradientFlowPlan, program: list[Action], sends: list[Ac
     latest = len(program)
     for number in reversed(range(len(receives))):
         early = takes[number - RECEIVE_AHEAD] + 1 if number >= RECEIVE_AHEAD else 0
-        # No later than its own use, and no later than the receives behind it on the link.
+        # No later than its own use, and no later than later receives of the link.
         latest = min(latest, takes[number], early)
         posts.append((latest, receives[number]))
     posts.reverse()

@@ -1,9 +1,9 @@
 """The order in which every stage does its work for one batch.
 
-A stage takes, whenever it is free, the most urgent action that is ready: first what somebody
-upstream waits for (a relay, and the head that starts one), then the next forward, which somebody
-downstream waits for and of which the plan bounds how many are in flight, and the weight gradient,
-which nobody waits for, where the others leave room. Played through with costs in the proportions of
+A free stage takes the most urgent action that is ready (``GradientFlowPlan.urgency``): first a relay
+and the head that starts one, for which a stage upstream waits; then the next forward, for which the
+next stage waits, and of which the plan limits how many are in flight; and last the weight gradient,
+for which no stage waits. Played through with costs in the proportions of
 a real stage, this gives every stage a fixed order, the same on every run: local learning becomes
 F H W, F H W, ...; global becomes 1F1B.
 """
@@ -17,14 +17,6 @@ from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.cost import CostModel
 from ds_interlock.schedule.dependency import backward_actions, dependencies, stage_actions
 from ds_interlock.schedule.plan import GradientFlowPlan
-
-_URGENCY = {
-    Kind.INPUT_GRADIENT: 0,
-    Kind.HEAD: 1,
-    Kind.FORWARD: 2,
-    Kind.BACKWARD: 3,
-    Kind.WEIGHT_GRADIENT: 3,
-}
 
 
 def compute_order(
@@ -93,7 +85,9 @@ class _Dispatcher:
         return tuple(tuple(actions) for actions in self.order)
 
     def _make_ready(self, action: Action) -> None:
-        heapq.heappush(self.ready[action.stage], (_URGENCY[action.kind], action.micro_batch, action))
+        heapq.heappush(
+            self.ready[action.stage], (self.plan.urgency.index(action.kind), action.micro_batch, action)
+        )
 
     def _opens(self, action: Action) -> bool:
         """True if ``action`` is the first of its micro-batch on its stage, so that it takes a slot."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ds_interlock.errors import PlanError, list_faults
-from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
+from ds_interlock.schedule.plan import GradientFlowPlan, LossHead, rises
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,6 @@ class PlanSchedule:
         return self.phases[0].plan.stage_bounds
 
     @property
-    def is_constant(self) -> bool:
-        """True if there is one phase only."""
-        return len(self.phases) == 1
-
-    @property
     def is_end_to_end(self) -> bool:
         """True if every phase is ordinary backpropagation."""
         return all(phase.plan.is_end_to_end for phase in self.phases)
@@ -77,7 +72,7 @@ class PlanSchedule:
 
     @cached_property
     def heads(self) -> tuple[LossHead, ...]:
-        """The auxiliary heads of all phases, one for each place, in the order of their first phase.
+        """The auxiliary heads of all phases, one for each position, in the order of their first phase.
 
         Those of the first phase keep the index that they have in its plan. The weight of a head is that
         of its first phase.
@@ -89,37 +84,44 @@ class PlanSchedule:
         return tuple(first.values())
 
     def head_number(self, after_layer: int) -> int:
-        """The index in ``heads`` of the one behind ``after_layer`` layers."""
+        """The index in ``heads`` of the one after ``after_layer`` layers."""
         return [head.after_layer for head in self.heads].index(after_layer)
 
     def is_idle(self, head: int, phase: int) -> bool:
         """True if the head with this index takes no part in the phase with this number."""
-        places = {place.after_layer for place in self.phases[phase].plan.heads[:-1]}
-        return self.heads[head].after_layer not in places
+        used = {place.after_layer for place in self.phases[phase].plan.heads[:-1]}
+        return self.heads[head].after_layer not in used
 
     @cached_property
     def plan_with_all_heads(self) -> GradientFlowPlan:
-        """A plan with the heads of all phases, to go forward by: its gradient flow is nobody's."""
+        """A plan with the heads of all phases, for forward passes only: no phase has its gradient flow."""
         bounds = self.stage_bounds
         heads = sorted(self.heads, key=lambda head: head.after_layer)
         heads.append(self.phases[0].plan.heads[-1])
-        behind = [
+        after = [
             frozenset(loss for loss, head in enumerate(heads) if head.after_layer >= stop)
             for stop in bounds[1:]
         ]
-        return GradientFlowPlan(bounds, tuple(heads), tuple(behind))
+        return GradientFlowPlan(bounds, tuple(heads), tuple(after))
+
+
+def faults_of_steps(steps: Sequence[int]) -> list[str]:
+    """What is wrong with the steps at which phases begin; empty if nothing is."""
+    if not steps:
+        return ["it has no phases: the first must begin at step 0"]
+    faults = []
+    if steps[0] != 0:
+        faults.append(f"the first phase begins at step {steps[0]}, expected 0")
+    if not rises(steps):
+        faults.append(f"the phases begin at steps {list(steps)}, expected rising numbers")
+    return faults
 
 
 def _faults(phases: Sequence[Phase]) -> list[str]:
     """Everything that is wrong with ``phases``, empty if nothing is."""
+    faults = faults_of_steps([phase.from_step for phase in phases])
     if not phases:
-        return ["it has no phases: the first must begin at step 0"]
-    faults = []
-    steps = [phase.from_step for phase in phases]
-    if steps[0] != 0:
-        faults.append(f"the first phase begins at step {steps[0]}, expected 0")
-    if any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
-        faults.append(f"the phases begin at steps {steps}, expected rising numbers")
+        return faults
     bounds = phases[0].plan.stage_bounds
     for number, phase in enumerate(phases):
         if phase.plan.stage_bounds != bounds:

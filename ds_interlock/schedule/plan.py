@@ -15,7 +15,7 @@ last head is the model's own output and loss. The plan says, for every stage k, 
 
 Local learning is the same picture with arrows one stage long, ordinary ("global") backpropagation
 with one arrow as long as the pipeline. A stage that an arrow crosses on its way to an upstream stage
-*relays* it: it computes the input gradient and passes it on.
+*relays* it: it computes the input gradient and sends it upstream.
 
 Source: Gomez, Key, Perlin, Gou, Frosst, Dean, Gal: Interlocking Backpropagation: Improving
 depthwise model-parallelism. JMLR 23(171), 2022. Fractional windows are this project's own.
@@ -25,9 +25,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from itertools import pairwise
+from typing import ClassVar, Literal
 
 from ds_interlock.errors import PlanError, list_faults
+from ds_interlock.schedule.action import Kind
 
 Combine = Literal["sum", "farthest"]
 
@@ -38,7 +40,7 @@ class LossHead:
 
     Attributes:
         stage: The stage that computes it.
-        after_layer: Number of layers in front of it, counted over the whole model.
+        after_layer: Number of layers before it, counted over the whole model.
         weight: Factor of this loss in every gradient it takes part in, its own head's included.
     """
 
@@ -64,6 +66,15 @@ class GradientFlowPlan:
     stage_bounds: tuple[int, ...]
     heads: tuple[LossHead, ...]
     trained_by: tuple[frozenset[int], ...]
+
+    urgency: ClassVar[tuple[Kind, ...]] = (
+        Kind.INPUT_GRADIENT,
+        Kind.HEAD,
+        Kind.FORWARD,
+        Kind.BACKWARD,
+        Kind.WEIGHT_GRADIENT,
+    )
+    """Which work a stage does first when several are ready. A subclass may have another order."""
 
     # Constructors. Each takes `num_stages` (one layer a stage) or `stage_bounds`.
 
@@ -195,23 +206,23 @@ class GradientFlowPlan:
         return tuple(i for i, head in enumerate(self.heads) if head.stage == stage)
 
     def is_inner(self, loss: int) -> bool:
-        """True if the head sits inside its stage rather than at its end."""
+        """True if the head sits within its stage rather than at its end."""
         head = self.heads[loss]
         return head.after_layer < self.stage_bounds[head.stage + 1]
 
     def upstream(self, loss: int, stage: int) -> frozenset[int]:
-        """The stages in front of ``stage`` that ``loss`` trains."""
+        """The stages before ``stage`` that ``loss`` trains."""
         return self._upstream[loss, stage]
 
     def relays(self, stage: int) -> tuple[int, ...]:
-        """Losses whose input gradient ``stage`` passes on to the stage in front of it."""
+        """Losses whose input gradient ``stage`` sends to the previous stage."""
         return tuple(loss for bundle in self.bundles(stage) for loss in bundle)
 
     def bundles(self, stage: int) -> tuple[tuple[int, ...], ...]:
         """The relays of ``stage``, those that train the same upstream stages grouped together.
 
         The gradients of a group are never needed apart again, so they travel as one sum. Groups
-        are ordered by the stage they have come from: the nearest loss is there first.
+        are ordered by the stage they come from: the nearest loss arrives first.
         """
         return self._bundles[stage]
 
@@ -221,8 +232,29 @@ class GradientFlowPlan:
         return max((self.heads[loss].stage - stage for loss in losses), default=0)
 
     def in_flight(self, stage: int) -> int:
-        """Micro-batches whose activations ``stage`` holds at once; no more of them is faster."""
+        """Micro-batches whose activations ``stage`` needs to hold at once.
+
+        More can be faster (``extra_in_flight``): under a fractional window one more removes the last
+        wait, window 3 gains a little, and a slow network gains under any plan.
+        """
         return self.reach(stage) + 1
+
+    @cached_property
+    def merges_passes(self) -> bool:
+        """True if one backward pass makes both gradients of a stage.
+
+        That is so if every stage relays exactly what trains it, as one sum, as under global
+        backpropagation. If one stage cannot merge its passes, none does: the merged pass would make its
+        relay late, and the stages beside it have more work anyway.
+        """
+        return all(
+            [frozenset(bundle) for bundle in self.bundles(stage)] == [self.trained_by[stage]]
+            for stage in range(1, self.num_stages)
+        )
+
+    def forward_part(self, loss: int) -> tuple[int, ...]:
+        """The losses of the forward action that the head of ``loss`` waits for (``Action.losses``)."""
+        return (loss,) if self.is_inner(loss) else ()
 
     @cached_property
     def _upstream(self) -> dict[tuple[int, int], frozenset[int]]:
@@ -245,7 +277,7 @@ class GradientFlowPlan:
 
 
 def loss_name(plan: GradientFlowPlan, loss: int) -> str:
-    """How the loss with this index in ``plan.heads`` is called in reports, in every plan with this place."""
+    """How reports call the loss with this index, in every plan with a head at this position."""
     return "final_loss" if loss == plan.final else f"loss_after_layer_{plan.heads[loss].after_layer}"
 
 
@@ -257,7 +289,7 @@ def _bounds(num_stages: int | None, stage_bounds: Sequence[int] | None) -> tuple
         bounds = tuple(int(bound) for bound in stage_bounds)
         if len(bounds) < 2:
             raise PlanError(f"stage_bounds {list(bounds)}: at least two numbers are needed: [0, num_layers]")
-        if bounds[0] != 0 or not _rises(bounds):
+        if bounds[0] != 0 or not rises(bounds):
             raise PlanError(
                 f"stage_bounds {list(bounds)} must start at 0 and rise: every stage needs a layer"
             )
@@ -296,7 +328,7 @@ def _head_at(
     num_layers = bounds[slot + 1] - bounds[slot]
     if num_layers < 2:
         faults.append(
-            f"a fractional window needs a head inside stage {slot}, which has {num_layers} layer; "
+            f"a fractional window needs a head within stage {slot}, which has {num_layers} layer; "
             "give it at least 2 layers, or use a whole window"
         )
     inside = min(max(round(fraction * num_layers), 1), num_layers - 1)
@@ -306,7 +338,7 @@ def _head_at(
 def _faults(plan: GradientFlowPlan) -> list[str]:
     """Everything that is wrong with ``plan``, empty if nothing is."""
     bounds, num = plan.stage_bounds, plan.num_stages
-    if bounds[0] != 0 or not _rises(bounds):
+    if bounds[0] != 0 or not rises(bounds):
         return [f"stage_bounds {list(bounds)} must start at 0 and rise: every stage needs a layer"]
     if not plan.heads:
         return ["heads is empty: the last head must be the final loss"]
@@ -325,7 +357,7 @@ def _faults(plan: GradientFlowPlan) -> list[str]:
     if plan.heads[-1].after_layer != plan.num_layers:
         faults.append(f"the last head must be the final loss, after layer {plan.num_layers}")
     positions = [head.after_layer for head in plan.heads]
-    if not _rises(positions):
+    if not rises(positions):
         faults.append(f"heads must be in the order of their layers, one a layer, not {positions}")
     if len(plan.trained_by) != num:
         faults.append(f"trained_by has {len(plan.trained_by)} entries for {num} stages")
@@ -338,11 +370,12 @@ def _faults(plan: GradientFlowPlan) -> list[str]:
             elif plan.heads[loss].after_layer < bounds[stage + 1]:
                 faults.append(f"stage {stage} is trained by loss {loss}, which sits before its end")
     trains = frozenset().union(*plan.trained_by)
-    idle = [loss for loss in range(len(plan.heads)) if loss not in trains]
-    if idle:
-        faults.append(f"losses {idle} train no stage: leave their heads out")
+    unused = [loss for loss in range(len(plan.heads)) if loss not in trains]
+    if unused:
+        faults.append(f"losses {unused} train no stage: leave their heads out")
     return faults
 
 
-def _rises(numbers: Sequence[int]) -> bool:
-    return all(a < b for a, b in zip(numbers, numbers[1:], strict=False))
+def rises(numbers: Sequence[int]) -> bool:
+    """True if each number is larger than the one before it."""
+    return all(a < b for a, b in pairwise(numbers))

@@ -1,6 +1,6 @@
 """Pictures of a program: a grid of text, and an SVG of when what ran.
 
-The grid shows the order of work. One row a stage, time to the right, every action one slot wide
+The grid shows the order of work. One row per stage, time to the right, every action one slot wide
 whatever it costs, and a blank where the stage waits. Window 2, two micro-batches:
 
     stage 0 | F0 F1       W0       W1 S2
@@ -8,15 +8,18 @@ whatever it costs, and a blank where the stage waits. Window 2, two micro-batche
     stage 2 |       F0 H0 I0 F1 H1 I1 W0    W1 S2
     stage 3 |          F0 H0 I0 W0 F1 H1 I1 W1 S2
 
-The stage's number stands in front of its row; the losses of an action are left out where the stage
+The stage's number comes before its row; the losses of an action are left out where the stage
 has no choice. The SVG shows durations, measured or simulated, and any number of timelines under one
 another, on one scale where they have one unit.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule.action import COMPUTE_KINDS, Action, Kind
@@ -53,7 +56,7 @@ class Timeline:
 
 
 def render_text(program: Program, *, faulty: Collection[Place] = (), missing: Collection[Action] = ()) -> str:
-    """The work of ``program`` as a grid of text, one row a stage, time to the right.
+    """The work of ``program`` as a grid of text, one row per stage, time to the right.
 
     Args:
         program: What to show. It need not be correct.
@@ -179,25 +182,8 @@ LABELS = {
 }
 """What pictures call the work."""
 
-# Classes of the style sheet: f, h, i, w, b, s.
-_LOOKS = {kind: kind.value.lower() for kind in LABELS}
-
-_STYLE = """
-  .ground { fill: #ffffff } .ink { fill: #1f2430 } .soft { fill: #5b6472 }
-  .line { stroke: #c9ced6; stroke-width: 1 }
-  .idle { fill: #eceff3 } .hatch { stroke: #d3d8e0; stroke-width: 2 }
-  .f { fill: #5b9bd5 } .h { fill: #e6a532 } .i { fill: #3fae8c } .w { fill: #a98bd0 } .b { fill: #cb6a94 }
-  .s { fill: #8d95a1 } .odd { opacity: 0.72 } .in { fill: #10131a }
-  text { font-family: system-ui, "Segoe UI", Helvetica, Arial, sans-serif; font-size: 12px }
-  .title { font-size: 17px; font-weight: 600 } .name { font-size: 13px; font-weight: 600 }
-  .in { font-size: 11px; text-anchor: middle } .mid { text-anchor: middle } .end { text-anchor: end }
-  rect.f, rect.h, rect.i, rect.w, rect.b, rect.s { stroke: #ffffff; stroke-width: 0.6 }
-  @media (prefers-color-scheme: dark) {
-    .ground { fill: #14171d } .ink { fill: #e8ebf0 } .soft { fill: #9aa3b2 }
-    .line { stroke: #39404c } .idle { fill: #20252e } .hatch { stroke: #2f3642 }
-    rect.f, rect.h, rect.i, rect.w, rect.b, rect.s { stroke: #14171d }
-  }
-"""
+COLOURS = {"f": "#5b9bd5", "h": "#e6a532", "i": "#3fae8c", "w": "#a98bd0", "b": "#cb6a94", "s": "#8d95a1"}
+"""What pictures paint it with, by the kind's value in lower case, the name of its class in style sheets."""
 
 
 def render_svg(timelines: Sequence[Timeline], title: str = "Pipeline timeline") -> str:
@@ -221,25 +207,32 @@ def render_svg(timelines: Sequence[Timeline], title: str = "Pipeline timeline") 
         if not any(timeline.rows):
             raise ScheduleError(f"timeline {timeline.name!r} has no spans: there is nothing to draw")
         extents[timeline.unit] = max(extents.get(timeline.unit, 0.0), _extent(timeline))
-    body: list[str] = []
+    charts = []
     top = _TOP
     for timeline in timelines:
-        body += _timeline_svg(timeline, extents[timeline.unit], top)
+        charts.append(_chart(timeline, extents[timeline.unit], top))
         top += _ROW * len(timeline.rows) + _GAP
     kinds = {span.action.kind for timeline in timelines for row in timeline.rows for span in row}
-    head = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{top}" '
-        f'viewBox="0 0 {_WIDTH} {top}" role="img">',
-        f"<title>{_xml(title)}</title>",
-        f"<style>{_STYLE}</style>",
-        '<defs><pattern id="waiting" width="7" height="7" patternUnits="userSpaceOnUse" '
-        'patternTransform="rotate(45)"><rect class="idle" width="7" height="7"/>'
-        '<line class="hatch" x1="0" y1="0" x2="0" y2="7"/></pattern></defs>',
-        f'<rect class="ground" width="{_WIDTH}" height="{top}"/>',
-        f'<text class="title ink" x="{_RIGHT}" y="30">{_xml(title)}</text>',
-        *_legend_svg(kinds),
-    ]
-    return "\n".join([*head, *body, "</svg>", ""])
+    return fill_template(
+        __package__,
+        "timelines.svg",
+        title=_printable(title),
+        colours=COLOURS,
+        legend=list(_legend(kinds)),
+        charts=charts,
+        width=_WIDTH,
+        height=top,
+        left=_LEFT,
+        right=_RIGHT,
+        box=_BOX,
+    )
+
+
+def fill_template(package: str, name: str, **values: Any) -> str:
+    """The Jinja template ``name`` of ``package``, filled; values are escaped as XML."""
+    template = resources.files(package).joinpath(name).read_text(encoding="utf-8")
+    rules = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+    return rules.from_string(template).render(values)
 
 
 def _extent(timeline: Timeline) -> float:
@@ -247,36 +240,63 @@ def _extent(timeline: Timeline) -> float:
     return max(span.end for span in spans) - min(span.start for span in spans)
 
 
-def _legend_svg(kinds: Collection[Kind]) -> Iterator[str]:
-    """The colours of those kinds of action that occur, and what waiting looks like."""
+def _legend(kinds: Collection[Kind]) -> Iterator[dict[str, str]]:
+    """The kinds of action that occur, and what waiting looks like."""
     x = float(_RIGHT)
-    entries = [(f'class="{_LOOKS[kind]}"', label) for kind, label in LABELS.items() if kind in kinds]
-    for paint, label in [*entries, ('fill="url(#waiting)"', "waiting")]:
-        yield f'<g class="legend"><rect {paint} x="{x:.1f}" y="43" width="14" height="14" rx="3"/>'
-        yield f'<text class="soft" x="{x + 20:.1f}" y="54">{label}</text></g>'
-        x += 20 + _GLYPH * len(label) + 18
+    for kind, label in [*LABELS.items(), (None, "waiting")]:
+        if kind is None or kind in kinds:
+            look = kind.value.lower() if kind else ""
+            yield {"kind": look, "label": label, "x": f"{x:.1f}", "text_x": f"{x + 20:.1f}"}
+            x += 20 + _GLYPH * len(label) + 18
 
 
-def _timeline_svg(timeline: Timeline, extent: float, top: float) -> Iterator[str]:
+def _chart(timeline: Timeline, extent: float, top: int) -> dict[str, Any]:
+    """What the template needs of one timeline. ``extent`` is that of the longest with its unit."""
     origin = min(span.start for row in timeline.rows for span in row)
+    end = origin + _extent(timeline)
     scale = (_WIDTH - _LEFT - _RIGHT) / extent if extent > 0 else 0.0
 
-    def x_of(time: float) -> float:
-        return _LEFT + (time - origin) * scale
+    def area(start: float, stop: float) -> tuple[float, float]:
+        left = _LEFT + (start - origin) * scale
+        return left, _LEFT + (stop - origin) * scale - left
 
-    yield f'<text class="name ink" x="{_RIGHT}" y="{top - 8}">{_xml(timeline.name)}</text>'
-    end = origin + _extent(timeline)
-    for stage, spans in enumerate(timeline.rows):
-        y = top + stage * _ROW
-        yield f'<text class="soft end" x="{_LEFT - 10}" y="{y + 16}">stage {stage}</text>'
+    def gaps(spans: Sequence[Span]) -> Iterator[dict[str, str]]:
         for start, stop in waits(spans, origin, end):
-            left, width = x_of(start), x_of(stop) - x_of(start)
+            left, width = area(start, stop)
             if width >= _NARROWEST_GAP:
-                area = f'x="{left:.2f}" y="{y}" width="{width:.2f}" height="{_BOX}"'
-                yield f'<rect class="waiting" fill="url(#waiting)" {area}/>'
-        for span in spans:
-            yield _span_svg(span, timeline.unit, origin, x_of, y)
-    yield from _axis_svg(timeline.unit, extent, top + _ROW * len(timeline.rows))
+                yield {"x": f"{left:.2f}", "width": f"{width:.2f}"}
+
+    def box(span: Span) -> dict[str, str]:
+        left, width = area(span.start, span.end)
+        seconds = span.end - span.start
+        factor, unit = _shown_unit(timeline.unit, seconds)
+        times = f"{span.start - origin:.4g} to {span.end - origin:.4g} {timeline.unit}"
+        label = "" if span.action.kind is Kind.STEP else str(span.action.micro_batch)
+        return {
+            "text": _printable(
+                f"{span.action}, batch {span.batch}: {seconds * factor:.4g} {unit}, from {times}"
+            ),
+            "look": span.action.kind.value.lower() + " odd" * (span.batch % 2),
+            "x": f"{left:.2f}",
+            "width": f"{width:.2f}",
+            "middle": f"{left + width / 2:.2f}",
+            "label": label if width >= _GLYPH * len(label) + 4 else "",
+        }
+
+    rows = [
+        {"y": top + stage * _ROW, "waits": gaps(spans), "spans": map(box, spans)}
+        for stage, spans in enumerate(timeline.rows)
+    ]
+    unit, ticks = _ticks(timeline.unit, extent)
+    name = _printable(timeline.name)
+    return {
+        "top": top,
+        "end": top + _ROW * len(rows),
+        "name": name,
+        "rows": rows,
+        "unit": unit,
+        "ticks": ticks,
+    }
 
 
 def waits(spans: Sequence[Span], start: float, end: float) -> Iterator[tuple[float, float]]:
@@ -289,35 +309,14 @@ def waits(spans: Sequence[Span], start: float, end: float) -> Iterator[tuple[flo
         yield start, end
 
 
-def _span_svg(span: Span, unit: str, origin: float, x_of: Callable[[float], float], y: float) -> str:
-    look = _LOOKS[span.action.kind]
-    shade = f"{look} odd" if span.batch % 2 else look
-    left, width = x_of(span.start), x_of(span.end) - x_of(span.start)
-    factor, shown_unit = _shown_unit(unit, span.end - span.start)
-    text = (
-        f"{span.action}, batch {span.batch}: {(span.end - span.start) * factor:.4g} {shown_unit}, "
-        f"from {span.start - origin:.4g} to {span.end - origin:.4g} {unit}"
-    )
-    box = f'<rect class="{shade}" x="{left:.2f}" y="{y}" width="{width:.2f}" height="{_BOX}" rx="2"/>'
-    label = "" if span.action.kind is Kind.STEP else str(span.action.micro_batch)
-    inside = ""
-    if label and width >= _GLYPH * len(label) + 4:
-        inside = f'<text class="in" x="{left + width / 2:.2f}" y="{y + 15}">{label}</text>'
-    return f'<g class="span"><title>{_xml(text)}</title>{box}{inside}</g>'
-
-
-def _axis_svg(unit: str, extent: float, y: float) -> Iterator[str]:
-    """The time axis: round numbers, at most ``_MOST_TICKS`` + 1 of them."""
+def _ticks(unit: str, extent: float) -> tuple[str, list[tuple[str, str]]]:
+    """The unit and the ticks of the time axis: round numbers, at most ``_MOST_TICKS`` + 1 of them."""
     factor, shown_unit = _shown_unit(unit, extent)
-    length = _WIDTH - _LEFT - _RIGHT
-    yield f'<line class="line" x1="{_LEFT}" y1="{y}" x2="{_LEFT + length}" y2="{y}"/>'
-    yield f'<text class="soft end" x="{_LEFT - 10}" y="{y + 18}">{_xml(shown_unit)}</text>'
     step = _tick_step(extent * factor)
     num_ticks = math.floor(extent * factor / step + 1e-9) + 1 if step else 1
-    for number in range(num_ticks):
-        x = _LEFT + (number * step / (extent * factor) * length if step else 0.0)
-        yield f'<line class="line" x1="{x:.2f}" y1="{y}" x2="{x:.2f}" y2="{y + 5}"/>'
-        yield f'<text class="soft mid" x="{x:.2f}" y="{y + 18}">{number * step:g}</text>'
+    length = _WIDTH - _LEFT - _RIGHT
+    places = [_LEFT + (n * step / (extent * factor) * length if step else 0.0) for n in range(num_ticks)]
+    return _printable(shown_unit), [(f"{x:.2f}", f"{n * step:g}") for n, x in enumerate(places)]
 
 
 def _tick_step(extent: float) -> float:
@@ -333,6 +332,6 @@ def _shown_unit(unit: str, extent: float) -> tuple[float, str]:
     return (1000.0, "ms") if unit == "s" and extent < 1.0 else (1.0, unit)
 
 
-def _xml(text: str) -> str:
-    """``text`` as XML content; characters that XML cannot hold become spaces."""
-    return escape("".join(char if char.isprintable() else " " for char in text))
+def _printable(text: str) -> str:
+    """``text`` with spaces for characters that XML cannot hold."""
+    return "".join(char if char.isprintable() else " " for char in text)

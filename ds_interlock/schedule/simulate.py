@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule.action import COMPUTE_KINDS, RECV_KINDS, SEND_KINDS, Action, Kind
-from ds_interlock.schedule.cost import CostModel
-from ds_interlock.schedule.lower import Program, receive_of, receives_needed
+from ds_interlock.schedule.cost import CostModel, LinkTimes
+from ds_interlock.schedule.lower import Program, micro_batch_starts, receive_of, receives_needed
 
 SEND_AHEAD = 2
 """Messages of one link that may be on their way before the sending stage waits."""
@@ -62,14 +62,14 @@ class Simulation:
         batch_seconds: Time a batch takes once the pipeline is running.
         bubble_fraction: Share of the stages' time, over those batches, in which they wait.
         peak_in_flight: For each stage the most micro-batches it held activations of at once.
-        bytes_sent: For each stage the bytes it sends for one batch.
+        relay_bytes: For each stage the bytes of gradients it sends upstream for one batch.
     """
 
     spans: tuple[tuple[Span, ...], ...]
     batch_seconds: float
     bubble_fraction: float
     peak_in_flight: tuple[int, ...]
-    bytes_sent: tuple[float, ...]
+    relay_bytes: tuple[float, ...]
 
 
 def simulate(
@@ -114,9 +114,12 @@ def simulate(
         spans=tuple(map(tuple, player.spans)),
         batch_seconds=seconds,
         bubble_fraction=max(0.0, 1.0 - busy / total) if total else 0.0,
-        peak_in_flight=tuple(_peak_in_flight(program, stage) for stage in range(program.plan.num_stages)),
-        bytes_sent=tuple(
-            sum(player.costs.message_bytes(action) for action in actions if action.kind in SEND_KINDS)
+        peak_in_flight=tuple(
+            max((1 + len(live) for _, live in micro_batch_starts(actions)), default=0)
+            for actions in program.stages
+        ),
+        relay_bytes=tuple(
+            sum(player.costs.message_bytes(action) for action in actions if action.kind is Kind.SEND_GRADIENT)
             for actions in program.stages
         ),
     )
@@ -134,13 +137,14 @@ class _Player:
         self.needs = [
             [receives_needed(program.plan, action) for action in actions] for actions in program.stages
         ]
-        # When a link is free again and, message by message, when what was sent has arrived.
-        self.link_free: dict[tuple[int, Kind], float] = defaultdict(float)
+        self.links = LinkTimes(costs)
+        # For each link and message the time it arrives, None while it is on its way.
         self.arrivals: dict[tuple[int, Kind], list[float | None]] = defaultdict(list)
 
     def play(self, batch: int) -> None:
         """One batch: every stage runs until it is blocked, as long as anything moves."""
-        self.sent: dict[Action, tuple[float, int]] = {}
+        # By the receive: the send, when it was ready, and its number on the link.
+        self.sent: dict[Action, tuple[Action, float, int]] = {}
         self.posted: dict[Action, float] = {}
         self.arrived: dict[Action, float] = {}
         next_up = [0] * len(self.clocks)
@@ -177,10 +181,10 @@ class _Player:
         link = action.stage, action.kind
         receive = receive_of(action)
         if receive not in self.sent:
-            self.sent[receive] = self.clocks[action.stage], len(self.arrivals[link])
+            self.sent[receive] = action, self.clocks[action.stage], len(self.arrivals[link])
             self.arrivals[link].append(None)
             self._deliver(receive)
-        waits_for = self.sent[receive][1] - self.send_ahead
+        waits_for = self.sent[receive][2] - self.send_ahead
         if waits_for >= 0:
             arrival = self.arrivals[link][waits_for]
             if arrival is None:
@@ -192,28 +196,7 @@ class _Player:
         """Once a message is both sent and waited for, it takes its time on the link."""
         if receive not in self.sent or receive not in self.posted:
             return
-        forward = receive.kind is Kind.RECV_FORWARD
-        sender = receive.stage + (-1 if forward else 1)
-        kind = Kind.SEND_FORWARD if forward else Kind.SEND_GRADIENT
-        send = Action(sender, kind, receive.micro_batch, receive.losses)
-        sent, number = self.sent[receive]
-        start = max(sent, self.posted[receive], self.link_free[sender, kind])
-        arrival = start + self.costs.message_seconds(send)
-        # The latency of one message overlaps with the next; its bytes do not.
-        self.link_free[sender, kind] = arrival - self.costs.latency
-        self.arrivals[sender, kind][number] = arrival
+        send, sent, number = self.sent[receive]
+        arrival = self.links.arrival(send, max(sent, self.posted[receive]))
+        self.arrivals[send.stage, send.kind][number] = arrival
         self.arrived[receive] = arrival
-
-
-def _peak_in_flight(program: Program, stage: int) -> int:
-    """Most micro-batches between the first and the last thing that ``stage`` does for them."""
-    work = [action for action in program.stages[stage] if action.kind in COMPUTE_KINDS - {Kind.STEP}]
-    last = {action.micro_batch: action for action in work}
-    live: set[int] = set()
-    peak = 0
-    for action in work:
-        live.add(action.micro_batch)
-        peak = max(peak, len(live))
-        if last[action.micro_batch] == action:
-            live.remove(action.micro_batch)
-    return peak

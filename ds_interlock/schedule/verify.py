@@ -1,28 +1,29 @@
-"""The verifier: a program carries out its plan, or here is everything that is wrong with it.
+"""The verifier: a program does the work of its plan, or here is everything that is wrong with it.
 
-It restates no rule. What work there must be comes from ``stage_actions``, its order from
-``dependencies``, its messages from ``send_of``, ``receive_of`` and ``receives_needed``; what is left
-to say here is how a list of actions can fail them. All faults are collected and raised once, with
-the grid of the program and the faulty actions marked in it:
+It restates no rule. The work that must be done comes from ``stage_actions``, ``evaluation_actions`` and
+``batch_end``, its order from ``dependencies``, its messages from ``send_of``, ``receive_of`` and
+``receives_needed``; this file says only how a list of actions can fail them. All faults are collected and
+raised once, with the grid of the program and the faulty actions marked in it:
 
     program: 0W1 comes before 0W0, which it needs
     stage 0 | F0 F1                >0W1< >0W0< S2
     stage 1 |    F0 H0 B0 F1 H1 B1 S2
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from ds_interlock.errors import ScheduleError, list_faults
 from ds_interlock.schedule.action import COMPUTE_KINDS, SEND_KINDS, Action, Kind
-from ds_interlock.schedule.dependency import dependencies, stage_actions
-from ds_interlock.schedule.lower import Program, receive_of, receives_needed, send_of
+from ds_interlock.schedule.dependency import batch_end, dependencies, evaluation_actions, stage_actions
+from ds_interlock.schedule.lower import Program, micro_batch_starts, receive_of, receives_needed, send_of
+from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.render import Place, render_text
 from ds_interlock.schedule.simulate import StandstillError, simulate
 
 
 def verify(program: Program, *, extra_in_flight: int = 0) -> None:
-    """Accepts ``program`` as one training batch of its plan.
+    """Checks that ``program`` is one training batch of its plan.
 
     Args:
         program: What to check.
@@ -32,39 +33,32 @@ def verify(program: Program, *, extra_in_flight: int = 0) -> None:
         ScheduleError: Listing every fault, with the grid. A standstill is looked for only in a
             program that has no other fault.
     """
-    plan, num = program.plan, program.num_micro_batches
-    _check_shape(program)
-    ends = [[Action(s, kind, num) for kind in (Kind.REDUCE, Kind.STEP)] for s in range(plan.num_stages)]
-    work = [
-        [action for micro_batch in range(num) for action in stage_actions(plan, stage, micro_batch)]
-        for stage in range(plan.num_stages)
-    ]
-    verifier = _Verifier(program, work, ends)
-    verifier.check_slots(extra_in_flight)
-    verifier.check()
+    ends = [batch_end(stage, program.num_micro_batches) for stage in range(program.plan.num_stages)]
+    _verify(program, stage_actions, ends, extra_in_flight)
 
 
 def verify_evaluation(program: Program, *, all_heads: bool) -> None:
-    """Accepts ``program`` as one evaluation batch: forward only, with the final loss or all losses.
+    """Checks that ``program`` is one evaluation batch: forward only, with the final loss or all losses.
 
     Raises:
         ScheduleError: Like ``verify``.
     """
-    plan = program.plan
+    _verify(program, partial(evaluation_actions, all_heads=all_heads), [()] * program.plan.num_stages, 0)
+
+
+def _verify(
+    program: Program,
+    work_of: Callable[[GradientFlowPlan, int, int], tuple[Action, ...]],
+    ends: Sequence[Sequence[Action]],
+    extra_in_flight: int,
+) -> None:
+    """Raises ScheduleError unless the work of each stage is ``work_of`` each micro-batch, then its end."""
     _check_shape(program)
     work = [
-        [
-            action
-            for micro_batch in range(program.num_micro_batches)
-            for action in stage_actions(plan, stage, micro_batch)
-            if action.kind is Kind.FORWARD
-            or (action.kind is Kind.HEAD and (all_heads or action.losses == (plan.final,)))
-        ]
-        for stage in range(plan.num_stages)
+        [a for number in range(program.num_micro_batches) for a in work_of(program.plan, stage, number)]
+        for stage in range(program.plan.num_stages)
     ]
-    verifier = _Verifier(program, work, [[] for _ in work])
-    verifier.check_slots(0)
-    verifier.check()
+    _Verifier(program, work, ends).check(extra_in_flight)
 
 
 def _check_shape(program: Program) -> None:
@@ -85,10 +79,10 @@ class _Verifier:
     """Collects the faults of one program.
 
     Attributes:
-        expected: For each stage all actions it must carry out, communication included.
+        expected: For each stage all actions it must run, communication included.
         made_by: For each send the action that makes its message.
         at: Where every expected action is that is on its own stage (the first, if several).
-        order: For each stage those actions in the order of their places.
+        order: For each stage those actions in the order of its list.
     """
 
     def __init__(
@@ -96,7 +90,7 @@ class _Verifier:
     ) -> None:
         self.program = program
         self.plan = program.plan
-        self.ends = ends
+        self.ends = [list(end) for end in ends]
         self.faults: list[str] = []
         self.faulty: set[Place] = set()
         self.missing: list[Action] = []
@@ -123,7 +117,8 @@ class _Verifier:
                 expected[receive_of(send).stage].add(receive_of(send))
         return expected
 
-    def check(self) -> None:
+    def check(self, extra_in_flight: int) -> None:
+        self._check_slots(extra_in_flight)
         self._check_presence()
         self._check_order()
         self._check_ends()
@@ -132,17 +127,14 @@ class _Verifier:
         if not self.faults:
             self._check_standstill()
         if self.faults:
-            self._fail()
-
-    def _fail(self) -> NoReturn:
-        grid = render_text(self.program, faulty=self.faulty, missing=self.missing)
-        raise ScheduleError(f"{list_faults('program', self.faults)}\n{grid}")
+            grid = render_text(self.program, faulty=self.faulty, missing=self.missing)
+            raise ScheduleError(f"{list_faults('program', self.faults)}\n{grid}")
 
     def _fault(self, text: str, places: Iterable[Place]) -> None:
         self.faults.append(text)
         self.faulty.update(places)
 
-    def check_slots(self, extra_in_flight: int) -> None:
+    def _check_slots(self, extra_in_flight: int) -> None:
         for stage, slots in enumerate(self.program.slots):
             most = self.plan.in_flight(stage) + extra_in_flight
             if slots > most:
@@ -153,21 +145,21 @@ class _Verifier:
                 )
 
     def _check_presence(self) -> None:
-        """Every action that is asked for is there once, on its own stage, and no other is."""
+        """Every expected action appears once, on its own stage, and no other does."""
         places: dict[Action, list[Place]] = {}
         for stage, actions in enumerate(self.program.stages):
             for position, action in enumerate(actions):
                 places.setdefault(action, []).append((stage, position))
-        asked_for = set().union(*self.expected)
-        for action, found in places.items():
-            astray = [place for place in found if place[0] != action.stage]
-            if action not in asked_for:
-                self._fault(f"{action} is not asked for by the plan; leave it out", found)
+        expected = set().union(*self.expected)
+        for action, of_action in places.items():
+            astray = [place for place in of_action if place[0] != action.stage]
+            if action not in expected:
+                self._fault(f"{action} is not work of the plan; leave it out", of_action)
             elif astray:
                 self._fault(f"{action} is in the list of stage {astray[0][0]}, not of its own stage", astray)
-            elif len(found) > 1:
-                self._fault(f"{action} appears {len(found)} times, expected once", found)
-        for action in sorted(asked_for - places.keys()):
+            elif len(of_action) > 1:
+                self._fault(f"{action} appears {len(of_action)} times, expected once", of_action)
+        for action in sorted(expected - places.keys()):
             self._fault(f"{action} is missing", [])
             self.missing.append(action)
 
@@ -190,11 +182,11 @@ class _Verifier:
         return (*own, *receives_needed(self.plan, action))
 
     def _after(self, needed: Action, action: Action) -> bool:
-        """True if ``needed`` is behind ``action``; one that is missing is reported as missing."""
+        """True if ``needed`` comes after ``action``; one that is missing is reported as missing."""
         return needed in self.at and self.at[needed] > self.at[action]
 
     def _check_ends(self) -> None:
-        """A stage ends with its reduce and its step; nothing of the batch is left to do then."""
+        """A stage ends with its reduce and its step, after all other work of the batch."""
         for stage, end in enumerate(self.ends):
             actions = self.program.stages[stage]
             if end and list(actions[-len(end) :]) != end and all(action in self.at for action in end):
@@ -205,7 +197,7 @@ class _Verifier:
                 )
 
     def _check_links(self) -> None:
-        """A link hands messages over in the order they are sent: both its ends agree on it."""
+        """A link delivers messages in the order they are sent: both its ends agree on it."""
         for stage, actions in enumerate(self.order):
             for kind in sorted(SEND_KINDS):
                 sends = {receive_of(a): a for a in actions if a.kind is kind and receive_of(a) in self.at}
@@ -226,35 +218,19 @@ class _Verifier:
 
     def _check_buffers(self) -> None:
         """No more micro-batches at once than slots, and no two of them in one buffer."""
-        for actions in self.order:
-            work = [action for action in actions if action.kind in COMPUTE_KINDS - {Kind.STEP}]
-            last = {action.micro_batch: action for action in work}
-            live: dict[int, Action] = {}
-            for action in work:
-                if action.micro_batch not in live:
-                    self._check_opening(action, [*live.values()])
-                    live[action.micro_batch] = action
-                if last[action.micro_batch] == action:
-                    del live[action.micro_batch]
-
-    def _check_opening(self, action: Action, live: Sequence[Action]) -> None:
-        """``action`` is the first of its micro-batch on its stage, the first of ``live`` are not done."""
-        slots = self.program.slots[action.stage]
-        clash = [other for other in live if self.program.buffer(other) == self.program.buffer(action)]
-        if len(live) >= slots:
-            self._fault(
-                f"{action} begins micro-batch {len(live) + 1} at once on stage {action.stage}, "
-                f"which has slots for {slots}",
-                [self.at[action]],
-            )
-        elif clash:
-            self._fault(
-                f"{action} takes the buffer that {clash[0]} filled and that is still in use",
-                [self.at[action], self.at[clash[0]]],
-            )
+        buffer = self.program.buffer
+        for stage, slots in enumerate(self.program.slots):
+            for action, live in micro_batch_starts(self.order[stage]):
+                clash = [other for other in live if buffer(other) == buffer(action)]
+                if len(live) >= slots:
+                    text = f"begins micro-batch {len(live) + 1} at once on stage {stage}, which has slots for"
+                    self._fault(f"{action} {text} {slots}", [self.at[action]])
+                elif clash:
+                    text = f"takes the buffer that {clash[0]} filled and that is still in use"
+                    self._fault(f"{action} {text}", [self.at[action], self.at[clash[0]]])
 
     def _check_standstill(self) -> None:
-        """Even if every send waits for its receiver, all stages get to their end, and on to a next batch."""
+        """Even if every send waits for its receiver, all stages finish two batches."""
         try:
             simulate(self.program, num_batches=2, send_ahead=0)
         except StandstillError as error:

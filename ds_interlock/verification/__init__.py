@@ -12,7 +12,6 @@ over, and with a window as long as the pipeline beside ordinary backpropagation.
 to rounding; the others bit for bit.
 
     reference.py   the small model, its data, and the gradients it should have
-    ranks.py       the K processes, seen from the one that starts them
-    rank.py        one of the K processes
+    job.py         the K processes, and what each of them runs
     checks.py      what is compared with what, and how closely
 """

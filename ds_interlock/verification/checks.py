@@ -1,7 +1,7 @@
 """What a verification compares with what, and how closely the two must agree."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.heads.factory import head_factory
+from ds_interlock.schedule.lower import Program, training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.schedule.verify import verify as verify_program
 from ds_interlock.stage.in_process import InProcessPipeline
-from ds_interlock.verification.rank import Outcome, Run
-from ds_interlock.verification.ranks import run_job
+from ds_interlock.verification.job import Outcome, Run, run_job
 from ds_interlock.verification.reference import (
-    Batch,
     loss_fn,
     micro_batches,
     random_batches,
@@ -62,15 +62,17 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a verification found.
+    """The results of a verification.
 
     Attributes:
-        plan: The plan that was carried out.
+        plan: The plan that was run.
+        num_programs: How many programs ran, each of them verified before.
         checks: In the order in which they are to be read.
         notes: Where the verification is not the configuration to the letter.
     """
 
     plan: GradientFlowPlan
+    num_programs: int
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
 
@@ -80,20 +82,20 @@ class Report:
         return all(check.passed for check in self.checks)
 
 
-def worst_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+def worst_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest difference between two sets of tensors, each relative to the largest entry expected.
 
     Infinite if one has a tensor that the other lacks, or of another shape; 0 only if all are equal.
     """
-    if found.keys() != expected.keys():
+    if actual.keys() != expected.keys():
         return math.inf
-    return max((_error(found[name], expected[name]) for name in expected), default=math.inf)
+    return max((_error(actual[name], expected[name]) for name in expected), default=math.inf)
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape:
+def _error(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape:
         return math.inf
-    difference = (found.double() - expected.double()).abs().max().item()
+    difference = (actual.double() - expected.double()).abs().max().item()
     scale = expected.double().abs().max().item()
     return difference / scale if scale else (math.inf if difference else 0.0)
 
@@ -106,23 +108,25 @@ def verify(
     timeout_seconds: float,
     progress: Progress = lambda _: None,
 ) -> Report:
-    """Carries out a plan on a small model and compares what comes out.
+    """Runs a plan on a small model and compares the results.
 
     Args:
         interlock: What to verify.
         plan: Its plan, for as many layers as the small model is to have; each stage is a process.
         seed: Of the model's weights and data.
         timeout_seconds: Limit for the processes.
-        progress: Is told in a few words what goes on.
+        progress: Called with a few words on what goes on.
 
     Raises:
         ConfigError: If no heads can be built where the plan has them.
+        ScheduleError: If a program is wrong or could come to a standstill.
         PeerError: If a process fails or the time is up.
     """
     interlock, notes = _repeatable(interlock, timeout_seconds)
+    runs = _Runs.of(interlock, plan)
+    programs = {_verified_program(run, plan.stage_bounds) for run in runs.all}
     progress("one process, float64")
     in_process, expected = gradients_in_process(interlock, plan, seed)
-    runs = _Runs.of(interlock, plan)
     outcomes = run_job(
         plan.stage_bounds, runs.all, seed=seed, timeout_seconds=timeout_seconds, progress=progress
     )
@@ -135,7 +139,16 @@ def verify(
         notes.append(
             "streaming on and off are the same thing here: no stage steps before the whole pipeline is done"
         )
-    return Report(plan, tuple(checks), tuple(notes))
+    return Report(plan, len(programs), tuple(checks), tuple(notes))
+
+
+def _verified_program(run: Run, stage_bounds: Sequence[int]) -> Program:
+    """The program of ``run``; raises ScheduleError if it fails the verifier."""
+    extra = run.interlock.extra_in_flight
+    plan = run.interlock.plan(stage_bounds)
+    program = training_program(plan, run.num_micro_batches, extra_in_flight=extra)
+    verify_program(program, extra_in_flight=extra)
+    return program
 
 
 def gradients_in_process(
@@ -145,14 +158,11 @@ def gradients_in_process(
     layers = small_model(plan.num_layers, seed)
     head = None if plan.is_end_to_end else head_factory(interlock.head, layers)
     net = InProcessPipeline(layers, loss_fn, plan, head).double()
-    batch = _double(random_batches(1, seed)[0])
+    inputs, labels = random_batches(1, seed)[0]
+    batch = inputs.double(), labels
     net.accumulate_gradients(micro_batches(batch, NUM_MICRO_BATCHES))
-    found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
-    return found, truncated_gradients(net, batch)
-
-
-def _double(batch: Batch) -> Batch:
-    return batch[0].double(), batch[1]
+    actual = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return actual, truncated_gradients(net, batch)
 
 
 def _repeatable(interlock: InterlockConfig, timeout_seconds: float) -> tuple[InterlockConfig, list[str]]:
@@ -206,18 +216,13 @@ class _Runs:
     @property
     def all(self) -> tuple[Run, ...]:
         """All runs, one that serves two purposes once."""
-        runs = (
-            self.configured,
-            self.streaming_switched,
-            *self.cut_otherwise,
-            self.whole_window,
-            self.ordinary,
-        )
-        return tuple(dict.fromkeys(run for run in runs if run is not None))
+        switched = [self.streaming_switched] if self.streaming_switched else []
+        runs = (self.configured, *switched, *self.cut_otherwise, self.whole_window, self.ordinary)
+        return tuple(dict.fromkeys(runs))
 
 
 def _checks_by_stage(
-    plan: GradientFlowPlan, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    plan: GradientFlowPlan, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> list[Check]:
     def part(gradients: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
         return {name: value for name, value in gradients.items() if stage_of(plan, name) == stage}
@@ -225,7 +230,7 @@ def _checks_by_stage(
     return [
         _compare(
             f"processes, float32, stage {stage}: gradients == autograd",
-            part(found, stage),
+            part(actual, stage),
             part(expected, stage),
             FLOAT32_LIMIT,
         )
@@ -252,15 +257,15 @@ def _checks_between(runs: _Runs, outcomes: Mapping[Run, Outcome]) -> list[Check]
     return [*checks, _same_training(name, whole, ordinary)]
 
 
-def _same_training(name: str, found: Outcome, expected: Outcome) -> Check:
+def _same_training(name: str, actual: Outcome, expected: Outcome) -> Check:
     """Weights and loss after a few batches must be the same to the last bit."""
     check = _compare(
-        f"{name}: weights after {NUM_BATCHES} batches", found.weights, expected.weights, _BIT_FOR_BIT
+        f"{name}: weights after {NUM_BATCHES} batches", actual.weights, expected.weights, _BIT_FOR_BIT
     )
-    if torch.equal(found.loss, expected.loss):
+    if torch.equal(actual.loss, expected.loss):
         return check
     return Check(check.name, check.num_parameters, math.inf, check.limit)
 
 
-def _compare(name: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float) -> Check:
-    return Check(name, len(expected), worst_error(found, expected), limit)
+def _compare(name: str, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float) -> Check:
+    return Check(name, len(expected), worst_error(actual, expected), limit)

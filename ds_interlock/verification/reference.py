@@ -29,7 +29,7 @@ loss_fn: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
 
 
 class Block(nn.Module):
-    """A residual block with a norm in front, as the ones this project is for."""
+    """A residual block that begins with a norm, as in the models this project is for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def truncated_gradients(net: InProcessPipeline, batch: Batch) -> dict[str, Tenso
     """
     plan = net.plan
     inputs_sd, labels_s = batch
-    entering = [inputs_sd]  # by the number of layers in front
+    entering = [inputs_sd]  # by the number of layers before it
     with torch.no_grad():
         for layer in net.layers_in_order:
             entering.append(layer(entering[-1]))
@@ -129,5 +129,5 @@ def _names(net: InProcessPipeline, prefix: str) -> list[str]:
 
 def _gradients(net: InProcessPipeline, names: Iterable[str], value: Tensor) -> dict[str, Tensor]:
     parameters = {name: net.get_parameter(name) for name in names}
-    found = torch.autograd.grad(value, list(parameters.values()))
-    return dict(zip(parameters, found, strict=True))
+    gradients = torch.autograd.grad(value, list(parameters.values()))
+    return dict(zip(parameters, gradients, strict=True))

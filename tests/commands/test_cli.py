@@ -2,7 +2,9 @@
 
 import json
 import math
-import sys
+import multiprocessing
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +15,14 @@ import torch
 
 from ds_interlock import cli
 from ds_interlock.config import InterlockConfig
-from ds_interlock.schedule.action import Action
+from ds_interlock.schedule import Program, training_program
+from ds_interlock.schedule.action import RECV_KINDS, Action
 from ds_interlock.schedule.picture import draw_plan
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.work import StageWork
-from ds_interlock.verification import checks, ranks
+from ds_interlock.verification import checks, job
 from ds_interlock.verification.checks import FLOAT64_LIMIT, Check, gradients_in_process, worst_error
-from ds_interlock.verification.rank import Outcome, Run
+from ds_interlock.verification.job import Outcome, Run
 from ds_interlock.verification.reference import small_model, stage_of
 
 BOUNDS = [0, 3, 5, 7]
@@ -80,26 +83,49 @@ def test_right_plans_pass(
     assert any("token_fraction 0.5" in note for note in report["notes"]) == (fraction < 1)
 
 
+def fail_on_rank_1(*_: Any) -> Any:
+    if os.environ["RANK"] == "1":
+        raise ValueError("no such library")
+    return []
+
+
+def never_end(*_: Any) -> Any:
+    time.sleep(600)
+
+
 def test_a_process_that_fails_is_named_with_its_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = tmp_path / "python"
-    broken.write_text("#!/bin/sh\necho no such library\nexit 3\n")
-    broken.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(broken))
+    monkeypatch.setattr(job, "_run_all", fail_on_rank_1)
     assert cli.main(["verify", write(tmp_path, WINDOW_2), "--stages", "2"]) == 1
-    assert "rank 1 ended with status 3: no such library" in capsys.readouterr().err
+    assert "the processes could not run the plan\n  rank 1: ValueError: no such library" in (
+        capsys.readouterr().err
+    )
 
 
 def test_processes_that_take_too_long_are_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started = []
-    start = ranks._start
-    monkeypatch.setattr(ranks, "_start", lambda *a: started.append(start(*a)) or started[-1])
+    monkeypatch.setattr(job, "_run_all", never_end)
     assert cli.main(["verify", write(tmp_path, {"mode": "local"}), "--stages", "2", "--timeout", "0.2"]) == 1
     assert "0 of 7 runs in 2 processes were finished after 0.2 seconds" in capsys.readouterr().err
-    assert [process.poll() is not None for process in started] == [True, True]
+    assert not multiprocessing.active_children()
+
+
+def test_a_program_that_could_stand_still_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reversed_receives(plan: GradientFlowPlan, *arguments: Any, **options: Any) -> Program:
+        program = training_program(plan, *arguments, **options)
+        stages = tuple(
+            tuple(sorted(actions, key=lambda action: action.kind in RECV_KINDS)) for actions in program.stages
+        )
+        return replace(program, stages=stages)
+
+    monkeypatch.setattr(checks, "run_job", no_processes)
+    monkeypatch.setattr(checks, "training_program", reversed_receives)
+    assert cli.main(["verify", write(tmp_path, WINDOW_2), "--stages", "2"]) == 1
+    assert "which it needs" in capsys.readouterr().err
 
 
 # In place of the processes: what they would give, with a fault or without.
@@ -128,6 +154,7 @@ def test_the_table_of_a_right_plan(
     printed = capsys.readouterr().out
     assert printed.count(" pass ") == 9
     assert "all 9 checks passed" in printed
+    assert "5 programs verified" in printed
     assert "loss 0, after layer 4" in printed
 
 

@@ -130,7 +130,7 @@ def test_a_schedule_has_a_plan_for_every_phase() -> None:
         GradientFlowPlan.end_to_end(stage_bounds=BOUNDS),
     ]
     assert not config.is_global
-    with pytest.raises(ConfigError, match=r"interlock\.schedule: one plan is asked for, but 4 phases"):
+    with pytest.raises(ConfigError, match=r"interlock\.schedule: a schedule of 4 phases has no single plan"):
         config.plan(BOUNDS)
 
 
@@ -229,20 +229,20 @@ def test_a_config_does_not_change() -> None:
             {"schedule": SCHEDULE, "mode": "interlock", "window": 2},
             "interlock: schedule and mode and window are both given: remove mode and window (each phase",
         ),
-        ({"schedule": []}, "interlock.schedule: got [], expected at least one phase"),
+        ({"schedule": []}, "interlock.schedule: it has no phases: the first must begin at step 0"),
         ({"schedule": {}}, "interlock.schedule: got {}, expected a valid list"),
         (
             {"schedule": [2]},
             "interlock.schedule[0]: got 2, expected an object with some of the keys from_step",
         ),
-        ({"schedule": SCHEDULE[1:]}, "interlock.schedule: the first phase has from_step 20, expected 0"),
+        ({"schedule": SCHEDULE[1:]}, "interlock.schedule: the first phase begins at step 20, expected 0"),
         (
             {"schedule": [SCHEDULE[0], SCHEDULE[2], SCHEDULE[1]]},
-            "interlock.schedule: from_step is [0, 50, 20] in this order, expected rising numbers",
+            "interlock.schedule: the phases begin at steps [0, 50, 20], expected rising numbers",
         ),
         (
             {"schedule": [SCHEDULE[0], SCHEDULE[0]]},
-            "interlock.schedule: from_step is [0, 0] in this order, expected rising numbers",
+            "interlock.schedule: the phases begin at steps [0, 0], expected rising numbers",
         ),
         ({"schedule": [{"window": 2}]}, "interlock.schedule[0].from_step: missing, expected a value"),
         (

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ranks import free_port
+from ds_interlock.transport.local_ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 300

@@ -19,11 +19,9 @@ import faulthandler
 import gc
 import os
 import pickle
-import random
 import resource
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -248,21 +246,6 @@ def caught(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Exception
     except Exception as error:  # noqa: BLE001 - to be looked at by the test
         return error
     return None
-
-
-def free_port() -> int:
-    """A port nobody listens on.
-
-    It is below those that systems hand out by themselves: one of these may be in use again before the job
-    that it is for has begun to listen.
-    """
-    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # each has ports of its own
-    for port in random.SystemRandom().sample(range(20_000 + worker, 32_000, num_workers), 100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-    raise RuntimeError("somebody listens on each of a hundred ports between 20,000 and 32,000")
 
 
 # On the ranks.

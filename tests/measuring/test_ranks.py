@@ -30,7 +30,9 @@ def test_results_come_by_rank_and_processes_are_new() -> None:
     assert len({pid for _, _, pid in [*first, *second]} - {os.getpid()}) == 4
 
 
-@pytest.mark.parametrize(("how", "says"), [("raises", "this rank is out of luck"), ("dies", "process died")])
+@pytest.mark.parametrize(
+    ("how", "says"), [("raises", "this rank is out of luck"), ("dies", "died with status 3")]
+)
 def test_a_failure_says_on_which_rank_and_why(how: str, says: str) -> None:
     with pytest.raises(RuntimeError, match=rf"rank 1 failed\n[\s\S]*{says}"):
         run_ranks(fail_on_rank_1, 2, how=how)

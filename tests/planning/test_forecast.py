@@ -39,6 +39,21 @@ def test_a_forecast_is_the_simulation_of_its_setting():
     assert each.name == "window 1.5, 1 extra"
 
 
+def test_ties_that_are_kept_equal_end_streaming_where_stages_share_them():
+    p, bounds = profile(8, tied_layers=(0, 7)), [0, 2, 4, 6, 8]
+    sync = WINDOW_2.model_copy(update={"tied_weights": "sync"})
+    flushed = WINDOW_2.model_copy(update={"streaming": False})
+    assert forecast(sync, p, bounds, 2).rows == forecast(flushed, p, bounds, 2).rows
+    assert forecast(sync, p, bounds, 2).batch_seconds > forecast(WINDOW_2, p, bounds, 2).batch_seconds
+    within_a_stage = profile(8, tied_layers=(2, 3))
+    assert forecast(sync, within_a_stage, bounds, 2).rows == forecast(WINDOW_2, p, bounds, 2).rows
+    compared = by_name(compare(sync, p, 2, stage_bounds=bounds))
+    local = InterlockConfig(mode="local", streaming=False)
+    assert compared["local"].rows == forecast(local, p, bounds, 2).rows
+    assert compare(sync, p, 2, stage_bounds=bounds).syncs_ties
+    assert not compare(WINDOW_2, p, 2, stage_bounds=bounds).syncs_ties
+
+
 def test_memory_and_traffic_of_every_stage():
     p, bounds = profile(8), [0, 2, 4, 6, 8]
     each = forecast(WINDOW_2, p, bounds, 5)

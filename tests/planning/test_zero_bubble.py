@@ -47,6 +47,17 @@ def test_work_that_needs_other_work_comes_after_it():
                 assert span.start >= ends[stage, Kind.INPUT_GRADIENT, number]
 
 
+def test_messages_take_the_time_that_the_simulator_gives_them():
+    # Two stages, one micro-batch: forward, message, forward, input gradient, message, input gradient, weight.
+    link = CostModel(latency=0.5, bandwidth=10.0, forward_bytes=20.0, gradient_bytes=10.0)
+    assert makespan(2, 1, link) == pytest.approx(1 + 2.5 + 1 + 1 + 1.5 + 1 + 1)
+    # A forward sends faster than the link carries: the second message waits for the bytes of the first.
+    slow = CostModel(bandwidth=1.0, forward_bytes=10.0)
+    rows = zero_bubble_batch(range(3), 2, slow)
+    starts = [span.start for span in rows[1] if span.action.kind is Kind.FORWARD]
+    assert starts == [11.0, 21.0]
+
+
 def test_no_stage_holds_more_micro_batches_than_1f1b_does():
     for row in zero_bubble_batch(range(5), 12, UNIT):
         held = peak = 0

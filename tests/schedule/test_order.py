@@ -61,6 +61,27 @@ def test_extra_in_flight_lets_a_stage_run_ahead():
     assert without[:3] == ["0F0", "0F1", "0W0"]
 
 
+def test_a_plan_may_have_policies_of_its_own():
+    class RelaysLast(GradientFlowPlan):
+        urgency = (*GradientFlowPlan.urgency[1:], Kind.INPUT_GRADIENT)
+
+    class TwoPasses(GradientFlowPlan):
+        merges_passes = False
+
+    class WholeForwards(GradientFlowPlan):
+        def forward_part(self, loss):
+            return ()
+
+    assert render_text(training_program(RelaysLast.n_wise(3, 2), 2)) == grid("""
+        stage 0 | F0 F1             W0 W1 S2
+        stage 1 |    F0 H0 F1 H1 I0 I1 W0       W1 S2
+        stage 2 |       F0 H0 W0 I0 F1 H1 W1 I1 S2
+    """)
+    assert "1I0@0 1W0" in " ".join(map(str, compute_order(TwoPasses.end_to_end(2), 2)[1]))
+    fractional = WholeForwards.n_wise(window=1.25, stage_bounds=bounds_of(2, 4))
+    assert "1F0@0 1F0 1H0@0" in " ".join(map(str, compute_order(fractional, 1)[1]))
+
+
 @pytest.mark.parametrize(
     ("num_stages", "num_micro_batches"), [(4, 8), (4, 2), (3, 3), (5, 7), (1, 3), (2, 1)]
 )

@@ -283,8 +283,8 @@ def test_a_fractional_window_needs_stages_that_can_be_cut():
     with pytest.raises(PlanError) as error:
         GradientFlowPlan.n_wise(window=1.5, stage_bounds=[0, 4, 5, 6, 9])
     message = str(error.value)
-    assert "a head inside stage 1, which has 1 layer" in message
-    assert "a head inside stage 2, which has 1 layer" in message
+    assert "a head within stage 1, which has 1 layer" in message
+    assert "a head within stage 2, which has 1 layer" in message
     assert "inside stage 3" not in message
 
 

@@ -19,14 +19,12 @@ def test_the_step_decides():
     assert [schedule.phase_at(step) for step in (0, 19, 20, 79, 80, 10**6)] == [0, 0, 1, 1, 2, 2]
     assert schedule.plan_at(50) == WINDOW_2
     assert schedule.stage_bounds == tuple(BOUNDS)
-    assert not schedule.is_constant
     assert not schedule.is_end_to_end
 
 
 def test_one_plan_is_a_schedule_of_one_phase():
     schedule = PlanSchedule.constant(FRACTIONAL)
     assert schedule == PlanSchedule.of((0, FRACTIONAL))
-    assert schedule.is_constant
     assert schedule.plan_at(10**6) == FRACTIONAL
     assert schedule.heads == FRACTIONAL.heads[:-1]
     for loss, head in enumerate(FRACTIONAL.heads[:-1]):

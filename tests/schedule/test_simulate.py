@@ -84,7 +84,7 @@ def test_latency_and_bandwidth_of_two_stages():
     assert simulation.batch_seconds == pytest.approx(10.25)
     # Work: 1 + 2 + 0.25 on either stage.
     assert simulation.bubble_fraction == pytest.approx(1 - 6.5 / 20.5)
-    assert simulation.bytes_sent == (20.0, 10.0)
+    assert simulation.relay_bytes == (0.0, 10.0)
 
 
 def test_messages_of_one_link_queue_for_its_bandwidth_but_not_for_its_latency():
@@ -112,11 +112,11 @@ def test_a_sender_waits_when_too_many_messages_are_on_their_way():
     assert forwards(9) == [pytest.approx(0), pytest.approx(3.3), pytest.approx(6.6)]
 
 
-def test_bytes_sent():
+def test_bytes_relayed():
     # Window 3 over 5 stages: stages relay 0, 1, 2, 2, 1 bundles; all but the last send a forward.
     program = training_program(GradientFlowPlan.n_wise(5, 3), 4)
     sizes = CostModel(forward_bytes=100.0, gradient_bytes=7.0)
-    assert simulate(program, sizes).bytes_sent == (400.0, 428.0, 456.0, 456.0, 28.0)
+    assert simulate(program, sizes).relay_bytes == (0.0, 28.0, 56.0, 56.0, 28.0)
 
 
 def test_peak_in_flight():

@@ -88,7 +88,7 @@ def test_the_typed_rows_are_those_of_the_program():
         ),
         (
             {"s1": "RECV_F0 RECV_F1 F0 H0@1 W0 F1 H1@1 W1 B1 REDUCE2 S2"},
-            "1B1 is not asked for by the plan; leave it out",
+            "1B1 is not work of the plan; leave it out",
         ),
         (
             {"s0": "LOAD0 F0 SEND_F0 W0 H0@0 LOAD1 F1 SEND_F1 H1@0 W1 REDUCE2 S2"},
@@ -182,7 +182,7 @@ def test_a_standstill_under_rendezvous_is_found_and_marked():
         s0="LOAD0 F0 SEND_F0 LOAD1 F1 SEND_F1 RECV_I0@0 W0 RECV_I1@0 W1 REDUCE2 S2",
         s1="RECV_F0 F0 H0@0 B0 SEND_I0@0 RECV_F1 F1 H1@0 B1 SEND_I1@0 REDUCE2 S2",
     )
-    # With buffered sends nobody would have noticed.
+    # With buffered sends the fault would not show.
     simulate(tampered, send_ahead=1)
     assert fault(tampered) == grid("""
         program: the stages wait for each other: none of 0SEND_F1, 1SEND_I0@0 can start
@@ -191,7 +191,7 @@ def test_a_standstill_under_rendezvous_is_found_and_marked():
     """)
 
 
-def test_all_faults_are_told_at_once_with_the_grid_marked():
+def test_all_faults_are_listed_at_once_with_the_grid_marked():
     tampered = with_rows(
         training_program(GradientFlowPlan.n_wise(3, 2), 2),
         s0="RECV_I0@0 RECV_I1@0 LOAD0 F0 SEND_F0 LOAD1 F1 SEND_F1 W1 REDUCE2 S2",
@@ -200,7 +200,7 @@ def test_all_faults_are_told_at_once_with_the_grid_marked():
     )
     assert fault(tampered).replace("\n  - ", "\n- ") == grid("""
         program: 4 faults
-        - 1I0@1 is not asked for by the plan; leave it out
+        - 1I0@1 is not work of the plan; leave it out
         - 0W0 is missing
         - 1I0@0 is missing
         - 1I1@0 comes before 1H1@0, which it needs
@@ -242,9 +242,9 @@ def test_evaluation_and_training_are_not_taken_for_each_other():
     final_only = evaluation_program(plan, 2, all_heads=False)
     with pytest.raises(ScheduleError, match="1H0@0 is missing"):
         verify_evaluation(final_only, all_heads=True)
-    with pytest.raises(ScheduleError, match="1H1@0 is not asked for"):
+    with pytest.raises(ScheduleError, match="1H1@0 is not work of the plan"):
         verify_evaluation(evaluation_program(plan, 2, all_heads=True), all_heads=False)
     with pytest.raises(ScheduleError, match="0W0 is missing"):
         verify(final_only)
-    with pytest.raises(ScheduleError, match="0W0 is not asked for"):
+    with pytest.raises(ScheduleError, match="0W0 is not work of the plan"):
         verify_evaluation(training_program(plan, 2), all_heads=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import TiedLayerSpec
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -53,7 +54,7 @@ def estimate_profile(
         f"{link[1] / 1e9:g} GB/s and {link[0] * 1e6:g} us"
     )
     device = torch.device("meta")
-    layers = _layers(config, torch.bfloat16, device)
+    layers, tied_layers = _layers(config, torch.bfloat16, device)
     # transformers reads values of meta tensors, but not of this mode's. Buffers outside the layers, such as
     # rotary frequencies, are real tensors.
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -69,6 +70,7 @@ def estimate_profile(
             device="assumed",
             source=source,
             link=link,
+            tied_layers=tied_layers,
         )
 
 
@@ -94,9 +96,10 @@ def measure_profile(
     accelerator = get_accelerator()
     device = torch.device(accelerator.current_device_name())
     ids_bt = torch.randint(config.vocab_size, (micro_batch_size, seq_length), device=device)
+    layers, tied_layers = _layers(config, dtype, device)
     measured = f"measured on {device_name(device)}" + ("" if link else "; the link was not measured")
     return profile_model(
-        calls_in_sequence(_layers(config, dtype, device), ids_bt),
+        calls_in_sequence(layers, ids_bt),
         head,
         lm_loss(),
         ids_bt,
@@ -106,18 +109,25 @@ def measure_profile(
         device=device_name(device),
         source=measured,
         link=link,
+        tied_layers=tied_layers,
         progress=progress,
     )
 
 
-def _layers(config: Any, dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
-    """The layers of a job, as they train, a tied unembedding with a weight of its own.
+def _layers(config: Any, dtype: torch.dtype, device: torch.device) -> tuple[list[nn.Module], tuple[int, ...]]:
+    """The layers of a job, as they train, and the numbers of those that a job would tie.
 
-    As on a pipeline: the last stage has a copy, computes a gradient for it and steps it.
+    A tied unembedding has a weight of its own, as on a pipeline: the last stage has a copy, computes a
+    gradient for it and steps it.
     """
     skeleton = Skeleton(empty_model(config, "causal", dtype))
-    blueprint = Blueprint(skeleton, _random_values(device), tie=False)
-    return [spec.build().to(device).train() for spec in blueprint.layers()]
+    values = _random_values(device)
+    tied = Blueprint(skeleton, values).layers()
+    layers = Blueprint(skeleton, values, tie=False).layers()
+    return (
+        [spec.build().to(device).train() for spec in layers],
+        tuple(number for number, spec in enumerate(tied) if isinstance(spec, TiedLayerSpec)),
+    )
 
 
 def _random_values(device: torch.device) -> Values:

@@ -73,6 +73,7 @@ def test_an_estimate_has_the_layers_of_a_job_and_the_operations_of_the_model(fam
 def test_a_measured_profile_is_of_the_layers_that_an_estimate_is_of(family: str) -> None:
     profile, estimate = measured(family), estimated(family)
     assert profile.head.num_parameters == estimate.head.num_parameters
+    assert profile.tied_layers == estimate.tied_layers
     for layer, other in zip(profile.layers, estimate.layers, strict=True):
         assert (layer.name, layer.num_parameters) == (other.name, other.num_parameters)
         assert layer.output_bytes == 2 * other.output_bytes  # float32, and bfloat16 in the estimate
@@ -80,7 +81,9 @@ def test_a_measured_profile_is_of_the_layers_that_an_estimate_is_of(family: str)
 
 
 def test_a_tied_unembedding_costs_what_an_untied_one_does() -> None:
-    unembedding = estimated("gpt2").layers[-1]
+    profile = estimated("gpt2")
+    assert profile.tied_layers == (0, len(profile.layers) - 1)
+    unembedding = profile.layers[-1]
     product = 2 * BATCH * LENGTH * WIDTH * VOCABULARY
     assert unembedding.forward_seconds == unembedding.input_gradient_seconds == product
     assert unembedding.weight_gradient_seconds == product

@@ -1,0 +1,171 @@
+"""The processes of a verification: each stage of the small model on a rank of its own, on the CPU.
+
+Every rank runs all runs of a job with the real engine, one after the other.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_interlock.config import InterlockConfig
+from ds_interlock.config.strict import SECTION
+from ds_interlock.errors import PeerError
+from ds_interlock.transport.local_ranks import RankError, report, run_local_ranks
+from ds_interlock.verification.reference import (
+    NUM_SAMPLES,
+    loss_fn,
+    micro_batches,
+    random_batches,
+    small_model,
+)
+
+_LEARNING_RATE = 0.1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of the small model, always from the same weights on the same samples.
+
+    Attributes:
+        interlock: The section to train under.
+        num_micro_batches: Into how many each batch is cut.
+        num_batches: Batches, and so optimizer steps.
+    """
+
+    interlock: InterlockConfig
+    num_micro_batches: int
+    num_batches: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run gave: on a rank, of its stage; put together, of the whole model.
+
+    Attributes:
+        gradients: Of the first batch, by parameter name.
+        weights: After the last batch, by parameter name.
+        loss: The final loss of the last batch.
+    """
+
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    loss: Tensor
+
+
+def run_job(
+    stage_bounds: Sequence[int],
+    runs: Sequence[Run],
+    *,
+    seed: int,
+    timeout_seconds: float,
+    progress: Callable[[str], None],
+) -> dict[Run, Outcome]:
+    """Trains the small model in as many processes as there are stages.
+
+    Args:
+        stage_bounds: How the layers are cut.
+        runs: What to train, one after the other.
+        seed: Of weights and data.
+        timeout_seconds: Limit for everything together.
+        progress: Called with a few words on what goes on.
+
+    Returns:
+        For each run, what all stages got.
+
+    Raises:
+        PeerError: If a process fails, saying why, or the time is up.
+    """
+    num_stages, num_done = len(stage_bounds) - 1, 0
+
+    def on_report(number: int) -> None:
+        nonlocal num_done
+        num_done = number
+        progress(f"processes ({num_stages}): {number} of {len(runs)} runs done")
+
+    progress(f"processes ({num_stages}): starting; this takes some seconds")
+    work = partial(_run_all, tuple(runs), tuple(stage_bounds), seed, timeout_seconds)
+    try:
+        parts = run_local_ranks(work, num_stages, timeout_seconds=timeout_seconds, on_report=on_report)
+    except TimeoutError:
+        raise PeerError(
+            f"{num_done} of {len(runs)} runs in {num_stages} processes were finished after "
+            f"{timeout_seconds:g} seconds; allow more with --timeout, or use fewer --stages"
+        ) from None
+    except RankError as error:
+        reasons = [f"  rank {rank}: {failure.reason}" for rank, failure in sorted(error.failures.items())]
+        raise PeerError("\n".join(["the processes could not run the plan", *reasons])) from error
+    return {run: _put_together(of_run) for run, *of_run in zip(runs, *parts, strict=True)}
+
+
+def _put_together(parts: Sequence[Outcome]) -> Outcome:
+    """The outcome of the whole model: each parameter belongs to one stage."""
+    return Outcome(
+        gradients={name: value for part in parts for name, value in part.gradients.items()},
+        weights={name: value for part in parts for name, value in part.weights.items()},
+        loss=parts[-1].loss,
+    )
+
+
+# On the ranks.
+
+
+def _run_all(
+    runs: Sequence[Run], stage_bounds: tuple[int, ...], seed: int, timeout_seconds: float
+) -> list[Outcome]:
+    import ds_interlock
+
+    ds_interlock.init_distributed("gloo", timeout=timedelta(seconds=timeout_seconds))
+    outcomes = []
+    for run in runs:
+        outcomes.append(_train(run, stage_bounds, seed))
+        if torch.distributed.get_rank() == 0:
+            report(len(outcomes))
+    return outcomes
+
+
+def _train(run: Run, stage_bounds: tuple[int, ...], seed: int) -> Outcome:
+    """Trains the small model as ``run`` says."""
+    import ds_interlock
+
+    net = ds_interlock.InterlockPipelineModule(
+        small_model(stage_bounds[-1], seed),
+        interlock=run.interlock,
+        loss_fn=loss_fn,
+        num_stages=len(stage_bounds) - 1,
+        stage_bounds=stage_bounds,
+    )
+    # Plain SGD: weights then differ wherever gradients do, however small they are. DeepSpeed clips by
+    # default, and before the hook below sees the gradients.
+    config = {
+        "train_micro_batch_size_per_gpu": NUM_SAMPLES // run.num_micro_batches,
+        "gradient_accumulation_steps": run.num_micro_batches,
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+        "optimizer": {"type": "SGD", "params": {"lr": _LEARNING_RATE}},
+        SECTION: run.interlock.model_dump(),
+    }
+    engine, optimizer, *_ = ds_interlock.initialize(model=net, config=config)
+    parameters = dict(net.named_parameters())
+    gradients: dict[str, Tensor] = {}
+
+    def keep_first_gradients(*_: Any) -> None:
+        if not gradients:
+            gradients.update({name: _gradient(parameter) for name, parameter in parameters.items()})
+
+    optimizer.register_step_pre_hook(keep_first_gradients)
+    batches = random_batches(run.num_batches, seed)
+    data = iter([part for batch in batches for part in micro_batches(batch, run.num_micro_batches)])
+    for _ in range(run.num_batches):
+        engine.train_batch(data)
+    loss = engine.drain()
+    weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    return Outcome(gradients, weights, loss)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()

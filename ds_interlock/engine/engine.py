@@ -66,7 +66,8 @@ class InterlockEngine(PipelineEngine):
             self, self._ranks, self._data, AccumulateGradients(self._steps.weight_pass)
         )
         self._recorder = self._runner.recorder
-        self._runner.check_training(self.micro_batches)
+        for phase in range(len(self.module.schedule.phases)):  # is refused now, if it could hang
+            self._runner.training_schedule(self.micro_batches, phase)
         self._evaluation = Evaluation(self, self._ranks, self._runner)
         self._progress = Progress(self, self._ranks)
         self._tracer = (
@@ -307,7 +308,7 @@ class InterlockEngine(PipelineEngine):
     # What DeepSpeed calls.
 
     def _train_schedule(self) -> InterlockSchedule:
-        return self._runner.training_schedule(self.micro_batches)
+        return self._runner.training_schedule(self.micro_batches, self.module.phase)
 
     def _exec_action(self, buffer_id: int, action: Action, takes: tuple[Action, ...]) -> None:
         self._runner.interpreter.run(action, takes)

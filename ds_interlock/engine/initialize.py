@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -42,38 +42,20 @@ def initialize(
     Raises:
         ConfigError: If the config, the model or the ranks of the job do not fit together.
     """
-    if not isinstance(model, InterlockPipelineModule):
-        raise ConfigError(
-            f"ds_interlock.initialize needs a ds_interlock.InterlockPipelineModule, got "
-            f"{type(model).__name__}: use it in place of deepspeed.pipe.PipelineModule; it takes the same "
-            "arguments"
-        )
-    if mpu is not None:
-        raise ConfigError("mpu must be None: the process groups of a pipeline come from its module")
-    if mesh_param is not None:
-        raise ConfigError("mesh_param is not supported with pipelines: use topology= of the module")
     config = config or config_params or getattr(args, "deepspeed_config", None)
-    if config is None:
-        raise ConfigError("no DeepSpeed config: pass config= (a path or a dict) or --deepspeed_config")
-    config = dict(config) if isinstance(config, Mapping) else read_deepspeed(config)
-    check_deepspeed(config)
+    model, config = _checked(model, mpu, mesh_param, config)
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     agree({"config": config, "layers": len(model._layer_specs), "stage_bounds": list(model.parts)})
     model.bind(InterlockConfig.from_deepspeed(config))
     model.add_placeholder()
     groups = _groups(model)
     brings_own = model_parameters is not None or optimizer is not None
-    scales = {group.scale for group in groups} | {model.bound_config.head.learning_rate_scale}
-    if brings_own and scales != {1.0}:
-        raise ConfigError(
-            "interlock.head.learning_rate_scale works with the optimizer of the JSON config, and so does "
-            "learning_rate_scale of a parameter; with an optimizer or parameters of your own, make a group "
-            "for each learning rate yourself (model.head_parameters() are those of the heads)"
-        )
     if not brings_own:
         model_parameters, config = _parameter_groups(groups, config)
-    elif model.placeholder is not None:
-        model_parameters = [p for p in model.parameters() if p.requires_grad]
+    else:
+        _check_scales(model, groups)
+        if model.placeholder is not None:
+            model_parameters = [p for p in model.parameters() if p.requires_grad]
     grid = model.mpu()
     engine = InterlockEngine(
         args=args,
@@ -92,6 +74,27 @@ def initialize(
     check_unused_heads(model, engine.optimizer, own=brings_own, zero=engine.zero_optimization())
     engine._configure_python_gc()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _checked(
+    model: nn.Module | None, mpu: Any, mesh_param: Any, config: Any
+) -> tuple[InterlockPipelineModule, dict[str, Any]]:
+    """The model and the config as a dict, if they can be used at all."""
+    if not isinstance(model, InterlockPipelineModule):
+        raise ConfigError(
+            f"ds_interlock.initialize needs a ds_interlock.InterlockPipelineModule, got "
+            f"{type(model).__name__}: use it in place of deepspeed.pipe.PipelineModule; it takes the same "
+            "arguments"
+        )
+    if mpu is not None:
+        raise ConfigError("mpu must be None: the process groups of a pipeline come from its module")
+    if mesh_param is not None:
+        raise ConfigError("mesh_param is not supported with pipelines: use topology= of the module")
+    if config is None:
+        raise ConfigError("no DeepSpeed config: pass config= (a path or a dict) or --deepspeed_config")
+    config = dict(config) if isinstance(config, Mapping) else read_deepspeed(config)
+    check_deepspeed(config)
+    return model, config
 
 
 class _Group(NamedTuple):
@@ -124,6 +127,17 @@ def _groups(model: InterlockPipelineModule) -> dict[_Group, list[nn.Parameter]]:
         scale, unused_phases = of_heads.get(id(parameter), _Group(1.0, ()))
         groups.setdefault(_Group(own * scale, unused_phases), []).append(parameter)
     return {group: groups[group] for group in sorted(groups, key=lambda group: (group.scale != 1.0, group))}
+
+
+def _check_scales(model: InterlockPipelineModule, groups: Iterable[_Group]) -> None:
+    """A learning rate of its own needs groups that are made here."""
+    scales = {group.scale for group in groups} | {model.bound_config.head.learning_rate_scale}
+    if scales != {1.0}:
+        raise ConfigError(
+            "interlock.head.learning_rate_scale works with the optimizer of the JSON config, and so does "
+            "learning_rate_scale of a parameter; with an optimizer or parameters of your own, make a group "
+            "for each learning rate yourself (model.head_parameters() are those of the heads)"
+        )
 
 
 def _parameter_groups(

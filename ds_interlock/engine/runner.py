@@ -58,18 +58,12 @@ class StageRunner:
         """Whether other stages may still wait for what this one has sent."""
         return self.num_issued != self._num_flushed
 
-    def check_training(self, num_micro_batches: int) -> None:
-        """Verifies the training programs of all phases.
+    def training_schedule(self, num_micro_batches: int, phase: int) -> InterlockSchedule:
+        """What this stage does for a training batch in a phase.
 
         Raises:
-            ScheduleError: If one could hang, or does not do what its plan says.
+            ScheduleError: If it could hang, or does not do what its plan says.
         """
-        for phase in range(len(self._module.schedule.phases)):
-            self.training_schedule(num_micro_batches, phase)
-
-    def training_schedule(self, num_micro_batches: int, phase: int | None = None) -> InterlockSchedule:
-        """What this stage does for a training batch, by default in the present phase."""
-        phase = self._module.phase if phase is None else phase
         extra = self.config.extra_in_flight
 
         def make() -> Program:

@@ -23,7 +23,7 @@ Shape suffixes: b batch, t position in the sequence, d hidden width, n chosen po
 (vocabulary) entry. Where a suffix ends in ``td``, any number of position dimensions is meant.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def head_factory(config: HeadConfig, layers: Sequence[Layer], pretrained: bool =
     is built. Layers that draw their weights from a seed of their own, as those of ``ds_interlock.models``
     do, and layers given as modules are thus copied exactly. One that draws from the global generator (a
     plain ``LayerSpec(nn.Linear, ...)``) is drawn anew, from the head's seed: fixed, but another one than
-    the model's; ``AuxiliaryHead.load_output_layers`` sets other values.
+    the model's.
 
     Args:
         config: The section ``"interlock.head"``.
@@ -138,29 +138,6 @@ class AuxiliaryHead(nn.Module):
         if self.config.kl_weight > 0:
             losses.append(self.config.kl_weight * self._divergence(hidden_btd, labels))
         return sum(losses[1:], start=losses[0])
-
-    def load_output_layers(self, tensors: Mapping[str, Tensor]) -> None:
-        """Sets norm and unembedding to the values of a model, for example a pretrained one.
-
-        Call it before ``ds_interlock.initialize``, whose optimizers copy the weights they find.
-
-        Args:
-            tensors: ``norm.weight``, ``norm.bias``, ``unembedding.weight``, ``unembedding.bias``: those
-                of them that the head has.
-
-        Raises:
-            ConfigError: If names or shapes differ from the head's.
-        """
-        own = {
-            name: tensor
-            for name, tensor in self.readout.state_dict().items()
-            if name.startswith(("norm.", "unembedding."))
-        }
-        expected, got = ({name: tuple(t.shape) for name, t in some.items()} for some in (own, tensors))
-        if expected != got:
-            raise ConfigError(f"load_output_layers: got {got}, expected {expected}: pass just these tensors")
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
 
     def _to_unembedding(self, hidden_btd: Tensor) -> Tensor:
         for part in list(self.readout)[: self._unembedding_at]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ds_interlock.config import HeadConfig
-from ds_interlock.errors import ConfigError
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
@@ -215,40 +214,3 @@ def test_the_engine_trains_translators_and_leaves_the_rest(
         of_heads = {name for name in once.parameters if name.startswith("heads.")}
         assert changed & of_heads == {name for name in of_heads if "translator" in name}
         assert changed - of_heads, "the stage itself was not trained"
-
-
-# Values from elsewhere.
-
-
-def test_given_values_are_loaded() -> None:
-    trained = randomised(build_lm(LM))
-    head = lens(lm_layers(LM))
-    head.load_output_layers(
-        {
-            "norm.weight": trained[-2].weight,
-            "norm.bias": trained[-2].bias,
-            "unembedding.weight": trained[-1].weight,
-        }
-    )
-    hidden_btd, _ = hidden_and_labels()
-    assert torch.equal(head(hidden_btd), trained[-1](trained[-2](hidden_btd)))
-    assert not head.readout.unembedding.weight.requires_grad
-
-
-def test_values_that_do_not_fit_are_refused_and_change_nothing() -> None:
-    head = lens([Block(), LayerSpec(nn.Linear, WIDTH, VOCABULARY)])
-    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
-    fitting = {
-        name.removeprefix("readout."): torch.ones_like(t)
-        for name, t in before.items()
-        if "translator" not in name
-    }
-    for wrong in (
-        {name: t for name, t in fitting.items() if name != "unembedding.bias"},
-        {**fitting, "unembedding.weight": torch.ones(VOCABULARY, WIDTH + 1)},
-        {**fitting, "embedding": torch.ones(2)},
-    ):
-        with pytest.raises(ConfigError, match=r"load_output_layers: got .* expected .*'unembedding.bias'"):
-            head.load_output_layers(wrong)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items())
-    head.load_output_layers(fitting)

@@ -59,7 +59,8 @@ def test_ranks_end_when_the_time_is_up(tmp_path: Path) -> None:
 def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     code = (
         "from functools import partial; from test_local_ranks import *\n"
-        f"if __name__ == '__main__': run_local_ranks(partial(sleep_with_a_note, {str(tmp_path)!r}), 2, fork=False)"
+        f"work = partial(sleep_with_a_note, {str(tmp_path)!r})\n"
+        "if __name__ == '__main__': run_local_ranks(work, 2, fork=False)"
     )
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     starter = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths})

@@ -1,0 +1,88 @@
+"""Local ranks: results and reports, errors and deaths, a time limit, and no process left behind."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_interlock.transport.local_ranks import RankError, free_port, report, run_local_ranks
+
+
+def rank_and_report(base: int) -> int:
+    rank = int(os.environ["RANK"])
+    report((rank, "half way"))
+    return base + rank
+
+
+def fail_on_rank_0() -> None:
+    if os.environ["RANK"] == "0":
+        raise ValueError("first")
+    os._exit(3)
+
+
+def sleep_with_a_note(folder: str) -> None:
+    (Path(folder) / os.environ["RANK"]).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("fork", [True, False])
+def test_results_and_reports(fork: bool) -> None:
+    reports: list[Any] = []
+    results = run_local_ranks(partial(rank_and_report, 10), 2, fork=fork, on_report=reports.append)
+    assert results == [10, 11]
+    assert sorted(reports) == [(0, "half way"), (1, "half way")]
+
+
+def test_a_rank_that_died_is_named_first() -> None:
+    with pytest.raises(RankError, match="rank 1 failed\nthe process died with status 3") as error:
+        run_local_ranks(fail_on_rank_0, 2)
+    assert {rank: failure.reason for rank, failure in error.value.failures.items()} == {
+        1: "the process died with status 3",
+        0: "ValueError: first",
+    }
+
+
+def test_ranks_end_when_the_time_is_up(tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError):
+        run_local_ranks(partial(sleep_with_a_note, str(tmp_path)), 2, timeout_seconds=1.0)
+    assert not multiprocessing.active_children()
+
+
+def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    code = (
+        "from functools import partial; from test_local_ranks import *\n"
+        f"work = partial(sleep_with_a_note, {str(tmp_path)!r})\n"
+        "if __name__ == '__main__': run_local_ranks(work, 2, fork=False)"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    starter = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths})
+    try:
+        _until(lambda: all((tmp_path / rank).exists() and (tmp_path / rank).read_text() for rank in "01"))
+        ranks = [int((tmp_path / rank).read_text()) for rank in "01"]
+        starter.send_signal(signal.SIGKILL)
+        starter.wait()
+        _until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))
+    finally:
+        starter.kill()
+
+
+def _until(condition: Any, seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "in time"
+        time.sleep(0.1)
+
+
+def test_a_free_port_is_free_and_below_those_that_the_system_hands_out() -> None:
+    port = free_port()
+    assert 20_000 <= port < 32_000
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", port))

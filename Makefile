@@ -42,7 +42,7 @@ demo: $(INSTALLED)  ## train a small language model in 4 processes (CONFIG=confi
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 4 launcher/train_lm.py \
 		--deepspeed_config $(CONFIG) --dataset sotu --output_dir $(OUTPUT_DIR)
 
-# Two workers: every pool of ranks is in one of them (see tests/conftest.py).
+# Two workers, that share the tests file by file.
 test: lint types browser data  ## what CI runs: lint, types and all tests
 	$(BIN)/python -m pytest -n 2
 

@@ -65,7 +65,7 @@ demo: $(DEMO_INSTALLED)  ## train a small language model in 4 processes (CONFIG=
 	@echo "In $(OUTPUT_DIR): hf/ is the model for transformers, timeline.svg what each stage did when,"
 	@echo "metrics.json the numbers, checkpoints/ to resume from."
 
-# Two workers: every pool of ranks is in one of them (see tests/conftest.py).
+# Two workers, that share the tests file by file.
 test: lint types browser data wheel  ## what CI runs: lint, types, the wheel and all tests
 	$(BIN)/python -m pytest -n 2
 

@@ -22,22 +22,17 @@ from ranks import RankPool
 # Hypothesis's own profile for this: the same examples in every run, and no limit on their time.
 settings.load_profile("ci")
 
-POOLS = ("ranks4", "ranks5", "ranks2")
-LONG = ("ranks4", "tests/launcher", "tests/experiments", "tests/benchmarks", "tests/commands", "tests/hf")
-"""Groups of tests that take longest, in the order in which workers begin with them."""
+LONG = [
+    f"tests/{room}/" for room in ("launcher", "jobs", "engine", "experiments", "benchmarks", "commands", "hf")
+]
+"""Where the tests are that take longest."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Groups tests for ``-n``: those of one pool of ranks run in one worker, the others by file."""
-    groups: dict[pytest.Item, str] = {}
-    for item in items:
-        pools = [name for name in POOLS if name in getattr(item, "fixturenames", ())]
-        groups[item] = (pools or [item.nodeid.partition("::")[0]])[0]
-        item.add_marker(pytest.mark.xdist_group(groups[item]))
-    if hasattr(config, "workerinput"):  # long groups first: none is left to one worker at the end
+    """With ``-n``, files of long tests come first: so no worker is left with one of them at the end."""
+    if hasattr(config, "workerinput"):
         items.sort(
-            key=lambda item: next((n for n, g in enumerate(LONG) if groups[item].startswith(g)), len(LONG))
+            key=lambda item: next((n for n, room in enumerate(LONG) if room in item.nodeid), len(LONG))
         )
 
 

@@ -26,7 +26,7 @@ def ranks2() -> Iterator[RankPool]:
         yield pool
 
 
-def links(timeout_seconds: float = 20.0) -> tuple[int, Links]:
+def links(timeout_seconds: float = 120.0) -> tuple[int, Links]:
     rank = torch.distributed.get_rank()
     return rank, Links([0, 1], rank, CPU, timeout_seconds)
 

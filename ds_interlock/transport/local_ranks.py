@@ -107,7 +107,7 @@ def run_local_ranks(
                 ours, theirs = context.Pipe()
                 settings = {**job, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 arguments = (work, settings, theirs, logs / f"{rank}.log")
-                process = context.Process(target=_serve, args=arguments, daemon=True)
+                process = context.Process(target=_serve, args=arguments)
                 ranks[ours] = process
                 process.start()
                 theirs.close()

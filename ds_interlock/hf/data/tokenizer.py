@@ -19,7 +19,6 @@ import sentencepiece
 from tokenizers import Regex, decoders, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
 
 from ds_interlock.errors import DataError
 
@@ -102,7 +101,7 @@ class HuggingFaceTokenizer:
         return cast(list[int], self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def to_hf(self) -> PreTrainedTokenizerBase:
-        """The tokenizer itself."""
+        """The tokenizer itself, as transformers loaded it."""
         return cast(PreTrainedTokenizerBase, self._tokenizer)
 
 
@@ -212,6 +211,9 @@ def _hash_of(parts: Iterable[str]) -> str:
 
 def _to_fast(path: Path) -> FastTokenizer:
     """A sentencepiece model as a tokenizer of the ``tokenizers`` library."""
+    # Needs protobuf, which only the export of a sentencepiece model does.
+    from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
+
     extractor: Any = SentencePieceExtractor(str(path))
     proto = extractor.proto
     if proto.trainer_spec.model_type not in (proto.trainer_spec.BPE, proto.trainer_spec.UNIGRAM):

@@ -1,1 +1,1 @@
-"""From checkpoints of a pipeline back to Hugging Face folders."""
+"""Checkpoints of a pipeline written as Hugging Face folders."""

@@ -95,7 +95,6 @@ def predicted_seconds(
     section: dict[str, Any], costs: list[dict[str, float]], num_micro_batches: int
 ) -> float:
     """A batch of M micro-batches according to the simulator, from the ``stage_costs`` of each stage."""
-    interlock = InterlockConfig(**section)
-    plan = interlock.plan([LAYERS_PER_STAGE * stage for stage in range(len(costs) + 1)])
+    bounds = [LAYERS_PER_STAGE * stage for stage in range(len(costs) + 1)]
     model = CostModel(**{name: [stage[name] for stage in costs] for name in costs[0]})
-    return simulated_batch(interlock, plan, model, num_micro_batches)
+    return simulated_batch(InterlockConfig(**section), model, bounds, num_micro_batches)

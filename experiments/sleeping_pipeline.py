@@ -45,23 +45,14 @@ class Pipeline:
 
     def predicted(self, num_micro_batches: int) -> float:
         """A batch according to the simulator, in units; the engine itself needs no time there."""
-        plan = self.interlock.plan(self.model.stage_bounds)
-        costs = self.model.cost_model(plan, self.heads)
-        return simulated_batch(self.interlock, plan, costs, num_micro_batches)
+        bounds = self.model.stage_bounds
+        costs = self.model.cost_model(self.interlock.plan(bounds), self.heads)
+        return simulated_batch(self.interlock, costs, bounds, num_micro_batches)
 
     def workload(self, unit_seconds: float) -> Workload:
         """The layers, heads and final loss, each of which sleeps."""
-        seconds = [
-            [
-                unit_seconds * units
-                for units in (
-                    layer.forward_seconds,
-                    layer.input_gradient_seconds,
-                    layer.weight_gradient_seconds,
-                )
-            ]
-            for layer in self.model.layers
-        ]
+        names = ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds")
+        seconds = [[unit_seconds * getattr(layer, name) for name in names] for layer in self.model.layers]
         return Workload(
             layers=[LayerSpec(SleepingLayer, _WIDTH, *passes) for passes in seconds],
             layer_seconds=[sum(passes) for passes in seconds],

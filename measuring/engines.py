@@ -122,9 +122,13 @@ def seconds_of_a_batch(engine: Any, work: Workload, num_micro_batches: int, num_
 
 
 def simulated_batch(
-    interlock: ds_interlock.InterlockConfig, plan: GradientFlowPlan, costs: CostModel, num_micro_batches: int
+    interlock: ds_interlock.InterlockConfig,
+    costs: CostModel,
+    stage_bounds: Sequence[int],
+    num_micro_batches: int,
 ) -> float:
     """Time of a batch in the simulator, once the pipeline is running, in the unit of ``costs``."""
+    plan = interlock.plan(stage_bounds)
     program = training_program(plan, num_micro_batches, extra_in_flight=interlock.extra_in_flight)
     streaming = interlock.streaming and not plan.is_end_to_end
     return simulate(program, costs, num_batches=_NUM_SIMULATED_BATCHES, streaming=streaming).batch_seconds

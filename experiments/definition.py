@@ -118,7 +118,7 @@ class Mode(_Interlocked):
 
 
 class Run(_Interlocked):
-    """Everything that decides what a run does."""
+    """Everything that decides what a run does: the definition with one mode and one seed."""
 
     experiment: str
     mode: str

@@ -52,17 +52,8 @@ class Pipeline:
 
     def workload(self, unit_seconds: float) -> Workload:
         """The layers, heads and final loss, each of which sleeps."""
-        seconds = [
-            [
-                unit_seconds * units
-                for units in (
-                    layer.forward_seconds,
-                    layer.input_gradient_seconds,
-                    layer.weight_gradient_seconds,
-                )
-            ]
-            for layer in self.model.layers
-        ]
+        names = ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds")
+        seconds = [[unit_seconds * getattr(layer, name) for name in names] for layer in self.model.layers]
         return Workload(
             layers=[LayerSpec(SleepingLayer, _WIDTH, *passes) for passes in seconds],
             layer_seconds=[sum(passes) for passes in seconds],

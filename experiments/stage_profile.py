@@ -76,7 +76,6 @@ class TaskProfile:
     """The costs of a task's model, and of its heads as they are asked for.
 
     Attributes:
-        task: The model and its data.
         model: All costs but those of heads.
         unit_seconds: A unit on this machine.
         heads: The costs of the heads that were asked for, in units, by configuration and ``after_layer``.

@@ -1,7 +1,7 @@
 """Layers that sleep instead of computing, so that a pipeline's own behaviour can be timed on any machine.
 
-K processes on two cores cannot all compute at once, but they can all sleep at once: what a batch then
-takes is what the schedule and the engine make of it.
+K processes on two cores cannot all compute at once, but they can all sleep at once: the time of a batch is
+then that of the schedule and the engine.
 """
 
 import ctypes
@@ -24,10 +24,10 @@ _owed_seconds = 0.0
 
 
 def sleep(seconds: float) -> None:
-    """Sleeps ``seconds``. What it takes too long, the next sleep of this process is shorter by.
+    """Sleeps ``seconds``; if it takes longer, the next sleep of this process is shorter by as much.
 
-    So the layers of a stage together sleep exactly as long as asked for, at little CPU time: where
-    eight stages share two cores, waiting awake until the end of every sleep would cost others theirs.
+    So the layers of a stage together sleep as long as asked for, at little CPU time: where eight stages
+    share two cores, waiting awake until the end of every sleep would cost others theirs.
     """
     global _owed_seconds
     seconds -= _owed_seconds
@@ -90,10 +90,10 @@ class SleepingLayer(nn.Module):
         # asked for, as inside torch's own operators; the input's path is part of every backward pass.
         if x.is_leaf:
             # The input of a stage counts as depending on a weight: a backward pass for the weights then
-            # sleeps for every input gradient, this one included, even where nobody wants it.
+            # sleeps for every input gradient, this one included, even where no stage needs it.
             x = x + 0 * self.weight
         weight: Tensor = _Sleep.apply(self.weight, 0.0, self.weight_gradient_seconds)  # type: ignore[no-untyped-call]
-        # What torch itself took is part of the layer's time.
+        # Torch's own time is part of the layer's.
         left = self.seconds - (time.perf_counter() - start)
         slept: Tensor = _Sleep.apply(x, left, self.input_gradient_seconds)  # type: ignore[no-untyped-call]
         return slept + weight
@@ -114,5 +114,5 @@ class SleepingHead(nn.Module):
 
 
 def sleeping_loss(outputs: Tensor, labels: Tensor) -> Tensor:
-    """A loss that costs nothing to speak of."""
+    """A loss that costs next to nothing."""
     return (outputs - labels).square().mean()

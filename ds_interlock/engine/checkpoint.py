@@ -85,7 +85,7 @@ class Checkpoints:
         if tag is None:
             latest = Path(load_dir) / "latest"
             if not latest.is_file():
-                logger.warning(f"no checkpoint in {load_dir}: it has no file 'latest', and no tag was given")
+                logger.warning(f"no checkpoint in {load_dir}: it has no file 'latest', and tag is None")
                 return None
             tag = latest.read_text().strip()
         folder = Path(load_dir) / tag

@@ -1,9 +1,8 @@
 """A plan in one process: all stages of a pipeline on one device, with the same numbers.
 
-The program of every stage is run by the same ``Interpreter`` as on a real pipeline; a message is an
-entry in a dictionary. This is the research mode (one GPU, many stages) and the fast way to
-test what gradients a plan gives. Parameter names are those of the pipeline: ``3.weight`` for layer
-3, ``heads.0.…`` for the head of loss 0.
+The program of every stage is run by the same ``Interpreter`` as on a real pipeline; a message is an entry
+in a dictionary. This is for research (one GPU, many stages), and to see what gradients a plan gives. Names
+of parameters are those of the pipeline: ``3.weight`` for layer 3, ``heads.0.…`` for the head of loss 0.
 
     net = InProcessPipeline(layers, loss_fn, GradientFlowPlan.n_wise(4, window=2), head=make_head)
     losses = net.accumulate_gradients(micro_batches)
@@ -39,7 +38,7 @@ from ds_interlock.stage.work import LossFn, StageWork
 MicroBatch = tuple[Hidden, Any]
 
 
-class _Given(NamedTuple):
+class _Functions(NamedTuple):
     """The user's functions. As attributes of the pipeline, those that are modules would be part of it."""
 
     loss_fn: LossFn | None
@@ -70,7 +69,7 @@ class InProcessPipeline(nn.Module):
         super().__init__()
         self.layers_in_order = list(layers)
         self.schedule = plan if isinstance(plan, PlanSchedule) else PlanSchedule.constant(plan)
-        self._given = _Given(loss_fn, head)
+        self._functions = _Functions(loss_fn, head)
         num_layers = self.schedule.stage_bounds[-1]
         if len(self.layers_in_order) != num_layers:
             raise ConfigError(f"the plan is for {num_layers} layers, got {len(self.layers_in_order)}")
@@ -141,7 +140,7 @@ class InProcessPipeline(nn.Module):
                 self._run_layers,
                 self.layer_parameters(stage),
                 self.heads.by_loss(plan, stage),
-                self._given.loss_fn,
+                self._functions.loss_fn,
                 backward[stage] if backward else None,
             )
             for stage in range(plan.num_stages)
@@ -165,7 +164,7 @@ class InProcessPipeline(nn.Module):
 
     def _add_heads(self, plan: GradientFlowPlan, like: Tensor | None = None) -> None:
         """Builds the heads of ``plan`` at positions that have none yet; on the device of ``like``."""
-        make_head = self._given.make_head
+        make_head = self._functions.make_head
         if make_head is None and not plan.is_end_to_end:
             raise ConfigError(
                 "the plan has auxiliary losses: pass head=, a callable LossHead -> torch.nn.Module"

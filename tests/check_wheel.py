@@ -23,7 +23,7 @@ CONFIG = {
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     "interlock": {"mode": "local", "timeout_seconds": 60},
 }
-SMALL = "--vocab_size 60 --seq_length 16 --width 16 --num_blocks 4 --num_heads 2 --max_steps 3 --generate 4"
+SMALL = "--vocab_size 300 --seq_length 16 --width 16 --num_blocks 4 --num_heads 2 --max_steps 3 --generate 4"
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def run(folder: str | Path, program: str, *arguments: str) -> None:
     environment["PATH"] = os.pathsep.join([str(BIN), os.environ["PATH"]])
     command = [str(BIN / program), *arguments]
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, f"{command} failed\n{done.stdout}{done.stderr}"
 

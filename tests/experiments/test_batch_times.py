@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def unequal_model() -> StagedModel:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the definition of an experiment called tiny, which is looked up there."""
+    """A folder with the definition of an experiment called tiny, whose layers are timed a few times only."""
+    monkeypatch.setattr(TaskProfile, "measure", partial(TaskProfile.measure, num_rounds=3))
     (tmp_path / "tiny.toml").write_text(EXPERIMENT)
     monkeypatch.setattr(definition, "FOLDER", tmp_path)
     return tmp_path
@@ -174,7 +176,7 @@ def test_predictions_worked_by_hand() -> None:
 
 def test_the_profile_of_a_task(folder: Path) -> None:
     run = definition.load("tiny").runs("tiny")[0]
-    profile = TaskProfile.measure(make_task(run), num_rounds=3)
+    profile = TaskProfile.measure(make_task(run))
     assert profile.model.stage_bounds == (0, 4, 6, 10)
     assert sum(layer.forward_seconds for layer in profile.model.layers) == pytest.approx(3)
     assert profile.unit_seconds > 0

@@ -1,11 +1,13 @@
 """``python -m experiments.smoke``: experiments in short, from their data to the report."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from experiments import definition, smoke
 from experiments.definition import Definition
+from experiments.stage_profile import TaskProfile
 from experiments.training import Training
 
 FEW_MODES = ("global", "local", "window 2")
@@ -13,7 +15,8 @@ FEW_MODES = ("global", "local", "window 2")
 
 @pytest.fixture
 def few_modes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves the definitions with the modes of the summary, and with one seed."""
+    """Leaves the definitions with the modes of the summary and one seed; times layers twice only."""
+    monkeypatch.setattr(TaskProfile, "measure", partial(TaskProfile.measure, num_rounds=2))
     whole = definition.load
 
     def load(name: str) -> Definition:

@@ -23,7 +23,7 @@ CONFIG = {
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     "interlock": {"mode": "local", "timeout_seconds": 60},
 }
-SMALL = "--vocab_size 300 --seq_length 16 --width 16 --num_blocks 4 --num_heads 2 --max_steps 3 --generate 4"
+SMALL = "--vocab_size 275 --seq_length 16 --width 16 --num_blocks 4 --num_heads 2 --max_steps 3 --generate 4"
 
 
 def main() -> None:

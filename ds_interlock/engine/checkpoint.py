@@ -8,8 +8,8 @@
         interlock_stage_00.pt ...          heads and untied copies of tied modules; one file per stage
         interlock_rank_00000.pt ...        random state and data position; one file per rank
 
-A checkpoint is written under another name and renamed once every rank has finished: an interrupted
-save never replaces a good one. Resumed in the same mode, training continues bit for bit.
+A checkpoint is written under another name and renamed once every rank has finished: an interrupted save never
+replaces a good one.
 """
 
 import os
@@ -59,11 +59,7 @@ class Checkpoints:
     def new(self, save_dir: Path, tag: str, *, writes: bool, save_latest: bool) -> Iterator[str]:
         """Gives the tag for DeepSpeed to save its files under. The checkpoint is complete after the block.
 
-        Args:
-            save_dir: The folder of all checkpoints.
-            tag: The name that the checkpoint will have.
-            writes: Whether this rank makes and renames folders.
-            save_latest: Whether to make it the newest one.
+        A rank that ``writes`` makes and renames folders.
         """
         folder = save_dir / (tag + _UNFINISHED)
         if writes:
@@ -94,11 +90,7 @@ class Checkpoints:
         return replaced if not folder.is_dir() and replaced.is_dir() else folder
 
     def load_stage(self, folder: Path, *, module_only: bool) -> None:
-        """Loads heads and untied modules. They must have their values before the optimizer copies them.
-
-        Raises:
-            ConfigError: If the checkpoint was saved under another plan, and not only the module is wanted.
-        """
+        """Loads heads and untied modules. They must have their values before the optimizer copies them."""
         state, module = _load(self._stage_file(folder)), self._module
         if module_only:
             self._load_matching_heads(state)
@@ -134,7 +126,6 @@ class Checkpoints:
                 head.load_state_dict(own)
 
     def _rank_state(self) -> dict[str, Any]:
-        """What belongs to one rank."""
         on_cpu = self._ranks.device.type == "cpu"
         return {
             "consumed_micro_batches": self._data.consumed,
@@ -192,9 +183,8 @@ def _check_plan(state: dict[str, Any], module: InterlockPipelineModule, folder: 
         keys = [key for key in present[0] if any(a[key] != b[key] for a, b in pairs)]
         different = f"{', '.join(keys)} differ"
     raise ConfigError(
-        f"{folder} was saved under another gradient-flow plan ({different}): optimizer state "
-        'cannot be carried over. Use the same "interlock" section and number of stages, or take the '
-        "weights alone with load_checkpoint(..., load_module_only=True)"
+        f"{folder} was saved under another gradient-flow plan ({different}): use the same "
+        '"interlock" section and number of stages, or load_checkpoint(..., load_module_only=True)'
     )
 
 

@@ -13,25 +13,17 @@ from ds_interlock.transport.ranks import StageRanks
 
 
 class TrainingData:
-    """Reads DeepSpeed's data iterator, and knows how far it has got.
-
-    Attributes:
-        consumed: Micro-batches this rank has read for training since the run began, also before it was
-            resumed.
-    """
+    """Reads DeepSpeed's data iterator, and knows how far it has got."""
 
     def __init__(self, engine: DeepSpeedSide, ranks: StageRanks) -> None:
         self.consumed = 0
+        """Micro-batches read for training since the run began, also before it was resumed."""
         self._engine = engine
         self._ranks = ranks
         self._put_back: list[Any] = []
 
     def load(self, micro_batch: int) -> tuple[Any, Any]:
-        """Inputs and labels of the next micro-batch, on this rank's device.
-
-        Raises:
-            DataError: If the iterator ends, or gives something else.
-        """
+        """Inputs and labels of the next micro-batch, on this rank's device."""
         pair = self._put_back.pop() if self._put_back else self.read()
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise DataError(
@@ -52,9 +44,8 @@ class TrainingData:
             pair = next(engine.data_iterator)
         except StopIteration:
             raise DataError(
-                f"the data iterator ended in the middle of a batch: a batch takes {engine.micro_batches} "
-                "micro-batches (gradient_accumulation_steps). Wrap the loader in "
-                "deepspeed.utils.RepeatingLoader, or stop after the last whole batch"
+                f"the data iterator ended in the middle of a batch, which takes {engine.micro_batches} micro-"
+                "batches (gradient_accumulation_steps): use deepspeed.utils.RepeatingLoader, or stop before"
             ) from None
         self.consumed += 1 if engine.module.training else 0
         return engine.batch_fn(pair) if engine.batch_fn else pair
@@ -92,8 +83,10 @@ class TrainingData:
 
 def _to_device(part: Any, device: torch.device) -> Any:
     """A tensor, a tuple of tensors, or None, on ``device``."""
-    if part is None or isinstance(part, Tensor):
-        return part if part is None else part.detach().to(device)
+    if part is None:
+        return None
+    if isinstance(part, Tensor):
+        return part.detach().to(device)
     if isinstance(part, tuple | list) and all(isinstance(item, Tensor) for item in part):
         return tuple(item.detach().to(device) for item in part)
     raise DataError(

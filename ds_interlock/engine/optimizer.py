@@ -28,13 +28,10 @@ class StageOptimizer:
         self._norm: Tensor | None = None
 
     def measure_norm(self) -> None:
-        """Computes the norm of this stage's gradients, those of its tensor-parallel ranks included.
-
-        Not if it is not needed, nor if the optimizer keeps gradients to itself: it has a norm after the step.
-        """
+        """Computes the norm of this stage's gradients, with its tensor-parallel ranks, if it is needed."""
         engine, self._norm = self._engine, None
         if hasattr(engine.optimizer, "_global_grad_norm") or isinstance(engine.optimizer, ZeROOptimizer):
-            return
+            return  # keeps gradients to itself, and has a norm after the step
         if not (engine.monitor.enabled or engine.gradient_clipping() > 0):
             return
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
@@ -63,8 +60,7 @@ class StageOptimizer:
     def reduces_nothing(self, gradients: Sequence[Tensor], dtype: torch.dtype, predivide: float) -> bool:
         """Whether DeepSpeed's all-reduce over the replicas would change no bit of ``gradients``.
 
-        With one replica it copies every gradient into a buffer and back. What it would change is the
-        rounding, if gradients are to travel in another type or to be divided on the way.
+        One replica's are copied into a buffer and back: only another type, or a division, rounds them.
         """
         alone = self._ranks.num_replicas == 1 and predivide == 1.0
         return alone and all(getattr(g, "dtype", None) == dtype for g in gradients)

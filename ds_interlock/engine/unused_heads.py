@@ -6,9 +6,6 @@ No loss gives them gradients, but two things would still move them:
     its bf16 and ZeRO          step flat copies of whole parameter groups           ─► a group for the heads
     optimizers                                                                         of the same phases; no
                                                                                        gradient, no step
-
-so that weight decay and momentum leave them alone, as torch's optimizers leave every parameter alone that
-has no gradient.
 """
 
 from collections.abc import Sequence
@@ -26,13 +23,7 @@ UNUSED_PHASES = "idle_phases"
 
 
 class UnusedHeads:
-    """Keeps unused heads as they are.
-
-    Args:
-        module: Has the heads, and knows the phase.
-        optimizer: DeepSpeed's or torch's, which is made to skip the groups of unused heads; or None.
-        device: Where tensors are.
-    """
+    """Keeps unused heads as they are: makes DeepSpeed's or torch's optimizer skip their groups."""
 
     def __init__(self, module: InterlockPipelineModule, optimizer: Any, device: torch.device) -> None:
         self._module = module
@@ -58,7 +49,7 @@ class UnusedHeads:
                     parameter.grad = None
 
     def _leave_out_of_the_norm(self, zero: Any) -> None:
-        """ZeRO's norm has one collective per group: over the pipe, all stages must have equally many."""
+        """ZeRO's norm has one collective per group; over the pipe all stages must have equally many."""
         norm_of = zero.get_grad_norm_direct
 
         def norm(gradients: Sequence[Tensor], parameters: Sequence[nn.Parameter], norm_type: int = 2) -> Any:
@@ -75,16 +66,13 @@ class UnusedHeads:
 
 
 def check_unused_heads(module: InterlockPipelineModule, optimizer: Any, *, own: bool, zero: bool) -> None:
-    """Refuses combinations under which unused heads would change.
+    """Refuses combinations under which unused heads would change, with a ``ConfigError`` on every rank.
 
     Args:
         module: Has the schedule.
         optimizer: DeepSpeed's or torch's.
         own: Whether optimizer or parameters were passed to ``initialize``.
         zero: Whether ZeRO is on.
-
-    Raises:
-        ConfigError: On every rank.
     """
     if not has_unused_heads(module):
         return

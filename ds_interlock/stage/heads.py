@@ -40,13 +40,9 @@ class Heads(nn.ModuleDict):
 
 
 def build_head(make_head: MakeHead, number: int, head: LossHead, seed: int = 1234) -> nn.Module:
-    """Builds a head from a seed of its own, ``seed + number``.
+    """Builds a head from the seed ``seed + number``: the same in any distribution of stages over processes.
 
-    It then starts with the same weights in any distribution of stages over processes, and building it
-    leaves the random state that the layers are drawn from unchanged.
-
-    Raises:
-        ConfigError: If ``make_head`` does not return a module.
+    The random state that the layers are drawn from stays unchanged.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed + number)

@@ -1,4 +1,4 @@
-"""What travels between layers and stages: tensors, of which the floating-point ones have gradients."""
+"""What travels between layers and stages."""
 
 from collections.abc import Callable
 

@@ -1,5 +1,6 @@
 """The micro-batches that the first stage reads."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,15 +13,15 @@ from ds_interlock.errors import DataError
 from ds_interlock.transport.ranks import StageRanks
 
 
+@dataclass
 class TrainingData:
     """Reads DeepSpeed's data iterator, and knows how far it has got."""
 
-    def __init__(self, engine: DeepSpeedSide, ranks: StageRanks) -> None:
-        self.consumed = 0
-        """Micro-batches read for training since the run began, also before it was resumed."""
-        self._engine = engine
-        self._ranks = ranks
-        self._put_back: list[Any] = []
+    engine: DeepSpeedSide
+    ranks: StageRanks
+    consumed: int = 0
+    """Micro-batches read for training since the run began, also before it was resumed."""
+    _put_back: list[Any] = field(default_factory=list)
 
     def load(self, micro_batch: int) -> tuple[Any, Any]:
         """Inputs and labels of the next micro-batch, on this rank's device."""
@@ -30,12 +31,12 @@ class TrainingData:
                 f"the data iterator gave {type(pair).__name__} where a pair (inputs, labels) was expected; "
                 "both may be a tensor or a tuple of tensors"
             )
-        inputs, labels = (_to_device(part, self._ranks.device) for part in pair)
+        inputs, labels = (_to_device(part, self.ranks.device) for part in pair)
         return inputs, labels
 
     def read(self) -> Any:
         """What the iterator gives next."""
-        engine = self._engine
+        engine = self.engine
         if engine.data_iterator is None:
             raise DataError(
                 "stage 0 has no data: pass data_iter to train_batch, or training_data to initialize"
@@ -56,15 +57,15 @@ class TrainingData:
 
     def iterator_state(self) -> Any:
         """The state of an iterator that can be resumed from one; otherwise None."""
-        iterator: Any = self._engine.data_iterator if self._ranks.is_first_stage else None
+        iterator: Any = self.engine.data_iterator if self.ranks.is_first_stage else None
         return iterator.state_dict() if hasattr(iterator, "state_dict") else None
 
     def restore(self, consumed: int, iterator_state: Any) -> None:
         """Continues in the data where the saved run was."""
         self.consumed = consumed
-        if not self._ranks.is_first_stage:
+        if not self.ranks.is_first_stage:
             return
-        engine = self._engine
+        engine = self.engine
         loader = engine.training_dataloader
         if iterator_state is not None and hasattr(engine.data_iterator, "load_state_dict"):
             engine.data_iterator.load_state_dict(iterator_state)

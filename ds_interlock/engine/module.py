@@ -272,10 +272,7 @@ def _checked_bounds(stage_bounds: Sequence[int], num_layers: int, num_stages: in
             f"stage_bounds {bounds}: expected rising numbers from 0 to {num_layers}, the number of layers"
         )
     if num_stages and len(bounds) != num_stages + 1:
-        raise ConfigError(
-            f"stage_bounds {bounds} make {len(bounds) - 1} stages, but num_stages is {num_stages}: give "
-            f"{num_stages + 1} numbers"
-        )
+        raise ConfigError(f"stage_bounds {bounds}: expected {num_stages + 1} numbers for {num_stages} stages")
     return bounds
 
 

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import chain
 from typing import Any
@@ -186,33 +186,32 @@ def _renumbered(rows: Sequence[Sequence[Span]], first: int) -> Rows:
     return from_zero([[replace(span, batch=span.batch - first) for span in row] for row in rows])
 
 
+@dataclass
 class Tracer:
     """Records the batches that ``interlock.trace`` names. Every rank of the job must make one."""
 
-    def __init__(
-        self, config: TraceConfig, recorder: Recorder, ranks: StageRanks, timeout_seconds: float
-    ) -> None:
-        self._config = config
-        self._recorder = recorder
-        self._ranks = ranks
-        self._timeout = timedelta(seconds=timeout_seconds)
+    config: TraceConfig
+    recorder: Recorder
+    ranks: StageRanks
+    timeout_seconds: float
+
+    def __post_init__(self) -> None:
         self._store = job_store()
         self._thread: threading.Thread | None = None
 
     def batch_begins(self, batch: int) -> None:
         """Before every training batch, counted from 1."""
-        if batch == self._config.batches[0]:
-            self._recorder.start(_TRACE)
+        if batch == self.config.batches[0]:
+            self.recorder.start(_TRACE)
 
     def batch_is_done(self, batch: int, program: Program, *, streaming: bool) -> None:
         """After every training batch: collects the recording after the last one."""
-        if batch != self._config.batches[1]:
-            return
-        spans = self._recorder.stop(_TRACE)
-        self._thread = threading.Thread(
-            target=self._finish, args=(spans, program, streaming), name=_TRACE, daemon=True
-        )
-        self._thread.start()
+        if batch == self.config.batches[1]:
+            spans = self.recorder.stop(_TRACE)
+            self._thread = threading.Thread(
+                target=self._finish, args=(spans, program, streaming), name=_TRACE, daemon=True
+            )
+            self._thread.start()
 
     def flush(self) -> None:
         """Waits until the recording is in the store and, on the rank that writes, in the files."""
@@ -221,30 +220,27 @@ class Tracer:
 
     def close(self) -> None:
         """Warns if the run ended too early for the recording."""
-        if self._thread is None and self._ranks.global_rank == 0:
+        if self._thread is None and self.ranks.global_rank == 0:
             logger.warning(
                 "interlock.trace: the run ended before batch %d, the last one to record; nothing was written",
-                self._config.batches[1],
+                self.config.batches[1],
             )
 
     def _finish(self, spans: Sequence[Span], program: Program, streaming: bool) -> None:
         try:
-            if self._ranks.speaks_for_stage:
+            if self.ranks.speaks_for_stage:
                 row = [[str(span.action), span.batch, span.start, span.end] for span in spans]
-                self._store.set(str(self._ranks.stage), json.dumps(row))
-            if self._ranks.global_rank == 0:
-                self._write(self._collect(), program, streaming)
+                self._store.set(str(self.ranks.stage), json.dumps(row))
+            if self.ranks.global_rank == 0:
+                timelines = measured_and_simulated(program, self._collect(), streaming=streaming)
+                trace = chrome_trace(timelines, _title(program))
+                replace_text(f"{self.config.path}.json", json.dumps(trace))
+                replace_text(f"{self.config.path}.svg", render_svg(timelines, _title(program)))
         except (OSError, RuntimeError, ValueError) as error:  # a picture must not end the training
-            logger.warning("interlock.trace: nothing was written to %s: %s", self._config.path, error)
+            logger.warning("interlock.trace: nothing was written to %s: %s", self.config.path, error)
 
     def _collect(self) -> Rows:
-        stages = [str(stage) for stage in range(self._ranks.num_stages)]
-        self._store.wait(stages, self._timeout)
+        stages = [str(stage) for stage in range(self.ranks.num_stages)]
+        self._store.wait(stages, timedelta(seconds=self.timeout_seconds))
         rows = [json.loads(self._store.get(stage)) for stage in stages]
         return from_zero([[Span(Action.parse(text), *times) for text, *times in row] for row in rows])
-
-    def _write(self, rows: Rows, program: Program, streaming: bool) -> None:
-        timelines = measured_and_simulated(program, rows, streaming=streaming)
-        title = _title(program)
-        replace_text(f"{self._config.path}.json", json.dumps(chrome_trace(timelines, title)))
-        replace_text(f"{self._config.path}.svg", render_svg(timelines, title))

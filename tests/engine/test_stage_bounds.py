@@ -66,7 +66,7 @@ def build_with(stage_bounds: list[int], partition_method: str | None) -> Excepti
         ([1, 3, 6, 9, 11], None, "stage_bounds [1, 3, 6, 9, 11]: expected rising numbers from 0 to 11"),
         ([0, 3, 6, 9, 12], None, "stage_bounds [0, 3, 6, 9, 12]: expected rising numbers from 0 to 11"),
         ([], None, "stage_bounds []: expected rising numbers from 0 to 11"),
-        ([0, 3, 11], None, "stage_bounds [0, 3, 11] make 2 stages, but num_stages is 4: give 5 numbers"),
+        ([0, 3, 11], None, "stage_bounds [0, 3, 11]: expected 5 numbers for 4 stages"),
         (BOUNDS, "uniform", "got both stage_bounds and partition_method: leave out one of them"),
     ],
 )

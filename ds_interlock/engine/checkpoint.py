@@ -49,10 +49,7 @@ class Checkpoints:
 
     @property
     def keeps_optimizer(self) -> bool:
-        """True where DeepSpeed saves an optimizer it cannot load: bf16 without ZeRO.
-
-        Its BF16_Optimizer is divided among the replicas, but only the first one's part is written.
-        """
+        """Whether DeepSpeed writes only the first replica's part of the optimizer: bf16 without ZeRO."""
         return self.engine.using_bf16_optimizer and not self.engine.zero_optimization()
 
     @contextmanager
@@ -176,9 +173,8 @@ def _check_plan(state: dict[str, Any], module: InterlockPipelineModule, folder: 
     saved, present = state["schedule"], _described_phases(module)
     if saved == present:
         return
-    if len(saved) != len(present):
-        different = f"phases of its schedule: {len(saved)}"
-    else:
+    different = f"its schedule has {len(saved)} phases"
+    if len(saved) == len(present):
         pairs = list(zip(saved, present, strict=True))
         keys = [key for key in present[0] if any(a[key] != b[key] for a, b in pairs)]
         different = f"{', '.join(keys)} differ"
@@ -190,8 +186,6 @@ def _check_plan(state: dict[str, Any], module: InterlockPipelineModule, folder: 
 
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(
-            f"{path} is missing: this is not a complete checkpoint of ds_interlock with as many ranks as now"
-        )
+        raise ConfigError(f"{path} is missing: this is no complete checkpoint of as many ranks as now")
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
     return state

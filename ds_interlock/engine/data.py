@@ -28,8 +28,7 @@ class TrainingData:
         pair = self._put_back.pop() if self._put_back else self.read()
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise DataError(
-                f"the data iterator gave {type(pair).__name__} where a pair (inputs, labels) was expected; "
-                "both may be a tensor or a tuple of tensors"
+                f"the data iterator gave {type(pair).__name__} where a pair (inputs, labels) was expected"
             )
         inputs, labels = (_to_device(part, self.ranks.device) for part in pair)
         return inputs, labels
@@ -39,7 +38,7 @@ class TrainingData:
         engine = self.engine
         if engine.data_iterator is None:
             raise DataError(
-                "stage 0 has no data: pass data_iter to train_batch, or training_data to initialize"
+                "stage 0 has no data: pass data_iter to train_batch or training_data to initialize"
             )
         try:
             pair = next(engine.data_iterator)
@@ -90,6 +89,4 @@ def _to_device(part: Any, device: torch.device) -> Any:
         return part.detach().to(device)
     if isinstance(part, tuple | list) and all(isinstance(item, Tensor) for item in part):
         return tuple(item.detach().to(device) for item in part)
-    raise DataError(
-        f"inputs and labels must each be a tensor or a tuple of tensors, got {type(part).__name__}"
-    )
+    raise DataError(f"inputs and labels must be a tensor or a tuple of tensors, got {type(part).__name__}")

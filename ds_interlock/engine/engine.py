@@ -107,8 +107,7 @@ class InterlockEngine(PipelineEngine):
 
         Returns:
             The newest final loss that has reached this stage, a float32 scalar: of this batch if stages
-            do not stream, else of an earlier one, and nan before there is any. ``drain`` returns the
-            exact one.
+            do not stream, else of an earlier one, and nan before the first. ``drain`` returns the exact one.
 
         Raises:
             DataError: If the iterator ends within the batch.
@@ -300,7 +299,7 @@ class InterlockEngine(PipelineEngine):
             self._exec_reduce_tied_grads()
         super()._exec_reduce_grads()
         self._unused_heads.drop_gradients()
-        self._progress.set_losses(self._runner.work.mean_losses())
+        self._progress.set_losses(self._runner.interpreter.work.mean_losses())
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         learning_rate = self.get_lr()[0]
@@ -350,7 +349,7 @@ class InterlockEngine(PipelineEngine):
     def _newest_final_loss(self) -> tuple[int, Tensor]:
         if not self.streaming:
             return self._recorder.batch - 1, self._ranks.from_last_stage(self._progress.final_loss)
-        batch, loss = self._progress.reporter.newest()
+        batch, loss = self._progress.reporter.newest
         return batch, torch.tensor(loss, device=self.device)
 
     def _enter_phase(self) -> None:
@@ -362,13 +361,8 @@ class InterlockEngine(PipelineEngine):
 
 
 def _drain_at_exit(reference: "weakref.ref[InterlockEngine]") -> None:
-    """A stage that is done early must not leave before its neighbours have what it sent them.
-
-    Scripts written for DeepSpeed do not call ``drain``. After an error no stage waits.
-    """
+    """Drains for scripts that do not: the neighbours still need what was sent. After an error no stage waits."""
     engine = reference()
     failed = getattr(sys, "last_value", None) is not None
-    if engine is None or failed or not dist.is_initialized():
-        return
-    if engine._runner.has_unfinished_batches:
+    if engine and not failed and dist.is_initialized() and engine._runner.has_unfinished_batches:
         engine.drain()

@@ -133,7 +133,7 @@ def _check_scales(model: InterlockPipelineModule, groups: Iterable[_Group]) -> N
         raise ConfigError(
             "interlock.head.learning_rate_scale works with the optimizer of the JSON config, and so does "
             "learning_rate_scale of a parameter; with an optimizer or parameters of your own, make a group "
-            "for each learning rate yourself"
+            "for each learning rate yourself (model.head_parameters() are those of the heads)"
         )
 
 

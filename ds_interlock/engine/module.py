@@ -39,9 +39,8 @@ class StageGrid:
 
     def get_model_parallel_group(self) -> Any:
         """The ranks that step together."""
-        if self._steps_alone():
-            return self._grid.get_slice_parallel_group()
-        return self._grid.get_model_parallel_group()
+        grid = self._grid
+        return grid.get_slice_parallel_group() if self._steps_alone() else grid.get_model_parallel_group()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
@@ -85,9 +84,7 @@ class InterlockPipelineModule(PipelineModule):
                 raise ConfigError("got both stage_bounds and partition_method: leave out one of them")
             pipeline["partition_method"] = _checked_bounds(stage_bounds, len(layers), num_stages)
         if num_stages and num_stages > len(layers):
-            raise ConfigError(
-                f"{num_stages} stages for {len(layers)} layers: use num_stages={len(layers)}, or more layers"
-            )
+            raise ConfigError(f"{num_stages} stages for {len(layers)} layers: use num_stages={len(layers)}")
         super().__init__(layers, **pipeline)
         self._make_head = head
         self._pretrained = pretrained
@@ -106,26 +103,20 @@ class InterlockPipelineModule(PipelineModule):
             self.bind(interlock)
 
     def bind(self, interlock: InterlockConfig) -> None:
-        """Makes the plans and builds this stage's heads, once.
-
-        Raises:
-            ConfigError: If another configuration was bound before, or the plan is impossible.
-        """
+        """Makes the plans and builds this stage's heads, once."""
+        if self.interlock not in (None, interlock):
+            raise ConfigError(
+                'the "interlock" section of the config differs from the one that InterlockPipelineModule was '
+                f"built with: {interlock!r} is not {self.interlock!r}; read both from the same file"
+            )
         if self.interlock is not None:
-            if self.interlock != interlock:
-                raise ConfigError(
-                    'the "interlock" section of the config differs from the one that InterlockPipelineModule '
-                    f"was built with: {interlock!r} is not {self.interlock!r}; read both from the same file"
-                )
             return
         bounds = [int(bound) for bound in self.parts]
-        plan = self._make_plan(bounds) if self._make_plan else interlock.plan_schedule(bounds)
+        plan = (self._make_plan or interlock.plan_schedule)(bounds)
         self.schedule = plan if isinstance(plan, PlanSchedule) else PlanSchedule.constant(plan)
         if list(self.schedule.stage_bounds) != bounds:
-            raise ConfigError(
-                f"plan({bounds}) returned a plan for stage_bounds {list(self.schedule.stage_bounds)}: it "
-                "must keep the bounds it is given"
-            )
+            wrong = list(self.schedule.stage_bounds)
+            raise ConfigError(f"plan({bounds}) returned {wrong}: it must keep the bounds it is given")
         self.interlock = interlock
         self.head_config = interlock.head.resolve(pretrained=self._pretrained)
         make_head = self._make_head
@@ -153,7 +144,7 @@ class InterlockPipelineModule(PipelineModule):
 
     @property
     def steps_alone(self) -> bool:
-        """True if a stage's update depends on its window only, not on the whole pipeline. Same on all."""
+        """Whether a stage's update depends on its window only; the same on all stages."""
         return self.bound_config.steps_alone(self.plan, tied=self.keeps_ties)
 
     def mpu(self) -> Any:
@@ -179,8 +170,7 @@ class InterlockPipelineModule(PipelineModule):
     def add_placeholder(self) -> None:
         """Gives a stage in which nothing learns, in some phase, a parameter that nothing depends on.
 
-        DeepSpeed's optimizers refuse an empty list, and every stage needs one: it counts the steps and
-        keeps the learning rate. Call it once layers are frozen and heads are built.
+        Every stage needs an optimizer, and DeepSpeed's refuse an empty list. Call it once layers are frozen.
         """
         if self.layer_parameters():
             return
@@ -213,10 +203,8 @@ class InterlockPipelineModule(PipelineModule):
         for begin in range(first, last, interval):
             end = min(begin + interval, last)
             run = partial(self._run_local, begin, end, self.micro_offset + 1)
-            if self._is_checkpointable(self.forward_funcs[begin:end]):
-                hidden = self.activation_checkpoint_func(run, hidden)
-            else:
-                hidden = run(hidden)
+            recomputes = self._is_checkpointable(self.forward_funcs[begin:end])
+            hidden = self.activation_checkpoint_func(run, hidden) if recomputes else run(hidden)
         return hidden
 
     def _partition_layers(self, method: str | list[int] = "uniform") -> None:
@@ -268,9 +256,7 @@ class InterlockPipelineModule(PipelineModule):
 def _checked_bounds(stage_bounds: Sequence[int], num_layers: int, num_stages: int | None) -> list[int]:
     bounds = [int(bound) for bound in stage_bounds]
     if not rises(bounds) or bounds[:1] != [0] or bounds[-1:] != [num_layers]:
-        raise ConfigError(
-            f"stage_bounds {bounds}: expected rising numbers from 0 to {num_layers}, the number of layers"
-        )
+        raise ConfigError(f"stage_bounds {bounds}: expected rising numbers from 0 to {num_layers}")
     if num_stages and len(bounds) != num_stages + 1:
         raise ConfigError(f"stage_bounds {bounds}: expected {num_stages + 1} numbers for {num_stages} stages")
     return bounds

@@ -8,7 +8,7 @@ the last stage has got:
     stage k    ── post(batch 7, loss, norm, lr) ──►  "values/k/0": batches 5 to 7, a parcel
     rank 0     ◄─ collected() ──────────────────────  "values/0/0", "values/1/0", ... ──► the monitor
 
-No stage ever waits for this: ``newest`` and ``collected`` return what has arrived.
+No stage ever waits for this: ``newest`` and ``collected`` are what has arrived.
 """
 
 import itertools
@@ -53,7 +53,8 @@ class Reporter:
         self._num_collected = [0] * ranks.num_stages
         self._next_exchange = 0.0
         self._store = job_store()
-        self._newest: tuple[int, float] = -1, math.nan
+        self.newest: tuple[int, float] = -1, math.nan
+        """Batch and value of the newest final loss that has reached this stage."""
         self._collected: queue.SimpleQueue[tuple[int, dict[str, float]]] = queue.SimpleQueue()
         self._reports: queue.Queue[tuple[int, Values, Tensor | None] | None] = queue.Queue()
         self._closed = False
@@ -65,10 +66,6 @@ class Reporter:
     def post(self, batch: int, values: Values, final_loss: Tensor | None) -> None:
         """Sends off what this stage measured for a batch, counted since the engine was made."""
         self._reports.put((batch, values, final_loss))
-
-    def newest(self) -> tuple[int, float]:
-        """Batch and value of the newest final loss that has reached this stage; (-1, nan) at first."""
-        return self._newest
 
     def collected(self) -> list[tuple[int, dict[str, float]]]:
         """Takes the stages and values that have arrived since the last call, in order within a stage."""
@@ -113,9 +110,9 @@ class Reporter:
             if final_loss is not None:
                 self._store.set("final", json.dumps([batch, float(final_loss)]))
             self._unsent.append({name: float(value) for name, value in values.items() if value is not None})
-        if self._reports.empty() and (self._newest[0] >= 0 or self._store.check(["final"])):
+        if self._reports.empty() and (self.newest[0] >= 0 or self._store.check(["final"])):
             batch, loss = json.loads(self._store.get("final"))
-            self._newest = batch, loss
+            self.newest = batch, loss
         if report is None or time.monotonic() > self._next_exchange:
             self._next_exchange = time.monotonic() + _EXCHANGE_SECONDS
             if self._unsent:

@@ -25,11 +25,7 @@ from ds_interlock.transport.ranks import StageRanks
 class StageRunner:
     """What runs on this stage, one program after another. Every rank of the job must make one.
 
-    Args:
-        engine: Gives out the instructions of a schedule, which come back to ``interpreter``.
-        ranks: This rank.
-        data: What the first stage reads.
-        backward: Where the gradients of training go.
+    The engine gives out the instructions of a schedule, which come back to ``interpreter``.
     """
 
     def __init__(
@@ -47,21 +43,12 @@ class StageRunner:
         self.interpreter = self._interpreter(engine.module.plan, backward)
 
     @property
-    def work(self) -> StageWork:
-        """The work of the program that is run, or was last."""
-        return self.interpreter.work
-
-    @property
     def has_unfinished_batches(self) -> bool:
         """Whether other stages may still wait for what this one has sent."""
         return self._num_issued != self._num_flushed
 
     def training_schedule(self, num_micro_batches: int, phase: int) -> InterlockSchedule:
-        """What this stage does for a training batch in a phase.
-
-        Raises:
-            ScheduleError: If it could hang, or does not do what its plan says.
-        """
+        """What this stage does for a training batch in a phase; verified once."""
         key, extra = (phase, "train", num_micro_batches), self.config.extra_in_flight
         if key not in self._schedules:
             plan = self.engine.module.schedule.phases[phase].plan
@@ -84,7 +71,7 @@ class StageRunner:
         self.interpreter.begin_batch(self._num_issued, schedule.micro_batches)
         self.engine._exec_schedule(schedule)
         self._num_issued += 1
-        return self.work
+        return self.interpreter.work
 
     def run_beside_training(self, program: Program, backward: Backward, *, record: bool) -> StageWork:
         """Runs a batch of a program of any plan, with gradients that do not go where those of training go."""
@@ -115,17 +102,14 @@ class StageRunner:
         return outputs
 
     def evaluated_losses(self) -> Tensor:
-        """Every head's mean loss in the batch just evaluated, in the plan's order, on all ranks.
-
-        The final one goes to DeepSpeed's monitor.
-        """
-        engine, plan = self.engine, self.work.plan
-        losses = torch.zeros(len(plan.heads), device=self.ranks.device)
-        for loss, value in self.ranks.average_over_replicas(self.work.mean_losses()).items():
+        """Every head's mean loss in the batch just evaluated, in the plan's order, on all ranks."""
+        engine, work = self.engine, self.interpreter.work
+        losses = torch.zeros(len(work.plan.heads), device=self.ranks.device)
+        for loss, value in self.ranks.average_over_replicas(work.mean_losses()).items():
             losses[loss] = value
         self.ranks.sum_over_pipeline(losses)
         if self.ranks.global_rank == 0 and engine.monitor.enabled:
-            final = losses[plan.final].item()
+            final = losses[work.plan.final].item()
             engine.monitor.write_events([("Train/Samples/eval_loss", final, engine.global_samples)])
         return losses
 

@@ -35,6 +35,9 @@ from ds_interlock.schedule.trace import chrome_trace
 from ds_interlock.transport.ranks import StageRanks
 
 _TRACE = "interlock.trace"
+_FINAL = "final head"
+_WHOLE = CostModel(input_gradient=1.0)
+"""Says what share of its stage a relay crosses."""
 
 Rows = tuple[tuple[Span, ...], ...]
 """For each stage its spans, in seconds."""
@@ -94,9 +97,7 @@ def measured_costs(plan: GradientFlowPlan, rows: Rows) -> CostModel:
     """
     stages = [_median_seconds(plan, row) for row in rows]
     backward = [of[Kind.WEIGHT_GRADIENT] or of[Kind.BACKWARD] for of in stages]
-    relay = [
-        min(of[Kind.INPUT_GRADIENT] or whole / 2, whole) for of, whole in zip(stages, backward, strict=True)
-    ]
+    relay = [min(of[Kind.INPUT_GRADIENT] or b / 2, b) for of, b in zip(stages, backward, strict=True)]
     return CostModel(
         forward=[of[Kind.FORWARD] for of in stages],
         input_gradient=relay,
@@ -105,11 +106,6 @@ def measured_costs(plan: GradientFlowPlan, rows: Rows) -> CostModel:
         final_head=next((of[_FINAL] for of in reversed(stages) if of[_FINAL]), 0.0),
         optimizer=[of[Kind.STEP] for of in stages],
     )
-
-
-_FINAL = "final head"
-_WHOLE = CostModel(input_gradient=1.0)
-"""Says what share of its stage a relay crosses."""
 
 
 def _median_seconds(plan: GradientFlowPlan, row: Sequence[Span]) -> dict[str, float]:
@@ -129,15 +125,13 @@ def _median_seconds(plan: GradientFlowPlan, row: Sequence[Span]) -> dict[str, fl
 def measured_and_simulated(program: Program, rows: Rows, *, streaming: bool) -> list[Timeline]:
     """The batches in ``rows``, and as many as simulated in the running pipeline at the costs measured."""
     batches = {span.batch for span in chain.from_iterable(rows)}
-    measured = _renumbered(rows, min(batches))
     first = program.plan.num_stages if streaming else 1  # until then the pipeline fills
-    simulation = simulate(
-        program, measured_costs(program.plan, rows), num_batches=first + len(batches), streaming=streaming
-    )
+    costs = measured_costs(program.plan, rows)
+    simulation = simulate(program, costs, num_batches=first + len(batches), streaming=streaming)
     simulated = [[span for span in row if span.batch >= first] for row in simulation.spans]
     return [
-        Timeline("measured", "s", measured),
-        Timeline("simulated, at the costs measured", "s", _renumbered(simulated, first)),
+        Timeline("measured", "s", from_zero(rows, min(batches))),
+        Timeline("simulated, at the costs measured", "s", from_zero(simulated, first)),
     ]
 
 
@@ -175,15 +169,14 @@ def _sharing() -> str:
     return f", {num_ranks} processes on {len(os.sched_getaffinity(0))} cores"
 
 
-def from_zero(rows: Sequence[Sequence[Span]]) -> Rows:
-    """``rows`` in seconds since the first span began."""
+def from_zero(rows: Sequence[Sequence[Span]], first: int = 0) -> Rows:
+    """``rows`` in seconds since the first span began, with batch ``first`` numbered 0."""
     begin = min((span.start for span in chain.from_iterable(rows)), default=0.0)
-    return tuple(tuple(replace(s, start=s.start - begin, end=s.end - begin) for s in row) for row in rows)
 
+    def moved(span: Span) -> Span:
+        return Span(span.action, span.batch - first, span.start - begin, span.end - begin)
 
-def _renumbered(rows: Sequence[Sequence[Span]], first: int) -> Rows:
-    """``rows`` with batch ``first`` numbered 0 and beginning at zero."""
-    return from_zero([[replace(span, batch=span.batch - first) for span in row] for row in rows])
+    return tuple(tuple(map(moved, row)) for row in rows)
 
 
 @dataclass

@@ -39,27 +39,24 @@ class UnusedHeads:
         """Takes away the gradients of zero that DeepSpeed gives them."""
         for number, head in self._module.heads.items():
             if self._module.schedule.is_idle(int(number), self._module.phase):
-                for parameter in head.parameters():
-                    parameter.grad = None
+                head.zero_grad()
+
+    def _is_unused(self, group: dict[str, Any]) -> bool:
+        return self._module.phase in group.get(UNUSED_PHASES, ())
 
     def _drop_gradients_of_groups(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            if self._module.phase in group.get(UNUSED_PHASES, ()):
-                for parameter in group["params"]:
-                    parameter.grad = None
+        for group in filter(self._is_unused, optimizer.param_groups):
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def _leave_out_of_the_norm(self, zero: Any) -> None:
         """ZeRO's norm has one collective per group; over the pipe all stages must have equally many."""
         norm_of = zero.get_grad_norm_direct
 
         def norm(gradients: Sequence[Tensor], parameters: Sequence[nn.Parameter], norm_type: int = 2) -> Any:
-            unused = [
-                zero.params_in_partition[number]
-                for number, group in enumerate(zero.optimizer.param_groups)
-                if self._module.phase in group.get(UNUSED_PHASES, ())
-            ]
-            if any(parameters is those for those in unused):
-                return torch.zeros((), device=self._device)
+            for number, group in enumerate(zero.optimizer.param_groups):
+                if parameters is zero.params_in_partition[number] and self._is_unused(group):
+                    return torch.zeros((), device=self._device)
             return norm_of(gradients, parameters, norm_type)
 
         zero.get_grad_norm_direct = norm
@@ -78,13 +75,13 @@ def check_unused_heads(module: InterlockPipelineModule, optimizer: Any, *, own: 
         return
     if own and isinstance(optimizer, ZeROOptimizer):
         raise ConfigError(
-            "interlock.schedule: some phases do not use all heads; with bf16 or ZeRO these stay unchanged "
-            "only under the optimizer of the JSON config: leave out optimizer and model_parameters"
+            "interlock.schedule: with bf16 or ZeRO, heads that some phases do not use stay unchanged only "
+            "under the optimizer of the JSON config: leave out optimizer and model_parameters"
         )
     if module.keeps_ties and zero:
         raise ConfigError(
-            'interlock.tied_weights: "sync" cannot be combined with ZeRO and a schedule whose phases do not '
-            'all use the same heads; use "untie", or zero_optimization.stage 0'
+            'interlock.tied_weights: "sync" cannot be combined with ZeRO and a schedule whose phases use '
+            'different heads; use "untie", or zero_optimization.stage 0'
         )
 
 

@@ -48,8 +48,5 @@ def build_head(make_head: MakeHead, number: int, head: LossHead, seed: int = 123
         torch.manual_seed(seed + number)
         module = make_head(head)
     if not isinstance(module, nn.Module):
-        raise ConfigError(
-            f"head({head}) returned {type(module).__name__}: expected a torch.nn.Module that maps a "
-            "hidden state to what the model's last layer returns"
-        )
+        raise ConfigError(f"head({head}) returned {type(module).__name__}: expected a torch.nn.Module")
     return module

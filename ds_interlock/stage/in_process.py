@@ -83,18 +83,13 @@ class InProcessPipeline(nn.Module):
         if plan == self.plan:
             return
         if plan.stage_bounds != self.plan.stage_bounds:
-            raise ConfigError(
-                f"change_plan: got a plan for stage_bounds {list(plan.stage_bounds)}, expected "
-                f"{list(self.plan.stage_bounds)}"
-            )
+            got, bounds = list(plan.stage_bounds), list(self.plan.stage_bounds)
+            raise ConfigError(f"change_plan: got a plan for stage_bounds {got}, expected {bounds}")
         self._add_heads(plan, like=next((p for p in self.parameters() if p.is_floating_point()), None))
         self._enter(plan)
 
     def accumulate_gradients(self, micro_batches: Sequence[MicroBatch]) -> dict[int, Tensor]:
-        """Adds the gradients of one batch to ``.grad`` of every parameter.
-
-        Args:
-            micro_batches: ``(inputs, labels)`` each.
+        """Adds the gradients of one batch, of ``(inputs, labels)`` each, to ``.grad`` of every parameter.
 
         Returns:
             The mean of every loss, by its index in ``plan.heads``.
@@ -141,16 +136,13 @@ class InProcessPipeline(nn.Module):
         """Builds the heads of ``plan`` at positions that have none yet; on the device of ``like``."""
         _, make_head = self._functions
         if make_head is None and not plan.is_end_to_end:
-            raise ConfigError(
-                "the plan has auxiliary losses: pass head=, a callable LossHead -> torch.nn.Module"
-            )
+            raise ConfigError("the plan has auxiliary losses: pass head=, LossHead -> torch.nn.Module")
         for head in plan.heads[:-1]:
-            if self.heads.has(head):
-                continue
-            assert make_head is not None
-            number = len(self.heads)
-            module = build_head(make_head, number, head)
-            self.heads.add(number, head, module if like is None else module.to(like.device, like.dtype))
+            if not self.heads.has(head):
+                assert make_head is not None
+                number = len(self.heads)
+                module = build_head(make_head, number, head)
+                self.heads.add(number, head, module if like is None else module.to(like.device, like.dtype))
 
     def _run_layers(self, hidden: Hidden, start: int, stop: int) -> Hidden:
         for layer in self.layers_in_order[start:stop]:

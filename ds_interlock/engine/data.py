@@ -38,7 +38,7 @@ class TrainingData:
         engine = self.engine
         if engine.data_iterator is None:
             raise DataError(
-                "stage 0 has no data: pass data_iter to train_batch or training_data to initialize"
+                "stage 0 has no data: pass data_iter, or training_data to initialize"
             )
         try:
             pair = next(engine.data_iterator)

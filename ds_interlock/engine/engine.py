@@ -361,8 +361,10 @@ class InterlockEngine(PipelineEngine):
 
 
 def _drain_at_exit(reference: "weakref.ref[InterlockEngine]") -> None:
-    """Drains for scripts that do not: the neighbours still need what was sent. After an error no stage waits."""
+    """Drains for scripts that do not, as neighbours need what was sent. After an error no stage waits."""
     engine = reference()
     failed = getattr(sys, "last_value", None) is not None
-    if engine and not failed and dist.is_initialized() and engine._runner.has_unfinished_batches:
+    if engine is None or failed or not dist.is_initialized():
+        return
+    if engine._runner.has_unfinished_batches:
         engine.drain()

@@ -12,6 +12,7 @@ was learned before. No stage waits for a later one, and DeepSpeed's optimizer ta
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,20 +37,23 @@ def head_program(plan: GradientFlowPlan, num_micro_batches: int) -> Program:
     return replace(program, stages=stages)
 
 
-class HeadGradients(Backward):
-    """Puts the gradients of the heads' parameters in a batch into ``sums``, in float32. Under ``no_grad``."""
+class HeadOptimizer(Backward):
+    """Steps heads with AdamW on float32 copies of their parameters. To be used under ``no_grad``."""
 
-    def __init__(self, heads: Mapping[int, nn.Module]) -> None:
+    def __init__(self, heads: Mapping[int, nn.Module], learning_rate: float) -> None:
         super().__init__()
-        self._parameters = {loss: _trainable(head) for loss, head in heads.items()}
-        self.sums = {
-            parameter: torch.zeros_like(parameter, dtype=torch.float32)
-            for parameters in self._parameters.values()
-            for parameter in parameters
+        self._parameters = {
+            loss: [parameter for parameter in head.parameters() if parameter.requires_grad]
+            for loss, head in heads.items()
         }
+        every = chain.from_iterable(self._parameters.values())
+        self._masters = {parameter: parameter.detach().float().clone() for parameter in every}
+        self.gradients = {parameter: torch.zeros_like(master) for parameter, master in self._masters.items()}
+        masters = list(self._masters.values())
+        self._optimizer = torch.optim.AdamW(masters, learning_rate, weight_decay=0.0) if masters else None
 
     def head(self, loss: HeadLoss, hidden: Hidden) -> Gradients:
-        """The hidden state gets no gradient."""
+        """Adds to ``gradients``; the hidden state gets none."""
         parameters = self._parameters[loss.loss]
         with torch.enable_grad():
             value = loss.of(hidden)
@@ -58,28 +62,20 @@ class HeadGradients(Backward):
             gradients = torch.autograd.grad(value, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    self.sums[parameter].add_(gradient, alpha=1 / loss.num_micro_batches)
+                    self.gradients[parameter].add_(gradient, alpha=1 / loss.num_micro_batches)
         return ()
 
-
-class HeadOptimizer:
-    """AdamW without weight decay on float32 copies of the heads' parameters."""
-
-    def __init__(self, parameters: list[nn.Parameter], learning_rate: float) -> None:
-        self._masters = {parameter: parameter.detach().float().clone() for parameter in parameters}
-        masters = list(self._masters.values())
-        self._optimizer = torch.optim.AdamW(masters, learning_rate, weight_decay=0.0) if masters else None
-
     @torch.no_grad()
-    def step(self, gradients: dict[nn.Parameter, Tensor]) -> None:
-        """One step; the parameters follow their copies."""
+    def step(self) -> None:
+        """One step, after which ``gradients`` are 0; the parameters follow their copies."""
         if self._optimizer is None:
             return
         for parameter, master in self._masters.items():
-            master.grad = gradients[parameter]
+            master.grad = self.gradients[parameter]
         self._optimizer.step()
         for parameter, master in self._masters.items():
             parameter.copy_(master)
+            self.gradients[parameter].zero_()
 
     def update_masters_of_deepspeed(self) -> None:
         """DeepSpeed's bf16 and ZeRO optimizers step copies of their own, and would undo what was learned."""
@@ -114,22 +110,19 @@ class HeadWarmup:
         module.train()
         program = head_program(plan, engine.micro_batches)
         heads = module.heads.by_loss(plan, self._ranks.stage)
-        parameters = [parameter for head in heads.values() for parameter in _trainable(head)]
-        optimizer = HeadOptimizer(parameters, module.head_config.warmup_learning_rate)
-        losses = [self._fit_to_a_batch(program, HeadGradients(heads), optimizer) for _ in range(num_steps)]
+        optimizer = HeadOptimizer(heads, module.head_config.warmup_learning_rate)
+        losses = [self._fit_to_a_batch(program, optimizer) for _ in range(num_steps)]
         optimizer.update_masters_of_deepspeed()
         return self._by_name(plan, losses)
 
-    def _fit_to_a_batch(
-        self, program: Program, gradients: HeadGradients, optimizer: HeadOptimizer
-    ) -> dict[int, Tensor]:
+    def _fit_to_a_batch(self, program: Program, optimizer: HeadOptimizer) -> dict[int, Tensor]:
         with torch.no_grad():
-            work = self._runner.run_beside_training(program, gradients, record=True)
+            work = self._runner.run_beside_training(program, optimizer, record=True)
         if self._ranks.num_replicas > 1:
-            for gradient in gradients.sums.values():
+            for gradient in optimizer.gradients.values():
                 self._ranks.sum_over_replicas(gradient)
                 gradient /= self._ranks.num_replicas
-        optimizer.step(gradients.sums)
+        optimizer.step()
         return self._ranks.average_over_replicas(work.mean_losses())
 
     def _by_name(self, plan: GradientFlowPlan, losses: list[dict[int, Tensor]]) -> dict[str, list[float]]:
@@ -142,7 +135,3 @@ class HeadWarmup:
                 message = "interlock: head of %s fitted for %d batches: %.4g to %.4g"
                 logger.info(message, name, len(values), values[0], values[-1])
         return by_name
-
-
-def _trainable(head: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in head.parameters() if parameter.requires_grad]

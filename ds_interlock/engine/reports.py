@@ -4,7 +4,7 @@ Under local and interlock no collective over the pipe could bring the final loss
 stage posts what it has measured to the job's key-value store, in a thread of its own, and reads there how far
 the last stage has got:
 
-    last stage ── post(batch 5, final loss) ──────►  "final" = (5, 2.314)  ──► newest() everywhere
+    last stage ── post(batch 5, final loss) ──────►  "final" = (5, 2.314)  ──► newest everywhere
     stage k    ── post(batch 7, loss, norm, lr) ──►  "values/k/0": batches 5 to 7, a parcel
     rank 0     ◄─ collected() ──────────────────────  "values/0/0", "values/1/0", ... ──► the monitor
 
@@ -31,14 +31,12 @@ from ds_interlock.transport.ranks import StageRanks
 COSINE = "gradient_cosine"
 """What the result of ``interlock.myopia`` is called in reports."""
 
-_purposes = itertools.count()
-
 _EXCHANGE_SECONDS = 0.25
 """Values travel in parcels, so that short batches do not pay for them one by one."""
-
 _PAUSE_SECONDS = 0.02
 """A report is posted when its stage turns to the next batch, and this thread would be in the way."""
 
+_purposes = itertools.count()
 
 Values = Mapping[str, float | Tensor | None]
 

@@ -245,6 +245,6 @@ def test_the_program_has_neither_backward_pass_nor_final_loss() -> None:
 
 
 def test_heads_without_trainable_parameters_need_no_optimizer() -> None:
-    optimizer = HeadOptimizer([], RATE)
-    optimizer.step({})
+    optimizer = HeadOptimizer({}, RATE)
+    optimizer.step()
     optimizer.update_masters_of_deepspeed()

@@ -37,9 +37,7 @@ class TrainingData:
         """What the iterator gives next."""
         engine = self.engine
         if engine.data_iterator is None:
-            raise DataError(
-                "stage 0 has no data: pass data_iter, or training_data to initialize"
-            )
+            raise DataError("stage 0 has no data: pass data_iter, or training_data to initialize")
         try:
             pair = next(engine.data_iterator)
         except StopIteration:

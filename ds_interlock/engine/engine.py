@@ -6,7 +6,7 @@
 
 ``_train_schedule`` returns the program of this stage in DeepSpeed's own instructions, and
 ``_INSTRUCTION_MAP`` says what each one does here. The optimizer, ZeRO, the data-parallel reduction,
-learning rates and checkpoints of layers stay DeepSpeed's. The objects that the constructor makes do the rest.
+learning rates and checkpoints of layers stay DeepSpeed's; objects that the constructor makes do what is new.
 """
 
 import atexit

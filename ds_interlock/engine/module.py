@@ -29,8 +29,7 @@ from ds_interlock.stage.hidden import Hidden
 class StageGrid:
     """DeepSpeed's grid of process groups, as seen by a stage that steps on its own.
 
-    DeepSpeed clips gradients and looks for overflow over ``get_model_parallel_group()``, which
-    spans the pipe. Here it spans the tensor-parallel ranks of this stage; all else is unchanged.
+    DeepSpeed clips gradients and looks for overflow over this group, which spans the pipe.
     """
 
     def __init__(self, grid: Any, steps_alone: Callable[[], bool]) -> None:
@@ -38,7 +37,7 @@ class StageGrid:
         self._steps_alone = steps_alone
 
     def get_model_parallel_group(self) -> Any:
-        """The ranks that step together."""
+        """The ranks that step together: the pipe's, or the tensor-parallel ones of this stage."""
         grid = self._grid
         return grid.get_slice_parallel_group() if self._steps_alone() else grid.get_model_parallel_group()
 

@@ -54,27 +54,23 @@ class Reporter:
         self.newest: tuple[int, float] = -1, math.nan
         """Batch and value of the newest final loss that has reached this stage."""
         self._collected: queue.SimpleQueue[tuple[int, dict[str, float]]] = queue.SimpleQueue()
-        self._reports: queue.Queue[tuple[int, Values, Tensor | None] | None] = queue.Queue()
+        self._reports: queue.Queue[tuple[int, Values] | None] = queue.Queue()
         self._closed = False
         self._flushing = threading.Event()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="interlock reports", daemon=True)
         self._thread.start()
 
-    def post(self, batch: int, values: Values, final_loss: Tensor | None) -> None:
+    def post(self, batch: int, values: Values) -> None:
         """Sends off what this stage measured for a batch, counted since the engine was made."""
-        self._reports.put((batch, values, final_loss))
+        self._reports.put((batch, values))
 
     def collected(self) -> list[tuple[int, dict[str, float]]]:
         """Takes the stages and values that have arrived since the last call, in order within a stage."""
         return [self._collected.get() for _ in range(self._collected.qsize())]
 
     def flush(self) -> None:
-        """Waits until this stage's reports are posted and those of the others, as far as posted, read.
-
-        Raises:
-            RuntimeError: If the store could not be reached.
-        """
+        """Waits until this stage's reports are posted and those of the others, as far as posted, read."""
         self._flushing.set()
         self._reports.put(None)
         self._reports.join()
@@ -102,12 +98,12 @@ class Reporter:
             finally:
                 self._reports.task_done()
 
-    def _exchange(self, report: tuple[int, Values, Tensor | None] | None) -> None:
+    def _exchange(self, report: tuple[int, Values] | None) -> None:
         if report is not None and self._ranks.speaks_for_stage:
-            batch, values, final_loss = report
-            if final_loss is not None:
-                self._store.set("final", json.dumps([batch, float(final_loss)]))
-            self._unsent.append({name: float(value) for name, value in values.items() if value is not None})
+            values = {name: float(value) for name, value in report[1].items() if value is not None}
+            if "final_loss" in values:
+                self._store.set("final", json.dumps([report[0], values["final_loss"]]))
+            self._unsent.append(values)
         if self._reports.empty() and (self.newest[0] >= 0 or self._store.check(["final"])):
             batch, loss = json.loads(self._store.get("final"))
             self.newest = batch, loss
@@ -151,7 +147,7 @@ class Progress:
         """Reports the losses of the batch, and ``values``."""
         plan = self._engine.module.plan
         names = {loss_name(plan, loss): value for loss, value in self._losses.items()}
-        self.reporter.post(batch, {**names, **values}, self.final_loss)
+        self.reporter.post(batch, {**names, **values})
 
     def stage_losses(self) -> dict[str, float]:
         """Every head's newest loss that has arrived here, by stage and name."""

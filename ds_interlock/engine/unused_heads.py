@@ -63,14 +63,7 @@ class UnusedHeads:
 
 
 def check_unused_heads(module: InterlockPipelineModule, optimizer: Any, *, own: bool, zero: bool) -> None:
-    """Refuses combinations under which unused heads would change, with a ``ConfigError`` on every rank.
-
-    Args:
-        module: Has the schedule.
-        optimizer: DeepSpeed's or torch's.
-        own: Whether optimizer or parameters were passed to ``initialize``.
-        zero: Whether ZeRO is on.
-    """
+    """Refuses on every rank what would change unused heads: an optimizer of the user's ``own``, ``zero``."""
     if not has_unused_heads(module):
         return
     if own and isinstance(optimizer, ZeROOptimizer):

@@ -11,12 +11,10 @@ from ds_interlock.stage.hidden import Gradients, Hidden, detached, floats, leave
 
 
 class HeadLoss(NamedTuple):
-    """The loss of one head for one micro-batch."""
+    """The loss of one head for one micro-batch: its index in the plan, and a function of a hidden state."""
 
     loss: int
-    """Its index in ``plan.heads``."""
     of: Callable[[Hidden], Tensor]
-    """The loss of a hidden state, a scalar."""
     weight: float
     num_micro_batches: int
 
@@ -27,23 +25,16 @@ class HeadLoss(NamedTuple):
 
 
 class LayerPass(NamedTuple):
-    """One pass back through the layers of a stage."""
+    """One pass back through the layers of a stage, from gradients ``cotangents`` at ``outputs``."""
 
     outputs: list[Tensor]
-    """Where gradients enter."""
     cotangents: list[Tensor]
-    """Their values there."""
     parameters: list[nn.Parameter]
-    """The trainable ones of the layers."""
     retain_graph: bool
 
 
 class Backward:
-    """The backward of training: adds gradients to ``.grad``. Under ``no_grad`` that of evaluation.
-
-    Args:
-        weight_pass: Context in which gradients are accumulated into parameters.
-    """
+    """The backward of training: adds gradients to ``.grad``. Under ``no_grad`` that of evaluation."""
 
     def __init__(self, weight_pass: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self.weight_pass = weight_pass

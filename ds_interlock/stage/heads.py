@@ -32,11 +32,8 @@ class Heads(nn.ModuleDict):
 
     def by_loss(self, plan: GradientFlowPlan, stage: int) -> dict[int, nn.Module]:
         """The auxiliary heads of ``stage`` by their loss index in ``plan``; the final loss has none."""
-        return {
-            loss: self[self._names[plan.heads[loss].after_layer]]
-            for loss in plan.losses_at(stage)
-            if loss != plan.final
-        }
+        losses = [loss for loss in plan.losses_at(stage) if loss != plan.final]
+        return {loss: self[self._names[plan.heads[loss].after_layer]] for loss in losses}
 
 
 def build_head(make_head: MakeHead, number: int, head: LossHead, seed: int = 1234) -> nn.Module:

@@ -7,10 +7,8 @@ the pipeline: ``3.weight`` for layer 3, ``heads.0.…`` for the head of loss 0.
     losses = net.accumulate_gradients(micro_batches)
     optimizer.step()
 
-With a ``PlanSchedule`` the heads of all phases exist when the optimizer is made. Change the plan by hand:
-
-    net = InProcessPipeline(layers, loss_fn, PlanSchedule.of((0, local), (2000, wider)), head=make_head)
-    net.change_plan(net.schedule.plan_at(step))
+With a ``PlanSchedule`` the heads of all phases exist when the optimizer is made; the plan is still changed by
+hand, with ``net.change_plan(net.schedule.plan_at(step))``.
 """
 
 from collections import deque
@@ -73,9 +71,8 @@ class InProcessPipeline(nn.Module):
     def change_plan(self, plan: GradientFlowPlan) -> None:
         """From now on gradients flow as ``plan`` says, which is for the same layers in the same stages.
 
-        Heads at new positions are built, and an earlier optimizer does not know them (a ``PlanSchedule``
-        avoids that). Heads that ``plan`` lacks stay in ``heads`` and get no gradient: set the old ones to
-        None (``zero_grad()``), and no optimizer of torch changes them.
+        Heads at new positions are built, and an earlier optimizer does not know them. Heads that ``plan``
+        lacks stay in ``heads`` and get no gradient: after ``zero_grad()`` no optimizer of torch changes them.
 
         Raises:
             ConfigError: If the stages differ, or nothing can build the heads.
@@ -166,11 +163,7 @@ class _Mailbox(dict[Action, tuple[Any, ...]]):
 def run_program(
     program: Program, stages: Sequence[StageWork], micro_batches: Sequence[MicroBatch]
 ) -> dict[int, Tensor]:
-    """Runs one batch of ``program``; returns the mean of every loss, by its index in ``plan.heads``.
-
-    Raises:
-        ScheduleError: If the stages wait for each other.
-    """
+    """Runs one batch of ``program``; returns the mean of every loss, by its index in ``plan.heads``."""
     mailbox = _Mailbox()
     interpreters = [Interpreter(work, mailbox, micro_batches.__getitem__) for work in stages]
     for interpreter in interpreters:
@@ -184,8 +177,7 @@ def run_program(
                 is_stuck = False
         if is_stuck:
             raise ScheduleError("the stages wait for each other: this program cannot be run")
-    losses: dict[int, Tensor] = {}
+    losses = {loss: mean for work in stages for loss, mean in work.mean_losses().items()}
     for work in stages:
-        losses |= work.mean_losses()
-        work.begin_batch(1)
+        work.begin_batch(1)  # frees what they hold
     return losses

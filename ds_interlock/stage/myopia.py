@@ -31,12 +31,11 @@ def gradient_cosines(net: InProcessPipeline, micro_batches: Iterable[MicroBatch]
     """The cosine between each stage's gradient under the plan in force and its global gradient.
 
     Args:
-        net: Stays as it is: parameters, ``.grad``, buffers, plan and torch's random state.
+        net: Stays as it is, with ``.grad``, buffers and torch's random state.
         micro_batches: ``(inputs, labels)`` each; gradients are summed over them.
 
     Returns:
-        One number for each stage, over the parameters of its layers: 1 if it sees as far as
-        backpropagation, as the last stage always does; nan if one of the gradients is zero.
+        One number for each stage, 1 for the last; nan if one of the gradients is zero.
     """
     micro_batches = list(micro_batches)
     plans = (net.plan, GradientFlowPlan.end_to_end(stage_bounds=net.plan.stage_bounds))

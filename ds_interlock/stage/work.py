@@ -149,8 +149,8 @@ class StageWork:
             ) from error
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ConfigError(f"{self._name(loss)} gave {_shapes(value)}: expected one number, a scalar")
-        total, own = self._loss_sums.get(loss), value.detach()
-        self._loss_sums[loss] = torch.zeros_like(own) + own if total is None else total + own
+        own = value.detach()
+        self._loss_sums[loss] = self._loss_sums.get(loss, torch.zeros_like(own)) + own
         return value
 
     def _name(self, loss: int) -> str:

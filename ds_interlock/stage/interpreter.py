@@ -19,16 +19,15 @@ from ds_interlock.stage.work import StageWork
 
 
 class Messenger(Protocol):
-    """Moves messages between stages. ``batch`` is the number of the program."""
+    """Moves messages between stages. ``batch`` is the number of the program.
 
-    def post(self, receive: Action, batch: int) -> None:
-        """Announces that the message of ``receive`` comes next from its sender."""
+    ``post`` announces that the message of ``receive`` comes next from its sender. ``take`` returns the
+    structures that were sent, each a tensor, a tuple of tensors, or None.
+    """
 
-    def take(self, receive: Action) -> Sequence[Any]:
-        """The structures sent for ``receive``, each a tensor, a tuple of tensors, or None."""
-
-    def send(self, send: Action, batch: int, *structures: Any) -> None:
-        """Sends ``structures`` as ``send`` says."""
+    def post(self, receive: Action, batch: int) -> None: ...
+    def take(self, receive: Action) -> Sequence[Any]: ...
+    def send(self, send: Action, batch: int, *structures: Any) -> None: ...
 
 
 class Step(NamedTuple):

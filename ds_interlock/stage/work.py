@@ -111,11 +111,6 @@ class StageWork:
         """The mean of every loss of this stage over the micro-batches since ``begin_batch``."""
         return {loss: total / self.num_micro_batches for loss, total in self._loss_sums.items()}
 
-    @property
-    def num_in_flight(self) -> int:
-        """Micro-batches whose activations are held now."""
-        return len(self._in_flight)
-
     def _forward(self, action: Action) -> None:
         entry = self._in_flight[action.micro_batch]
         start, stop = max(entry.hidden), self.plan.stage_bounds[self.stage + 1]

@@ -43,8 +43,8 @@ def test_stages_get_the_layers_they_are_given(ranks4: RankPool, tmp_path: Any) -
 
 def test_the_same_bounds_make_the_same_pipeline(ranks4: RankPool, tmp_path: Any) -> None:
     job = Job({"mode": "global"}, num_batches=1)
-    given = ranks4.run(train_cut_at, job=job, stage_bounds=[0, 3, 6, 9, 11], folder=str(tmp_path))
-    for one, other in zip(given, ranks4.run(train_uniformly, job=job), strict=True):
+    explicit = ranks4.run(train_cut_at, job=job, stage_bounds=[0, 3, 6, 9, 11], folder=str(tmp_path))
+    for one, other in zip(explicit, ranks4.run(train_uniformly, job=job), strict=True):
         assert all(torch.equal(p, other[name]) for name, p in one["trained"].items())
 
 

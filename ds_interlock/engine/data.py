@@ -49,7 +49,7 @@ class TrainingData:
         return engine.batch_fn(pair) if engine.batch_fn else pair
 
     def put_back(self, pair: Any) -> None:
-        """Makes ``pair`` what ``load`` returns next."""
+        """Makes ``pair`` what ``load`` returns next, on the first stage."""
         self._put_back = [pair]
 
     def iterator_state(self) -> Any:

@@ -118,10 +118,9 @@ class HeadWarmup:
     def _fit_to_a_batch(self, program: Program, optimizer: HeadOptimizer) -> dict[int, Tensor]:
         with torch.no_grad():
             work = self._runner.run_beside_training(program, optimizer, record=True)
-        if self._ranks.num_replicas > 1:
-            for gradient in optimizer.gradients.values():
-                self._ranks.sum_over_replicas(gradient)
-                gradient /= self._ranks.num_replicas
+        for gradient in optimizer.gradients.values():
+            self._ranks.sum_over_replicas(gradient)
+            gradient /= self._ranks.num_replicas
         optimizer.step()
         return self._ranks.average_over_replicas(work.mean_losses())
 

@@ -43,7 +43,7 @@ class MyopiaMeter:
         products = gradient_products(truncated, whole)
         self._ranks.sum_over_slices(products)
         self._cosine = cosine(products)
-        self._put_back(micro_batch)
+        self._runner.data.put_back(micro_batch)
 
     def take_cosine(self) -> float | None:
         """The cosine of this batch, once; None if it was not measured."""
@@ -53,7 +53,7 @@ class MyopiaMeter:
     def _gradients(self, plan: GradientFlowPlan, micro_batch: Any) -> list[Tensor]:
         """The gradient of this stage's layers under ``plan``, summed over the replicas."""
         module, probe = self._module, Probe(self._module.layer_parameters())
-        self._put_back(micro_batch)
+        self._runner.data.put_back(micro_batch)
         micro_offset = module.micro_offset
         with unchanged_random_state(self._ranks.device), unchanged_buffers(module):
             self._runner.run_beside_training(probe_program(plan), probe, record=False)
@@ -61,7 +61,3 @@ class MyopiaMeter:
         for gradient in probe.gradients:
             self._ranks.sum_over_replicas(gradient)
         return probe.gradients
-
-    def _put_back(self, micro_batch: Any) -> None:
-        if self._ranks.is_first_stage:
-            self._runner.data.put_back(micro_batch)

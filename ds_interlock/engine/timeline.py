@@ -103,7 +103,7 @@ def measured_costs(plan: GradientFlowPlan, rows: Rows) -> CostModel:
         input_gradient=relay,
         weight_gradient=[whole - part for whole, part in zip(backward, relay, strict=True)],
         head=[of[Kind.HEAD] for of in stages],
-        final_head=next((of[_FINAL] for of in reversed(stages) if of[_FINAL]), 0.0),
+        final_head=max(of[_FINAL] for of in stages),  # of the last stage
         optimizer=[of[Kind.STEP] for of in stages],
     )
 

@@ -8,8 +8,8 @@
         interlock_stage_00.pt ...          heads and untied copies of tied modules; one file per stage
         interlock_rank_00000.pt ...        random state and data position; one file per rank
 
-A checkpoint is written under another name and renamed once every rank has finished: an interrupted
-save never replaces a good one. Resumed in the same mode, training continues bit for bit.
+A checkpoint is written under another name and renamed once every rank has finished: an interrupted save never
+replaces a good one.
 """
 
 import os
@@ -17,6 +17,7 @@ import random
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,40 +39,32 @@ _UNFINISHED = ".unfinished"
 _REPLACED = ".replaced"
 
 
+@dataclass
 class Checkpoints:
     """Writes and reads what DeepSpeed does not keep, in DeepSpeed's folders."""
 
-    def __init__(self, engine: DeepSpeedSide, ranks: StageRanks, data: TrainingData) -> None:
-        self._engine = engine
-        self._module = engine.module
-        self._ranks = ranks
-        self._data = data
+    engine: DeepSpeedSide
+    ranks: StageRanks
+    data: TrainingData
 
     @property
     def keeps_optimizer(self) -> bool:
-        """True where DeepSpeed saves an optimizer it cannot load: bf16 without ZeRO.
-
-        Its BF16_Optimizer is divided among the replicas, but only the first one's part is written.
-        """
-        return self._engine.using_bf16_optimizer and not self._engine.zero_optimization()
+        """Whether DeepSpeed writes only the first replica's part of the optimizer: bf16 without ZeRO."""
+        return self.engine.using_bf16_optimizer and not self.engine.zero_optimization()
 
     @contextmanager
     def new(self, save_dir: Path, tag: str, *, writes: bool, save_latest: bool) -> Iterator[str]:
         """Gives the tag for DeepSpeed to save its files under. The checkpoint is complete after the block.
 
-        Args:
-            save_dir: The folder of all checkpoints.
-            tag: The name that the checkpoint will have.
-            writes: Whether this rank makes and renames folders.
-            save_latest: Whether to make it the newest one.
+        A rank that ``writes`` makes and renames folders.
         """
         folder = save_dir / (tag + _UNFINISHED)
         if writes:
             shutil.rmtree(folder, ignore_errors=True)
         dist.barrier()
         yield folder.name
-        if self._ranks.replica == 0:
-            torch.save(stage_state(self._module), self._stage_file(folder))
+        if self.ranks.replica == 0:
+            torch.save(stage_state(self.engine.module), self._stage_file(folder))
         torch.save(self._rank_state(), self._rank_file(folder))
         dist.barrier()
         if writes:
@@ -94,12 +87,8 @@ class Checkpoints:
         return replaced if not folder.is_dir() and replaced.is_dir() else folder
 
     def load_stage(self, folder: Path, *, module_only: bool) -> None:
-        """Loads heads and untied modules. They must have their values before the optimizer copies them.
-
-        Raises:
-            ConfigError: If the checkpoint was saved under another plan, and not only the module is wanted.
-        """
-        state, module = _load(self._stage_file(folder)), self._module
+        """Loads heads and untied modules. They must have their values before the optimizer copies them."""
+        state, module = _load(self._stage_file(folder)), self.engine.module
         if module_only:
             self._load_matching_heads(state)
         else:
@@ -113,10 +102,10 @@ class Checkpoints:
         """Loads random state and data position, and an optimizer that DeepSpeed cannot load."""
         state = _load(self._rank_file(folder))
         if self.keeps_optimizer and with_optimizer:
-            optimizer = self._engine.optimizer
+            optimizer = self.engine.optimizer
             own = {dist.get_rank(optimizer.dp_process_group): state["optimizer"]}
             optimizer.load_state_dict(own, load_from_fp32_weights=True)
-        self._data.restore(state["consumed_micro_batches"], state["data_iterator"])
+        self.data.restore(state["consumed_micro_batches"], state["data_iterator"])
         random.setstate(state["python_random"])
         np.random.set_state(state["numpy_random"])
         torch.set_rng_state(state["torch_random"])
@@ -126,31 +115,30 @@ class Checkpoints:
     def _load_matching_heads(self, state: dict[str, Any]) -> None:
         """Loads the heads whose position is the same in both plans."""
         numbers = {tuple(position): str(number) for number, position in enumerate(state["head_places"])}
-        positions = _positions(self._module.schedule.heads)
-        for number, head in self._module.heads.items():
+        positions = _positions(self.engine.module.schedule.heads)
+        for number, head in self.engine.module.heads.items():
             prefix = f"{numbers.get(positions[int(number)])}."
             own = {k.removeprefix(prefix): v for k, v in state["heads"].items() if k.startswith(prefix)}
             if own:
                 head.load_state_dict(own)
 
     def _rank_state(self) -> dict[str, Any]:
-        """What belongs to one rank."""
-        on_cpu = self._ranks.device.type == "cpu"
+        on_cpu = self.ranks.device.type == "cpu"
         return {
-            "consumed_micro_batches": self._data.consumed,
-            "data_iterator": self._data.iterator_state(),
+            "consumed_micro_batches": self.data.consumed,
+            "data_iterator": self.data.iterator_state(),
             "python_random": random.getstate(),
             "numpy_random": np.random.get_state(),
             "torch_random": torch.get_rng_state(),
             "device_random": None if on_cpu else get_accelerator().get_rng_state(),
-            "optimizer": self._engine.optimizer.state_dict() if self.keeps_optimizer else None,
+            "optimizer": self.engine.optimizer.state_dict() if self.keeps_optimizer else None,
         }
 
     def _stage_file(self, folder: Path) -> Path:
-        return folder / f"interlock_stage_{self._ranks.stage:02d}.pt"
+        return folder / f"interlock_stage_{self.ranks.stage:02d}.pt"
 
     def _rank_file(self, folder: Path) -> Path:
-        return folder / f"interlock_rank_{self._ranks.global_rank:05d}.pt"
+        return folder / f"interlock_rank_{self.ranks.global_rank:05d}.pt"
 
 
 def stage_state(module: InterlockPipelineModule) -> dict[str, Any]:
@@ -185,23 +173,19 @@ def _check_plan(state: dict[str, Any], module: InterlockPipelineModule, folder: 
     saved, present = state["schedule"], _described_phases(module)
     if saved == present:
         return
-    if len(saved) != len(present):
-        different = "its schedule has " + (f"{len(saved)} phases" if len(saved) > 1 else "1 phase")
-    else:
+    different = f"its schedule has {len(saved)} phases"
+    if len(saved) == len(present):
         pairs = list(zip(saved, present, strict=True))
         keys = [key for key in present[0] if any(a[key] != b[key] for a, b in pairs)]
         different = f"{', '.join(keys)} differ"
     raise ConfigError(
-        f"{folder} was saved under another gradient-flow plan ({different}): optimizer state "
-        'cannot be carried over. Use the same "interlock" section and number of stages, or take the '
-        "weights alone with load_checkpoint(..., load_module_only=True)"
+        f"{folder} was saved under another gradient-flow plan ({different}): use the same "
+        '"interlock" section and number of stages, or load_checkpoint(..., load_module_only=True)'
     )
 
 
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(
-            f"{path} is missing: this is not a complete checkpoint of ds_interlock with as many ranks as now"
-        )
+        raise ConfigError(f"{path} is missing: this is no complete checkpoint of as many ranks as now")
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
     return state

@@ -1,5 +1,6 @@
 """The micro-batches that the first stage reads."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,68 +13,56 @@ from ds_interlock.errors import DataError
 from ds_interlock.transport.ranks import StageRanks
 
 
+@dataclass
 class TrainingData:
-    """Reads DeepSpeed's data iterator, and knows how far it has got.
+    """Reads DeepSpeed's data iterator, and knows how far it has got."""
 
-    Attributes:
-        consumed: Micro-batches this rank has read for training since the run began, also before it was
-            resumed.
-    """
-
-    def __init__(self, engine: DeepSpeedSide, ranks: StageRanks) -> None:
-        self.consumed = 0
-        self._engine = engine
-        self._ranks = ranks
-        self._put_back: list[Any] = []
+    engine: DeepSpeedSide
+    ranks: StageRanks
+    consumed: int = 0
+    """Micro-batches read for training since the run began, also before it was resumed."""
+    _put_back: list[Any] = field(default_factory=list)
 
     def load(self, micro_batch: int) -> tuple[Any, Any]:
-        """Inputs and labels of the next micro-batch, on this rank's device.
-
-        Raises:
-            DataError: If the iterator ends, or gives something else.
-        """
+        """Inputs and labels of the next micro-batch, on this rank's device."""
         pair = self._put_back.pop() if self._put_back else self.read()
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise DataError(
-                f"the data iterator gave {type(pair).__name__} where a pair (inputs, labels) was expected; "
-                "both may be a tensor or a tuple of tensors"
+                f"the data iterator gave {type(pair).__name__} where a pair (inputs, labels) was expected"
             )
-        inputs, labels = (_to_device(part, self._ranks.device) for part in pair)
+        inputs, labels = (_to_device(part, self.ranks.device) for part in pair)
         return inputs, labels
 
     def read(self) -> Any:
         """What the iterator gives next."""
-        engine = self._engine
+        engine = self.engine
         if engine.data_iterator is None:
-            raise DataError(
-                "stage 0 has no data: pass data_iter to train_batch, or training_data to initialize"
-            )
+            raise DataError("stage 0 has no data: pass data_iter, or training_data to initialize")
         try:
             pair = next(engine.data_iterator)
         except StopIteration:
             raise DataError(
-                f"the data iterator ended in the middle of a batch: a batch takes {engine.micro_batches} "
-                "micro-batches (gradient_accumulation_steps). Wrap the loader in "
-                "deepspeed.utils.RepeatingLoader, or stop after the last whole batch"
+                f"the data iterator ended in the middle of a batch, which takes {engine.micro_batches} micro-"
+                "batches (gradient_accumulation_steps): use deepspeed.utils.RepeatingLoader, or stop before"
             ) from None
         self.consumed += 1 if engine.module.training else 0
         return engine.batch_fn(pair) if engine.batch_fn else pair
 
     def put_back(self, pair: Any) -> None:
-        """Makes ``pair`` what ``load`` returns next."""
+        """Makes ``pair`` what ``load`` returns next, on the first stage."""
         self._put_back = [pair]
 
     def iterator_state(self) -> Any:
         """The state of an iterator that can be resumed from one; otherwise None."""
-        iterator: Any = self._engine.data_iterator if self._ranks.is_first_stage else None
+        iterator: Any = self.engine.data_iterator if self.ranks.is_first_stage else None
         return iterator.state_dict() if hasattr(iterator, "state_dict") else None
 
     def restore(self, consumed: int, iterator_state: Any) -> None:
         """Continues in the data where the saved run was."""
         self.consumed = consumed
-        if not self._ranks.is_first_stage:
+        if not self.ranks.is_first_stage:
             return
-        engine = self._engine
+        engine = self.engine
         loader = engine.training_dataloader
         if iterator_state is not None and hasattr(engine.data_iterator, "load_state_dict"):
             engine.data_iterator.load_state_dict(iterator_state)
@@ -92,10 +81,10 @@ class TrainingData:
 
 def _to_device(part: Any, device: torch.device) -> Any:
     """A tensor, a tuple of tensors, or None, on ``device``."""
-    if part is None or isinstance(part, Tensor):
-        return part if part is None else part.detach().to(device)
+    if part is None:
+        return None
+    if isinstance(part, Tensor):
+        return part.detach().to(device)
     if isinstance(part, tuple | list) and all(isinstance(item, Tensor) for item in part):
         return tuple(item.detach().to(device) for item in part)
-    raise DataError(
-        f"inputs and labels must each be a tensor or a tuple of tensors, got {type(part).__name__}"
-    )
+    raise DataError(f"inputs and labels must be a tensor or a tuple of tensors, got {type(part).__name__}")

@@ -6,12 +6,7 @@
 
 ``_train_schedule`` returns the program of this stage in DeepSpeed's own instructions, and
 ``_INSTRUCTION_MAP`` says what each one does here. The optimizer, ZeRO, the data-parallel reduction,
-learning rates and checkpoints of layers stay DeepSpeed's. What is added is done by the objects that the
-constructor makes.
-
-Under local and interlock a stage steps as soon as its own gradients and the relays it owes are
-done, and continues with the next batch; nothing in ``train_batch`` waits for the whole pipe. Under
-global it behaves as DeepSpeed's engine does, bit for bit.
+learning rates and checkpoints of layers stay DeepSpeed's; objects that the constructor makes do what is new.
 """
 
 import atexit
@@ -31,7 +26,6 @@ from torch import distributed as dist
 
 from ds_interlock.engine.checkpoint import Checkpoints
 from ds_interlock.engine.data import TrainingData
-from ds_interlock.engine.evaluation import Evaluation
 from ds_interlock.engine.head_warmup import HeadWarmup
 from ds_interlock.engine.instructions import INSTRUCTIONS, InterlockSchedule
 from ds_interlock.engine.module import InterlockPipelineModule
@@ -43,7 +37,7 @@ from ds_interlock.engine.timeline import Rows, Tracer, draw, gather
 from ds_interlock.engine.unused_heads import UnusedHeads
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.plan import GradientFlowPlan, loss_name
-from ds_interlock.stage.backward import AccumulateGradients
+from ds_interlock.stage.backward import Backward
 from ds_interlock.transport.ranks import StageRanks
 
 _TIMELINE = "timeline"
@@ -56,27 +50,22 @@ class InterlockEngine(PipelineEngine):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = self.module.bound_config
         immediate_bf16 = bool(self._config.bfloat16_config.immediate_grad_update)
         self._ranks = StageRanks(self.grid, self.device)
         self._steps = StageOptimizer(self, self._ranks, immediate_bf16)
         self._unused_heads = UnusedHeads(self.module, self.optimizer, self.device)
         self._data = TrainingData(self, self._ranks)
-        self._runner = StageRunner(
-            self, self._ranks, self._data, AccumulateGradients(self._steps.weight_pass)
-        )
+        self._runner = StageRunner(self, self._ranks, self._data, Backward(self._steps.weight_pass))
         self._recorder = self._runner.recorder
         for phase in range(len(self.module.schedule.phases)):  # is refused now, if it could hang
             self._runner.training_schedule(self.micro_batches, phase)
-        self._evaluation = Evaluation(self, self._ranks, self._runner)
         self._progress = Progress(self, self._ranks)
-        self._tracer = (
-            Tracer(config.trace, self._recorder, self._ranks, config.timeout_seconds)
-            if config.trace
-            else None
-        )
-        self._warmup = HeadWarmup(self, self._ranks, self._runner)
-        self._myopia = MyopiaMeter(self, self._ranks, self._data, self._runner)
+        config = self._runner.config
+        self._tracer: Tracer | None = None
+        if config.trace:
+            self._tracer = Tracer(config.trace, self._recorder, self._ranks, config.timeout_seconds)
+        self._warmup = HeadWarmup(self._runner)
+        self._myopia = MyopiaMeter(self._runner)
         self._checkpoints = Checkpoints(self, self._ranks, self._data)
         self._at_exit = partial(_drain_at_exit, weakref.ref(self))
         atexit.register(self._at_exit)
@@ -117,9 +106,8 @@ class InterlockEngine(PipelineEngine):
             data_iter: Iterator over ``(inputs, labels)``. Only stage 0 reads it.
 
         Returns:
-            The newest final loss that has reached this stage, a float32 scalar: of this very batch
-            if stages do not stream (``interlock.streaming`` false, or global mode), else of an
-            earlier one, and nan before there is any. ``drain`` returns the exact one.
+            The newest final loss that has reached this stage, a float32 scalar: of this batch if stages
+            do not stream, else of an earlier one, and nan before the first. ``drain`` returns the exact one.
 
         Raises:
             DataError: If the iterator ends within the batch.
@@ -141,15 +129,13 @@ class InterlockEngine(PipelineEngine):
         return loss
 
     def fit_heads(self, data_iter: Iterator[Any] | None = None, num_steps: int = 1) -> dict[str, list[float]]:
-        """Fits the auxiliary heads for some batches; layers and optimizer stay as they are, bit for bit.
-
-        Those of all phases of a schedule are fitted, also the ones that are not in use yet.
+        """Fits the auxiliary heads, of all phases, for some batches; layers and optimizer do not change.
 
         ``interlock.head.warmup_steps`` does this before the first training batch, unless it has been
         done by hand. All ranks must call it. Without auxiliary heads it does nothing, and reads no data.
 
         Args:
-            data_iter: Iterator over ``(inputs, labels)``, as for ``train_batch``. Only stage 0 reads it.
+            data_iter: As for ``train_batch``.
             num_steps: Batches to read, of as many micro-batches as in training.
 
         Returns:
@@ -170,22 +156,20 @@ class InterlockEngine(PipelineEngine):
         """Evaluates one batch, as DeepSpeed's ``eval_batch``. All ranks must call it.
 
         Args:
-            data_iter: Iterator over ``(inputs, labels)``. Only stage 0 reads it.
+            data_iter: As for ``train_batch``.
             return_logits: Also return the outputs of the last micro-batch (None but on the last stage).
-            compute_loss: If false, return the model's outputs, a list over micro-batches, on the last
-                stage, and None elsewhere.
+            compute_loss: If false, return the outputs of all micro-batches (None but on the last stage).
             reduce_output: ``"avg"``, the mean over micro-batches and replicas; DeepSpeed has no other.
             bcast_loss: Accepted for compatibility; every rank gets the loss.
             num_micro_batches: Micro-batches to read; by default as many as in training.
             return_head_losses: Also return every head's loss, by name (see ``loss_name``).
 
         Returns:
-            The final loss, a float32 scalar, the same on every rank; with ``return_logits`` or
-            ``return_head_losses`` a tuple with those after it.
+            The final loss, a float32 scalar, the same on every rank; a tuple if more is asked for.
         """
         if compute_loss and reduce_output != "avg":
             raise NotImplementedError(f'reduce_output={reduce_output!r}: losses can only be averaged, "avg"')
-        outputs = self._evaluation.outputs(
+        outputs = self._runner.evaluate(
             data_iter,
             num_micro_batches or self.micro_batches,
             all_heads=return_head_losses,
@@ -193,7 +177,7 @@ class InterlockEngine(PipelineEngine):
         )
         if not compute_loss:
             return outputs if self.is_last_stage() else None
-        losses = self._evaluation.losses()
+        losses = self._runner.evaluated_losses()
         result: list[Any] = [losses[self.plan.final]]
         if return_logits:
             result.append(outputs[-1] if outputs else None)
@@ -238,10 +222,7 @@ class InterlockEngine(PipelineEngine):
         return gather(self._recorder.stop(_TIMELINE), self.stage_id, self.num_stages)
 
     def write_timeline(self, path: str | os.PathLike[str]) -> None:
-        """Writes a typical recorded batch as an SVG, beside what the simulator makes of it.
-
-        All ranks must call it; rank 0 writes.
-        """
+        """Writes a typical recorded batch and its simulation as an SVG. All ranks must call it."""
         rows = self.timeline()
         if self.global_rank == 0 and any(rows):  # a phase that begins after the last batch empties them
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -280,11 +261,10 @@ class InterlockEngine(PipelineEngine):
         """Loads a checkpoint. As DeepSpeed's; all ranks must call it.
 
         ``load_module_only`` takes layers, and the heads that sit where this plan has one, from a
-        checkpoint of any mode; otherwise the mode must be the one that saved it.
+        checkpoint of any mode.
 
         Raises:
-            ConfigError: If the checkpoint was saved under another plan and more than the module is
-                to be loaded.
+            ConfigError: If it was saved under another plan, without ``load_module_only``.
         """
         folder = self._checkpoints.find(load_dir, tag)
         if folder is None:
@@ -319,7 +299,7 @@ class InterlockEngine(PipelineEngine):
             self._exec_reduce_tied_grads()
         super()._exec_reduce_grads()
         self._unused_heads.drop_gradients()
-        self._progress.set_losses(self._runner.work.mean_losses())
+        self._progress.set_losses(self._runner.interpreter.work.mean_losses())
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         learning_rate = self.get_lr()[0]
@@ -335,10 +315,7 @@ class InterlockEngine(PipelineEngine):
         self._progress.post(self._recorder.batch, values)
 
     def clip_fp32_gradients(self) -> None:
-        """Clips by the norm of this stage's gradients, or of the whole model's if stages step together.
-
-        They do under global, and with weights kept tied: both copies must take the same step.
-        """
+        """Clips by the norm of this stage's gradients, or of the whole model's if stages step together."""
         if self.module.steps_alone:
             self._steps.clip()
         else:
@@ -356,8 +333,6 @@ class InterlockEngine(PipelineEngine):
         deepspeed_schedule.OptimizerStep: _exec_optimizer_step,
     }
 
-    # Parts of the above.
-
     def _run_training_batch(self, schedule: InterlockSchedule) -> None:
         if self._tracer:
             self._tracer.batch_begins(self._recorder.batch + 1)
@@ -372,14 +347,13 @@ class InterlockEngine(PipelineEngine):
             self._tracer.batch_is_done(self._recorder.batch, schedule.program, streaming=self.streaming)
 
     def _newest_final_loss(self) -> tuple[int, Tensor]:
-        """The newest final loss that is known here, and of which batch it is."""
         if not self.streaming:
             return self._recorder.batch - 1, self._ranks.from_last_stage(self._progress.final_loss)
-        batch, loss = self._progress.reporter.newest()
+        batch, loss = self._progress.reporter.newest
         return batch, torch.tensor(loss, device=self.device)
 
     def _enter_phase(self) -> None:
-        """Puts the plan into force that the schedule has for the steps done: every stage can count them."""
+        """Puts the plan into force that the schedule has for the steps done."""
         phase = self.module.schedule.phase_at(self.global_steps)
         if phase != self.module.phase:
             self._runner.enter_phase(phase)
@@ -387,10 +361,7 @@ class InterlockEngine(PipelineEngine):
 
 
 def _drain_at_exit(reference: "weakref.ref[InterlockEngine]") -> None:
-    """A stage that is done early must not leave before its neighbours have what it sent them.
-
-    Scripts written for DeepSpeed do not call ``drain``. After an error no stage waits.
-    """
+    """Drains for scripts that do not, as neighbours need what was sent. After an error no stage waits."""
     engine = reference()
     failed = getattr(sys, "last_value", None) is not None
     if engine is None or failed or not dist.is_initialized():

@@ -6,66 +6,54 @@
                      mean over the replicas ◄──────────┘
                           └► AdamW, on float32 copies ─► the head's parameters ─► DeepSpeed's master copies
 
-A head that has not learned to read its hidden state sends gradients that say little about the text. On a
-pretrained model these undo in a few steps what was learned before; so the heads are fitted first. No stage
-waits for a later one, and DeepSpeed's optimizer takes no part.
+On a pretrained model the gradients of a head that cannot read its hidden state yet undo in a few steps what
+was learned before. No stage waits for a later one, and DeepSpeed's optimizer takes no part.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from deepspeed.utils import logger, safe_set_full_fp32_param
 from torch import Tensor, nn
 
-from ds_interlock.engine.deepspeed_side import DeepSpeedSide
 from ds_interlock.engine.runner import StageRunner
 from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.lower import Program, evaluation_program
 from ds_interlock.schedule.plan import GradientFlowPlan, loss_name
-from ds_interlock.stage.backward import HeadLoss, LayerPass
+from ds_interlock.stage.backward import Backward, HeadLoss
 from ds_interlock.stage.hidden import Gradients, Hidden
-from ds_interlock.transport.ranks import StageRanks
 
 
 def head_program(plan: GradientFlowPlan, num_micro_batches: int) -> Program:
     """The program of one batch in which only auxiliary heads learn: evaluation without the final loss."""
     program = evaluation_program(plan, num_micro_batches, all_heads=True)
+    final = (plan.final,)
     stages = tuple(
-        tuple(a for a in actions if a.kind is not Kind.HEAD or a.losses != (plan.final,))
-        for actions in program.stages
+        tuple(a for a in row if a.kind is not Kind.HEAD or a.losses != final) for row in program.stages
     )
     return replace(program, stages=stages)
 
 
-class HeadGradients:
-    """Where gradients go while heads are fitted: those of the heads' parameters into ``sums``.
+class HeadOptimizer(Backward):
+    """Steps heads with AdamW on float32 copies of their parameters. To be used under ``no_grad``."""
 
-    To be used under ``no_grad``.
-
-    Attributes:
-        sums: The gradients of the batch, in float32.
-    """
-
-    def __init__(self, heads: Mapping[int, nn.Module]) -> None:
+    def __init__(self, heads: Mapping[int, nn.Module], learning_rate: float) -> None:
+        super().__init__()
         self._parameters = {
             loss: [parameter for parameter in head.parameters() if parameter.requires_grad]
             for loss, head in heads.items()
         }
-        self.sums = {
-            parameter: torch.zeros_like(parameter, dtype=torch.float32)
-            for parameters in self._parameters.values()
-            for parameter in parameters
-        }
-
-    def zero(self) -> None:
-        """Begins a new batch."""
-        for gradient in self.sums.values():
-            gradient.zero_()
+        every = chain.from_iterable(self._parameters.values())
+        self._masters = {parameter: parameter.detach().float().clone() for parameter in every}
+        self.gradients = {parameter: torch.zeros_like(master) for parameter, master in self._masters.items()}
+        masters = list(self._masters.values())
+        self._optimizer = torch.optim.AdamW(masters, learning_rate, weight_decay=0.0) if masters else None
 
     def head(self, loss: HeadLoss, hidden: Hidden) -> Gradients:
-        """See ``Backward``. The hidden state gets no gradient."""
+        """Adds to ``gradients``; the hidden state gets none."""
         parameters = self._parameters[loss.loss]
         with torch.enable_grad():
             value = loss.of(hidden)
@@ -74,36 +62,20 @@ class HeadGradients:
             gradients = torch.autograd.grad(value, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    self.sums[parameter].add_(gradient, alpha=1 / loss.num_micro_batches)
+                    self.gradients[parameter].add_(gradient, alpha=1 / loss.num_micro_batches)
         return ()
 
-    def weights(self, layers: LayerPass) -> None:
-        """See ``Backward``; no program of heads has such a pass."""
-        raise AssertionError
-
-    def weights_and_inputs(self, layers: LayerPass, inputs: tuple[Tensor, ...]) -> Gradients:
-        """See ``Backward``; no program of heads has such a pass."""
-        raise AssertionError
-
-
-class HeadOptimizer:
-    """AdamW without weight decay on float32 copies of the heads' parameters."""
-
-    def __init__(self, parameters: list[nn.Parameter], learning_rate: float) -> None:
-        self._masters = {parameter: parameter.detach().float().clone() for parameter in parameters}
-        masters = list(self._masters.values())
-        self._optimizer = torch.optim.AdamW(masters, learning_rate, weight_decay=0.0) if masters else None
-
     @torch.no_grad()
-    def step(self, gradients: dict[nn.Parameter, Tensor]) -> None:
-        """One step; the parameters follow their copies."""
+    def step(self) -> None:
+        """One step, after which ``gradients`` are 0; the parameters follow their copies."""
         if self._optimizer is None:
             return
         for parameter, master in self._masters.items():
-            master.grad = gradients[parameter]
+            master.grad = self.gradients[parameter]
         self._optimizer.step()
         for parameter, master in self._masters.items():
             parameter.copy_(master)
+            self.gradients[parameter].zero_()
 
     def update_masters_of_deepspeed(self) -> None:
         """DeepSpeed's bf16 and ZeRO optimizers step copies of their own, and would undo what was learned."""
@@ -114,46 +86,42 @@ class HeadOptimizer:
 class HeadWarmup:
     """Fits the auxiliary heads of this stage, those of all phases of a schedule."""
 
-    def __init__(self, engine: DeepSpeedSide, ranks: StageRanks, runner: StageRunner) -> None:
-        self._engine = engine
-        self._ranks = ranks
+    def __init__(self, runner: StageRunner) -> None:
         self._runner = runner
+        self._ranks = runner.ranks
         self._is_done = False
 
     def before_batch(self) -> None:
         """Before the first batch of a new run; the heads of a resumed one are already further."""
-        num_steps = self._engine.module.head_config.warmup_steps or 0
-        if num_steps > 0 and self._engine.global_steps == 0 and not self._is_done:
+        engine = self._runner.engine
+        num_steps = engine.module.head_config.warmup_steps or 0
+        if num_steps > 0 and engine.global_steps == 0 and not self._is_done:
             self.fit(None, num_steps)
 
     def fit(self, data_iter: Iterator[Any] | None, num_steps: int) -> dict[str, list[float]]:
         """Fits the heads for ``num_steps`` batches; returns their losses by name, batch by batch."""
-        engine, module = self._engine, self._engine.module
+        engine = self._runner.engine
+        module, plan = engine.module, engine.module.schedule.plan_with_all_heads
         self._is_done = True
         if data_iter is not None:
             engine.set_dataiterator(data_iter)
-        plan = module.schedule.plan_with_all_heads
         if len(plan.heads) == 1:
             return {}
         module.train()
         program = head_program(plan, engine.micro_batches)
-        gradients = HeadGradients(module.heads.by_loss(plan, self._ranks.stage))
-        optimizer = HeadOptimizer(list(gradients.sums), module.head_config.warmup_learning_rate)
-        losses = [self._fit_to_a_batch(program, gradients, optimizer) for _ in range(num_steps)]
+        heads = module.heads.by_loss(plan, self._ranks.stage)
+        optimizer = HeadOptimizer(heads, module.head_config.warmup_learning_rate)
+        losses = [self._fit_to_a_batch(program, optimizer) for _ in range(num_steps)]
         optimizer.update_masters_of_deepspeed()
         return self._by_name(plan, losses)
 
-    def _fit_to_a_batch(
-        self, program: Program, gradients: HeadGradients, optimizer: HeadOptimizer
-    ) -> dict[int, Tensor]:
-        gradients.zero()
+    def _fit_to_a_batch(self, program: Program, optimizer: HeadOptimizer) -> dict[int, Tensor]:
         with torch.no_grad():
-            work = self._runner.run_beside_training(program, gradients, record=True)
-        if self._ranks.num_replicas > 1:
-            for gradient in gradients.sums.values():
-                self._ranks.sum_over_replicas(gradient)
-                gradient /= self._ranks.num_replicas
-        optimizer.step(gradients.sums)
+            work = self._runner.run_beside_training(program, optimizer, record=True)
+        for gradient in optimizer.gradients.values():
+            self._ranks.sum_over_replicas(gradient)
+            gradient /= self._ranks.num_replicas
+        optimizer.step()
         return self._ranks.average_over_replicas(work.mean_losses())
 
     def _by_name(self, plan: GradientFlowPlan, losses: list[dict[int, Tensor]]) -> dict[str, list[float]]:

@@ -82,9 +82,8 @@ def _checked(
     """The model and the config as a dict, if they can be used at all."""
     if not isinstance(model, InterlockPipelineModule):
         raise ConfigError(
-            f"ds_interlock.initialize needs a ds_interlock.InterlockPipelineModule, got "
-            f"{type(model).__name__}: use it in place of deepspeed.pipe.PipelineModule; it takes the same "
-            "arguments"
+            "ds_interlock.initialize needs a ds_interlock.InterlockPipelineModule, got "
+            f"{type(model).__name__}: use it in place of deepspeed.pipe.PipelineModule"
         )
     if mpu is not None:
         raise ConfigError("mpu must be None: the process groups of a pipeline come from its module")
@@ -101,16 +100,15 @@ class _Group(NamedTuple):
     """What parameters in one group of the optimizer have in common."""
 
     scale: float
-    """What their learning rate is multiplied with."""
+    """Of their learning rate."""
     unused_phases: tuple[int, ...]
-    """The phases of the schedule in which they must not change."""
+    """In these they must not change."""
 
 
 def _groups(model: InterlockPipelineModule) -> dict[_Group, list[nn.Parameter]]:
     """The trainable parameters of this stage by group, those at the configured rate first.
 
-    A parameter says in an attribute ``learning_rate_scale`` what its rate is multiplied with; all those of
-    heads are scaled by ``interlock.head.learning_rate_scale`` as well.
+    A parameter may have an attribute ``learning_rate_scale`` of its own.
     """
     of_heads = {
         id(parameter): _Group(model.bound_config.head.learning_rate_scale, model.unused_phases(int(number)))
@@ -130,7 +128,6 @@ def _groups(model: InterlockPipelineModule) -> dict[_Group, list[nn.Parameter]]:
 
 
 def _check_scales(model: InterlockPipelineModule, groups: Iterable[_Group]) -> None:
-    """A learning rate of its own needs groups that are made here."""
     scales = {group.scale for group in groups} | {model.bound_config.head.learning_rate_scale}
     if scales != {1.0}:
         raise ConfigError(
@@ -143,11 +140,7 @@ def _check_scales(model: InterlockPipelineModule, groups: Iterable[_Group]) -> N
 def _parameter_groups(
     groups: Mapping[_Group, list[nn.Parameter]], config: dict[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """The parameters for DeepSpeed's optimizer: a list of groups, and schedules that know their rates.
-
-    DeepSpeed's schedulers set a rate for each group from scalars or from lists with one number for each
-    group, so the scalars of a stage with other rates than the configured one become lists.
-    """
+    """The parameters for DeepSpeed's optimizer, and a config whose scheduler has a rate for each group."""
     if list(groups) == [_Group(1.0, ())]:
         return groups[_Group(1.0, ())], config
     config = copy.deepcopy(config)
@@ -176,5 +169,5 @@ def _check_optimizer_has_heads(engine: InterlockEngine) -> None:
     if missing:
         raise ConfigError(
             f"the optimizer does not train the heads ({', '.join(missing)}): pass interlock= to "
-            "InterlockPipelineModule, so that its parameters() include them, or leave out model_parameters"
+            "InterlockPipelineModule, or leave out model_parameters"
         )

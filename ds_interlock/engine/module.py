@@ -1,9 +1,8 @@
 """``InterlockPipelineModule``: a ``PipelineModule`` with a gradient-flow plan and loss heads.
 
-Layers, partitioning and parameter names are DeepSpeed's. Added are the plan (or a schedule of them), made
-from the configuration and DeepSpeed's own partition; the heads of this stage, under ``heads.``; a forward
-over a range of layers, so that a head can sit inside a stage; and what becomes of tied weights and
-of process groups that span the pipe when stages step on their own.
+Layers, partitioning and parameter names are DeepSpeed's. Added are the plan or a schedule of plans, the heads
+of this stage, a forward over a range of layers, and what becomes of tied weights and of process groups that
+span the pipe when stages step on their own.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,12 +29,7 @@ from ds_interlock.stage.hidden import Hidden
 class StageGrid:
     """DeepSpeed's grid of process groups, as seen by a stage that steps on its own.
 
-    DeepSpeed clips gradients and looks for overflow over ``get_model_parallel_group()``, which
-    spans the pipe. Here it spans the tensor-parallel ranks of this stage; all else is unchanged.
-
-    Args:
-        grid: DeepSpeed's.
-        steps_alone: Whether the stage steps on its own now; a schedule may change that.
+    DeepSpeed clips gradients and looks for overflow over this group, which spans the pipe.
     """
 
     def __init__(self, grid: Any, steps_alone: Callable[[], bool]) -> None:
@@ -43,10 +37,9 @@ class StageGrid:
         self._steps_alone = steps_alone
 
     def get_model_parallel_group(self) -> Any:
-        """The ranks that hold other parts of what steps together."""
-        if self._steps_alone():
-            return self._grid.get_slice_parallel_group()
-        return self._grid.get_model_parallel_group()
+        """The ranks that step together: the pipe's, or the tensor-parallel ones of this stage."""
+        grid = self._grid
+        return grid.get_slice_parallel_group() if self._steps_alone() else grid.get_model_parallel_group()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
@@ -59,15 +52,12 @@ class InterlockPipelineModule(PipelineModule):
         layers: As ``PipelineModule``: ``LayerSpec``, ``TiedLayerSpec``, modules, callables.
         interlock: The mode. If None, ``ds_interlock.initialize`` takes it from its config.
         head: Builds an auxiliary head, a module that maps the hidden state to what the last layer
-            would output. If None, heads are made as ``interlock.head`` says, with the sizes of the
-            model's last layers.
-        pretrained: Whether the layers bring the weights of a trained model: heads of type ``auto`` are
-            then lenses.
+            would output. If None, heads are made as ``interlock.head`` says.
+        pretrained: Whether layers bring trained weights: heads of type ``auto`` are then lenses.
         plan: Makes the plan, or a schedule of plans, from the stage bounds, in place of what ``interlock``
             means: for gradient flows that the configuration has no words for, as deep supervision.
         stage_bounds: Where to cut, in place of a ``partition_method``: stage k gets the layers
-            ``stage_bounds[k] .. stage_bounds[k + 1] - 1``. ``num_stages + 1`` rising layer numbers, from 0
-            to the number of layers.
+            ``stage_bounds[k] .. stage_bounds[k + 1] - 1``.
         **pipeline: The other keyword arguments of ``PipelineModule``.
 
     Raises:
@@ -93,10 +83,7 @@ class InterlockPipelineModule(PipelineModule):
                 raise ConfigError("got both stage_bounds and partition_method: leave out one of them")
             pipeline["partition_method"] = _checked_bounds(stage_bounds, len(layers), num_stages)
         if num_stages and num_stages > len(layers):
-            raise ConfigError(
-                f"{num_stages} stages for {len(layers)} layers: every stage needs at least one; use at "
-                f"most num_stages={len(layers)}, or more layers"
-            )
+            raise ConfigError(f"{num_stages} stages for {len(layers)} layers: use num_stages={len(layers)}")
         super().__init__(layers, **pipeline)
         self._make_head = head
         self._pretrained = pretrained
@@ -115,27 +102,20 @@ class InterlockPipelineModule(PipelineModule):
             self.bind(interlock)
 
     def bind(self, interlock: InterlockConfig) -> None:
-        """Makes the plans and builds this stage's heads. Happens once; the modes are then fixed.
-
-        Raises:
-            ConfigError: If another configuration was bound before, or the plan is impossible.
-        """
+        """Makes the plans and builds this stage's heads, once."""
+        if self.interlock not in (None, interlock):
+            raise ConfigError(
+                'the "interlock" section of the config differs from the one that InterlockPipelineModule was '
+                f"built with: {interlock!r} is not {self.interlock!r}; read both from the same file"
+            )
         if self.interlock is not None:
-            if self.interlock != interlock:
-                raise ConfigError(
-                    'the "interlock" section given to ds_interlock.initialize differs from the one that '
-                    f"InterlockPipelineModule was built with: {interlock!r} is not {self.interlock!r}; "
-                    "read both from the same file"
-                )
             return
         bounds = [int(bound) for bound in self.parts]
-        plan = self._make_plan(bounds) if self._make_plan else interlock.plan_schedule(bounds)
+        plan = (self._make_plan or interlock.plan_schedule)(bounds)
         self.schedule = plan if isinstance(plan, PlanSchedule) else PlanSchedule.constant(plan)
         if list(self.schedule.stage_bounds) != bounds:
-            raise ConfigError(
-                f"plan({bounds}) returned a plan for stage_bounds {list(self.schedule.stage_bounds)}: it "
-                "must keep the bounds it is given, which are those of partition_method"
-            )
+            wrong = list(self.schedule.stage_bounds)
+            raise ConfigError(f"plan({bounds}) returned {wrong}: it must keep the bounds it is given")
         self.interlock = interlock
         self.head_config = interlock.head.resolve(pretrained=self._pretrained)
         make_head = self._make_head
@@ -163,9 +143,8 @@ class InterlockPipelineModule(PipelineModule):
 
     @property
     def steps_alone(self) -> bool:
-        """True if a stage's update depends on its window only, not on the whole pipeline. Same on all."""
-        assert self.interlock is not None
-        return self.interlock.steps_alone(self.plan, tied=self.keeps_ties)
+        """Whether a stage's update depends on its window only; the same on all stages."""
+        return self.bound_config.steps_alone(self.plan, tied=self.keeps_ties)
 
     def mpu(self) -> Any:
         """The process groups, as DeepSpeed's optimizers use them."""
@@ -175,9 +154,8 @@ class InterlockPipelineModule(PipelineModule):
 
     def unused_phases(self, head: int) -> tuple[int, ...]:
         """The phases in which the head with this number takes no part."""
-        return tuple(
-            phase for phase in range(len(self.schedule.phases)) if self.schedule.is_idle(head, phase)
-        )
+        phases = range(len(self.schedule.phases))
+        return tuple(phase for phase in phases if self.schedule.is_idle(head, phase))
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of this stage's heads."""
@@ -191,8 +169,7 @@ class InterlockPipelineModule(PipelineModule):
     def add_placeholder(self) -> None:
         """Gives a stage in which nothing learns, in some phase, a parameter that nothing depends on.
 
-        DeepSpeed's optimizers refuse an empty list, and every stage needs one: it counts the steps and
-        keeps the learning rate. Call it once layers are frozen and heads are built.
+        Every stage needs an optimizer, and DeepSpeed's refuse an empty list. Call it once layers are frozen.
         """
         if self.layer_parameters():
             return
@@ -216,21 +193,17 @@ class InterlockPipelineModule(PipelineModule):
     def run_layers(self, hidden: Hidden, start: int, stop: int) -> Hidden:
         """Applies the layers ``start .. stop - 1``, counted over the whole model.
 
-        As ``PipelineModule.forward``, which knows no ranges: with ``activation_checkpoint_interval``
-        the layers are recomputed in the backward pass, in groups of that many.
+        Otherwise as ``PipelineModule.forward``, with its ``activation_checkpoint_interval``.
         """
-        first = start - self._local_start
-        last = stop - self._local_start
+        first, last = start - self._local_start, stop - self._local_start
         interval = self.activation_checkpoint_interval
         if interval == 0 or not torch.is_grad_enabled():
             return self._run_local(first, last, self.micro_offset + 1, hidden)
         for begin in range(first, last, interval):
             end = min(begin + interval, last)
             run = partial(self._run_local, begin, end, self.micro_offset + 1)
-            if self._is_checkpointable(self.forward_funcs[begin:end]):
-                hidden = self.activation_checkpoint_func(run, hidden)
-            else:
-                hidden = run(hidden)
+            recomputes = self._is_checkpointable(self.forward_funcs[begin:end])
+            hidden = self.activation_checkpoint_func(run, hidden) if recomputes else run(hidden)
         return hidden
 
     def _partition_layers(self, method: str | list[int] = "uniform") -> None:
@@ -254,8 +227,11 @@ class InterlockPipelineModule(PipelineModule):
 
     def _settle_tied_weights(self, interlock: InterlockConfig) -> None:
         """Ties across stages need an all-reduce over the pipe at every step: keep it, or cut them."""
-        keys = sorted({spec.key for spec in self._layer_specs if isinstance(spec, TiedLayerSpec)})
-        across = [key for key in keys if self._num_stages_of(key) > 1]
+        stages: dict[str, set[int]] = {}
+        for number, spec in enumerate(self._layer_specs):
+            if isinstance(spec, TiedLayerSpec):
+                stages.setdefault(spec.key, set()).add(self.stage_owner(number))
+        across = sorted(key for key, of_key in stages.items() if len(of_key) > 1)
         if not across or self.schedule.is_end_to_end:
             return
         names = ", ".join(map(repr, across))
@@ -275,26 +251,13 @@ class InterlockPipelineModule(PipelineModule):
         if self.global_rank == 0:
             logger.info("interlock: %s (interlock.tied_weights)", message)
 
-    def _num_stages_of(self, key: str) -> int:
-        layers = [
-            number
-            for number, spec in enumerate(self._layer_specs)
-            if isinstance(spec, TiedLayerSpec) and spec.key == key
-        ]
-        return len({self.stage_owner(number) for number in layers})
-
 
 def _checked_bounds(stage_bounds: Sequence[int], num_layers: int, num_stages: int | None) -> list[int]:
     bounds = [int(bound) for bound in stage_bounds]
     if not rises(bounds) or bounds[:1] != [0] or bounds[-1:] != [num_layers]:
-        raise ConfigError(
-            f"stage_bounds {bounds}: expected rising numbers from 0 to {num_layers}, the number of layers"
-        )
+        raise ConfigError(f"stage_bounds {bounds}: expected rising numbers from 0 to {num_layers}")
     if num_stages and len(bounds) != num_stages + 1:
-        raise ConfigError(
-            f"stage_bounds {bounds} make {len(bounds) - 1} stages, but num_stages is {num_stages}: give "
-            f"{num_stages + 1} numbers"
-        )
+        raise ConfigError(f"stage_bounds {bounds}: expected {num_stages + 1} numbers for {num_stages} stages")
     return bounds
 
 

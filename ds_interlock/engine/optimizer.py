@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,74 +13,65 @@ from ds_interlock.engine.deepspeed_side import DeepSpeedSide
 from ds_interlock.transport.ranks import StageRanks
 
 
+@dataclass
 class StageOptimizer:
-    """Gradient norms, clipping, and backward passes that the optimizer does not start itself.
+    """Gradient norms, clipping, and backward passes that the optimizer does not start itself."""
 
-    Args:
-        engine: Has the optimizer.
-        ranks: This rank.
-        immediate_bf16: Whether DeepSpeed's bf16 optimizer takes gradients up in hooks of its own.
-    """
-
-    def __init__(self, engine: DeepSpeedSide, ranks: StageRanks, immediate_bf16: bool) -> None:
-        self._engine = engine
-        self._ranks = ranks
-        self._immediate_bf16 = immediate_bf16
-        self._norm: Tensor | None = None
+    engine: DeepSpeedSide
+    ranks: StageRanks
+    immediate_bf16: bool
+    """Whether DeepSpeed's bf16 optimizer takes gradients up in hooks of its own."""
+    _norm: Tensor | None = None
 
     def measure_norm(self) -> None:
-        """Computes the norm of this stage's gradients, those of its tensor-parallel ranks included.
-
-        Not if it is not needed, nor if the optimizer keeps gradients to itself: it has a norm after the step.
-        """
-        engine, self._norm = self._engine, None
+        """Computes the norm of this stage's gradients, with its tensor-parallel ranks, if it is needed."""
+        engine, self._norm = self.engine, None
         if hasattr(engine.optimizer, "_global_grad_norm") or isinstance(engine.optimizer, ZeROOptimizer):
-            return
+            return  # keeps gradients to itself, and has a norm after the step
         if not (engine.monitor.enabled or engine.gradient_clipping() > 0):
             return
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         self._norm = torch.nn.utils.get_total_norm(gradients)
-        if self._ranks.num_slices > 1:
+        if self.ranks.num_slices > 1:
             squared = self._norm.square()
-            self._ranks.sum_over_slices(squared)
+            self.ranks.sum_over_slices(squared)
             self._norm = squared.sqrt()
 
     def clip(self) -> None:
         """Clips by the norm that was measured."""
         assert self._norm is not None
-        parameters = list(self._engine.module.parameters())
-        torch.nn.utils.clip_grads_with_norm_(parameters, self._engine.gradient_clipping(), self._norm)
+        parameters = list(self.engine.module.parameters())
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.engine.gradient_clipping(), self._norm)
 
     def norm_of_step(self) -> float | Tensor | None:
         """The gradient norm of the step just taken; None if it is not known."""
-        optimizer: Any = self._engine.optimizer
+        optimizer: Any = self.engine.optimizer
         return getattr(optimizer, "_global_grad_norm", None) if self._norm is None else self._norm
 
     def enter_phase(self) -> None:
         """Gives ZeRO, which asks only once, the ranks over which norms are to be taken from now on."""
-        if hasattr(self._engine.optimizer, "model_parallel_group"):
-            self._engine.optimizer.model_parallel_group = self._engine.mpu.get_model_parallel_group()
+        if hasattr(self.engine.optimizer, "model_parallel_group"):
+            self.engine.optimizer.model_parallel_group = self.engine.mpu.get_model_parallel_group()
 
     def reduces_nothing(self, gradients: Sequence[Tensor], dtype: torch.dtype, predivide: float) -> bool:
         """Whether DeepSpeed's all-reduce over the replicas would change no bit of ``gradients``.
 
-        With one replica it copies every gradient into a buffer and back. What it would change is the
-        rounding, if gradients are to travel in another type or to be divided on the way.
+        One replica's are copied into a buffer and back: only another type, or a division, rounds them.
         """
-        alone = self._ranks.num_replicas == 1 and predivide == 1.0
+        alone = self.ranks.num_replicas == 1 and predivide == 1.0
         return alone and all(getattr(g, "dtype", None) == dtype for g in gradients)
 
     @contextmanager
     def weight_pass(self) -> Iterator[None]:
         """What DeepSpeed's bf16 and ZeRO optimizers need around a pass that they do not start."""
-        optimizer, bf16 = self._engine.optimizer, self._engine.using_bf16_optimizer
+        optimizer, bf16 = self.engine.optimizer, self.engine.using_bf16_optimizer
         zero = isinstance(optimizer, ZeROOptimizer) and not bf16
         if bf16:
             optimizer.clear_lp_grads()
         elif zero:
             optimizer.enter_backward()
         yield
-        if bf16 and not self._immediate_bf16:
+        if bf16 and not self.immediate_bf16:
             optimizer.update_hp_grads(clear_lp_grads=False)
         elif zero:
             optimizer.backward_epilogue()
@@ -87,7 +79,7 @@ class StageOptimizer:
 
     def exercise_placeholder(self) -> None:
         """Gives the parameter of a frozen stage a gradient of 0: without any, no norm can be taken."""
-        placeholder = self._engine.module.placeholder
+        placeholder = self.engine.module.placeholder
         if placeholder is not None:
             with self.weight_pass():
                 (0 * placeholder).sum().backward()  # type: ignore[no-untyped-call]

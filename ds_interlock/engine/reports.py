@@ -1,14 +1,14 @@
 """Reports that travel on their own: losses, gradient norms and learning rates, late but never mixed up.
 
-A training batch under local or interlock has no collective over the pipe that could bring the final loss to
-stage 0. Instead every stage posts what it has measured for a batch to the job's key-value store, in a thread
-of its own, and reads there which batch the last stage has got to:
+Under local and interlock no collective over the pipe could bring the final loss to stage 0. Instead every
+stage posts what it has measured to the job's key-value store, in a thread of its own, and reads there how far
+the last stage has got:
 
-    last stage ── post(batch 5, final loss) ──────►  "final" = (5, 2.314)  ──► newest() everywhere
+    last stage ── post(batch 5, final loss) ──────►  "final" = (5, 2.314)  ──► newest everywhere
     stage k    ── post(batch 7, loss, norm, lr) ──►  "values/k/0": batches 5 to 7, a parcel
     rank 0     ◄─ collected() ──────────────────────  "values/0/0", "values/1/0", ... ──► the monitor
 
-No stage ever waits for this: ``newest`` and ``collected`` return what has arrived.
+No stage ever waits for this: ``newest`` and ``collected`` are what has arrived.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -31,65 +31,49 @@ from ds_interlock.transport.ranks import StageRanks
 COSINE = "gradient_cosine"
 """What the result of ``interlock.myopia`` is called in reports."""
 
-_purposes = itertools.count()
-
 _EXCHANGE_SECONDS = 0.25
 """Values travel in parcels, so that short batches do not pay for them one by one."""
-
 _PAUSE_SECONDS = 0.02
 """A report is posted when its stage turns to the next batch, and this thread would be in the way."""
 
+_purposes = itertools.count()
 
-class Report(NamedTuple):
-    """What one stage measured for one batch; batches are counted since the engine was made."""
-
-    batch: int
-    values: Mapping[str, float | Tensor | None]
-    final_loss: Tensor | None = None
+Values = Mapping[str, float | Tensor | None]
 
 
 class Reporter:
     """Posts this stage's reports, and reads how far the others have got. Rank 0 collects all reports."""
 
     def __init__(self, ranks: StageRanks) -> None:
-        self._stage = ranks.stage
-        self._posts = ranks.speaks_for_stage
-        self._collects = ranks.global_rank == 0
-        self._unsent: list[Any] = []
+        self._ranks = ranks
+        self._unsent: list[dict[str, float]] = []
         self._num_sent = 0
         self._num_collected = [0] * ranks.num_stages
         self._next_exchange = 0.0
         self._store = job_store()
-        self._newest: tuple[int, float] = -1, math.nan
+        self.newest: tuple[int, float] = -1, math.nan
+        """Batch and value of the newest final loss that has reached this stage."""
         self._collected: queue.SimpleQueue[tuple[int, dict[str, float]]] = queue.SimpleQueue()
-        self._jobs: queue.Queue[Report | None] = queue.Queue()
+        self._reports: queue.Queue[tuple[int, Values] | None] = queue.Queue()
         self._closed = False
         self._flushing = threading.Event()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="interlock reports", daemon=True)
         self._thread.start()
 
-    def post(self, report: Report) -> None:
-        """Sends a report off; returns at once."""
-        self._jobs.put(report)
-
-    def newest(self) -> tuple[int, float]:
-        """Batch and value of the newest final loss that has reached this stage; (-1, nan) at first."""
-        return self._newest
+    def post(self, batch: int, values: Values) -> None:
+        """Sends off what this stage measured for a batch, counted since the engine was made."""
+        self._reports.put((batch, values))
 
     def collected(self) -> list[tuple[int, dict[str, float]]]:
         """Takes the stages and values that have arrived since the last call, in order within a stage."""
         return [self._collected.get() for _ in range(self._collected.qsize())]
 
     def flush(self) -> None:
-        """Waits until this stage's reports are posted and those of the others, as far as posted, read.
-
-        Raises:
-            RuntimeError: If the store could not be reached.
-        """
+        """Waits until this stage's reports are posted and those of the others, as far as posted, read."""
         self._flushing.set()
-        self._jobs.put(None)
-        self._jobs.join()
+        self._reports.put(None)
+        self._reports.join()
         self._flushing.clear()
         if self._failure is not None:
             raise RuntimeError("reports could not be posted: the job's store is gone") from self._failure
@@ -98,12 +82,12 @@ class Reporter:
         """Ends the thread."""
         self._closed = True
         self._flushing.set()
-        self._jobs.put(None)
+        self._reports.put(None)
         self._thread.join(CLOSE_SECONDS)  # a thread in a collective when the process ends would abort it
 
     def _work(self) -> None:
         while not self._closed:
-            report = self._jobs.get()
+            report = self._reports.get()
             if report is not None:
                 self._flushing.wait(_PAUSE_SECONDS)
             try:
@@ -112,31 +96,28 @@ class Reporter:
             except Exception as error:  # noqa: BLE001 - kept for flush(): it must not end the training
                 self._failure = error
             finally:
-                self._jobs.task_done()
+                self._reports.task_done()
 
-    def _exchange(self, report: Report | None) -> None:
-        if report is not None and self._posts:
-            if report.final_loss is not None:
-                self._store.set("final", json.dumps([report.batch, float(report.final_loss)]))
-            values = {name: float(value) for name, value in report.values.items() if value is not None}
+    def _exchange(self, report: tuple[int, Values] | None) -> None:
+        if report is not None and self._ranks.speaks_for_stage:
+            values = {name: float(value) for name, value in report[1].items() if value is not None}
+            if "final_loss" in values:
+                self._store.set("final", json.dumps([report[0], values["final_loss"]]))
             self._unsent.append(values)
-        if self._jobs.empty() and (self._newest[0] >= 0 or self._store.check(["final"])):
+        if self._reports.empty() and (self.newest[0] >= 0 or self._store.check(["final"])):
             batch, loss = json.loads(self._store.get("final"))
-            self._newest = batch, loss
+            self.newest = batch, loss
         if report is None or time.monotonic() > self._next_exchange:
             self._next_exchange = time.monotonic() + _EXCHANGE_SECONDS
-            self._send_values()
-            if self._collects:
+            if self._unsent:
+                self._store.set(f"values/{self._ranks.stage}/{self._num_sent}", json.dumps(self._unsent))
+                self._num_sent += 1
+                self._unsent = []
+            if self._ranks.global_rank == 0:
                 self._collect()
 
-    def _send_values(self) -> None:
-        if self._unsent:
-            self._store.set(f"values/{self._stage}/{self._num_sent}", json.dumps(self._unsent))
-            self._num_sent += 1
-            self._unsent = []
-
     def _collect(self) -> None:
-        for stage in range(len(self._num_collected)):
+        for stage in range(self._ranks.num_stages):
             while self._store.check([key := f"values/{stage}/{self._num_collected[stage]}"]):
                 for values in json.loads(self._store.get(key)):
                     self._collected.put((stage, values))
@@ -145,15 +126,12 @@ class Reporter:
 
 
 class Progress:
-    """Reports this stage's batches, and shows what all stages have reported.
-
-    Attributes:
-        final_loss: The final loss of the newest batch, on the last stage; None elsewhere.
-    """
+    """Reports this stage's batches, and shows what all stages have reported."""
 
     def __init__(self, engine: DeepSpeedSide, ranks: StageRanks) -> None:
         self.reporter = Reporter(ranks)
         self.final_loss: Tensor | None = None
+        """Of the newest batch, on the last stage; None elsewhere."""
         self._engine = engine
         self._ranks = ranks
         self._losses: dict[int, Tensor] = {}
@@ -165,11 +143,11 @@ class Progress:
         self._losses = self._ranks.average_over_replicas(losses)
         self.final_loss = self._losses.get(self._engine.module.plan.final)
 
-    def post(self, batch: int, values: dict[str, float | Tensor | None]) -> None:
+    def post(self, batch: int, values: Values) -> None:
         """Reports the losses of the batch, and ``values``."""
         plan = self._engine.module.plan
         names = {loss_name(plan, loss): value for loss, value in self._losses.items()}
-        self.reporter.post(Report(batch, {**names, **values}, self.final_loss))
+        self.reporter.post(batch, {**names, **values})
 
     def stage_losses(self) -> dict[str, float]:
         """Every head's newest loss that has arrived here, by stage and name."""

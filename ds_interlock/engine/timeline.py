@@ -1,9 +1,8 @@
 """When each stage did what: recorded on the ranks, shown beside the same batches as simulated.
 
 ``Recorder`` notes the times of this stage. ``gather`` collects those of all stages at once; ``Tracer``
-collects those of some batches during the training (``"interlock": {"trace": ...}``): every stage leaves its
-own in the job's store, and a thread of rank 0 writes the files. No stage waits for that, and stages keep
-streaming.
+those of some batches during the training: every stage leaves its own in the job's store, and a thread of rank
+0 writes the files. No stage waits for that.
 """
 
 import json
@@ -14,8 +13,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
@@ -35,25 +35,25 @@ from ds_interlock.schedule.trace import chrome_trace
 from ds_interlock.transport.ranks import StageRanks
 
 _TRACE = "interlock.trace"
+_FINAL = "final head"
+_WHOLE = CostModel(input_gradient=1.0)
+"""Says what share of its stage a relay crosses."""
 
 Rows = tuple[tuple[Span, ...], ...]
 """For each stage its spans, in seconds."""
 
 
 class Recorder:
-    """Notes start and end of this stage's actions for as many recordings as are under way.
-
-    Attributes:
-        batch: The number of the batch that actions belong to.
-    """
+    """Notes start and end of this stage's actions for as many recordings as are under way."""
 
     def __init__(self, synchronize: Callable[[], None]) -> None:
         self.batch = 0
+        """Training batches so far: the number of the one that actions belong to."""
         self._synchronize = synchronize  # an accelerator works on after its calls have returned
         self._recordings: dict[str, list[Span]] = {}
 
     def start(self, name: str) -> None:
-        """Begins the recording ``name``, anew if there is one."""
+        """Begins the recording ``name``, again if it was begun before."""
         self._recordings[name] = []
 
     def stop(self, name: str) -> list[Span]:
@@ -61,7 +61,7 @@ class Recorder:
         return self._recordings.pop(name, [])
 
     def forget(self) -> None:
-        """Takes what has been recorded so far out of all recordings that are under way."""
+        """Empties all recordings that are under way."""
         for spans in self._recordings.values():
             spans.clear()
 
@@ -82,12 +82,10 @@ class Recorder:
 
 def gather(spans: list[Span], stage: int, num_stages: int) -> Rows:
     """The spans of all stages, in seconds since the first began. A collective call."""
-    gathered: list[tuple[int, list[Span]] | None] = [None] * dist.get_world_size()
+    gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (stage, spans))
     rows: list[list[Span]] = [[] for _ in range(num_stages)]
-    for entry in gathered:
-        assert entry is not None
-        owner, recorded = entry
+    for owner, recorded in gathered:
         rows[owner] = rows[owner] or recorded  # one data-parallel replica stands for all
     return from_zero(rows)
 
@@ -95,27 +93,19 @@ def gather(spans: list[Span], stage: int, num_stages: int) -> Rows:
 def measured_costs(plan: GradientFlowPlan, rows: Rows) -> CostModel:
     """The costs that ``rows`` were run at: for each stage the median of each kind of action.
 
-    A relay from a head within its stage crosses a part of it, and counts for the whole. A stage that
-    relays nothing does not show what its input gradient costs alone; half of a backward pass is taken.
+    A stage that relays nothing does not show what its input gradient costs: half a backward pass is taken.
     """
     stages = [_median_seconds(plan, row) for row in rows]
     backward = [of[Kind.WEIGHT_GRADIENT] or of[Kind.BACKWARD] for of in stages]
-    relay = [
-        min(of[Kind.INPUT_GRADIENT] or whole / 2, whole) for of, whole in zip(stages, backward, strict=True)
-    ]
+    relay = [min(of[Kind.INPUT_GRADIENT] or b / 2, b) for of, b in zip(stages, backward, strict=True)]
     return CostModel(
         forward=[of[Kind.FORWARD] for of in stages],
         input_gradient=relay,
         weight_gradient=[whole - part for whole, part in zip(backward, relay, strict=True)],
         head=[of[Kind.HEAD] for of in stages],
-        final_head=next((of[_FINAL] for of in reversed(stages) if of[_FINAL]), 0.0),
+        final_head=max(of[_FINAL] for of in stages),  # of the last stage
         optimizer=[of[Kind.STEP] for of in stages],
     )
-
-
-_FINAL = "final head"
-_WHOLE = CostModel(input_gradient=1.0)
-"""Says what share of its stage a relay crosses."""
 
 
 def _median_seconds(plan: GradientFlowPlan, row: Sequence[Span]) -> dict[str, float]:
@@ -124,7 +114,7 @@ def _median_seconds(plan: GradientFlowPlan, row: Sequence[Span]) -> dict[str, fl
     for span in row:
         action, took = span.action, span.end - span.start
         kind = _FINAL if action.kind is Kind.HEAD and action.losses == (plan.final,) else action.kind
-        if kind is Kind.INPUT_GRADIENT:
+        if kind is Kind.INPUT_GRADIENT:  # from a head within the stage, a part of it
             took /= _WHOLE.seconds(plan, action)
         losses = () if kind is Kind.FORWARD else action.losses  # a forward comes in parts
         seconds[kind][span.batch, action.micro_batch, losses] += took
@@ -134,50 +124,41 @@ def _median_seconds(plan: GradientFlowPlan, row: Sequence[Span]) -> dict[str, fl
 
 def measured_and_simulated(program: Program, rows: Rows, *, streaming: bool) -> list[Timeline]:
     """The batches in ``rows``, and as many as simulated in the running pipeline at the costs measured."""
-    batches = sorted({span.batch for row in rows for span in row})
-    measured = _renumbered(rows, batches[0])
+    batches = {span.batch for span in chain.from_iterable(rows)}
     first = program.plan.num_stages if streaming else 1  # until then the pipeline fills
-    simulation = simulate(
-        program, measured_costs(program.plan, rows), num_batches=first + len(batches), streaming=streaming
-    )
+    costs = measured_costs(program.plan, rows)
+    simulation = simulate(program, costs, num_batches=first + len(batches), streaming=streaming)
     simulated = [[span for span in row if span.batch >= first] for row in simulation.spans]
     return [
-        Timeline("measured", "s", measured),
-        Timeline("simulated, at the costs measured", "s", _renumbered(simulated, first)),
+        Timeline("measured", "s", from_zero(rows, min(batches))),
+        Timeline("simulated, at the costs measured", "s", from_zero(simulated, first)),
     ]
 
 
-def title_of(program: Program) -> str:
-    """What a picture of ``program`` is called."""
+def _title(program: Program) -> str:
     return f"{program.num_micro_batches} micro-batches per batch on {program.plan.num_stages} stages"
 
 
 def draw(program: Program, rows: Rows, *, streaming: bool) -> str:
     """An SVG of a typical batch in ``rows`` above the same batch as simulated at the costs measured.
 
-    Typical is the batch of median duration: on cores that processes share, one batch alone may take twice
-    as long as the others.
+    On cores that processes share, one batch alone may take twice as long as the others.
     """
-    batches = sorted({span.batch for row in rows for span in row})
+    num_batches = len({span.batch for span in chain.from_iterable(rows)})
     typical = typical_batch(rows)
     one = tuple(tuple(span for span in row if span.batch == typical) for row in rows)
     measured, simulated = measured_and_simulated(program, one, streaming=streaming)
-    name = f"measured: the median of {len(batches)} batches{_sharing()}"
-    return render_svg([replace(measured, name=name), simulated], title=title_of(program))
+    name = f"measured: the median of {num_batches} batches{_sharing()}"
+    return render_svg([replace(measured, name=name), simulated], title=_title(program))
 
 
 def typical_batch(rows: Rows) -> int:
     """The batch of median duration, from its first span to its last."""
-    spans: dict[int, list[Span]] = defaultdict(list)
-    for row in rows:
-        for span in row:
-            spans[span.batch].append(span)
-    durations = {
-        batch: max(span.end for span in of_batch) - min(span.start for span in of_batch)
-        for batch, of_batch in spans.items()
-    }
-    median = statistics.median_low(durations.values())
-    return next(batch for batch, duration in durations.items() if duration == median)
+    times: dict[int, list[float]] = defaultdict(list)
+    for span in chain.from_iterable(rows):
+        times[span.batch] += span.start, span.end
+    by_duration = sorted(times, key=lambda batch: max(times[batch]) - min(times[batch]))
+    return by_duration[(len(by_duration) - 1) // 2]
 
 
 def _sharing() -> str:
@@ -188,51 +169,42 @@ def _sharing() -> str:
     return f", {num_ranks} processes on {len(os.sched_getaffinity(0))} cores"
 
 
-def from_zero(rows: Sequence[Sequence[Span]]) -> Rows:
-    """``rows`` in seconds since the first span began."""
-    begin = min((span.start for row in rows for span in row), default=0.0)
-    return tuple(tuple(replace(s, start=s.start - begin, end=s.end - begin) for s in row) for row in rows)
+def from_zero(rows: Sequence[Sequence[Span]], first: int = 0) -> Rows:
+    """``rows`` in seconds since the first span began, with batch ``first`` numbered 0."""
+    begin = min((span.start for span in chain.from_iterable(rows)), default=0.0)
+
+    def moved(span: Span) -> Span:
+        return Span(span.action, span.batch - first, span.start - begin, span.end - begin)
+
+    return tuple(tuple(map(moved, row)) for row in rows)
 
 
-def _renumbered(rows: Sequence[Sequence[Span]], first: int) -> Rows:
-    """``rows`` with batch ``first`` numbered 0 and beginning at zero."""
-    return from_zero([[replace(span, batch=span.batch - first) for span in row] for row in rows])
-
-
+@dataclass
 class Tracer:
-    """Records the batches that ``interlock.trace`` names. Every rank of the job must make one.
+    """Records the batches that ``interlock.trace`` names. Every rank of the job must make one."""
 
-    Args:
-        config: Which batches, and where to write.
-        recorder: Notes the actions of this stage.
-        ranks: This rank; rank 0 writes the files.
-        timeout_seconds: How long rank 0 waits for the other stages.
-    """
+    config: TraceConfig
+    recorder: Recorder
+    ranks: StageRanks
+    timeout_seconds: float
 
-    def __init__(
-        self, config: TraceConfig, recorder: Recorder, ranks: StageRanks, timeout_seconds: float
-    ) -> None:
-        self._config = config
-        self._recorder = recorder
-        self._ranks = ranks
-        self._timeout = timedelta(seconds=timeout_seconds)
+    def __post_init__(self) -> None:
         self._store = job_store()
         self._thread: threading.Thread | None = None
 
     def batch_begins(self, batch: int) -> None:
-        """To be called before every training batch, counted from 1."""
-        if batch == self._config.batches[0]:
-            self._recorder.start(_TRACE)
+        """Before every training batch, counted from 1."""
+        if batch == self.config.batches[0]:
+            self.recorder.start(_TRACE)
 
     def batch_is_done(self, batch: int, program: Program, *, streaming: bool) -> None:
-        """To be called after every training batch: collects the recording after the last one."""
-        if batch != self._config.batches[1]:
-            return
-        spans = self._recorder.stop(_TRACE)
-        self._thread = threading.Thread(
-            target=self._finish, args=(spans, program, streaming), name=_TRACE, daemon=True
-        )
-        self._thread.start()
+        """After every training batch: collects the recording after the last one."""
+        if batch == self.config.batches[1]:
+            spans = self.recorder.stop(_TRACE)
+            self._thread = threading.Thread(
+                target=self._finish, args=(spans, program, streaming), name=_TRACE, daemon=True
+            )
+            self._thread.start()
 
     def flush(self) -> None:
         """Waits until the recording is in the store and, on the rank that writes, in the files."""
@@ -241,29 +213,27 @@ class Tracer:
 
     def close(self) -> None:
         """Warns if the run ended too early for the recording."""
-        if self._thread is None and self._ranks.global_rank == 0:
+        if self._thread is None and self.ranks.global_rank == 0:
             logger.warning(
                 "interlock.trace: the run ended before batch %d, the last one to record; nothing was written",
-                self._config.batches[1],
+                self.config.batches[1],
             )
 
     def _finish(self, spans: Sequence[Span], program: Program, streaming: bool) -> None:
         try:
-            if self._ranks.speaks_for_stage:
+            if self.ranks.speaks_for_stage:
                 row = [[str(span.action), span.batch, span.start, span.end] for span in spans]
-                self._store.set(str(self._ranks.stage), json.dumps(row))
-            if self._ranks.global_rank == 0:
-                self._write(self._collect(), program, streaming)
+                self._store.set(str(self.ranks.stage), json.dumps(row))
+            if self.ranks.global_rank == 0:
+                timelines = measured_and_simulated(program, self._collect(), streaming=streaming)
+                trace = chrome_trace(timelines, _title(program))
+                replace_text(f"{self.config.path}.json", json.dumps(trace))
+                replace_text(f"{self.config.path}.svg", render_svg(timelines, _title(program)))
         except (OSError, RuntimeError, ValueError) as error:  # a picture must not end the training
-            logger.warning("interlock.trace: nothing was written to %s: %s", self._config.path, error)
+            logger.warning("interlock.trace: nothing was written to %s: %s", self.config.path, error)
 
     def _collect(self) -> Rows:
-        self._store.wait([str(stage) for stage in range(self._ranks.num_stages)], self._timeout)
-        rows = [json.loads(self._store.get(str(stage))) for stage in range(self._ranks.num_stages)]
-        return from_zero([[Span(Action.parse(text), *rest) for text, *rest in row] for row in rows])
-
-    def _write(self, rows: Rows, program: Program, streaming: bool) -> None:
-        timelines = measured_and_simulated(program, rows, streaming=streaming)
-        title = title_of(program)
-        replace_text(f"{self._config.path}.json", json.dumps(chrome_trace(timelines, title)))
-        replace_text(f"{self._config.path}.svg", render_svg(timelines, title))
+        stages = [str(stage) for stage in range(self.ranks.num_stages)]
+        self._store.wait(stages, timedelta(seconds=self.timeout_seconds))
+        rows = [json.loads(self._store.get(stage)) for stage in stages]
+        return from_zero([[Span(Action.parse(text), *times) for text, *times in row] for row in rows])

@@ -6,9 +6,6 @@ No loss gives them gradients, but two things would still move them:
     its bf16 and ZeRO          step flat copies of whole parameter groups           ─► a group for the heads
     optimizers                                                                         of the same phases; no
                                                                                        gradient, no step
-
-so that weight decay and momentum leave them alone, as torch's optimizers leave every parameter alone that
-has no gradient.
 """
 
 from collections.abc import Sequence
@@ -26,13 +23,7 @@ UNUSED_PHASES = "idle_phases"
 
 
 class UnusedHeads:
-    """Keeps unused heads as they are.
-
-    Args:
-        module: Has the heads, and knows the phase.
-        optimizer: DeepSpeed's or torch's, which is made to skip the groups of unused heads; or None.
-        device: Where tensors are.
-    """
+    """Keeps unused heads as they are: makes DeepSpeed's or torch's optimizer skip their groups."""
 
     def __init__(self, module: InterlockPipelineModule, optimizer: Any, device: torch.device) -> None:
         self._module = module
@@ -48,55 +39,42 @@ class UnusedHeads:
         """Takes away the gradients of zero that DeepSpeed gives them."""
         for number, head in self._module.heads.items():
             if self._module.schedule.is_idle(int(number), self._module.phase):
-                for parameter in head.parameters():
-                    parameter.grad = None
+                head.zero_grad()
+
+    def _is_unused(self, group: dict[str, Any]) -> bool:
+        return self._module.phase in group.get(UNUSED_PHASES, ())
 
     def _drop_gradients_of_groups(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            if self._module.phase in group.get(UNUSED_PHASES, ()):
-                for parameter in group["params"]:
-                    parameter.grad = None
+        for group in filter(self._is_unused, optimizer.param_groups):
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def _leave_out_of_the_norm(self, zero: Any) -> None:
-        """ZeRO's norm has one collective per group: over the pipe, all stages must have equally many."""
+        """ZeRO's norm has one collective per group; over the pipe all stages must have equally many."""
         norm_of = zero.get_grad_norm_direct
 
         def norm(gradients: Sequence[Tensor], parameters: Sequence[nn.Parameter], norm_type: int = 2) -> Any:
-            unused = [
-                zero.params_in_partition[number]
-                for number, group in enumerate(zero.optimizer.param_groups)
-                if self._module.phase in group.get(UNUSED_PHASES, ())
-            ]
-            if any(parameters is those for those in unused):
-                return torch.zeros((), device=self._device)
+            for number, group in enumerate(zero.optimizer.param_groups):
+                if parameters is zero.params_in_partition[number] and self._is_unused(group):
+                    return torch.zeros((), device=self._device)
             return norm_of(gradients, parameters, norm_type)
 
         zero.get_grad_norm_direct = norm
 
 
 def check_unused_heads(module: InterlockPipelineModule, optimizer: Any, *, own: bool, zero: bool) -> None:
-    """Refuses combinations under which unused heads would change.
-
-    Args:
-        module: Has the schedule.
-        optimizer: DeepSpeed's or torch's.
-        own: Whether optimizer or parameters were passed to ``initialize``.
-        zero: Whether ZeRO is on.
-
-    Raises:
-        ConfigError: On every rank.
-    """
+    """Refuses on every rank what would change unused heads: an optimizer of the user's ``own``, ``zero``."""
     if not has_unused_heads(module):
         return
     if own and isinstance(optimizer, ZeROOptimizer):
         raise ConfigError(
-            "interlock.schedule: some phases do not use all heads; with bf16 or ZeRO these stay unchanged "
-            "only under the optimizer of the JSON config: leave out optimizer and model_parameters"
+            "interlock.schedule: with bf16 or ZeRO, heads that some phases do not use stay unchanged only "
+            "under the optimizer of the JSON config: leave out optimizer and model_parameters"
         )
     if module.keeps_ties and zero:
         raise ConfigError(
-            'interlock.tied_weights: "sync" cannot be combined with ZeRO and a schedule whose phases do not '
-            'all use the same heads; use "untie", or zero_optimization.stage 0'
+            'interlock.tied_weights: "sync" cannot be combined with ZeRO and a schedule whose phases use '
+            'different heads; use "untie", or zero_optimization.stage 0'
         )
 
 

@@ -1,8 +1,8 @@
-"""Where the gradients of a stage go: a policy of ``StageWork``."""
+"""How the backward passes of a stage are computed, and where their gradients go."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,7 @@ from ds_interlock.stage.hidden import Gradients, Hidden, detached, floats, leave
 
 
 class HeadLoss(NamedTuple):
-    """The loss of one head for one micro-batch.
-
-    Attributes:
-        loss: Its index in ``plan.heads``.
-        of: The loss of a hidden state, a scalar.
-        weight: The weight of the head.
-        num_micro_batches: Micro-batches in the batch.
-    """
+    """The loss of one head for one micro-batch: its index in the plan, and a function of a hidden state."""
 
     loss: int
     of: Callable[[Hidden], Tensor]
@@ -32,14 +25,7 @@ class HeadLoss(NamedTuple):
 
 
 class LayerPass(NamedTuple):
-    """One pass back through the layers of a stage.
-
-    Attributes:
-        outputs: Where gradients enter.
-        cotangents: Their values there.
-        parameters: The trainable parameters of the layers.
-        retain_graph: Whether another pass follows.
-    """
+    """One pass back through the layers of a stage, from gradients ``cotangents`` at ``outputs``."""
 
     outputs: list[Tensor]
     cotangents: list[Tensor]
@@ -47,31 +33,14 @@ class LayerPass(NamedTuple):
     retain_graph: bool
 
 
-class Backward(Protocol):
-    """How the backward passes of a stage are computed, and where their gradients go."""
-
-    def head(self, loss: HeadLoss, hidden: Hidden) -> Gradients:
-        """Computes ``loss``, to which ``hidden`` is a constant; returns the gradients of ``hidden``."""
-
-    def weights(self, layers: LayerPass) -> None:
-        """Computes the gradients of the parameters."""
-
-    def weights_and_inputs(self, layers: LayerPass, inputs: tuple[Tensor, ...]) -> Gradients:
-        """Computes the gradients of parameters and ``inputs`` in one pass; returns those of ``inputs``."""
-
-
-class AccumulateGradients:
-    """The policy of training: gradients are added to ``.grad``. Under ``no_grad`` that of evaluation.
-
-    Args:
-        weight_pass: Context in which gradients are accumulated into parameters.
-    """
+class Backward:
+    """The backward of training: adds gradients to ``.grad``. Under ``no_grad`` that of evaluation."""
 
     def __init__(self, weight_pass: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self.weight_pass = weight_pass
 
     def head(self, loss: HeadLoss, hidden: Hidden) -> Gradients:
-        """See ``Backward``. The head's own parameters get theirs at the same time."""
+        """Computes ``loss``, to which ``hidden`` is a constant; returns the gradients of ``hidden``."""
         if not torch.is_grad_enabled():
             loss.of(detached(hidden))
             return ()
@@ -82,14 +51,14 @@ class AccumulateGradients:
         return _gradients_of(floats(hidden))
 
     def weights(self, layers: LayerPass) -> None:
-        """See ``Backward``."""
+        """Computes the gradients of the parameters."""
         outputs, cotangents, parameters, retain_graph = layers
         if outputs and parameters:
             with self.weight_pass():
                 torch.autograd.backward(outputs, cotangents, retain_graph=retain_graph, inputs=parameters)
 
     def weights_and_inputs(self, layers: LayerPass, inputs: tuple[Tensor, ...]) -> Gradients:
-        """See ``Backward``."""
+        """Computes the gradients of parameters and ``inputs`` in one pass; returns those of ``inputs``."""
         if layers.outputs:  # a first stage may be frozen as a whole
             with self.weight_pass():
                 torch.autograd.backward(layers.outputs, layers.cotangents, retain_graph=layers.retain_graph)

@@ -32,28 +32,18 @@ class Heads(nn.ModuleDict):
 
     def by_loss(self, plan: GradientFlowPlan, stage: int) -> dict[int, nn.Module]:
         """The auxiliary heads of ``stage`` by their loss index in ``plan``; the final loss has none."""
-        return {
-            loss: self[self._names[plan.heads[loss].after_layer]]
-            for loss in plan.losses_at(stage)
-            if loss != plan.final
-        }
+        losses = [loss for loss in plan.losses_at(stage) if loss != plan.final]
+        return {loss: self[self._names[plan.heads[loss].after_layer]] for loss in losses}
 
 
 def build_head(make_head: MakeHead, number: int, head: LossHead, seed: int = 1234) -> nn.Module:
-    """Builds a head from a seed of its own, ``seed + number``.
+    """Builds a head from the seed ``seed + number``: the same in any distribution of stages over processes.
 
-    It then starts with the same weights in any distribution of stages over processes, and building it
-    leaves the random state that the layers are drawn from unchanged.
-
-    Raises:
-        ConfigError: If ``make_head`` does not return a module.
+    The random state that the layers are drawn from stays unchanged.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed + number)
         module = make_head(head)
     if not isinstance(module, nn.Module):
-        raise ConfigError(
-            f"head({head}) returned {type(module).__name__}: expected a torch.nn.Module that maps a "
-            "hidden state to what the model's last layer returns"
-        )
+        raise ConfigError(f"head({head}) returned {type(module).__name__}: expected a torch.nn.Module")
     return module

@@ -1,6 +1,4 @@
-"""What travels between layers and stages: tensors, of which the floating-point ones have gradients."""
-
-from collections.abc import Callable
+"""What travels between layers and stages."""
 
 import torch
 from torch import Tensor
@@ -14,12 +12,15 @@ Gradients = tuple[Tensor, ...]
 
 def detached(hidden: Hidden) -> Hidden:
     """The same values without history."""
-    return _map(hidden, torch.Tensor.detach)
+    return hidden.detach() if isinstance(hidden, Tensor) else tuple(tensor.detach() for tensor in hidden)
 
 
 def leaves(hidden: Hidden) -> Hidden:
     """The same values without history; the floating-point ones are to have gradients."""
-    return _map(hidden, _leaf)
+    hidden = detached(hidden)
+    for tensor in floats(hidden):
+        tensor.requires_grad_()
+    return hidden
 
 
 def floats(hidden: Hidden) -> tuple[Tensor, ...]:
@@ -31,14 +32,3 @@ def floats(hidden: Hidden) -> tuple[Tensor, ...]:
 def or_zeros(gradient: Tensor | None, tensor: Tensor) -> Tensor:
     """``gradient``, or zeros if nothing depends on ``tensor``."""
     return torch.zeros_like(tensor) if gradient is None else gradient
-
-
-def _map(hidden: Hidden, function: Callable[[Tensor], Tensor]) -> Hidden:
-    if isinstance(hidden, Tensor):
-        return function(hidden)
-    return tuple(function(tensor) for tensor in hidden)
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.requires_grad_() if tensor.is_floating_point() else tensor

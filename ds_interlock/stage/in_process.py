@@ -1,25 +1,19 @@
 """A plan in one process: all stages of a pipeline on one device, with the same numbers.
 
-The program of every stage is run by the same ``Interpreter`` as on a real pipeline; a message is an entry
-in a dictionary. This is for research (one GPU, many stages), and to see what gradients a plan gives. Names
-of parameters are those of the pipeline: ``3.weight`` for layer 3, ``heads.0.…`` for the head of loss 0.
+For research (one GPU, many stages), and to see what gradients a plan gives. Names of parameters are those of
+the pipeline: ``3.weight`` for layer 3, ``heads.0.…`` for the head of loss 0.
 
     net = InProcessPipeline(layers, loss_fn, GradientFlowPlan.n_wise(4, window=2), head=make_head)
     losses = net.accumulate_gradients(micro_batches)
     optimizer.step()
 
-For a run whose plan changes on the way, pass a ``PlanSchedule``: the heads of all its phases then exist
-when the optimizer is made. Change the plan by hand:
-
-    net = InProcessPipeline(layers, loss_fn, PlanSchedule.of((0, local), (2000, wider)), head=make_head)
-    for step in range(num_steps):
-        net.change_plan(net.schedule.plan_at(step))
-        ...
+With a ``PlanSchedule`` the heads of all phases exist when the optimizer is made; the plan is still changed by
+hand, with ``net.change_plan(net.schedule.plan_at(step))``.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +30,6 @@ from ds_interlock.stage.interpreter import Interpreter, steps
 from ds_interlock.stage.work import LossFn, StageWork
 
 MicroBatch = tuple[Hidden, Any]
-
-
-class _Functions(NamedTuple):
-    """The user's functions. As attributes of the pipeline, those that are modules would be part of it."""
-
-    loss_fn: LossFn | None
-    make_head: MakeHead | None
 
 
 class InProcessPipeline(nn.Module):
@@ -69,7 +56,7 @@ class InProcessPipeline(nn.Module):
         super().__init__()
         self.layers_in_order = list(layers)
         self.schedule = plan if isinstance(plan, PlanSchedule) else PlanSchedule.constant(plan)
-        self._functions = _Functions(loss_fn, head)
+        self._functions = loss_fn, head  # in a tuple: a module among them is no part of the model
         num_layers = self.schedule.stage_bounds[-1]
         if len(self.layers_in_order) != num_layers:
             raise ConfigError(f"the plan is for {num_layers} layers, got {len(self.layers_in_order)}")
@@ -82,34 +69,24 @@ class InProcessPipeline(nn.Module):
         self._enter(self.schedule.phases[0].plan)
 
     def change_plan(self, plan: GradientFlowPlan) -> None:
-        """From now on gradients flow as ``plan`` says. Layers keep their parameters.
+        """From now on gradients flow as ``plan`` says, which is for the same layers in the same stages.
 
-        A head at the position of an earlier one, of any plan, is that very module; others are built and
-        added to ``heads``, and an earlier optimizer does not know them (a ``PlanSchedule`` avoids
-        that). Heads that ``plan`` lacks stay in ``heads`` and get no gradient: set the old ones to None
-        (``zero_grad()``), and no optimizer of torch changes them.
-
-        Args:
-            plan: For the same layers in the same stages.
+        Heads at new positions are built, and an earlier optimizer does not know them. Heads that ``plan``
+        lacks stay in ``heads`` and get no gradient: after ``zero_grad()`` no optimizer of torch changes them.
 
         Raises:
-            ConfigError: If it is not, or has heads and there is nothing to build them with.
+            ConfigError: If the stages differ, or nothing can build the heads.
         """
         if plan == self.plan:
             return
         if plan.stage_bounds != self.plan.stage_bounds:
-            raise ConfigError(
-                f"change_plan: got a plan for stage_bounds {list(plan.stage_bounds)}, expected those of the "
-                f"plan in force, {list(self.plan.stage_bounds)}"
-            )
+            got, bounds = list(plan.stage_bounds), list(self.plan.stage_bounds)
+            raise ConfigError(f"change_plan: got a plan for stage_bounds {got}, expected {bounds}")
         self._add_heads(plan, like=next((p for p in self.parameters() if p.is_floating_point()), None))
         self._enter(plan)
 
     def accumulate_gradients(self, micro_batches: Sequence[MicroBatch]) -> dict[int, Tensor]:
-        """Adds the gradients of one batch to ``.grad`` of every parameter.
-
-        Args:
-            micro_batches: ``(inputs, labels)`` each.
+        """Adds the gradients of one batch, of ``(inputs, labels)`` each, to ``.grad`` of every parameter.
 
         Returns:
             The mean of every loss, by its index in ``plan.heads``.
@@ -127,12 +104,8 @@ class InProcessPipeline(nn.Module):
     def stage_works(
         self, plan: GradientFlowPlan, backward: Sequence[Backward] | None = None
     ) -> list[StageWork]:
-        """The work of every stage under ``plan``, whose heads must exist.
-
-        Args:
-            plan: For the same layers in the same stages.
-            backward: For each stage where its gradients go; by default to ``.grad``.
-        """
+        """The work of every stage under ``plan``; gradients go to ``backward``, by default to ``.grad``."""
+        loss_fn, _ = self._functions
         return [
             StageWork(
                 plan,
@@ -140,23 +113,17 @@ class InProcessPipeline(nn.Module):
                 self._run_layers,
                 self.layer_parameters(stage),
                 self.heads.by_loss(plan, stage),
-                self._functions.loss_fn,
-                backward[stage] if backward else None,
+                loss_fn,
+                backward[stage] if backward else Backward(),
             )
             for stage in range(plan.num_stages)
         ]
 
     def layer_parameters(self, stage: int) -> list[nn.Parameter]:
         """The trainable parameters of the layers of ``stage``."""
-        layers = [self.layers_in_order[number] for number in self.schedule.phases[0].plan.layers(stage)]
-        parameters = {
-            id(parameter): parameter
-            for layer in layers
-            if isinstance(layer, nn.Module)
-            for parameter in layer.parameters()
-            if parameter.requires_grad
-        }
-        return list(parameters.values())
+        start, stop = self.schedule.stage_bounds[stage : stage + 2]
+        modules = (layer for layer in self.layers_in_order[start:stop] if isinstance(layer, nn.Module))
+        return [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
 
     def _enter(self, plan: GradientFlowPlan) -> None:
         self.plan = plan
@@ -164,18 +131,15 @@ class InProcessPipeline(nn.Module):
 
     def _add_heads(self, plan: GradientFlowPlan, like: Tensor | None = None) -> None:
         """Builds the heads of ``plan`` at positions that have none yet; on the device of ``like``."""
-        make_head = self._functions.make_head
+        _, make_head = self._functions
         if make_head is None and not plan.is_end_to_end:
-            raise ConfigError(
-                "the plan has auxiliary losses: pass head=, a callable LossHead -> torch.nn.Module"
-            )
+            raise ConfigError("the plan has auxiliary losses: pass head=, LossHead -> torch.nn.Module")
         for head in plan.heads[:-1]:
-            if self.heads.has(head):
-                continue
-            assert make_head is not None
-            number = len(self.heads)
-            module = build_head(make_head, number, head)
-            self.heads.add(number, head, module if like is None else module.to(like.device, like.dtype))
+            if not self.heads.has(head):
+                assert make_head is not None
+                number = len(self.heads)
+                module = build_head(make_head, number, head)
+                self.heads.add(number, head, module if like is None else module.to(like.device, like.dtype))
 
     def _run_layers(self, hidden: Hidden, start: int, stop: int) -> Hidden:
         for layer in self.layers_in_order[start:stop]:
@@ -183,38 +147,23 @@ class InProcessPipeline(nn.Module):
         return hidden
 
 
-class _Mailbox:
-    """The messenger of one process."""
-
-    def __init__(self) -> None:
-        self._messages: dict[Action, tuple[Any, ...]] = {}
-
-    def __contains__(self, receive: Action) -> bool:
-        return receive in self._messages
+class _Mailbox(dict[Action, tuple[Any, ...]]):
+    """The messenger of one process: messages by their receives."""
 
     def post(self, receive: Action, batch: int) -> None:
         """A dictionary needs no announcement."""
 
     def take(self, receive: Action) -> tuple[Any, ...]:
-        """See ``Messenger``."""
-        return self._messages.pop(receive)
+        return self.pop(receive)
 
     def send(self, send: Action, batch: int, *structures: Any) -> None:
-        """See ``Messenger``."""
-        self._messages[receive_of(send)] = structures
+        self[receive_of(send)] = structures
 
 
 def run_program(
     program: Program, stages: Sequence[StageWork], micro_batches: Sequence[MicroBatch]
 ) -> dict[int, Tensor]:
-    """Runs one batch of ``program``: every stage runs until it waits for a message, until all are done.
-
-    Returns:
-        The mean of every loss, by its index in ``plan.heads``.
-
-    Raises:
-        ScheduleError: If the stages wait for each other.
-    """
+    """Runs one batch of ``program``; returns the mean of every loss, by its index in ``plan.heads``."""
     mailbox = _Mailbox()
     interpreters = [Interpreter(work, mailbox, micro_batches.__getitem__) for work in stages]
     for interpreter in interpreters:
@@ -228,8 +177,7 @@ def run_program(
                 is_stuck = False
         if is_stuck:
             raise ScheduleError("the stages wait for each other: this program cannot be run")
-    losses: dict[int, Tensor] = {}
+    losses = {loss: mean for work in stages for loss, mean in work.mean_losses().items()}
     for work in stages:
-        losses |= work.mean_losses()
-        work.begin_batch(1)
+        work.begin_batch(1)  # frees what they hold
     return losses

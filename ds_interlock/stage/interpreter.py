@@ -1,13 +1,14 @@
 """Runs the program of a stage: which messages an action takes, and where its product goes.
 
-    messenger.take ──► feed, feed_gradient ──┐             ┌──► hidden state ──► messenger.send
-    load ────────────► feed ─────────────────┴─ StageWork ─┴──► gradients ─────► messenger.send
+messenger.take ──► feed, feed_gradient ──┐             ┌──► hidden state ──► messenger.send
+load ────────────► feed ─────────────────┴─ StageWork ─┴──► gradients ─────► messenger.send
 
 On a pipeline the messenger is the links to other processes, and in one process a dictionary.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -18,81 +19,64 @@ from ds_interlock.stage.work import StageWork
 
 
 class Messenger(Protocol):
-    """What moves messages between stages. ``batch`` is the number of the program that is run."""
+    """Moves messages between stages. ``batch`` is the number of the program.
 
-    def post(self, receive: Action, batch: int) -> None:
-        """Announces that the message of ``receive`` comes next from its sender."""
+    ``post`` announces that the message of ``receive`` comes next from its sender. ``take`` returns the
+    structures that were sent, each a tensor, a tuple of tensors, or None.
+    """
 
-    def take(self, receive: Action) -> Sequence[Any]:
-        """The structures sent for ``receive``, each a tensor, a tuple of tensors, or None."""
-
-    def send(self, send: Action, batch: int, *structures: Any) -> None:
-        """Sends ``structures`` as ``send`` says."""
+    def post(self, receive: Action, batch: int) -> None: ...
+    def take(self, receive: Action) -> Sequence[Any]: ...
+    def send(self, send: Action, batch: int, *structures: Any) -> None: ...
 
 
 class Step(NamedTuple):
     """An action, and the receives whose messages it is the first to need."""
 
     action: Action
-    takes: tuple[Action, ...] = ()
+    takes: tuple[Action, ...]
 
 
 @lru_cache(maxsize=64)
 def steps(program: Program) -> tuple[tuple[Step, ...], ...]:
     """For each stage what it does, step by step."""
-    return tuple(_steps(program, actions) for actions in program.stages)
-
-
-def _steps(program: Program, actions: Sequence[Action]) -> tuple[Step, ...]:
     taken: set[Action] = set()
-    result = []
-    for action in actions:
+
+    def step(action: Action) -> Step:
         takes = tuple(r for r in receives_needed(program.plan, action) if r not in taken)
         taken.update(takes)
-        result.append(Step(action, takes))
-    return tuple(result)
+        return Step(action, takes)
+
+    return tuple(tuple(map(step, actions)) for actions in program.stages)
 
 
+@dataclass(eq=False)
 class Interpreter:
-    """Runs programs of one stage, action by action.
+    """Runs programs of one stage, action by action."""
 
-    Args:
-        work: Computes.
-        messenger: Sends and receives.
-        load: ``(inputs, labels)`` of a micro-batch, on the first stage.
-        begin_micro_batch: Called when a micro-batch reaches this stage.
-        span: A context for the time of each compute action.
+    work: StageWork
+    messenger: Messenger
+    load: Callable[[int], tuple[Hidden, Any]]
+    """``(inputs, labels)`` of a micro-batch, on the first stage."""
+    begin_micro_batch: Callable[[], None] = lambda: None
+    """Called when a micro-batch reaches this stage."""
+    span: Callable[[Action], AbstractContextManager[None]] = lambda action: nullcontext()
+    """A context for the time of each compute action."""
+    outputs: list[Hidden] | None = None
+    """If not None, what leaves the last layer of the stage is added here."""
 
-    Attributes:
-        outputs: If not None, what leaves the last layer of the stage is added here.
-    """
-
-    def __init__(
-        self,
-        work: StageWork,
-        messenger: Messenger,
-        load: Callable[[int], tuple[Hidden, Any]],
-        *,
-        begin_micro_batch: Callable[[], None] = lambda: None,
-        span: Callable[[Action], AbstractContextManager[None]] = lambda action: nullcontext(),
-    ) -> None:
-        self.work = work
-        self.messenger = messenger
-        self.load = load
-        self.begin_micro_batch = begin_micro_batch
-        self.span = span
-        self.outputs: list[Hidden] | None = None
+    def __post_init__(self) -> None:
         self._batch = 0
         self._gradients: dict[Action, Gradients] = {}
 
     def begin_batch(self, batch: int, num_micro_batches: int) -> None:
-        """To be called before a program is run. Its messages carry the number ``batch``."""
+        """To be called before a program. Its messages carry the number ``batch``."""
         self._batch = batch
         self._gradients.clear()
         self.work.begin_batch(num_micro_batches)
 
-    def run(self, action: Action, takes: Sequence[Action] = ()) -> None:
-        """Does one step. The ends of a batch, ``REDUCE`` and ``STEP``, are not for the stage's work."""
+    def run(self, action: Action, takes: Sequence[Action]) -> None:
+        """Does one step, but not the end of a batch, ``REDUCE`` and ``STEP``."""
         match action.kind:
             case Kind.LOAD:
                 self._feed(action.micro_batch, *self.load(action.micro_batch))

@@ -4,11 +4,11 @@ For the same samples, weights and random numbers (dropout), stage by stage:
 
     plan in force    truncated gradient  g ─┐
                                             ├─► cosine(g, G)     1: the stage sees as far as backpropagation
-    end to end       global gradient     G ─┘                    0: its window shows nothing of the rest
+    end to end       global gradient     G ─┘                    0: its window shows nothing of it
 
 Both are computed beside the training: no ``.grad``, no random state and no running statistics change.
-Micro-batches run one by one, so that a layer draws the same numbers under both plans. Here is what is
-measured, and the meter of one process; ``engine/myopia.py`` is that of a pipeline.
+Micro-batches run one by one, so that a layer draws the same numbers under both plans.
+Here is the meter of one process; ``engine/myopia.py`` is that of a pipeline.
 """
 
 import math
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.lower import Program, training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
-from ds_interlock.stage.backward import HeadLoss, LayerPass
+from ds_interlock.stage.backward import Backward, HeadLoss, LayerPass
 from ds_interlock.stage.hidden import Gradients, Hidden, floats, leaves, or_zeros
 from ds_interlock.stage.in_process import InProcessPipeline, MicroBatch, run_program
 
@@ -31,12 +31,11 @@ def gradient_cosines(net: InProcessPipeline, micro_batches: Iterable[MicroBatch]
     """The cosine between each stage's gradient under the plan in force and its global gradient.
 
     Args:
-        net: Stays as it is: parameters, ``.grad``, buffers, plan and torch's random state.
+        net: Stays as it is, with ``.grad``, buffers and torch's random state.
         micro_batches: ``(inputs, labels)`` each; gradients are summed over them.
 
     Returns:
-        One number for each stage, over the parameters of its layers: 1 if it sees as far as
-        backpropagation, as the last stage always does; nan if one of the gradients is zero.
+        One number for each stage, 1 for the last; nan if one of the gradients is zero.
     """
     micro_batches = list(micro_batches)
     plans = (net.plan, GradientFlowPlan.end_to_end(stage_bounds=net.plan.stage_bounds))
@@ -52,7 +51,7 @@ def gradient_cosines(net: InProcessPipeline, micro_batches: Iterable[MicroBatch]
 def _gradients(
     net: InProcessPipeline, plan: GradientFlowPlan, micro_batches: Sequence[MicroBatch]
 ) -> list[list[Tensor]]:
-    """Every stage's gradient under ``plan``, a tensor a parameter."""
+    """Every stage's gradient under ``plan``, one tensor per parameter."""
     probes = [Probe(net.layer_parameters(stage)) for stage in range(plan.num_stages)]
     stages = net.stage_works(plan, probes)
     program = probe_program(plan)
@@ -66,29 +65,23 @@ def _gradients(
 def probe_program(plan: GradientFlowPlan) -> Program:
     """The program of one micro-batch that ends without an optimizer step."""
     program = training_program(plan, 1)
-    without_end = (
-        tuple(action for action in actions if action.kind not in (Kind.REDUCE, Kind.STEP))
-        for actions in program.stages
-    )
-    return replace(program, stages=tuple(without_end))
+    end = (Kind.REDUCE, Kind.STEP)
+    stages = tuple(tuple(action for action in row if action.kind not in end) for row in program.stages)
+    return replace(program, stages=stages)
 
 
-class Probe:
-    """Where the gradients of a stage go in a measurement: into ``gradients``, and nowhere else.
-
-    Attributes:
-        gradients: Of the stage's parameters, one by one, summed over the micro-batches; float32, or more
-            precise.
-    """
+class Probe(Backward):
+    """Where the gradients of a stage go in a measurement: into ``gradients``, and nowhere else."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__()
         self.gradients = [
             torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
             for parameter in parameters
         ]
 
     def head(self, loss: HeadLoss, hidden: Hidden) -> Gradients:
-        """See ``Backward``. The head's own parameters get none."""
+        """As in training, but the head's own parameters get none."""
         hidden = leaves(hidden)
         inputs = floats(hidden)
         # What a head draws must not change what later layers draw: the other plan lacks this head.
@@ -98,17 +91,17 @@ class Probe:
         return tuple(map(or_zeros, gradients, inputs))
 
     def weights(self, layers: LayerPass) -> None:
-        """See ``Backward``."""
+        """Adds to ``gradients``."""
         self.weights_and_inputs(layers, ())
 
     def weights_and_inputs(self, layers: LayerPass, inputs: tuple[Tensor, ...]) -> Gradients:
-        """See ``Backward``."""
+        """Adds to ``gradients``; returns those of ``inputs``."""
         outputs, cotangents, parameters, retain_graph = layers
-        wanted = (*parameters, *inputs)
-        if not outputs or not wanted:  # frozen
+        targets = (*parameters, *inputs)
+        if not outputs or not targets:  # frozen
             return tuple(torch.zeros_like(tensor) for tensor in inputs)
         gradients = torch.autograd.grad(
-            outputs, wanted, cotangents, retain_graph=retain_graph, allow_unused=True
+            outputs, targets, cotangents, retain_graph=retain_graph, allow_unused=True
         )
         for total, gradient in zip(self.gradients, gradients, strict=False):
             if gradient is not None:
@@ -117,7 +110,7 @@ class Probe:
 
 
 def gradient_products(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """``<a, b>, <a, a>, <b, b>`` of two gradients, a tensor a parameter each: ``[3]``, float64."""
+    """``<a, b>, <a, a>, <b, b>`` of two gradients, one tensor per parameter: ``[3]``, float64."""
     device = some[0].device if some else None
     products = torch.zeros(3, dtype=torch.float64, device=device)
     for one, other in zip(some, others, strict=True):
@@ -143,10 +136,10 @@ def unchanged_random_state(device: torch.device) -> Iterator[None]:
 @contextmanager
 def unchanged_buffers(module: nn.Module) -> Iterator[None]:
     """Puts all buffers, as the running statistics of batch norm, back to what they were."""
-    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in kept:
+            for buffer, value in values:
                 buffer.copy_(value)

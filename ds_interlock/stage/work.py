@@ -1,7 +1,6 @@
 """One stage's share of the work: forward with captures, heads, relays, weight gradient.
 
-The same code runs on every rank of a pipeline (``engine/``) and for all stages in one process
-(``in_process.py``). For one micro-batch on a stage with a head at its end:
+For one micro-batch on a stage with a head at its end:
 
     inputs ──► layers ──► captured hidden state ──┬──► sent to the next stage
        ▲                        ▲                 │
@@ -10,9 +9,8 @@ The same code runs on every rank of a pipeline (``engine/``) and for all stages 
        └────────────────────────┴── from the next stage, ◄────┴──────────────┘
                                     and from own heads     gradient of the copy
 
-The graph of a micro-batch is built once by the forward and walked back several times: once for each
-relay (input gradient only: no weight gradient is computed) and once for the weights. The last pass
-frees it.
+The forward builds the graph of a micro-batch once. It is walked back once for each relay (input gradient
+only) and once for the weights; the last pass frees it.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +25,7 @@ from ds_interlock.errors import ConfigError
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.dependency import backward_actions, received_bundles
 from ds_interlock.schedule.plan import GradientFlowPlan
-from ds_interlock.stage.backward import AccumulateGradients, Backward, HeadLoss, LayerPass
+from ds_interlock.stage.backward import Backward, HeadLoss, LayerPass
 from ds_interlock.stage.hidden import Gradients, Hidden, detached, floats, leaves, or_zeros
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -46,39 +44,25 @@ class _InFlight:
     of_bundles: dict[tuple[int, ...], Gradients] = field(default_factory=dict)
 
 
+@dataclass(eq=False)
 class StageWork:
-    """Does the compute actions of one stage.
+    """Does the compute actions of one stage."""
 
-    Args:
-        plan: The gradient flow.
-        stage: Which stage this is.
-        run_layers: ``run_layers(hidden, start, stop)`` applies layers ``start .. stop - 1``, counted
-            over the whole model.
-        parameters: The layers' trainable parameters (the heads' own are found by autograd).
-        heads: Auxiliary heads of this stage by loss; the final loss has none.
-        loss_fn: ``loss_fn(outputs, labels)``, a scalar; None if the last layer returns the loss.
-        backward: Where gradients go; by default to ``.grad``.
-    """
+    plan: GradientFlowPlan
+    stage: int
+    run_layers: Callable[[Hidden, int, int], Hidden]
+    """``run_layers(hidden, start, stop)`` applies layers ``start .. stop - 1``, counted over the model."""
+    parameters: list[nn.Parameter]
+    """The layers' trainable parameters; autograd finds those of heads."""
+    heads: Mapping[int, nn.Module]
+    """Auxiliary heads of this stage by loss."""
+    loss_fn: LossFn | None
+    """``loss_fn(outputs, labels)``, a scalar; None if the last layer returns the loss."""
+    backward: Backward = field(default_factory=Backward)
 
-    def __init__(
-        self,
-        plan: GradientFlowPlan,
-        stage: int,
-        run_layers: Callable[[Hidden, int, int], Hidden],
-        parameters: list[nn.Parameter],
-        heads: Mapping[int, nn.Module],
-        loss_fn: LossFn | None,
-        backward: Backward | None = None,
-    ) -> None:
-        self.plan = plan
-        self.stage = stage
-        self.run_layers = run_layers
-        self.parameters = parameters
-        self.heads = heads
-        self.loss_fn = loss_fn
-        self.backward = backward or AccumulateGradients()
+    def __post_init__(self) -> None:
         self.num_micro_batches = 1
-        self._num_passes = len(backward_actions(plan, stage, 0))
+        self._num_passes = len(backward_actions(self.plan, self.stage, 0))
         self._in_flight: dict[int, _InFlight] = {}
         self._loss_sums: dict[int, Tensor] = {}
 
@@ -91,10 +75,9 @@ class StageWork:
     def feed(self, micro_batch: int, inputs: Hidden, labels: Any) -> None:
         """Takes in what a micro-batch starts from: data, or what the previous stage has sent."""
         if not torch.is_grad_enabled():
-            inputs = detached(inputs)
             self._in_flight.clear()  # no backward pass will come for the previous one
-        else:
-            inputs = leaves(inputs) if self.plan.bundles(self.stage) else detached(inputs)
+        needs_gradient = torch.is_grad_enabled() and self.plan.bundles(self.stage)
+        inputs = leaves(inputs) if needs_gradient else detached(inputs)
         first = self.plan.stage_bounds[self.stage]
         self._in_flight[micro_batch] = _InFlight(inputs, labels, {first: inputs}, self._num_passes)
 
@@ -103,26 +86,20 @@ class StageWork:
         self._in_flight[micro_batch].of_bundles[bundle] = gradients
 
     def run(self, action: Action) -> Gradients | None:
-        """Does one compute action.
-
-        Returns:
-            For ``I`` and ``B`` the gradients to send to the previous stage; otherwise None.
-        """
+        """Does one compute action. Under ``I`` and ``B`` returns gradients for the previous stage."""
         match action.kind:
             case Kind.FORWARD:
                 self._forward(action)
-                return None
             case Kind.HEAD:
                 self._head(action)
-                return None
             case Kind.INPUT_GRADIENT:
                 return self._relay(action)
             case Kind.WEIGHT_GRADIENT:
-                self._weight_gradient(action)
-                return None
-            case _:
-                assert action.kind is Kind.BACKWARD
-                return self._backward(action)
+                self.backward.weights(self._layer_pass(action))
+            case Kind.BACKWARD:
+                inputs = floats(self._in_flight[action.micro_batch].inputs)
+                return self.backward.weights_and_inputs(self._layer_pass(action), inputs)
+        return None
 
     def output(self, micro_batch: int) -> tuple[Hidden, Any]:
         """What the next stage starts from: the hidden state at the end of this one, and the labels."""
@@ -134,30 +111,19 @@ class StageWork:
         """The mean of every loss of this stage over the micro-batches since ``begin_batch``."""
         return {loss: total / self.num_micro_batches for loss, total in self._loss_sums.items()}
 
-    @property
-    def num_in_flight(self) -> int:
-        """Micro-batches whose activations are held now."""
-        return len(self._in_flight)
-
-    # The five kinds of work.
-
     def _forward(self, action: Action) -> None:
         entry = self._in_flight[action.micro_batch]
-        start = max(entry.hidden)
-        stop = (
-            self.plan.heads[action.losses[0]].after_layer
-            if action.losses
-            else self.plan.stage_bounds[self.stage + 1]
-        )
+        start, stop = max(entry.hidden), self.plan.stage_bounds[self.stage + 1]
+        if action.losses:
+            stop = self.plan.heads[action.losses[0]].after_layer
         entry.hidden[stop] = self.run_layers(entry.hidden[start], start, stop)
 
     def _head(self, action: Action) -> None:
         entry = self._in_flight[action.micro_batch]
         (index,) = action.losses
         head = self.plan.heads[index]
-        loss = HeadLoss(
-            index, partial(self._loss_of, index, entry.labels), head.weight, self.num_micro_batches
-        )
+        value_of = partial(self._loss_of, index, entry.labels)
+        loss = HeadLoss(index, value_of, head.weight, self.num_micro_batches)
         entry.of_heads[index] = self.backward.head(loss, entry.hidden[head.after_layer])
 
     def _loss_of(self, loss: int, labels: Any, hidden: Hidden) -> Tensor:
@@ -168,20 +134,18 @@ class StageWork:
             else:
                 outputs = hidden if head is None else head(hidden)
                 value = outputs if self.loss_fn is None else self.loss_fn(outputs, labels)
+        except ConfigError:
+            raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, ConfigError):
-                raise
             raise ConfigError(
                 f"{self._name(loss)} failed on a hidden state of shape {_shapes(hidden)} and labels of "
                 f"shape {_shapes(labels)}: {error}. A head must return what the model's last layer "
                 "returns, and loss_fn(outputs, labels) a scalar"
             ) from error
         if not isinstance(value, Tensor) or value.numel() != 1:
-            raise ConfigError(
-                f"{self._name(loss)} gave {_shapes(value)}: expected one number, a scalar tensor"
-            )
-        total, own = self._loss_sums.get(loss), value.detach()
-        self._loss_sums[loss] = torch.zeros_like(own) + own if total is None else total + own
+            raise ConfigError(f"{self._name(loss)} gave {_shapes(value)}: expected one number, a scalar")
+        own = value.detach()
+        self._loss_sums[loss] = self._loss_sums.get(loss, torch.zeros_like(own)) + own
         return value
 
     def _name(self, loss: int) -> str:
@@ -197,20 +161,13 @@ class StageWork:
         gradients = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=more, allow_unused=True)
         return tuple(or_zeros(gradient, tensor) for gradient, tensor in zip(gradients, inputs, strict=True))
 
-    def _weight_gradient(self, action: Action) -> None:
-        self.backward.weights(self._layer_pass(action))
-
-    def _backward(self, action: Action) -> Gradients:
-        inputs = floats(self._in_flight[action.micro_batch].inputs)
-        return self.backward.weights_and_inputs(self._layer_pass(action), inputs)
-
     def _layer_pass(self, action: Action) -> LayerPass:
         entry = self._in_flight[action.micro_batch]
         outputs, cotangents = self._cotangents(entry, self.plan.trained_by[self.stage])
         return LayerPass(outputs, cotangents, self.parameters, self._pass_done(action))
 
     def _pass_done(self, action: Action) -> bool:
-        """Counts a backward pass; True if another follows and the graph must stay."""
+        """Counts a backward pass; whether another follows and needs the graph."""
         entry = self._in_flight[action.micro_batch]
         entry.passes_left -= 1
         if entry.passes_left == 0:
@@ -218,7 +175,7 @@ class StageWork:
         return entry.passes_left > 0
 
     def _cotangents(self, entry: _InFlight, losses: frozenset[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """Where the gradients of ``losses`` enter this stage, and what they are there, summed."""
+        """Where the gradients of ``losses`` enter this stage, and their sums there."""
         at: dict[int, list[Gradients]] = {}
         for loss in self.plan.losses_at(self.stage):
             if loss in losses:

@@ -1,4 +1,4 @@
-"""Bad input on real ranks: one clear error where it is known, and nobody waits for ever."""
+"""Bad input on real ranks: one clear error where it is known, and no rank waits for ever."""
 
 import re
 import time
@@ -52,7 +52,7 @@ def assert_one_knows(
         if other != rank:
             assert error is None or isinstance(error, PeerError)
             assert error is None or re.search(_NEIGHBOUR_IS_GONE, str(error)), error
-    assert any(isinstance(error, PeerError) for error, _ in results), "somebody must have waited"
+    assert any(isinstance(error, PeerError) for error, _ in results), "a rank must have waited"
 
 
 def too_few() -> Iterator[Any]:

@@ -130,7 +130,7 @@ def test_resumed_run(ranks4: RankPool, tmp_path: Path, section, extra):
 @pytest.mark.parametrize("extra", [{}, BF16, BF16_ZERO_1], ids=["fp32", "bf16", "bf16, ZeRO 1"])
 @pytest.mark.parametrize("steps", [(3, 7), (HALF, 8)], ids=["within a phase", "between phases"])
 def test_resumed_run_whose_plan_changes(ranks4: RankPool, tmp_path: Path, steps, extra):
-    """Window 1 uses a head that window 2 does not, before and after the checkpoint: it rests in it."""
+    """Window 1 uses a head that window 2 does not, before and after the checkpoint: it is unused in it."""
     phases = [{"from_step": step, "window": w} for step, w in zip((0, *steps), (1, 2, 1), strict=True)]
     section = {"schedule": phases, "head": HEAD}
     assert_resumes(ranks4, Job(section, extra=extra | WARMUP, dropout=0.2), tmp_path)

@@ -104,9 +104,9 @@ def test_heads_are_fitted_and_nothing_else(
     job = Job(section, num_stages=num_stages, num_micro_batches=3, extra=WARMUP)
     results = ranks4.run(fit_and_step, job=job, num_steps=5)
     expected, losses = fitted_in_one_process(job, results, 5)
-    told = {}
+    losses_by_name = {}
     for result in results:
-        told |= result["losses"]
+        losses_by_name |= result["losses"]
         for name, fitted in result["fitted"].items():
             if name.startswith("heads."):
                 torch.testing.assert_close(fitted, expected[name], rtol=1e-5, atol=1e-6)
@@ -116,10 +116,10 @@ def test_heads_are_fitted_and_nothing_else(
         reads = 15 if result["stage"] == 0 else 0
         assert result["counts"] == (0, reads, [1e-3], False), "steps, data, rate, optimizer state"
     heads = results[0]["plan"].heads[:-1]
-    assert told.keys() == {f"loss_after_layer_{head.after_layer}" for head in heads}
+    assert losses_by_name.keys() == {f"loss_after_layer_{head.after_layer}" for head in heads}
     for loss, head in enumerate(heads):
-        found = told[f"loss_after_layer_{head.after_layer}"]
-        assert found == pytest.approx([of_batch[loss] for of_batch in losses], rel=1e-5)
+        values = losses_by_name[f"loss_after_layer_{head.after_layer}"]
+        assert values == pytest.approx([of_batch[loss] for of_batch in losses], rel=1e-5)
 
 
 def test_losses_fall(ranks4: RankPool) -> None:
@@ -200,7 +200,7 @@ def test_the_first_batch_of_a_run_is_preceded_by_the_warm_up(ranks4: RankPool, t
     for stage, (result, *others) in enumerate(zip(results, by_hand, by_hand_too, strict=True)):
         for other in others:
             assert all(torch.equal(p, other[name]) for name, p in result["after_one"].items())
-        # Three batches, then a resumed run goes on with training at once.
+        # Three batches, then a resumed run starts training at once.
         assert result["consumed"] == ([12, 16] if stage == 0 else [0, 0])
 
 
@@ -245,6 +245,6 @@ def test_the_program_has_neither_backward_pass_nor_final_loss() -> None:
 
 
 def test_heads_without_trainable_parameters_need_no_optimizer() -> None:
-    optimizer = HeadOptimizer([], RATE)
-    optimizer.step({})
+    optimizer = HeadOptimizer({}, RATE)
+    optimizer.step()
     optimizer.update_masters_of_deepspeed()

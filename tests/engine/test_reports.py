@@ -54,14 +54,14 @@ def train_and_report(job: Job) -> dict[str, Any]:
 
 def read(folder: Path) -> dict[str, dict[int, float]]:
     """The values of every CSV file by sample count."""
-    found = {}
+    reports = {}
     for path in sorted((folder / "csv_monitor").glob("*.csv")):
         header, *rows = csv.reader(path.read_text().splitlines())
         assert header[0] == "step"
         values = {int(step): float(value) for step, value in rows}
         assert len(values) == len(rows), f"{path.name} has a sample count twice"
-        found[path.stem] = values
-    return found
+        reports[path.stem] = values
+    return reports
 
 
 @pytest.mark.parametrize(

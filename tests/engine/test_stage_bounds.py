@@ -43,8 +43,8 @@ def test_stages_get_the_layers_they_are_given(ranks4: RankPool, tmp_path: Any) -
 
 def test_the_same_bounds_make_the_same_pipeline(ranks4: RankPool, tmp_path: Any) -> None:
     job = Job({"mode": "global"}, num_batches=1)
-    given = ranks4.run(train_cut_at, job=job, stage_bounds=[0, 3, 6, 9, 11], folder=str(tmp_path))
-    for one, other in zip(given, ranks4.run(train_uniformly, job=job), strict=True):
+    explicit = ranks4.run(train_cut_at, job=job, stage_bounds=[0, 3, 6, 9, 11], folder=str(tmp_path))
+    for one, other in zip(explicit, ranks4.run(train_uniformly, job=job), strict=True):
         assert all(torch.equal(p, other[name]) for name, p in one["trained"].items())
 
 
@@ -66,7 +66,7 @@ def build_with(stage_bounds: list[int], partition_method: str | None) -> Excepti
         ([1, 3, 6, 9, 11], None, "stage_bounds [1, 3, 6, 9, 11]: expected rising numbers from 0 to 11"),
         ([0, 3, 6, 9, 12], None, "stage_bounds [0, 3, 6, 9, 12]: expected rising numbers from 0 to 11"),
         ([], None, "stage_bounds []: expected rising numbers from 0 to 11"),
-        ([0, 3, 11], None, "stage_bounds [0, 3, 11] make 2 stages, but num_stages is 4: give 5 numbers"),
+        ([0, 3, 11], None, "stage_bounds [0, 3, 11]: expected 5 numbers for 4 stages"),
         (BOUNDS, "uniform", "got both stage_bounds and partition_method: leave out one of them"),
     ],
 )

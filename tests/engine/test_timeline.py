@@ -23,18 +23,18 @@ def test_costs_are_found_again(window):
     program = training_program(plan, 3)
     streaming = not plan.is_end_to_end
     rows = simulate(program, COSTS, num_batches=2, streaming=streaming).spans
-    found = measured_costs(plan, rows)
+    costs = measured_costs(plan, rows)
     for kind in ("forward", "optimizer"):
-        assert getattr(found, kind) == pytest.approx(getattr(COSTS, kind)), kind
+        assert getattr(costs, kind) == pytest.approx(getattr(COSTS, kind)), kind
     both = [i + w for i, w in zip(COSTS.input_gradient, COSTS.weight_gradient, strict=True)]
-    found_both = [i + w for i, w in zip(found.input_gradient, found.weight_gradient, strict=True)]
-    assert found_both == pytest.approx(both)
+    both_again = [i + w for i, w in zip(costs.input_gradient, costs.weight_gradient, strict=True)]
+    assert both_again == pytest.approx(both)
     for stage in range(3):
         if plan.bundles(stage) and not plan.is_end_to_end:
-            assert found.input_gradient[stage] == pytest.approx(COSTS.input_gradient[stage])
+            assert costs.input_gradient[stage] == pytest.approx(COSTS.input_gradient[stage])
         if any(loss != plan.final for loss in plan.losses_at(stage)):
-            assert found.head[stage] == pytest.approx(0.75)
-    assert found.final_head == pytest.approx(0.25)
+            assert costs.head[stage] == pytest.approx(0.75)
+    assert costs.final_head == pytest.approx(0.25)
 
 
 def test_what_was_simulated_looks_the_same_when_simulated_again():

@@ -1,4 +1,4 @@
-"""Heads that a phase of the schedule does not use: they rest, whatever the optimizer and its precision."""
+"""Heads that a phase of the schedule does not use do not change, whatever the optimizer and its precision."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -57,7 +57,7 @@ def assert_heads_rest(results: Sequence[dict[str, Any]], num_batches: int) -> No
 @OPTIMIZERS
 @pytest.mark.parametrize("num_stages", [4, 2], ids=["4 stages", "2 stages, 2 replicas"])
 def test_a_head_that_is_not_in_use_does_not_change(ranks4: RankPool, extra, num_stages):
-    """Under AdamW, which decays and goes on by momentum whatever has a gradient, also one of zero."""
+    """Under AdamW, which decays and moves by momentum whatever has a gradient, also one of zero."""
     phases = [
         {"from_step": 0, "window": 1},
         {"from_step": 2, "window": num_stages},

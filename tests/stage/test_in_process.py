@@ -63,8 +63,8 @@ def truncated_gradients(
 
     def add(loss: Tensor, modules: list[nn.Module]) -> None:
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        found = torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else ()
-        for parameter, gradient in zip(parameters, found, strict=True):
+        values = torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else ()
+        for parameter, gradient in zip(parameters, values, strict=True):
             if gradient is not None:
                 gradients[parameter] = gradients.get(parameter, 0) + gradient
 
@@ -145,7 +145,7 @@ def test_every_gradient_is_that_of_the_truncated_graph(plan):
 
 
 def test_a_plan_that_skips_and_repeats_stages():
-    """Losses may train any stages in front of them; what lies between is relayed through."""
+    """Losses may train any stages before them; what lies between is relayed through."""
     plan = GradientFlowPlan(
         stage_bounds=(0, 2, 3, 5, 6),
         heads=(LossHead(0, 2, 0.3), LossHead(2, 4, WEIGHT), LossHead(2, 5, 2.0), LossHead(3, 6)),
@@ -350,12 +350,12 @@ def test_no_stage_holds_more_micro_batches_than_the_plan_says(window):
 
         def watched(*args: Any, stage: int = stage, feed: Any = work.feed) -> None:
             feed(*args)
-            most[stage] = max(most[stage], net.stages[stage].num_in_flight)
+            most[stage] = max(most[stage], len(net.stages[stage]._in_flight))
 
         work.feed = watched  # type: ignore[method-assign]
     net.accumulate_gradients(make_batch(7))
     assert most == [plan.in_flight(stage) for stage in range(4)]
-    assert [work.num_in_flight for work in net.stages] == [0] * 4
+    assert [len(work._in_flight) for work in net.stages] == [0] * 4
 
 
 def test_a_head_starts_the_same_however_many_others_are_built():

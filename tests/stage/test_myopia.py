@@ -62,7 +62,7 @@ def test_the_last_stage_sees_all_and_the_others_what_their_window_shows(window):
     assert len(cosines) == NUM_STAGES
     assert cosines[-1] == 1.0
     seeing = math.floor(window)
-    # Under "sum" a stage near the end hears other losses too, if heads behind it reach back that far.
+    # Under "sum" a stage near the end hears other losses too, if later heads reach back that far.
     assert all(-1 <= value < 0.999 for value in cosines[: NUM_STAGES - seeing])
     if window == NUM_STAGES:
         assert cosines == [1.0] * NUM_STAGES

@@ -176,14 +176,15 @@ class Receiver:
             PeerError: If the neighbour is gone, sends something else, or nothing in time.
         """
         while receive not in self._held:
-            expected = self._order.popleft()
+            expected = self._order[0]
             self._held[expected.receive] = self._wait_for(expected)
+            self._order.popleft()
         return self._held.pop(receive)
 
     def close(self) -> None:
-        """Ends the thread once all posted receives are complete."""
+        """Ends the thread, unless a failure has left it waiting for what will never come."""
         self._handed_over.put(None)
-        if self._listener is not None:
+        if self._listener is not None and not self._order:
             self._listener.join(CLOSE_SECONDS)
 
     def _wait_for(self, expected: _Expected) -> list[Any]:

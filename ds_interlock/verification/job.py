@@ -91,10 +91,10 @@ def run_job(
     work = partial(_run_all, tuple(runs), tuple(stage_bounds), seed, timeout_seconds)
     try:
         parts = run_local_ranks(work, num_stages, timeout_seconds=timeout_seconds, on_report=on_report)
-    except TimeoutError:
+    except TimeoutError as error:
         raise PeerError(
             f"{num_done} of {len(runs)} runs in {num_stages} processes were finished after "
-            f"{timeout_seconds:g} seconds; allow more with --timeout, or use fewer --stages"
+            f"{timeout_seconds:g} seconds; allow more with --timeout, or use fewer --stages\n{error}"
         ) from None
     except RankError as error:
         reasons = [f"  rank {rank}: {failure.reason}" for rank, failure in sorted(error.failures.items())]

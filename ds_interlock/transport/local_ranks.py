@@ -85,7 +85,7 @@ def run_local_ranks(
         RankError: If it failed on some rank.
         TimeoutError: If the time is up; with the end of each unfinished rank's log, and its stacks.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     context: ForkServerContext | SpawnContext = multiprocessing.get_context("spawn")
     if fork:

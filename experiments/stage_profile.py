@@ -13,14 +13,9 @@ from torch import Tensor
 
 from ds_interlock import InterlockConfig
 from ds_interlock.config import HeadConfig
+from ds_interlock.heads.output_layers import first_tensor
 from ds_interlock.planning.profile import HeadProfile, LayerProfile, Profile
-from ds_interlock.profiling.layers import (
-    Stopwatch,
-    first_tensor,
-    loss_seconds,
-    profile_head,
-    profile_layers,
-)
+from ds_interlock.profiling.layers import Stopwatch, loss_seconds, profile_head, profile_layers
 from ds_interlock.profiling.model import calls_in_sequence
 from ds_interlock.schedule.cost import CostModel
 from ds_interlock.schedule.plan import GradientFlowPlan

@@ -4,17 +4,16 @@
     hidden_nd ── rows 0..r ──► logits_rv ──► loss, gradient of logits_rv ──► added to the gradients of
               ── rows r..2r ─► logits_rv ──► ...     (in place)              hidden, weight and bias
 
-A vocabulary's logits are the largest tensor of a language model: 50,000 float32 numbers, 200 kB, for
-every position, and as much again for their gradient. ``linear_cross_entropy`` holds those of a few
-hundred positions at a time. Gradients are computed in the forward pass, while a chunk's logits exist,
-so nothing is computed twice; what needs no gradient (a frozen weight) gets none computed.
+A vocabulary's logits are the largest tensor of a language model: 50,000 float32 numbers, 200 kB, for every
+position, and as much again for their gradient. ``linear_cross_entropy`` holds those of a few hundred
+positions at a time. It computes gradients in the forward pass, while a chunk's logits exist.
 
 Shape suffixes: n positions, r positions of a chunk, d hidden width, v output (vocabulary) entry.
 """
 
 import importlib
 import importlib.util
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +28,8 @@ Backend: TypeAlias = Literal["full", "chunked", "torch", "liger"]
 def cross_entropy_sum(logits_nv: Tensor, labels_n: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Sum of the cross-entropy over the labels that are not ``IGNORED_LABEL``.
 
-    Args:
-        logits_nv: Floating point. Half precision is too coarse for a log-softmax over a vocabulary, so
-            the loss is computed in float32 at least.
-        labels_n: int64.
-        label_smoothing: Share of the target that is divided evenly among the outputs.
+    Half precision is too coarse for a log-softmax over a vocabulary: it is computed in float32 at least.
+    ``label_smoothing`` is the share of the target that is divided evenly among the outputs.
     """
     return F.cross_entropy(
         logits_nv.to(wide(logits_nv.dtype)),
@@ -56,20 +52,17 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``cross_entropy_sum(F.linear(hidden_nd, weight_vd, bias_v), labels_n)`` in bounded memory.
 
-    The numbers are the same to rounding. Unless all logits fit into one chunk, gradients can be taken
-    once, and not differentiated again.
+    The numbers are the same to rounding. What does not require a gradient gets none computed. Unless all
+    logits fit into one chunk, gradients can be taken once, and not differentiated again.
 
     Args:
         hidden_nd: Floating point, of the same type as ``weight_vd`` (unless under autocast).
-        weight_vd: The unembedding. If it does not require a gradient, none is computed.
+        weight_vd: The unembedding.
         bias_v: Its bias, or None.
-        labels_n: int64; ``IGNORED_LABEL`` takes no part.
+        labels_n: int64.
         label_smoothing: As for ``cross_entropy_sum``.
         backend: What computes it; None for ``fastest_backend``.
-        chunk_bytes: What the logits of one chunk may take.
-
-    Returns:
-        The sum, a scalar in float32 at least.
+        chunk_bytes: Limit for the logits of one chunk.
     """
     device = hidden_nd.device.type
     if torch.is_autocast_enabled(device):  # which does not reach into an autograd function
@@ -82,70 +75,51 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():  # autograd functions ask tensors, not the mode, what needs a gradient
         hidden_nd, weight_vd = hidden_nd.detach(), weight_vd.detach()
         bias_v = None if bias_v is None else bias_v.detach()
-    inputs = _Inputs(hidden_nd, weight_vd, bias_v, labels_n, label_smoothing)
+    inputs = (hidden_nd, weight_vd, bias_v, labels_n, label_smoothing)
     match backend:
         case "full":
             return cross_entropy_sum(F.linear(hidden_nd, weight_vd, bias_v), labels_n, label_smoothing)
         case "liger":
-            return _liger(inputs)
+            return _liger(*inputs)
         case "torch":
-            return _torch(inputs, rows)
+            return _torch(*inputs, rows)
         case "chunked":
             chunked: Tensor = _ChunkedLinearCrossEntropy.apply(*inputs, rows)  # type: ignore[no-untyped-call]
             return chunked
 
 
-class _Inputs(NamedTuple):
-    """See ``linear_cross_entropy``."""
-
-    hidden_nd: Tensor
-    weight_vd: Tensor
-    bias_v: Tensor | None
-    labels_n: Tensor
-    label_smoothing: float
-
-
 def fastest_backend(hidden_nd: Tensor, label_smoothing: float = 0.0) -> Backend:
-    """What to compute more logits with than fit into a chunk.
+    """What to compute more logits with than fit into a chunk: on a GPU Liger's kernels, if installed.
 
-    On a GPU Liger's kernels, where they are installed. torch's own function, at the same chunk size,
-    takes as long as ours on a CPU, and several times as long at the chunk size it chooses; it knows no
-    label smoothing, and returns the loss of half precision inputs in half precision. So it is taken on
-    accelerators only, and where neither matters.
+    torch's own function is no faster than ours on a CPU, knows no label smoothing, and returns the loss of
+    half precision inputs in half precision: it is taken on accelerators, where neither matters.
     """
-    on_accelerator = hidden_nd.device.type != "cpu"
     if hidden_nd.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         return "liger"
-    has_torchs = hasattr(F, "linear_cross_entropy") and hidden_nd.dtype.itemsize >= 4
-    return "torch" if on_accelerator and has_torchs and label_smoothing == 0 else "chunked"
+    suits_torch = hidden_nd.device.type != "cpu" and hidden_nd.dtype.itemsize >= 4 and label_smoothing == 0
+    return "torch" if suits_torch and hasattr(F, "linear_cross_entropy") else "chunked"
 
 
-def _torch(inputs: _Inputs, rows: int) -> Tensor:
-    return F.linear_cross_entropy(
-        inputs.hidden_nd,
-        inputs.weight_vd,
-        inputs.labels_n,
-        linear_bias=inputs.bias_v,
-        reduction="sum",
-        ignore_index=IGNORED_LABEL,
-        label_smoothing=inputs.label_smoothing,
-        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None),
-    )
+def _torch(
+    hidden_nd: Tensor, weight_vd: Tensor, bias_v: Tensor | None, labels_n: Tensor, smoothing: float, rows: int
+) -> Tensor:
+    options: dict[str, Any] = {
+        "linear_bias": bias_v,
+        "ignore_index": IGNORED_LABEL,
+        "label_smoothing": smoothing,
+        "options": torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None),
+    }
+    return F.linear_cross_entropy(hidden_nd, weight_vd, labels_n, reduction="sum", **options)
 
 
-def _liger(inputs: _Inputs) -> Tensor:
+def _liger(
+    hidden_nd: Tensor, weight_vd: Tensor, bias_v: Tensor | None, labels_n: Tensor, smoothing: float
+) -> Tensor:
     # Not imported by name: it is an extra, and importing it takes a GPU.
     liger: Any = importlib.import_module("liger_kernel.transformers.functional")
-    loss: Tensor = liger.liger_fused_linear_cross_entropy(
-        inputs.hidden_nd,
-        inputs.weight_vd,
-        inputs.labels_n,
-        inputs.bias_v,
-        ignore_index=IGNORED_LABEL,
-        label_smoothing=inputs.label_smoothing,
-        reduction="sum",
-        accum_dtype=torch.float32,  # of the weight's gradient, over chunks
-    )
+    options = {"ignore_index": IGNORED_LABEL, "label_smoothing": smoothing, "reduction": "sum"}
+    options["accum_dtype"] = torch.float32  # of the weight's gradient, over chunks
+    loss: Tensor = liger.liger_fused_linear_cross_entropy(hidden_nd, weight_vd, labels_n, bias_v, **options)
     return loss
 
 

@@ -3,9 +3,8 @@
     base_nd ──── rows 0..r ──► unembed ──► log p_rv ─┐
     hidden_nd ── rows 0..r ──► unembed ──► log q_rv ─┴► sum of p (log p - log q) ──► gradient of the rows
 
-Outputs over a vocabulary are large, and here there are two sets of them. As in the chunked cross-entropy
-(``ds_interlock.heads.cross_entropy``) a few hundred positions at a time are computed, and their gradient with
-them, in the forward pass.
+As in the chunked cross-entropy (``cross_entropy.py``) a few hundred positions at a time are computed, and
+their gradient with them, in the forward pass.
 
 Shape suffixes: n positions, r positions of a chunk, d hidden width, v output (vocabulary) entry.
 """
@@ -34,17 +33,13 @@ def kl_divergence(
         base_nd: The same shape and type; a constant.
         unembed: From ``[r, d]`` to ``[r, v]``, each position by itself; its weights are frozen.
         num_outputs: v.
-        chunk_bytes: What the outputs of one chunk may take, both sets together, in float32 at least.
-
-    Returns:
-        The sum, a scalar in float32 at least.
+        chunk_bytes: Limit for both sets of outputs of one chunk, in float32 at least.
     """
     rows = max(1, chunk_bytes // (2 * num_outputs * wide(hidden_nd.dtype).itemsize))
     if not torch.is_grad_enabled():  # autograd functions ask tensors, not the mode, what needs a gradient
         hidden_nd = hidden_nd.detach()
-    total: Tensor = _ChunkedDivergence.apply(  # type: ignore[no-untyped-call]
-        hidden_nd, base_nd.detach(), unembed, rows
-    )
+    inputs = (hidden_nd, base_nd.detach(), unembed, rows)
+    total: Tensor = _ChunkedDivergence.apply(*inputs)  # type: ignore[no-untyped-call]
     return total
 
 

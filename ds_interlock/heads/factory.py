@@ -12,19 +12,16 @@ A head repeats the output layers of its model, which are found from the last lay
     block_linear                    ├─► block ─► norm ─► unembedding ─► ...
     lens                            └─► norm* ─► translator ─► unembedding* ─► ...     (*: frozen copies)
 
-A head module may have a method ``loss(hidden, labels, loss_fn)``, which then computes its loss in
-place of ``loss_fn(head(hidden), labels)``. The heads built here use it for ``token_fraction``, to learn from
-the base model's outputs (``kl_weight``), and to compute the loss without all logits where the loss function
-knows how: where it has a method
+A head's method ``loss(hidden, labels, loss_fn)`` is used in place of ``loss_fn(head(hidden), labels)``: for
+``token_fraction``, for ``kl_weight``, and without all logits where the loss function has a method
 
     fused_linear(hidden, weight, bias, labels)     the same as loss_fn(F.linear(hidden, weight, bias), labels)
 
-Shape suffixes: b batch, t position in the sequence, d hidden width, n chosen positions, v output
-(vocabulary) entry. Where a suffix ends in ``td``, any number of position dimensions is meant.
+Shape suffixes: b batch, t position (any number of dimensions), d hidden width, n chosen positions.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +30,7 @@ from ds_interlock.config import HeadConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.heads.divergence import kl_divergence
 from ds_interlock.heads.labels import IGNORED_LABEL, Labels
-from ds_interlock.heads.output_layers import PASS_HEAD, Layer, find_output_layers
+from ds_interlock.heads.output_layers import PASS_HEAD, Layer, find_output_layers, first_tensor
 from ds_interlock.heads.readout import UNEMBEDDING, another_like, make_readout
 from ds_interlock.schedule.plan import LossHead
 
@@ -44,13 +41,10 @@ HeadFactory = Callable[[LossHead], nn.Module]
 def head_factory(config: HeadConfig, layers: Sequence[Layer], pretrained: bool = False) -> HeadFactory:
     """The heads of a model whose user passes none. Looks at the model at once, builds heads when called.
 
-    Nothing is allocated for the look, and no random number is drawn.
-
     The frozen copies of a ``lens`` are made by building the model's last layers once more, when the head
-    is built. Layers that draw their weights from a seed of their own, as those of ``ds_interlock.models``
-    do, and layers given as modules are thus copied exactly. One that draws from the global generator (a
-    plain ``LayerSpec(nn.Linear, ...)``) is drawn anew, from the head's seed: fixed, but another one than
-    the model's.
+    is built. Layers with a seed of their own, as those of ``ds_interlock.models``, and layers that are
+    modules are thus copied exactly. One that draws from the global generator (a plain
+    ``LayerSpec(nn.Linear, ...)``) is drawn again, from the head's seed: fixed, but not as in the model.
 
     Args:
         config: The section ``"interlock.head"``.
@@ -82,22 +76,14 @@ def head_factory(config: HeadConfig, layers: Sequence[Layer], pretrained: bool =
 
 
 class AuxiliaryHead(nn.Module):
-    """A readout of the hidden state, after one more block if there is a ``block``.
+    """A readout of the hidden state of ``width`` d, after one more block if there is a ``block``.
 
-    Args:
-        readout: From hidden states ``[..., d]`` to outputs ``[..., v]``, each position by itself. Its part
-            ``unembedding`` makes the outputs.
-        width: d.
-        config: What the head learns from, and on which share of the positions.
-        block: From the layers' hidden state (whatever it is) to one of the same form.
+    ``readout`` turns hidden states ``[..., d]`` into outputs ``[..., v]``, each position by itself; its part
+    ``unembedding`` makes the outputs.
     """
 
     def __init__(
-        self,
-        readout: nn.Sequential,
-        width: int,
-        config: HeadConfig,
-        block: nn.Module | None = None,
+        self, readout: nn.Sequential, width: int, config: HeadConfig, block: nn.Module | None
     ) -> None:
         super().__init__()
         self.block = block
@@ -113,8 +99,7 @@ class AuxiliaryHead(nn.Module):
     def loss(self, hidden: Any, labels: Any, loss_fn: LossFn) -> Tensor:
         """The loss of this head: in evaluation the model's loss, in training what the head learns from.
 
-        That is the model's loss, the divergence from the base model, or both, as ``config`` weights them,
-        estimated without bias from a share of the positions if it says so.
+        That is the model's loss, the divergence from the base model, or both, as ``config`` weights them.
 
         Args:
             hidden: As for ``forward``.
@@ -140,25 +125,19 @@ class AuxiliaryHead(nn.Module):
         return sum(losses[1:], start=losses[0])
 
     def _to_unembedding(self, hidden_btd: Tensor) -> Tensor:
-        for part in list(self.readout)[: self._unembedding_at]:
-            hidden_btd = part(hidden_btd)
-        return hidden_btd
+        return cast(Tensor, self.readout[: self._unembedding_at](hidden_btd))
 
     def _unembed(self, hidden_btd: Tensor) -> Any:
         """Outputs of what ``_to_unembedding`` returns."""
-        outputs = hidden_btd
-        for part in list(self.readout)[self._unembedding_at :]:
-            outputs = part(outputs)
-        return outputs
+        return self.readout[self._unembedding_at :](hidden_btd)
 
     def _cross_entropy(self, hidden_btd: Tensor, labels: Any, loss_fn: LossFn) -> Tensor:
         """The model's loss, from what ``_to_unembedding`` returns."""
         last = self.readout[-1]
         fused_linear = getattr(loss_fn, "fused_linear", None)
-        if not (self.config.fused and fused_linear and isinstance(last, nn.Linear)):
-            return loss_fn(self._unembed(hidden_btd), labels)
-        loss: Tensor = fused_linear(hidden_btd, last.weight, last.bias, labels)
-        return loss
+        if self.config.fused and fused_linear and isinstance(last, nn.Linear):
+            return cast(Tensor, fused_linear(hidden_btd, last.weight, last.bias, labels))
+        return loss_fn(self._unembed(hidden_btd), labels)
 
     def _divergence(self, hidden_btd: Tensor, labels: Any) -> Tensor:
         """KL(base || head) at the labelled positions, divided by their normaliser."""
@@ -169,23 +148,21 @@ class AuxiliaryHead(nn.Module):
                 "normaliser, base), base being the base model's hidden states before its unembedding, "
                 f"{list(hidden_btd.shape)}; set it to 0, or let the data bring them"
             )
-        unembedding = self.readout[self._unembedding_at]
-        assert isinstance(unembedding, nn.Linear)
+        num_outputs = cast(nn.Linear, self.readout[self._unembedding_at]).out_features
         labelled = _labelled_positions(parts.labels)
         hidden_nd, base_nd = _at(labelled, hidden_btd), _at(labelled, parts.base).to(hidden_btd.dtype)
-        return kl_divergence(hidden_nd, base_nd, self._unembed, unembedding.out_features) / parts.divisor
+        return kl_divergence(hidden_nd, base_nd, self._unembed, num_outputs) / parts.divisor
 
     def _before_readout(self, hidden: Any) -> Tensor:
-        hidden_btd = _first(hidden)
+        hidden_btd = first_tensor(hidden)
         if hidden_btd.shape[-1] != self.width:
             raise ConfigError(
                 f"interlock.head: the hidden state is {list(hidden_btd.shape)}, but the model's unembedding "
-                f"takes vectors of {self.width}, so no head can follow this layer that is of type linear, "
-                f"norm_linear, low_rank, block_linear or lens. {PASS_HEAD}"
+                f"takes vectors of {self.width}, so no built-in head can follow this layer. {PASS_HEAD}"
             )
         if self.block is None:
             return hidden_btd
-        after = _first(self.block(hidden))
+        after = first_tensor(self.block(hidden))
         if after.shape != hidden_btd.shape:
             raise ConfigError(
                 f"interlock.head.type: block_linear needs a layer before the head that keeps the hidden "
@@ -195,26 +172,18 @@ class AuxiliaryHead(nn.Module):
         return after
 
 
-def _first(hidden: Any) -> Tensor:
-    first = hidden[0] if isinstance(hidden, tuple | list) else hidden
-    assert isinstance(first, Tensor), f"a hidden state is a tensor, not a {type(first).__name__}"
-    return first
-
-
 def _sample_positions(hidden_btd: Tensor, labels: Any, fraction: float) -> tuple[Tensor, Any]:
     """A random share of the labelled positions, as one sequence ``[1, n, d]`` with its labels.
 
-    Drawn from the device's global generator, whose state is part of a checkpoint. Every subset of n
-    positions is equally likely, so a mean over it is an unbiased estimate of the mean over all. So is a sum
-    that is divided by a normaliser, if that shrinks with the number of positions.
+    Drawn from the device's global generator, whose state is part of a checkpoint. A mean over the share is
+    an unbiased estimate of the mean over all; so is a sum divided by a normaliser that shrinks as much.
     """
     parts = Labels.parse(labels)
     if parts is None or parts.labels.shape != hidden_btd.shape[:-1]:
         got = type(labels).__name__ if parts is None else list(parts.labels.shape)
         raise ConfigError(
-            f"interlock.head.token_fraction: {fraction} needs one label for each position: a tensor "
-            f"{list(hidden_btd.shape[:-1])} for hidden states {list(hidden_btd.shape)}, got {got}; "
-            "set it to 1"
+            f"interlock.head.token_fraction: {fraction} needs one label for each position, a tensor "
+            f"{list(hidden_btd.shape[:-1])} for states {list(hidden_btd.shape)}, not {got}; set it to 1"
         )
     labelled = _labelled_positions(parts.labels)
     num_labelled = len(labelled)

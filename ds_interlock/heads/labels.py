@@ -5,9 +5,9 @@
     (labels, normaliser)          ... the sum over them, divided by ``normaliser``
     (labels, normaliser, base)    ... and ``base`` says what the frozen base model makes of each position
 
-A batch is the mean of its micro-batches. Where these have different numbers of labels, a mean of means
-gives more weight to the labels of a short one. ``normaliser`` mends that: it is the number of labels in the
-whole batch, divided by the number of micro-batches in it (and of replicas), and the same in all of them.
+A batch is the mean of its micro-batches, and a mean of means gives more weight to the labels of a short one.
+``normaliser`` corrects that: it is the number of labels in the whole batch, divided by the number of
+micro-batches in it (and of replicas), and the same in all of them.
 
 Shape suffixes: b micro-batch, t position, d width; 1 a single number.
 """
@@ -21,18 +21,14 @@ IGNORED_LABEL = -100
 
 
 class Labels(NamedTuple):
-    """Labels in their parts; as a tuple again, without what is None, they travel through the pipeline.
-
-    Attributes:
-        labels: int64 ``[b, t]``; ``[b]`` if whole sequences are classified.
-        normaliser: float32 ``[1]``, above 0; None to divide by the number of labels that count.
-        base: ``[b, t, d]``, the base model's last hidden state, after its final norm: what its unembedding
-            turns into outputs.
-    """
+    """Labels in their parts."""
 
     labels: Tensor
+    """int64 ``[b, t]``; ``[b]`` if whole sequences are classified."""
     normaliser: Tensor | None = None
+    """float32 ``[1]``, above 0; None to divide by the number of labels that count."""
     base: Tensor | None = None
+    """``[b, t, d]``, what the base model's unembedding turns into outputs."""
 
     @classmethod
     def parse(cls, value: Any) -> "Labels | None":

@@ -15,12 +15,10 @@ from ds_interlock.heads.labels import Labels
 class LMLoss(nn.Module):
     """Mean cross-entropy over the labels of a micro-batch that are not ``IGNORED_LABEL``; 0 if all are.
 
-    Labels come in the three forms of ``ds_interlock.heads.labels``; the base model's hidden states have no
-    part in this loss. They are not shifted here: ``labels_bt[:, t]`` is the token after position t. Outputs
-    ``[b, c]`` with labels ``[b]``, one class for each sequence, are accepted too.
-
-    ``PipelineModule`` keeps the loss as a submodule, so it follows ``train()`` and ``eval()``: labels are
-    smoothed in training only, and validation losses are comparable whatever the smoothing.
+    Labels come in the three forms of ``ds_interlock.heads.labels``, and are not shifted here:
+    ``labels_bt[:, t]`` is the token after position t. Outputs ``[b, c]`` with labels ``[b]``, one class for
+    each sequence, are accepted too. ``PipelineModule`` keeps the loss as a submodule, so it follows
+    ``train()`` and ``eval()``: labels are smoothed in training only.
     """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
@@ -54,17 +52,13 @@ class LMLoss(nn.Module):
 def _parsed(labels: Any) -> Labels:
     parts = Labels.parse(labels)
     if parts is None:
+        got = labels if isinstance(labels, tuple | list) else [labels]
+        described = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in got]
         raise ConfigError(
             "the language model's loss takes labels as a tensor, or as a tuple (labels, normaliser) or "
-            f"(labels, normaliser, base) of tensors, the normaliser a single number; got {_described(labels)}"
+            f"(labels, normaliser, base) of tensors, the normaliser a single number; got {described}"
         )
     return parts
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return "(" + ", ".join(map(_described, value)) + ")"
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def lm_loss(label_smoothing: float = 0.0) -> LMLoss:

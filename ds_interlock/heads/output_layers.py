@@ -27,35 +27,31 @@ Layer: TypeAlias = Any  # LayerSpec (which has no types), nn.Module, or a functi
 _DEFAULT_STD = 0.02
 
 PASS_HEAD = (
-    "Pass heads of your own: InterlockPipelineModule(..., head=make_head), where "
-    "make_head(head: LossHead) -> nn.Module returns what turns the hidden state into what the model's last "
-    "layer would output"
+    "Pass heads of your own: InterlockPipelineModule(..., head=make_head), where make_head(head: LossHead) "
+    "-> nn.Module turns the hidden state into what the model's last layer would output"
 )
 
 
 @dataclass(frozen=True)
 class OutputLayers:
-    """The last layers of a model, as far as a head repeats them.
-
-    Attributes:
-        width: Width of the hidden state, d.
-        num_outputs: Number of entries of an output, v.
-        bias: Whether the unembedding has one.
-        init_std: Standard deviation of the unembedding's initial weights; None for torch's own default.
-        make_norm: Builds a norm like the one before the unembedding; None without one.
-        copy_norm: A copy of that norm with the model's values, frozen; None without one.
-        copy_unembedding: A copy of the unembedding with the model's values, frozen.
-        tail: What follows the unembedding. It has no weights.
-    """
+    """The last layers of a model, as far as a head repeats them. Frozen copies have the model's values."""
 
     width: int
+    """Of the hidden state, d."""
     num_outputs: int
+    """v."""
     bias: bool
+    """Whether the unembedding has one."""
     init_std: float | None
+    """Standard deviation of the unembedding's initial weights; None for torch's own default."""
     make_norm: Callable[[], nn.Module] | None
+    """Builds a norm like the one before the unembedding; None without one."""
     copy_norm: Callable[[], nn.Module] | None
+    """A frozen copy of that norm; None without one."""
     copy_unembedding: Callable[[], nn.Linear]
+    """A frozen copy of the unembedding."""
     tail: tuple[Layer, ...]
+    """What follows the unembedding. It has no weights."""
 
 
 def find_output_layers(layers: Sequence[Layer]) -> OutputLayers:
@@ -70,9 +66,9 @@ def find_output_layers(layers: Sequence[Layer]) -> OutputLayers:
     tail: list[Layer] = []
     pieces = _from_the_end(layers)
     for last in pieces:
-        if last.module is not None and has_weights(last.module):
+        if has_weights(last.module):
             break
-        tail.insert(0, last.layer)
+        tail.insert(0, last.module if last.path else last.owner)
     else:
         raise ConfigError(f"no auxiliary head can be derived: no layer has weights. {PASS_HEAD}")
     unembedding = _unembedding(last)
@@ -83,7 +79,7 @@ def find_output_layers(layers: Sequence[Layer]) -> OutputLayers:
         width=width,
         num_outputs=num_outputs,
         bias=unembedding.bias_name is not None,
-        init_std=_init_std(last.layer, unembedding.weight),
+        init_std=_init_std(last.owner, unembedding.weight),
         make_norm=None if norm is None else partial(_like, norm.module, width),
         copy_norm=None if norm is None else partial(_frozen_copy, norm),
         copy_unembedding=partial(_frozen_linear, last.owner, unembedding.weight_name, unembedding.bias_name),
@@ -91,24 +87,12 @@ def find_output_layers(layers: Sequence[Layer]) -> OutputLayers:
     )
 
 
-class _Piece(NamedTuple):
-    """A layer, or a part of a layer that is a Sequential.
-
-    ``owner`` is the layer as the model has it, in which ``module`` is at ``path``.
-    """
-
-    layer: Layer
-    module: nn.Module | None
-    owner: Layer
-    path: str = ""
-
-
 class _Part(NamedTuple):
     """A module, and where to find it with its weights: at ``path`` in the layer ``owner``."""
 
     module: nn.Module
     owner: Layer
-    path: str
+    path: str = ""
 
 
 class _Unembedding(NamedTuple):
@@ -120,38 +104,47 @@ class _Unembedding(NamedTuple):
     before: list[_Part]
 
 
-def _from_the_end(layers: Sequence[Layer]) -> Iterator[_Piece]:
-    """Each layer, the last first, with what it builds, if it builds anything; a Sequential in its parts."""
+def _from_the_end(layers: Sequence[Layer]) -> Iterator[_Part]:
+    """The layers, the last first; a Sequential in its parts."""
     for number in reversed(range(len(layers))):
         layer = layers[number]
         module = look_at(layer, f"layer {number}")
         if type(module) is nn.Sequential:
             # The parts of a spec exist on the meta device only: as parts of the tail they have no weights,
             # and so nothing that would have to be allocated.
-            yield from (_Piece(part, part, layer, name) for name, part in reversed(module._modules.items()))
+            parts = reversed(module._modules.items())
+            yield from (_Part(part, layer, name) for name, part in parts if part is not None)
         else:
-            yield _Piece(layer, module, layer)
+            yield _Part(module, layer)
 
 
-def _parts(piece: _Piece) -> list[_Part]:
-    if piece.module is None:
-        return []
-    return [_Part(part, piece.owner, name) for name, part in piece.module.named_modules(prefix=piece.path)]
+def _parts(piece: _Part) -> list[_Part]:
+    named = piece.module.named_modules(prefix=piece.path)
+    return [_Part(module, piece.owner, name) for name, module in named]
 
 
-def look_at(layer: Layer, name: str) -> nn.Module | None:
-    """The module of ``layer``, built without memory if it does not exist yet; None for a function.
+class Function(nn.Module):
+    """A plain function among modules."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, inputs: Any) -> Any:
+        return self.function(inputs)
+
+
+def look_at(layer: Layer, name: str) -> nn.Module:
+    """The module of ``layer``, built without memory if it does not exist yet.
 
     Raises:
         ConfigError: If a specification cannot be built on the meta device; ``name`` says which.
     """
-    if isinstance(layer, nn.Module):
-        return layer
     if not isinstance(layer, LayerSpec):
-        return None
+        return layer if isinstance(layer, nn.Module) else Function(layer)
     try:
         with torch.device("meta"):
-            return built(layer)
+            return build(layer)
     except (RuntimeError, NotImplementedError) as error:
         raise ConfigError(
             f"no auxiliary head can be derived: {name}, {layer!r}, cannot be built on the meta device "
@@ -159,10 +152,9 @@ def look_at(layer: Layer, name: str) -> nn.Module | None:
         ) from error
 
 
-def built(spec: LayerSpec) -> nn.Module:
+def build(spec: LayerSpec) -> nn.Module:
     """The module of ``spec``, with weights of its own."""
-    module = spec.build()
-    assert isinstance(module, nn.Module), "LayerSpec takes no other class"
+    module: nn.Module = spec.build()
     return module
 
 
@@ -171,10 +163,16 @@ def has_weights(module: nn.Module, recurse: bool = True) -> bool:
     return next(module.parameters(recurse), None) is not None
 
 
-def _unembedding(last: _Piece) -> _Unembedding:
-    assert last.module is not None
-    if isinstance(last.layer, TiedLayerSpec) and last.layer.forward_fn is not None:
-        for attribute in last.layer.tied_weight_attr:
+def first_tensor(hidden: Any) -> Tensor:
+    """The hidden state among what a layer returns."""
+    first = hidden[0] if isinstance(hidden, tuple | list) else hidden
+    assert isinstance(first, Tensor), f"a hidden state is a tensor, not a {type(first).__name__}"
+    return first
+
+
+def _unembedding(last: _Part) -> _Unembedding:
+    if isinstance(last.owner, TiedLayerSpec) and last.owner.forward_fn is not None and not last.path:
+        for attribute in last.owner.tied_weight_attr:
             weight = _at(last.module, attribute)
             if weight.dim() == 2:
                 return _Unembedding(weight, attribute, None, [])
@@ -227,7 +225,7 @@ def _like(norm: nn.Module, width: int) -> nn.Module:
 
 
 def _init_std(layer: Layer, weight: Tensor) -> float | None:
-    """How the model initialises its unembedding, where that can be seen; see ``OutputLayers.init_std``."""
+    """How the model initialises its unembedding, where that can be seen."""
     if isinstance(layer, LayerSpec):
         return None if layer.typename is nn.Linear else _DEFAULT_STD
     return _DEFAULT_STD if weight.is_meta else float(weight.detach().float().std())
@@ -238,7 +236,7 @@ def _init_std(layer: Layer, weight: Tensor) -> float | None:
 
 
 def _with_values(layer: Layer) -> nn.Module:
-    return built(layer) if isinstance(layer, LayerSpec) else layer
+    return build(layer) if isinstance(layer, LayerSpec) else layer
 
 
 def _frozen_copy(part: _Part) -> nn.Module:

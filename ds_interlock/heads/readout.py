@@ -7,15 +7,14 @@ Shape suffixes: b batch, t position in the sequence, d hidden width.
 """
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections import OrderedDict
 
 from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
 from ds_interlock.config import HeadConfig
 from ds_interlock.errors import ConfigError
-from ds_interlock.heads.output_layers import Layer, OutputLayers, built, has_weights, look_at
+from ds_interlock.heads.output_layers import Function, Layer, OutputLayers, build, has_weights, look_at
 
 UNEMBEDDING = "unembedding"
 
@@ -23,16 +22,12 @@ UNEMBEDDING = "unembedding"
 def make_readout(config: HeadConfig, output_layers: OutputLayers) -> nn.Sequential:
     """Norm, unembedding and what follows it, as ``config.type`` says."""
     parts = _lens(config, output_layers) if config.type == "lens" else _new_parts(config, output_layers)
-    readout = nn.Sequential()
-    for name, part in parts.items():
-        readout.add_module(name, part)
-    for number, layer in enumerate(output_layers.tail):
-        readout.add_module(f"tail_{number}", _another_weightless(layer))
-    return readout
+    tail = {f"tail_{number}": _another_weightless(layer) for number, layer in enumerate(output_layers.tail)}
+    return nn.Sequential(OrderedDict(parts | tail))
 
 
 def _lens(config: HeadConfig, output_layers: OutputLayers) -> dict[str, nn.Module]:
-    """A translator on one side of the frozen norm.
+    """A translator before or after the frozen norm.
 
     After the norm, ``unembedding(translator(x))`` is an unembedding again; the constant that a bias adds
     needs a bias of the norm or the unembedding to go into.
@@ -49,20 +44,22 @@ def _lens(config: HeadConfig, output_layers: OutputLayers) -> dict[str, nn.Modul
 
 def _new_parts(config: HeadConfig, output_layers: OutputLayers) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {}
-    width = output_layers.width
+    width, std = output_layers.width, output_layers.init_std
     if output_layers.make_norm is not None and config.type != "linear":
         parts["norm"] = output_layers.make_norm()
     if config.type == "low_rank":
         parts["down"] = nn.Linear(width, config.rank, bias=False)
         width = config.rank
-    parts[UNEMBEDDING] = _new_unembedding(width, output_layers)
+    parts[UNEMBEDDING] = unembedding = nn.Linear(width, output_layers.num_outputs, bias=output_layers.bias)
+    if std is not None:
+        nn.init.normal_(unembedding.weight, std=std)
+        if output_layers.bias:
+            nn.init.zeros_(unembedding.bias)
     return parts
 
 
 class Translator(nn.Module):
-    """An affine map of the hidden state that starts as the identity: ``[..., d]`` to ``[..., d]``.
-
-    It turns the hidden state of a layer into the basis that a frozen unembedding reads.
+    """An affine map of the hidden state, at first the identity, into the basis that an unembedding reads.
 
     Source: Belrose et al.: Eliciting Latent Predictions from Transformers with the Tuned Lens,
     arXiv 2303.08112, 2023, section 3.
@@ -78,30 +75,10 @@ class Translator(nn.Module):
         return hidden_btd + self.change(hidden_btd)  # type: ignore[no-any-return]
 
 
-class _Function(nn.Module):
-    """A plain function among modules."""
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, inputs: Any) -> Any:
-        return self.function(inputs)
-
-
-def _new_unembedding(width: int, output_layers: OutputLayers) -> nn.Linear:
-    unembedding = nn.Linear(width, output_layers.num_outputs, bias=output_layers.bias)
-    if output_layers.init_std is not None:
-        nn.init.normal_(unembedding.weight, std=output_layers.init_std)
-        if output_layers.bias:
-            nn.init.zeros_(unembedding.bias)
-    return unembedding
-
-
 def _another_weightless(layer: Layer) -> nn.Module:
     if isinstance(layer, LayerSpec):
-        return built(layer)
-    return copy.deepcopy(layer) if isinstance(layer, nn.Module) else _Function(layer)
+        return build(layer)
+    return copy.deepcopy(layer) if isinstance(layer, nn.Module) else Function(layer)
 
 
 def another_like(layer: Layer, name: str) -> nn.Module:
@@ -111,16 +88,16 @@ def another_like(layer: Layer, name: str) -> nn.Module:
         ConfigError: If ``layer`` is no block: a function, an embedding, a layer without weights.
     """
     module = look_at(layer, name)
-    parts = [] if module is None else [part for part in module.modules() if has_weights(part, recurse=False)]
-    if module is None or not parts or isinstance(parts[0], nn.Embedding):
-        what = getattr(layer, "__name__", repr(layer)) if module is None else type(module).__name__
+    parts = [part for part in module.modules() if has_weights(part, recurse=False)]
+    if not parts or isinstance(parts[0], nn.Embedding):
+        what = getattr(layer, "__name__", type(module).__name__)
         raise ConfigError(
             "interlock.head.type: block_linear repeats the layer before the head, which must turn a "
             f"hidden state into a hidden state; {name} is {what}. Choose another type, or cut the stages "
             "elsewhere"
         )
     if isinstance(layer, LayerSpec):
-        return built(layer)
+        return build(layer)
     another = copy.deepcopy(module)
     for part in another.modules():
         reset = getattr(part, "reset_parameters", None)

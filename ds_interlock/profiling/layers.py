@@ -1,7 +1,6 @@
 """What each layer of a model costs: timed on the device at hand, or counted in floating-point operations.
 
-A layer is timed by itself, with the arguments it was called with in the whole model, all layers in turn.
-Both ways of measuring walk a layer in the same four passes:
+A layer is timed by itself, with its arguments in the whole model. Both ways of measuring run four passes:
 
     forward          layer(*inputs)
     input gradient   d output / d input alone, as a relay computes it
@@ -16,16 +15,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ds_interlock.heads.output_layers import first_tensor
 from ds_interlock.planning.profile import HeadProfile, LayerProfile
 
 MakeOptimizer = Callable[[list[Tensor]], Any]
-"""Makes the optimizer of some parameters."""
 
 _BYTES_PER_PARAMETER_AND_STEP = 28
 """Adam in float32: weight, gradient and two moments read, three of them written."""
@@ -36,45 +35,24 @@ _FLOPS_PER_BYTE = 100
 
 @dataclass(frozen=True)
 class LayerCall:
-    """A layer and what the model called it with.
-
-    Attributes:
-        name: Of the layer, for people.
-        module: The layer.
-        inputs: Positional arguments; the first floating-point tensor is the hidden state.
-        options: Keyword arguments.
-    """
+    """A layer, its name for people, and what the model called it with."""
 
     name: str
     module: nn.Module
     inputs: tuple[Any, ...]
+    """The first floating-point tensor is the hidden state."""
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Meter(Protocol):
-    """Runs pieces of work and says how many seconds they take."""
-
-    num_rounds: int
-    """How many times everything is measured; of several rounds the first does not count."""
-
-    def __call__(self, work: Callable[[], Any]) -> tuple[float, Any]:
-        """Seconds that ``work`` took or would take, and its result."""
-
-
 class Stopwatch:
-    """A meter that times on the device.
-
-    Args:
-        synchronize: Waits for the device.
-        num_rounds: Rounds that count, after one that does not.
-    """
+    """Times work on the device that ``synchronize`` waits for: in ``num_rounds``, after one left out."""
 
     def __init__(self, synchronize: Callable[[], None], num_rounds: int = 5) -> None:
         self.synchronize = synchronize
         self.num_rounds = num_rounds + 1
 
     def __call__(self, work: Callable[[], Any]) -> tuple[float, Any]:
-        """Seconds from an idle device to an idle device."""
+        """Seconds that ``work`` takes, and its result."""
         self.synchronize()
         start = time.perf_counter()
         result = work()
@@ -82,23 +60,21 @@ class Stopwatch:
         return time.perf_counter() - start, result
 
 
+@dataclass(frozen=True)
 class FlopMeter:
-    """A meter for tensors without contents: floating-point operations over an assumed speed.
+    """Counts operations on tensors without contents, at what a device is taken to reach, not its peak."""
 
-    Args:
-        flops_per_second: What the device is taken to reach, not its peak.
-    """
-
+    flops_per_second: float
     num_rounds = 1
 
-    def __init__(self, flops_per_second: float) -> None:
-        self.flops_per_second = flops_per_second
-
     def __call__(self, work: Callable[[], Any]) -> tuple[float, Any]:
-        """Seconds that the matrix products and attention of ``work`` would take."""
+        """Seconds that the matrix products and attention of ``work`` would take, and its result."""
         with FlopCounterMode(display=False) as counter:
             result = work()
         return float(counter.get_total_flops()) / self.flops_per_second, result
+
+
+Meter = Stopwatch | FlopMeter
 
 
 class _Layer:
@@ -165,14 +141,8 @@ def profile_layers(
 ) -> list[LayerProfile]:
     """The costs of layers, each timed by itself, one after the other in the order of training.
 
-    A layer timed over and over would find its weights in the processor's cache, where they are not when
-    a whole model is walked through.
-
-    Args:
-        calls: The layers and their inputs, on the device to measure on.
-        meter: A ``Stopwatch`` or a ``FlopMeter``.
-        optimizer: Makes the optimizer of a list of parameters; None to leave the step out.
-        progress: Called with what is being measured.
+    A layer timed over and over would find its weights in the processor's cache, where they are not when a
+    whole model runs. Without ``optimizer`` its step costs nothing.
     """
     layers = [_Layer(call) for call in calls]
     for number in range(meter.num_rounds):
@@ -194,13 +164,7 @@ def _median(seconds: Sequence[float]) -> float:
 
 
 def loss_seconds(loss: Callable[[Tensor], Tensor], value: Tensor, meter: Meter) -> float:
-    """Median time of a loss, forward and backward.
-
-    Args:
-        loss: From ``value`` to a scalar.
-        value: A hidden state, or outputs of the model.
-        meter: See ``profile_layers``.
-    """
+    """Median time of ``loss(value)``, forward and backward."""
     leaf = value.detach().requires_grad_()
     rounds = range(meter.num_rounds)
     return _median([meter(lambda: loss(leaf).backward())[0] for _ in rounds])  # type: ignore[no-untyped-call]
@@ -214,16 +178,7 @@ def profile_head(
     optimizer: MakeOptimizer | None,
     head_type: str,
 ) -> HeadProfile:
-    """The cost of one auxiliary head: forward, and backward to its weights and its input.
-
-    Args:
-        head: The head, for its parameters.
-        loss: From a hidden state to the head's loss.
-        hidden: A hidden state as it arrives there.
-        meter: See ``profile_layers``.
-        optimizer: See ``profile_layers``.
-        head_type: Its ``interlock.head.type``.
-    """
+    """The cost of one auxiliary head: ``loss(hidden)`` forward, and backward to its weights and its input."""
     parameters = [p for p in head.parameters() if p.requires_grad]
     seconds = loss_seconds(loss, hidden, meter)
     steps = [_step_seconds(parameters, meter, optimizer) for _ in range(meter.num_rounds)]
@@ -254,33 +209,23 @@ def _step_seconds(parameters: Sequence[Tensor], meter: Meter, optimizer: MakeOpt
     return seconds
 
 
-def first_tensor(value: Any) -> Tensor:
-    """The hidden state among what a layer returns."""
-    first = value[0] if isinstance(value, tuple | list) else value
-    assert isinstance(first, Tensor), f"a layer returns a tensor, not {type(first).__name__}"
-    return first
-
-
 def _as_leaf(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        value = value.detach()
-        return value.requires_grad_() if value.is_floating_point() else value
-    return value
+    return value.detach().requires_grad_(value.is_floating_point()) if isinstance(value, Tensor) else value
 
 
 @contextmanager
 def _kept_bytes(weights: Sequence[Tensor]) -> Iterator[dict[int, int]]:
     """Notes the size of every storage that is kept for the backward pass, ``weights`` left out."""
     left_out = {weight.untyped_storage()._cdata for weight in weights}
-    kept: dict[int, int] = {}
-    held = []  # a storage that is freed may come back under the same number
+    num_bytes: dict[int, int] = {}
+    storages = []  # one that is freed may come back under the same number
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in left_out:
-            kept[storage._cdata] = storage.nbytes()
-            held.append(storage)
+            num_bytes[storage._cdata] = storage.nbytes()
+            storages.append(storage)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        yield kept
+        yield num_bytes

@@ -1,8 +1,4 @@
-"""Latency and bandwidth between two stages, measured with the engine's own messages.
-
-Two processes play ping-pong over the ``Links`` that stages talk through: with an empty message for the
-latency, with one of the size of a hidden state for the bandwidth.
-"""
+"""Latency and bandwidth between two stages: two processes play ping-pong over the engine's ``Links``."""
 
 import os
 import statistics
@@ -23,19 +19,15 @@ _TIMEOUT_SECONDS = 60.0
 
 
 def measure_link(num_bytes: int) -> tuple[float, float] | None:
-    """Times messages between two processes of this machine.
+    """Latency in seconds and bandwidth in bytes per second between two processes of this machine.
 
-    Args:
-        num_bytes: Size of the large message, as of a hidden state.
-
-    Returns:
-        Latency in seconds and bandwidth in bytes per second; None on a machine with one accelerator
-        only, which has no link to measure.
+    ``num_bytes`` is the size of the large message, as of a hidden state. None on a machine with one
+    accelerator only, which has no link to measure.
     """
     accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu" and accelerator.device_count() < 2:
-        return None
     on_cpu = accelerator.device_name() == "cpu"
+    if not on_cpu and accelerator.device_count() < 2:
+        return None
     small, large = run_local_ranks(partial(_play, num_bytes), 2, fork=on_cpu)[0]
     return small, num_bytes / max(large - small, 1e-9)
 
@@ -44,16 +36,17 @@ def _play(num_bytes: int) -> tuple[float, float]:
     """On each of the two ranks: the seconds of a small and of a large message."""
     rank = int(os.environ["RANK"])
     accelerator = get_accelerator()
-    device = torch.device(accelerator.device_name(rank) if accelerator.device_name() != "cpu" else "cpu")
-    if device.type != "cpu":
+    device, backend = torch.device("cpu"), "gloo"
+    if accelerator.device_name() != "cpu":
+        device, backend = (
+            torch.device(accelerator.device_name(rank)),
+            accelerator.communication_backend_name(),
+        )
         accelerator.set_device(rank)
-    backend = "gloo" if device.type == "cpu" else accelerator.communication_backend_name()
-    timeout = timedelta(seconds=_TIMEOUT_SECONDS)
-    dist.init_process_group(backend, timeout=timeout)
+    dist.init_process_group(backend, timeout=timedelta(seconds=_TIMEOUT_SECONDS))
     links = Links([0, 1], rank, device, _TIMEOUT_SECONDS)
     small = _one_way_seconds(links, rank, torch.zeros(1, device=device))
-    payload = torch.zeros(max(1, num_bytes // 4), device=device)
-    large = _one_way_seconds(links, rank, payload)
+    large = _one_way_seconds(links, rank, torch.zeros(max(1, num_bytes // 4), device=device))
     dist.barrier()
     links.close()
     return small, large

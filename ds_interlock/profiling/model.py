@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import cast
 
 import deepspeed
 import torch
@@ -10,22 +10,19 @@ from torch import Tensor, nn
 
 import ds_interlock
 from ds_interlock.config import HeadConfig
-from ds_interlock.heads.factory import head_factory
-from ds_interlock.heads.output_layers import has_weights
+from ds_interlock.heads.factory import AuxiliaryHead, LossFn, head_factory
+from ds_interlock.heads.output_layers import first_tensor, has_weights
 from ds_interlock.planning.profile import Profile
 from ds_interlock.profiling.layers import (
     FlopMeter,
     LayerCall,
     MakeOptimizer,
     Meter,
-    first_tensor,
     loss_seconds,
     profile_head,
     profile_layers,
 )
 from ds_interlock.schedule.plan import LossHead
-
-LossFn = Callable[[Any, Any], Tensor]
 
 
 @torch.no_grad()
@@ -55,21 +52,10 @@ def profile_model(
 ) -> Profile:
     """Measures everything a plan of this model depends on.
 
-    Args:
-        calls: The layers with their inputs; the last one with weights makes the outputs from a hidden state
-            ``[b, t, d]``.
-        head_config: The auxiliary heads. Type ``auto`` is that of a model that is not pretrained, unless
-            the heads learn from a base model.
-        loss_fn: ``loss_fn(outputs, labels)``, a scalar.
-        labels_bt: int64.
-        meter: A ``Stopwatch``, or a ``FlopMeter`` for tensors without contents.
-        make_optimizer: Makes the optimizer of a list of parameters; None where nothing runs.
-        model: What to call the model.
-        device: What to call the device.
-        source: How this was measured or estimated.
-        link: Latency in seconds and bandwidth in bytes per second between two stages, if known.
-        tied_layers: Layers that share a weight, by number.
-        progress: Called with what is being measured.
+    The last of ``calls`` with weights makes the outputs from a hidden state ``[b, t, d]``. Heads of type
+    ``auto`` are those of a model that is not pretrained, unless they learn from a base model. ``link`` is
+    latency in seconds and bandwidth in bytes per second between two stages, if known. Where nothing runs
+    ``make_optimizer`` is None. ``progress`` is called with what is being measured.
     """
     head_config = head_config.resolve(pretrained=head_config.kl_weight > 0)
     layers = profile_layers(calls, meter, make_optimizer, progress)
@@ -129,13 +115,19 @@ def _head_loss(
     head: nn.Module, config: HeadConfig, loss_fn: LossFn, labels_bt: Tensor, meter: Meter
 ) -> Callable[[Tensor], Tensor]:
     """From a hidden state to the head's loss, on the share of positions it is computed on."""
-    if not isinstance(meter, FlopMeter):
-        return lambda hidden_btd: head.loss(  # type: ignore[operator]
-            hidden_btd, _taught(labels_bt, hidden_btd) if config.kl_weight > 0 else labels_bt, loss_fn
-        )
-    # Which positions are drawn depends on labels, and they have no contents: as many, then, but the first.
-    chosen = max(1, round(config.token_fraction * labels_bt.shape[1]))
-    return partial(_products_of_head, head, config, chosen)
+    if isinstance(meter, FlopMeter):
+        # Which positions are drawn depends on labels, and they have no contents: as many, but the first.
+        chosen = max(1, round(config.token_fraction * labels_bt.shape[1]))
+        return partial(_products_of_head, head, config, chosen)
+
+    normaliser_1 = torch.full((1,), float(labels_bt.numel()), device=labels_bt.device)
+
+    def loss(hidden_btd: Tensor) -> Tensor:
+        # With hidden states of a base model, if it learns from one: the time does not depend on values.
+        labels = (labels_bt, normaliser_1, hidden_btd.detach()) if config.kl_weight > 0 else labels_bt
+        return cast(AuxiliaryHead, head).loss(hidden_btd, labels, loss_fn)
+
+    return loss
 
 
 def _products_of_head(head: nn.Module, config: HeadConfig, chosen: int, hidden_btd: Tensor) -> Tensor:
@@ -148,9 +140,3 @@ def _products_of_head(head: nn.Module, config: HeadConfig, chosen: int, hidden_b
         with torch.no_grad():
             head(hidden_btd.detach()[:, :chosen])
     return torch.stack(outputs).sum()
-
-
-def _taught(labels_bt: Tensor, hidden_btd: Tensor) -> tuple[Tensor, ...]:
-    """Labels with hidden states of a base model, of which the time does not depend on the values."""
-    normaliser_1 = torch.full((1,), float(labels_bt.numel()), device=labels_bt.device)
-    return labels_bt, normaliser_1, hidden_btd.detach()

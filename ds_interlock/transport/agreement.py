@@ -9,25 +9,22 @@ from ds_interlock.errors import ConfigError, list_faults
 
 
 def agree(about: Mapping[str, Any]) -> None:
-    """Compares ``about`` (names and nested values) between all ranks. A collective call.
+    """Compares ``about`` (names and nested values) between all ranks, in a collective call.
 
     Raises:
         ConfigError: On every rank, naming what differs and on which ranks, if anything does.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    gathered: list[dict[str, str] | None] = [None] * dist.get_world_size()
+    gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, dict(_flat(about)))
-    first = gathered[0]
-    assert first is not None
-    faults = []
-    for rank, other in enumerate(gathered[1:], start=1):
-        assert other is not None
-        faults += [
-            f"{name} is {first.get(name, 'missing')} on rank 0, {other.get(name, 'missing')} on rank {rank}"
-            for name in sorted(first.keys() | other.keys())
-            if first.get(name) != other.get(name)
-        ]
+    first: dict[str, str] = gathered[0]
+    faults = [
+        f"{name} is {first.get(name, 'missing')} on rank 0, {other.get(name, 'missing')} on rank {rank}"
+        for rank, other in enumerate(gathered)
+        for name in sorted(first.keys() | other.keys())
+        if first.get(name) != other.get(name)
+    ]
     if faults:
         raise ConfigError(
             list_faults("the ranks of this job have different configurations", faults)

@@ -4,23 +4,19 @@
     Sender   ── forward group: activations and labels ──►  Receiver
     Receiver ◄── gradient group: gradients ──────────────  Sender
 
-Activations and gradients have queues of their own. A send returns at once and is waited for
-only when ``SEND_AHEAD`` later ones have been started. A receive is *posted* when the program says so
-and *taken* when the work needs it; in between, its frame moves while the stage computes. The
-tensors after the frame can be received once the frame has come: on a link whose messages have such tensors,
-a thread waits for frames, so that these move during the work too. On the others ``take`` itself waits for the
-message: one thread less to wake.
-
-A neighbour that died closes its connection; one that does not answer within
-``interlock.timeout_seconds`` raises an error; one that runs another schedule sends a message that is not
-the one expected (``message.py``). Either way the error names it.
+A send returns at once and is waited for only when ``SEND_AHEAD`` later ones have been started. A receive is
+*posted* when the program says so and *taken* when the work needs it; in between, its frame moves while the
+stage computes. On a link whose messages have tensors after the frame, a thread waits for frames, so that
+these tensors move during the work too. A neighbour that died, is silent for ``interlock.timeout_seconds``,
+or runs another schedule raises an error that names it.
 """
 
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -36,17 +32,15 @@ from ds_interlock.schedule.simulate import SEND_AHEAD
 from ds_interlock.transport.message import FRAME_BYTES, decode, encode
 
 CLOSE_SECONDS = 5.0
-"""How long to wait for a thread at the end; one that waits for a dead neighbour may take longer."""
+"""How long to wait for a thread at the end."""
+
+_NO_LIMIT = timedelta(0)  # to torch.distributed
+_NUM_TAGS = 2**16
 
 
 @dataclass(frozen=True)
 class Group:
-    """The process groups of one direction.
-
-    Attributes:
-        frame: Moves frames, always in the CPU's memory.
-        payload: Moves large tensors, on the backend of the device.
-    """
+    """The process groups of one direction: for frames, always in the CPU's memory, and for large tensors."""
 
     frame: Any
     payload: Any
@@ -57,7 +51,6 @@ class Group:
         return self.frame is self.payload
 
     def destroy(self) -> None:
-        """Frees its connections and threads."""
         dist.destroy_process_group(self.frame)
         if not self.is_one:
             dist.destroy_process_group(self.payload)
@@ -94,6 +87,7 @@ class Sender:
         self.peer = peer
         self.timeout = timedelta(seconds=timeout_seconds)
         self._num_sent = 0
+        # With their buffers, which must live until they are on their way.
         self._under_way: deque[tuple[list[Any], list[Tensor]]] = deque()
 
     def send(self, receive: Action, batch: int, *structures: Any) -> None:
@@ -111,7 +105,6 @@ class Sender:
                 if t.numel()
             ]
         self._num_sent += 1
-        # The buffers must live until they are on their way.
         self._under_way.append((works, [frame, *tensors]))
         while len(self._under_way) > SEND_AHEAD:
             self._wait_for_oldest()
@@ -130,7 +123,7 @@ class Sender:
 
 @dataclass(frozen=True)
 class _Expected:
-    """A message that a receive is posted for: what it must be, and the frame that it arrives in."""
+    """A message that a receive is posted for, and the frame that it arrives in."""
 
     receive: Action
     batch: int
@@ -176,14 +169,15 @@ class Receiver:
             PeerError: If the neighbour is gone, sends something else, or nothing in time.
         """
         while receive not in self._held:
-            expected = self._order.popleft()
+            expected = self._order[0]
             self._held[expected.receive] = self._wait_for(expected)
+            self._order.popleft()
         return self._held.pop(receive)
 
     def close(self) -> None:
-        """Ends the thread once all posted receives are complete."""
+        """Ends the thread, unless a failure has left it waiting for what will never come."""
         self._handed_over.put(None)
-        if self._listener is not None:
+        if self._listener is not None and not self._order:
             self._listener.join(CLOSE_SECONDS)
 
     def _wait_for(self, expected: _Expected) -> list[Any]:
@@ -203,20 +197,20 @@ class Receiver:
             raise arrived
         return arrived
 
-    def _receive(self, expected: _Expected, timeout: timedelta | None = None) -> list[Any]:
+    def _receive(self, expected: _Expected, timeout: timedelta = _NO_LIMIT) -> list[Any]:
         """Waits for a frame, and receives what it announces."""
         with _named(self.peer, "receiving from"):
-            _wait(expected.work, timeout)
+            expected.work.wait(timeout)
             contents = decode(expected.frame, expected.receive, expected.batch, str(self.peer))
             tensors = contents.empty(self.device)
-            works = [
+            works: list[Any] = [
                 dist.irecv(t, self.peer.rank, group=self.group.payload, tag=_tag(expected.number))
                 for t in tensors
                 if t.numel()
             ]
             for work in works:
                 # An accelerator's stream waits, not this process; with a limit, the process would.
-                _wait(work, timeout if self.group.is_one else None)
+                work.wait(timeout if self.group.is_one else _NO_LIMIT)
         self._has_more_tensors = bool(tensors)
         return contents.structures(tensors)
 
@@ -237,15 +231,9 @@ class Receiver:
 
 
 class Links:
-    """The links of one stage, to and from the previous and the next one.
+    """The links of ``stage`` to and from its neighbours in ``ranks``, which are the pipeline's, by stage.
 
-    Every rank of the job must make its links at the same point.
-
-    Args:
-        ranks: The ranks of this pipeline, by stage.
-        stage: This stage.
-        device: Where tensors are received to.
-        timeout_seconds: After how long a silent neighbour is an error.
+    Every rank of the job must make its links at the same point. Tensors are received to ``device``.
     """
 
     def __init__(
@@ -288,35 +276,21 @@ class Links:
             group.destroy()
 
 
-class _named:  # noqa: N801 - reads as a statement
+@contextmanager
+def _named(peer: Peer, doing: str) -> Iterator[None]:
     """Turns whatever a process group raises into a PeerError that names the neighbour."""
-
-    def __init__(self, peer: Peer, doing: str) -> None:
-        self.peer, self.doing = peer, doing
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, PeerError):
-            detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-            # The neighbour's own error is the one to read, not the way this one came about.
-            raise PeerError(
-                f"{self.doing} {self.peer} failed; it has most likely stopped: see its own error ({detail})"
-            ) from None
-
-
-def _wait(work: Any, timeout: timedelta | None) -> None:
-    assert work is not None, "a rank of the group always gets work to wait for"
-    if timeout is None:
-        work.wait()
-    else:
-        work.wait(timeout)
+    try:
+        yield
+    except PeerError:
+        raise
+    except RuntimeError as error:
+        detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        # The neighbour's own error is the one to read, not the way this one came about.
+        raise PeerError(
+            f"{doing} {peer} failed; it has most likely stopped: see its own error ({detail})"
+        ) from None
 
 
 def _tag(number: int) -> int:
     """Distinguishes the tensors after one frame from those after the next, and from frames."""
     return 1 + number % _NUM_TAGS
-
-
-_NUM_TAGS = 2**16

@@ -6,14 +6,14 @@
 
 The processes are forked from a server that has imported DeepSpeed, so that a job of eight starts in a
 second and not in twenty. A process in which an accelerator may have been initialised cannot be forked;
-ranks that use one are started anew (``fork=False``). What ranks print goes to a log each.
+ranks that use one are new processes (``fork=False``). What ranks print goes to one log per rank.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
-import random
-import socket
+import signal
 import sys
 import tempfile
 import threading
@@ -29,41 +29,33 @@ from typing import Any
 
 from ds_interlock.errors import PeerError
 
-_PRELOADED = ("deepspeed", "ds_interlock.engine.initialize")
+_PRELOADED = ("deepspeed", "torch._dynamo", "ds_interlock.engine.initialize")
 _GRACE_SECONDS = 2.0
 """Time for the neighbours of a failed rank to report what they saw."""
+
+_DUMP_SECONDS = 0.5
+"""Time for ranks to write their stacks."""
 
 _LOG_LINES = 40
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank gave no result.
-
-    Attributes:
-        reason: The error, or with which status the process ended.
-        details: The traceback; empty if the process died.
-    """
+    """Why a rank gave no result: the error or exit status, and its traceback unless it died."""
 
     reason: str
     details: str = ""
 
 
 class RankError(PeerError):
-    """A function failed on some ranks.
-
-    Attributes:
-        failures: By rank. The first is the cause of the others, as far as can be seen.
-    """
+    """A function failed on some ranks: ``failures`` by rank, the first of which caused the others."""
 
     def __init__(self, failures: dict[int, Failure], logs: Path) -> None:
         # A rank that died is why the others failed, whichever was heard first.
         self.failures = dict(sorted(failures.items(), key=lambda item: bool(item[1].details)))
         rank, failure = next(iter(self.failures.items()))
-        log = (logs / f"{rank}.log").read_text(encoding="utf-8", errors="replace").splitlines()
-        end = "\n".join(log[-_LOG_LINES:])
         super().__init__(
-            f"rank {rank} failed\n{failure.details or failure.reason}\n--- end of its log\n{end}"
+            f"rank {rank} failed\n{failure.details or failure.reason}\n{_end_of_log(logs, rank)}"
         )
 
 
@@ -91,14 +83,24 @@ def run_local_ranks(
 
     Raises:
         RankError: If it failed on some rank.
-        TimeoutError: If the time is up.
+        TimeoutError: If the time is up; with the end of each unfinished rank's log, and its stacks.
     """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
     context: ForkServerContext | SpawnContext = multiprocessing.get_context("spawn")
     if fork:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*_PRELOADED, *preload])
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-    job = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    # The system picks the port when the store begins to listen: no process can take it in between.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    job = {
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # all ranks join our store, rank 0 opens none
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     ranks: dict[Connection, BaseProcess] = {}
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(folder)
@@ -106,8 +108,7 @@ def run_local_ranks(
             for rank in range(num_ranks):
                 ours, theirs = context.Pipe()
                 settings = {**job, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                arguments = (work, settings, theirs, logs / f"{rank}.log")
-                process = context.Process(target=_serve, args=arguments)
+                process = context.Process(target=_serve, args=(work, settings, theirs, _log(logs, rank)))
                 ranks[ours] = process
                 process.start()
                 theirs.close()
@@ -117,19 +118,6 @@ def run_local_ranks(
                 if started.pid is not None:
                     started.kill()
                     started.join()
-
-
-def free_port() -> int:
-    """A port on which no process listens.
-
-    It is below those that systems hand out by themselves: one of these may be in use again before the job
-    that it is for has begun to listen. Processes that look at the same time look in different places.
-    """
-    for port in random.SystemRandom().sample(range(20_000 + os.getpid() % 64, 32_000, 64), 100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-    raise RuntimeError("each of a hundred ports between 20,000 and 32,000 is in use")
 
 
 def _collect(
@@ -143,7 +131,9 @@ def _collect(
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         ready = wait(waiting, left)
         if not ready and not failures:
-            raise TimeoutError
+            raise TimeoutError(
+                _stacks({numbers[connection]: ranks[connection] for connection in waiting}, logs)
+            )
         if not ready:
             break
         for connection in ready:
@@ -167,6 +157,26 @@ def _collect(
     return [results[rank] for rank in range(len(ranks))]
 
 
+def _stacks(silent: dict[int, BaseProcess], logs: Path) -> str:
+    """The ends of the logs of ranks that do not answer, to which they add what they wait for."""
+    for rank, process in silent.items():
+        # A rank that has no log yet has no handler either: the signal would end it.
+        if process.pid is not None and _log(logs, rank).exists():
+            os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(_DUMP_SECONDS)
+    return "\n".join(_end_of_log(logs, rank) for rank in silent)
+
+
+def _log(logs: Path, rank: int) -> Path:
+    return logs / f"{rank}.log"
+
+
+def _end_of_log(logs: Path, rank: int) -> str:
+    log = _log(logs, rank)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    return "\n".join([f"--- end of the log of rank {rank}", *lines[-_LOG_LINES:]])
+
+
 # On the ranks.
 
 _send: Callable[[str, Any], None] = lambda kind, value: None  # noqa: E731 - replaced on a rank
@@ -180,6 +190,7 @@ def report(value: Any) -> None:
 def _serve(work: Callable[[], Any], settings: dict[str, str], connection: Connection, log: Path) -> None:
     """What a process does: works, answers, and is ended by the one that started it."""
     global _send
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     with log.open("w", encoding="utf-8") as file:  # DeepSpeed prints a lot
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

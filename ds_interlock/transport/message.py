@@ -7,9 +7,8 @@
             └─────────────────────────────────────┴───────────────────────────────┘
     then each large tensor by itself, straight from and into its own memory
 
-A receiver can wait for a frame before it knows what is in it. Shapes may therefore change from one
-micro-batch to the next, a neighbour that runs another schedule is noticed at once, and a small message
-costs one transfer.
+A receiver can wait for a frame before it knows what is in it. Shapes may therefore change between
+micro-batches, a neighbour that runs another schedule is noticed at once, and a small message is one transfer.
 """
 
 from collections.abc import Sequence
@@ -28,18 +27,8 @@ _HEADER_BYTES = 8 * _HEADER_WORDS
 FRAME_BYTES = 16 * 1024
 _ALIGNMENT = 16
 
-_DTYPES = [
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-]
+_DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8]
+_DTYPES += [torch.int16, torch.int32, torch.int64, torch.bool]
 _KINDS = [Kind.RECV_FORWARD, Kind.RECV_GRADIENT]
 # A structure of tensors: how many, and whether they stand alone, in a tuple, or are none.
 _NOTHING, _ALONE, _TUPLE = range(3)
@@ -49,19 +38,14 @@ _LATER = -1
 
 @dataclass(frozen=True)
 class Contents:
-    """What a frame says, and holds, of its message.
-
-    Attributes:
-        tensors: Those in the frame; None for those that follow it.
-        shapes: Of all tensors.
-        dtypes: Of all tensors.
-        layout: How the tensors make up structures.
-    """
+    """What a frame says, and holds, of its message."""
 
     tensors: list[Tensor | None]
+    """Those in the frame; None for those that follow it."""
     shapes: list[list[int]]
     dtypes: list[torch.dtype]
     layout: list[tuple[int, int]]
+    """How the tensors make up structures."""
 
     def structures(self, later: Sequence[Tensor]) -> list[Any]:
         """The structures as they were sent, from the tensors in the frame and the ``later`` ones."""
@@ -85,16 +69,10 @@ class Contents:
 def encode(
     receive: Action, batch: int, structures: Sequence[Any], *, inline: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The frame of a message, and the tensors to send after it.
+    """The frame of a message for ``receive``, and the tensors to send after it.
 
-    Args:
-        receive: The receive at the other end.
-        batch: The batch it belongs to.
-        structures: Tensors: alone, in a tuple, or None.
-        inline: Whether small tensors may travel in the frame: whether they are in the CPU's memory.
-
-    Raises:
-        ValueError: If there are more tensors than a header can describe.
+    ``structures`` are tensors: alone, in a tuple, or None. ``inline`` lets small ones travel in the frame,
+    if they are in the CPU's memory.
     """
     layout: list[int] = [len(structures)]
     tensors: list[Tensor] = []
@@ -126,11 +104,7 @@ def encode(
 
 
 def decode(frame: Tensor, receive: Action, batch: int, sender: str) -> Contents:
-    """What ``frame`` holds.
-
-    Raises:
-        PeerError: If it is not the message that ``receive`` of ``batch`` expects.
-    """
+    """What ``frame`` holds; PeerError if it is not the message that ``receive`` of ``batch`` expects."""
     words = frame.numpy()[:_HEADER_BYTES].view(np.int64).tolist()
     expected = _tag(receive, batch)
     if words[: len(expected)] != expected:

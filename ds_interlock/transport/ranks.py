@@ -9,12 +9,7 @@ from torch import distributed as dist
 
 
 class StageRanks:
-    """This rank among the others.
-
-    Args:
-        grid: DeepSpeed's process groups of the pipeline.
-        device: Where tensors are.
-    """
+    """This rank among the others, by ``grid``, DeepSpeed's process groups of the pipeline."""
 
     def __init__(self, grid: Any, device: torch.device) -> None:
         self.device = device
@@ -26,22 +21,11 @@ class StageRanks:
         self.of_pipeline: list[int] = grid.pp_group
         """The ranks of this pipeline, by stage."""
         self.num_slices: int = grid.model_parallel_size
+        self.is_first_stage = self.stage == 0
+        self.is_last_stage = self.stage == self.num_stages - 1
+        self.speaks_for_stage = self.replica == 0 and int(grid.get_slice_parallel_rank()) == 0
+        """One of the replicas and tensor-parallel ranks of a stage reports for it."""
         self._grid = grid
-
-    @property
-    def is_first_stage(self) -> bool:
-        """Whether this stage reads the data."""
-        return self.stage == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this stage computes the final loss."""
-        return self.stage == self.num_stages - 1
-
-    @property
-    def speaks_for_stage(self) -> bool:
-        """Whether this rank reports for its stage: one of its replicas and tensor-parallel ranks does."""
-        return self.replica == 0 and int(self._grid.get_slice_parallel_rank()) == 0
 
     def sum_over_replicas(self, tensor: Tensor) -> None:
         """Adds up ``tensor`` over the data-parallel replicas of this stage, in place."""

@@ -10,15 +10,11 @@ from deepspeed.accelerator import get_accelerator
 def init_distributed(*args: Any, **kwargs: Any) -> None:
     """Takes what ``deepspeed.init_distributed`` takes.
 
-    On CPUs DeepSpeed compiles, in every process, an all-reduce that only its inference uses. That
-    costs seconds at each start, and a process that is killed meanwhile leaves a lock on which every later
-    job of the machine waits for ever. So there it is left out.
+    On CPUs DeepSpeed compiles, in every process, an all-reduce that only its inference uses. That takes
+    seconds, and a process that is killed meanwhile leaves a lock on which every later job of the machine
+    waits for ever. So it is left out there.
     """
     if get_accelerator().device_name() == "cpu":
         # By its full name: `deepspeed.comm` has torch itself under the name of this module.
-        import_module("deepspeed.comm.torch").build_shm_op = _no_shared_memory_op  # type: ignore[attr-defined]
+        import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(*args, **kwargs)
-
-
-def _no_shared_memory_op() -> None:
-    return None

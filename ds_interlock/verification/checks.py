@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,21 +33,10 @@ OTHER_NUM_MICRO_BATCHES = (1, 2, 8)
 NUM_BATCHES = 3
 """Batches of the runs that are compared after training: the stages stream over their borders."""
 
-_BIT_FOR_BIT = 0.0
-
-Progress = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison.
-
-    Attributes:
-        name: What was compared with what.
-        num_parameters: Tensors compared.
-        error: The worst of their errors, as ``worst_error`` has it.
-        limit: The largest error allowed.
-    """
+    """A comparison of ``num_parameters`` tensors: their ``worst_error``, and the largest allowed."""
 
     name: str
     num_parameters: int
@@ -62,19 +51,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """The results of a verification.
-
-    Attributes:
-        plan: The plan that was run.
-        num_programs: How many programs ran, each of them verified before.
-        checks: In the order in which they are to be read.
-        notes: Where the verification is not the configuration to the letter.
-    """
+    """The results of a verification, for which ``num_programs`` were verified and run."""
 
     plan: GradientFlowPlan
     num_programs: int
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
+    """Where the verification is not the configuration to the letter."""
 
     @property
     def passed(self) -> bool:
@@ -106,7 +89,7 @@ def verify(
     *,
     seed: int,
     timeout_seconds: float,
-    progress: Progress = lambda _: None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Runs a plan on a small model and compares the results.
 
@@ -115,7 +98,7 @@ def verify(
         plan: Its plan, for as many layers as the small model is to have; each stage is a process.
         seed: Of the model's weights and data.
         timeout_seconds: Limit for the processes.
-        progress: Called with a few words on what goes on.
+        progress: Called with a few words on what is done.
 
     Raises:
         ConfigError: If no heads can be built where the plan has them.
@@ -123,19 +106,19 @@ def verify(
         PeerError: If a process fails or the time is up.
     """
     interlock, notes = _repeatable(interlock, timeout_seconds)
-    runs = _Runs.of(interlock, plan)
-    programs = {_verified_program(run, plan.stage_bounds) for run in runs.all}
+    configured = Run(interlock, NUM_MICRO_BATCHES, NUM_BATCHES)
+    comparisons = _comparisons(configured, plan)
+    runs = list(dict.fromkeys([configured, *(run for c in comparisons for run in (c.actual, c.expected))]))
+    programs = {_verified_program(run, plan.stage_bounds) for run in runs}
     progress("one process, float64")
     in_process, expected = gradients_in_process(interlock, plan, seed)
-    outcomes = run_job(
-        plan.stage_bounds, runs.all, seed=seed, timeout_seconds=timeout_seconds, progress=progress
-    )
+    outcomes = run_job(plan.stage_bounds, runs, seed=seed, timeout_seconds=timeout_seconds, progress=progress)
     checks = [
         _compare("one process, float64: gradients == autograd", in_process, expected, FLOAT64_LIMIT),
-        *_checks_by_stage(plan, outcomes[runs.configured].gradients, expected),
-        *_checks_between(runs, outcomes),
+        *_checks_by_stage(plan, outcomes[configured].gradients, expected),
+        *(comparison.check(outcomes) for comparison in comparisons),
     ]
-    if runs.streaming_switched is None:
+    if plan.is_end_to_end:
         notes.append(
             "streaming on and off are the same thing here: no stage steps before the whole pipeline is done"
         )
@@ -192,33 +175,43 @@ def _changed(interlock: InterlockConfig, **keys: Any) -> InterlockConfig:
 
 
 @dataclass(frozen=True)
-class _Runs:
-    configured: Run
-    streaming_switched: Run | None
-    """None where the plan leaves nothing to stream."""
-    cut_otherwise: tuple[Run, ...]
-    whole_window: Run
-    ordinary: Run
+class _Comparison:
+    """Of the first batch's gradients to rounding, or of the whole training ``bit_for_bit``."""
 
-    @classmethod
-    def of(cls, interlock: InterlockConfig, plan: GradientFlowPlan) -> "_Runs":
-        switched = _changed(interlock, streaming=not interlock.streaming)
-        whole = _changed(interlock, mode="interlock", window=plan.num_stages)
-        ordinary = _changed(interlock, mode="global", window=None)
-        return cls(
-            configured=Run(interlock, NUM_MICRO_BATCHES, NUM_BATCHES),
-            streaming_switched=None if plan.is_end_to_end else Run(switched, NUM_MICRO_BATCHES, NUM_BATCHES),
-            cut_otherwise=tuple(Run(interlock, num, 1) for num in OTHER_NUM_MICRO_BATCHES),
-            whole_window=Run(whole, NUM_MICRO_BATCHES, NUM_BATCHES),
-            ordinary=Run(ordinary, NUM_MICRO_BATCHES, NUM_BATCHES),
+    name: str
+    actual: Run
+    expected: Run
+    bit_for_bit: bool
+
+    def check(self, outcomes: Mapping[Run, Outcome]) -> Check:
+        actual, expected = outcomes[self.actual], outcomes[self.expected]
+        if not self.bit_for_bit:
+            return _compare(self.name, actual.gradients, expected.gradients, FLOAT32_LIMIT)
+        name = f"{self.name}: weights after {NUM_BATCHES} batches"
+        check = _compare(name, actual.weights, expected.weights, 0.0)
+        return check if torch.equal(actual.loss, expected.loss) else replace(check, error=math.inf)
+
+
+def _comparisons(configured: Run, plan: GradientFlowPlan) -> list[_Comparison]:
+    def changed(**keys: Any) -> Run:
+        return replace(configured, interlock=_changed(configured.interlock, **keys))
+
+    comparisons = [
+        _Comparison(
+            f"gradients from {num} == from {NUM_MICRO_BATCHES} micro-batches",
+            Run(configured.interlock, num, num_batches=1),
+            configured,
+            bit_for_bit=False,
         )
-
-    @property
-    def all(self) -> tuple[Run, ...]:
-        """All runs, one that serves two purposes once."""
-        switched = [self.streaming_switched] if self.streaming_switched else []
-        runs = (self.configured, *switched, *self.cut_otherwise, self.whole_window, self.ordinary)
-        return tuple(dict.fromkeys(runs))
+        for num in OTHER_NUM_MICRO_BATCHES
+    ]
+    if not plan.is_end_to_end:
+        switched = changed(streaming=not configured.interlock.streaming)
+        comparisons.append(_Comparison("streaming on == off", switched, configured, bit_for_bit=True))
+    whole = changed(mode="interlock", window=plan.num_stages)
+    ordinary = changed(mode="global", window=None)
+    name = f"window {plan.num_stages} == global"
+    return [*comparisons, _Comparison(name, whole, ordinary, bit_for_bit=True)]
 
 
 def _checks_by_stage(
@@ -236,35 +229,6 @@ def _checks_by_stage(
         )
         for stage in range(plan.num_stages)
     ]
-
-
-def _checks_between(runs: _Runs, outcomes: Mapping[Run, Outcome]) -> list[Check]:
-    configured = outcomes[runs.configured]
-    checks = [
-        _compare(
-            f"gradients from {run.num_micro_batches} == from {NUM_MICRO_BATCHES} micro-batches",
-            outcomes[run].gradients,
-            configured.gradients,
-            FLOAT32_LIMIT,
-        )
-        for run in runs.cut_otherwise
-    ]
-    if runs.streaming_switched is not None:
-        switched = outcomes[runs.streaming_switched]
-        checks.append(_same_training("streaming on == off", switched, configured))
-    whole, ordinary = outcomes[runs.whole_window], outcomes[runs.ordinary]
-    name = f"window {runs.whole_window.interlock.window:g} == global"
-    return [*checks, _same_training(name, whole, ordinary)]
-
-
-def _same_training(name: str, actual: Outcome, expected: Outcome) -> Check:
-    """Weights and loss after a few batches must be the same to the last bit."""
-    check = _compare(
-        f"{name}: weights after {NUM_BATCHES} batches", actual.weights, expected.weights, _BIT_FOR_BIT
-    )
-    if torch.equal(actual.loss, expected.loss):
-        return check
-    return Check(check.name, check.num_parameters, math.inf, check.limit)
 
 
 def _compare(name: str, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float) -> Check:

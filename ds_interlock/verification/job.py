@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import ds_interlock
 from ds_interlock.config import InterlockConfig
 from ds_interlock.config.strict import SECTION
 from ds_interlock.errors import PeerError
@@ -29,13 +30,7 @@ _LEARNING_RATE = 0.1
 
 @dataclass(frozen=True)
 class Run:
-    """One training of the small model, always from the same weights on the same samples.
-
-    Attributes:
-        interlock: The section to train under.
-        num_micro_batches: Into how many each batch is cut.
-        num_batches: Batches, and so optimizer steps.
-    """
+    """One training of the small model, always from the same weights on the same samples."""
 
     interlock: InterlockConfig
     num_micro_batches: int
@@ -44,17 +39,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run gave: on a rank, of its stage; put together, of the whole model.
-
-    Attributes:
-        gradients: Of the first batch, by parameter name.
-        weights: After the last batch, by parameter name.
-        loss: The final loss of the last batch.
-    """
+    """What one run gave: on a rank, of its stage; put together, of the whole model."""
 
     gradients: dict[str, Tensor]
+    """Of the first batch, by parameter name."""
     weights: dict[str, Tensor]
+    """After the last batch, by parameter name."""
     loss: Tensor
+    """The final loss of the last batch."""
 
 
 def run_job(
@@ -65,17 +57,7 @@ def run_job(
     timeout_seconds: float,
     progress: Callable[[str], None],
 ) -> dict[Run, Outcome]:
-    """Trains the small model in as many processes as there are stages.
-
-    Args:
-        stage_bounds: How the layers are cut.
-        runs: What to train, one after the other.
-        seed: Of weights and data.
-        timeout_seconds: Limit for everything together.
-        progress: Called with a few words on what goes on.
-
-    Returns:
-        For each run, what all stages got.
+    """Trains the small model in as many processes as there are stages, one run after the other.
 
     Raises:
         PeerError: If a process fails, saying why, or the time is up.
@@ -91,10 +73,10 @@ def run_job(
     work = partial(_run_all, tuple(runs), tuple(stage_bounds), seed, timeout_seconds)
     try:
         parts = run_local_ranks(work, num_stages, timeout_seconds=timeout_seconds, on_report=on_report)
-    except TimeoutError:
+    except TimeoutError as error:
         raise PeerError(
             f"{num_done} of {len(runs)} runs in {num_stages} processes were finished after "
-            f"{timeout_seconds:g} seconds; allow more with --timeout, or use fewer --stages"
+            f"{timeout_seconds:g} seconds; allow more with --timeout, or use fewer --stages\n{error}"
         ) from None
     except RankError as error:
         reasons = [f"  rank {rank}: {failure.reason}" for rank, failure in sorted(error.failures.items())]
@@ -104,11 +86,9 @@ def run_job(
 
 def _put_together(parts: Sequence[Outcome]) -> Outcome:
     """The outcome of the whole model: each parameter belongs to one stage."""
-    return Outcome(
-        gradients={name: value for part in parts for name, value in part.gradients.items()},
-        weights={name: value for part in parts for name, value in part.weights.items()},
-        loss=parts[-1].loss,
-    )
+    gradients = {name: value for part in parts for name, value in part.gradients.items()}
+    weights = {name: value for part in parts for name, value in part.weights.items()}
+    return Outcome(gradients, weights, parts[-1].loss)
 
 
 # On the ranks.
@@ -117,8 +97,6 @@ def _put_together(parts: Sequence[Outcome]) -> Outcome:
 def _run_all(
     runs: Sequence[Run], stage_bounds: tuple[int, ...], seed: int, timeout_seconds: float
 ) -> list[Outcome]:
-    import ds_interlock
-
     ds_interlock.init_distributed("gloo", timeout=timedelta(seconds=timeout_seconds))
     outcomes = []
     for run in runs:
@@ -129,9 +107,6 @@ def _run_all(
 
 
 def _train(run: Run, stage_bounds: tuple[int, ...], seed: int) -> Outcome:
-    """Trains the small model as ``run`` says."""
-    import ds_interlock
-
     net = ds_interlock.InterlockPipelineModule(
         small_model(stage_bounds[-1], seed),
         interlock=run.interlock,
@@ -155,7 +130,8 @@ def _train(run: Run, stage_bounds: tuple[int, ...], seed: int) -> Outcome:
 
     def keep_first_gradients(*_: Any) -> None:
         if not gradients:
-            gradients.update({name: _gradient(parameter) for name, parameter in parameters.items()})
+            for name, p in parameters.items():
+                gradients[name] = torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
 
     optimizer.register_step_pre_hook(keep_first_gradients)
     batches = random_batches(run.num_batches, seed)
@@ -165,7 +141,3 @@ def _train(run: Run, stage_bounds: tuple[int, ...], seed: int) -> Outcome:
     loss = engine.drain()
     weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     return Outcome(gradients, weights, loss)
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()

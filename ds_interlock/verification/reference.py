@@ -7,7 +7,7 @@ Shape suffixes: s sample, d hidden width, c class.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,6 @@ class Block(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, hidden_sd: Tensor) -> Tensor:
-        """Adds a function of the hidden state to it."""
         return hidden_sd + torch.tanh(self.linear(self.norm(hidden_sd)))
 
 
@@ -60,13 +59,11 @@ def small_model(num_layers: int, seed: int) -> list[nn.Module]:
 def random_batches(num_batches: int, seed: int) -> list[Batch]:
     """Batches of float32 inputs and labels, the same for the same ``seed``."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        (
-            torch.randn(NUM_SAMPLES, WIDTH, generator=generator),
-            torch.randint(NUM_CLASSES, (NUM_SAMPLES,), generator=generator),
-        )
-        for _ in range(num_batches)
-    ]
+    batches = []
+    for _ in range(num_batches):
+        inputs_sd = torch.randn(NUM_SAMPLES, WIDTH, generator=generator)
+        batches.append((inputs_sd, torch.randint(NUM_CLASSES, (NUM_SAMPLES,), generator=generator)))
+    return batches
 
 
 def micro_batches(batch: Batch, num_micro_batches: int) -> list[Batch]:
@@ -76,17 +73,10 @@ def micro_batches(batch: Batch, num_micro_batches: int) -> list[Batch]:
 
 
 def truncated_gradients(net: InProcessPipeline, batch: Batch) -> dict[str, Tensor]:
-    """The gradient of every parameter of ``net`` by autograd on truncated graphs.
+    """The gradient of every parameter of ``net``, by name, by autograd on truncated graphs.
 
-    What goes into a stage is a constant, and so are the weights of all other stages. A head's input
-    is a constant for the head's own parameters.
-
-    Args:
-        net: Only its layers, heads and plan are used, not its schedule.
-        batch: In the precision of ``net``.
-
-    Returns:
-        Gradients by the names of the parameters.
+    What goes into a stage is a constant, and so are the weights of all other stages. A head's input is a
+    constant for the head's own parameters. Only the layers, heads and plan of ``net`` are used.
     """
     plan = net.plan
     inputs_sd, labels_s = batch
@@ -102,13 +92,14 @@ def truncated_gradients(net: InProcessPipeline, batch: Batch) -> dict[str, Tenso
         return plan.heads[loss].weight * loss_fn(outputs_sc, labels_s)
 
     gradients: dict[str, Tensor] = {}
+    names = [name for name, _ in net.named_parameters()]
     for stage in range(plan.num_stages):
         first = plan.stage_bounds[stage]
         losses = [loss_after(entering[first], first, loss) for loss in sorted(plan.trained_by[stage])]
-        own = [name for name in _names(net, "") if stage_of(plan, name) == stage]
+        own = [name for name in names if not name.startswith("heads.") and stage_of(plan, name) == stage]
         gradients |= _gradients(net, own, torch.stack(losses).sum())
     for loss, head in enumerate(plan.heads[:-1]):
-        own = _names(net, f"heads.{loss}.")
+        own = [name for name in names if name.startswith(f"heads.{loss}.")]
         gradients |= _gradients(net, own, loss_after(entering[head.after_layer], head.after_layer, loss))
     return gradients
 
@@ -121,13 +112,6 @@ def stage_of(plan: GradientFlowPlan, name: str) -> int:
     return bisect_right(plan.stage_bounds, int(first)) - 1
 
 
-def _names(net: InProcessPipeline, prefix: str) -> list[str]:
-    """Names of the parameters that start with ``prefix``; if it is empty, of the layers' parameters."""
-    wanted = [name for name, _ in net.named_parameters() if name.startswith(prefix)]
-    return wanted if prefix else [name for name in wanted if not name.startswith("heads.")]
-
-
-def _gradients(net: InProcessPipeline, names: Iterable[str], value: Tensor) -> dict[str, Tensor]:
-    parameters = {name: net.get_parameter(name) for name in names}
-    gradients = torch.autograd.grad(value, list(parameters.values()))
-    return dict(zip(parameters, gradients, strict=True))
+def _gradients(net: InProcessPipeline, names: Sequence[str], value: Tensor) -> dict[str, Tensor]:
+    gradients = torch.autograd.grad(value, [net.get_parameter(name) for name in names])
+    return dict(zip(names, gradients, strict=True))

@@ -1,11 +1,11 @@
 """Jobs under the ``deepspeed`` launcher, as a user starts them."""
 
 import os
+import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
-
-from ds_interlock.transport.local_ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 300
@@ -26,3 +26,12 @@ def launch(*words: object, ranks: int = 2) -> subprocess.CompletedProcess[str]:
         timeout=TIMEOUT_SECONDS,
         check=False,
     )
+
+
+def free_port() -> int:
+    """A port on which no process listens, below those that systems give out by themselves."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise RuntimeError("each of a hundred ports between 20,000 and 32,000 is in use")

@@ -312,10 +312,6 @@ def _run_and_leave_groups(function: Callable[..., Any], **kwargs: Any) -> Any:
 def _join_job(deepspeed: bool) -> None:
     import torch
 
-    from ds_interlock.transport import links
-
-    # An engine whose neighbour failed gives its receiving threads up after this: here nothing ends with it.
-    links.CLOSE_SECONDS = 0.2
     torch.set_num_threads(1)
     if deepspeed:
         import ds_interlock

@@ -13,7 +13,7 @@ from ranks import RankPool, caught
 from ds_interlock import PeerError
 from ds_interlock.schedule.action import Action
 from ds_interlock.schedule.simulate import SEND_AHEAD
-from ds_interlock.transport.links import Links, Peer, Receiver, Sender, new_groups
+from ds_interlock.transport.links import CLOSE_SECONDS, Links, Peer, Receiver, Sender, new_groups
 
 CPU = torch.device("cpu")
 SOON = 40.0
@@ -236,6 +236,9 @@ def wait_for_nothing(timeout_seconds: float) -> tuple[Exception | None, float]:
         error = caught(between.take, receive)
     seconds = time.monotonic() - start
     torch.distributed.barrier()
+    start = time.monotonic()
+    between.close()
+    assert time.monotonic() - start < CLOSE_SECONDS, "waits for no message after a failure"
     return error, seconds
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ds_interlock.commands.arguments import add_command, at_least_one, positive
+from ds_interlock.commands.arguments import add_command, at_least_one, positive, print_json
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError
 from ds_interlock.schedule.picture import draw_plan

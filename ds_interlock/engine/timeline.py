@@ -30,11 +30,14 @@ from ds_interlock.schedule.cost import CostModel
 from ds_interlock.schedule.lower import Program
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.render import Timeline, render_svg
-from ds_interlock.schedule.simulate import Rows, Span, from_zero, simulate
+from ds_interlock.schedule.simulate import Span, simulate
 from ds_interlock.schedule.trace import chrome_trace
 from ds_interlock.transport.ranks import StageRanks
 
 _TRACE = "interlock.trace"
+
+Rows = tuple[tuple[Span, ...], ...]
+"""For each stage its spans, in seconds."""
 
 
 class Recorder:
@@ -183,6 +186,12 @@ def _sharing() -> str:
         return ""
     num_ranks = int(os.environ.get("LOCAL_SIZE") or dist.get_world_size())  # the launcher sets the first
     return f", {num_ranks} processes on {len(os.sched_getaffinity(0))} cores"
+
+
+def from_zero(rows: Sequence[Sequence[Span]]) -> Rows:
+    """``rows`` in seconds since the first span began."""
+    begin = min((span.start for row in rows for span in row), default=0.0)
+    return tuple(tuple(replace(s, start=s.start - begin, end=s.end - begin) for s in row) for row in rows)
 
 
 def _renumbered(rows: Sequence[Sequence[Span]], first: int) -> Rows:

@@ -142,8 +142,8 @@ def compare(
         interlock: The configured setting.
         profile: What the layers cost.
         num_micro_batches: Micro-batches in a batch.
-        num_stages: Stages, cut so that they are as even as can be; or give ``stage_bounds``.
-        stage_bounds: ``num_stages + 1`` rising layer numbers, the first 0, the last the number of layers.
+        num_stages: Stages, cut as evenly as can be; or give ``stage_bounds``.
+        stage_bounds: ``num_stages + 1`` rising layer numbers, from 0 to the number of layers.
 
     Raises:
         ConfigError: If the configured setting, the stages and the profile do not fit together.
@@ -197,7 +197,7 @@ def _forecast_of(
     name: str,
     window: float,
 ) -> Forecast:
-    in_flight, kept = simulation.peak_in_flight, profile.activation_bytes(plan.stage_bounds)
+    in_flight, sizes = simulation.peak_in_flight, profile.activation_bytes(plan.stage_bounds)
     return Forecast(
         name=name,
         window=window,
@@ -206,7 +206,7 @@ def _forecast_of(
         batch_seconds=simulation.batch_seconds,
         bubble_fraction=simulation.bubble_fraction,
         in_flight=in_flight,
-        activation_bytes=tuple(number * size for number, size in zip(in_flight, kept, strict=True)),
+        activation_bytes=tuple(number * size for number, size in zip(in_flight, sizes, strict=True)),
         relay_bytes=simulation.relay_bytes,
         head_share=_head_share(plan, simulation),
         speed=1.0,

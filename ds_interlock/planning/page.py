@@ -101,9 +101,7 @@ def render_page(
     return fill_template(__package__, "page.html", title=title, colours=COLOURS, data=content)
 
 
-def _stage_choices(
-    interlock: InterlockConfig, profile: Profile, num_stages: int
-) -> tuple[list[int], list[int]]:
+def _stage_choices(interlock: InterlockConfig, profile: Profile, num_stages: int) -> tuple[list[int], ...]:
     """Numbers of stages that the configured setting exists for, and those it does not."""
     choices, left_out = [], []
     for number in sorted({*_NUM_STAGES, num_stages}):

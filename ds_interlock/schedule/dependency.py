@@ -29,12 +29,8 @@ def evaluation_actions(
     plan: GradientFlowPlan, stage: int, micro_batch: int, *, all_heads: bool
 ) -> tuple[Action, ...]:
     """The work of an evaluation: the forward, and the final loss or, with ``all_heads``, every loss."""
-    return tuple(
-        action
-        for action in stage_actions(plan, stage, micro_batch)
-        if action.kind is Kind.FORWARD
-        or (action.kind is Kind.HEAD and (all_heads or action.losses == (plan.final,)))
-    )
+    work = [a for a in stage_actions(plan, stage, micro_batch) if a.kind in (Kind.FORWARD, Kind.HEAD)]
+    return tuple(a for a in work if a.kind is Kind.FORWARD or all_heads or a.losses == (plan.final,))
 
 
 def batch_end(stage: int, num_micro_batches: int) -> tuple[Action, ...]:

@@ -90,11 +90,8 @@ class PlanSchedule:
         bounds = self.stage_bounds
         heads = sorted(self.heads, key=lambda head: head.after_layer)
         heads.append(self.phases[0].plan.heads[-1])
-        after = [
-            frozenset(loss for loss, head in enumerate(heads) if head.after_layer >= stop)
-            for stop in bounds[1:]
-        ]
-        return GradientFlowPlan(bounds, tuple(heads), tuple(after))
+        after = [{loss for loss, head in enumerate(heads) if head.after_layer >= end} for end in bounds[1:]]
+        return GradientFlowPlan(bounds, tuple(heads), tuple(map(frozenset, after)))
 
 
 def faults_of_steps(steps: Sequence[int]) -> list[str]:

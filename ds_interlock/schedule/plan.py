@@ -322,8 +322,8 @@ def _head_at(
     num_layers = bounds[slot + 1] - bounds[slot]
     if num_layers < 2:
         faults.append(
-            f"a fractional window needs a head within stage {slot}, and so at least 2 layers, not "
-            f"{num_layers}; use a whole window otherwise"
+            f"a fractional window needs a head within stage {slot}, which has {num_layers} layer; give it at "
+            "least 2 layers, or use a whole window"
         )
     inside = min(max(round(fraction * num_layers), 1), num_layers - 1)
     return LossHead(slot, bounds[slot] + inside, weight)

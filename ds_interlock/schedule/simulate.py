@@ -1,13 +1,13 @@
 """Plays a program through under a cost model: how long a batch takes, and where the time goes.
 
-Every stage runs its actions in order. A compute action starts when its stage has reached it and the
-receives it needs are complete. A message starts once it is sent, its receive is posted and the link
-is free, and takes ``latency + bytes / bandwidth``. A send does not keep its stage, unless
-``send_ahead`` earlier messages are still on their way; with ``send_ahead=0`` every send waits for
-its own arrival (rendezvous), the hardest test of whether a program can come to a standstill.
+Every stage runs its actions in order. A compute action starts when the receives it needs are complete.
+A message starts once it is sent, its receive is posted and the link is free, and takes ``latency +
+bytes / bandwidth``. A send does not keep its stage, unless ``send_ahead`` earlier messages are still on
+their way; with ``send_ahead=0`` every send waits for its own arrival (rendezvous), the hardest test of
+whether a program can come to a standstill.
 
-Several batches are played one after the other. When streaming, a stage starts the next batch
-as soon as it has stepped; otherwise all stages wait for the last at the end of every batch.
+When streaming, a stage starts the next batch as soon as it has stepped; otherwise all stages wait for
+the last at the end of every batch.
 """
 
 from collections import defaultdict
@@ -102,10 +102,9 @@ def simulate(
             player.clocks = [max(player.clocks)] * len(player.clocks)
         ends.append(list(player.clocks))
     # The slowest stage sets the pace; the first batch only fills the pipeline.
-    first = 1 if num_batches > 1 else 0
-    seconds = max(
-        (end - start) / (num_batches - first) for start, end in zip(ends[first], ends[-1], strict=True)
-    )
+    first = min(1, num_batches - 1)
+    spent = [end - start for start, end in zip(ends[first], ends[-1], strict=True)]
+    seconds = max(spent) / (num_batches - first)
     busy = sum(span.end - span.start for spans in player.spans for span in spans) / num_batches
     total = seconds * program.plan.num_stages
     return Simulation(
@@ -117,7 +116,7 @@ def simulate(
             for actions in program.stages
         ),
         relay_bytes=tuple(
-            sum(player.costs.message_bytes(action) for action in actions if action.kind is Kind.SEND_GRADIENT)
+            sum(player.costs.message_bytes(a) for a in actions if a.kind is Kind.SEND_GRADIENT)
             for actions in program.stages
         ),
     )

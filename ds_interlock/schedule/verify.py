@@ -109,8 +109,11 @@ class _Verifier:
         self._check_ends()
         self._check_links()
         self._check_buffers()
-        if not self.faults:
-            self._check_standstill()
+        if not self.faults:  # even if every send waits for its receiver, all stages finish two batches
+            try:
+                simulate(self.program, num_batches=2, send_ahead=0)
+            except StandstillError as error:
+                self._fault(str(error), error.places)
         if self.faults:
             grid = render_text(self.program, faulty=self.faulty, missing=self.missing)
             raise ScheduleError(f"{list_faults('program', self.faults)}\n{grid}")
@@ -123,11 +126,8 @@ class _Verifier:
         for stage, slots in enumerate(self.program.slots):
             most = self.plan.in_flight(stage) + extra_in_flight
             if slots > most:
-                self._fault(
-                    f"stage {stage} has slots for {slots} micro-batches; the plan and "
-                    f"extra_in_flight {extra_in_flight} allow {most}",
-                    [],
-                )
+                allow = f"the plan and extra_in_flight {extra_in_flight} allow {most}"
+                self._fault(f"stage {stage} has slots for {slots} micro-batches; {allow}", [])
 
     def _check_presence(self) -> None:
         """Every expected action appears once, on its own stage, and no other does."""
@@ -208,10 +208,3 @@ class _Verifier:
                 elif clash:
                     text = f"{action} takes the buffer that {clash[0]} filled and that is still in use"
                     self._fault(text, [self.at[action], self.at[clash[0]]])
-
-    def _check_standstill(self) -> None:
-        """Even if every send waits for its receiver, all stages finish two batches."""
-        try:
-            simulate(self.program, num_batches=2, send_ahead=0)
-        except StandstillError as error:
-            self._fault(str(error), error.places)

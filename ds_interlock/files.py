@@ -21,16 +21,13 @@ _MOST_FAULTS = 10
 
 
 def read_record(path: str | os.PathLike[str], kind: type[Record], *, what: str, hint: str) -> Record:
-    """Reads a JSON file into a pydantic model.
+    """Reads a JSON file into a pydantic model, or raises a ConfigError that says what is wrong with it.
 
     Args:
         path: The file.
         kind: The model.
         what: What to call such a file, as "profile".
         hint: What to do about a file that cannot be read, or is another kind of file.
-
-    Raises:
-        ConfigError: Saying what is wrong with the file.
     """
     try:
         return kind.model_validate_json(Path(path).read_text(encoding="utf-8"))
@@ -86,13 +83,9 @@ def unfinished_folder(target: Path) -> Iterator[Path]:
 
 
 def replace_folder(target: Path, source: Path, aside: Path) -> None:
-    """Renames ``source`` to ``target``. All three are on one file system.
+    """Renames ``source`` to ``target``, a previous ``target`` to ``aside``, which is removed in the end.
 
-    Args:
-        target: May exist.
-        source: The complete new folder.
-        aside: Name of the previous ``target`` between the two renames. It is removed in the end; if the
-            second rename fails, it becomes ``target`` again.
+    If the second rename fails, ``aside`` becomes ``target`` again. All three are on one file system.
     """
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():

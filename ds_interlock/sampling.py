@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -29,16 +30,13 @@ def set_aside(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item
     """
     if len(items) < 2:
         raise DataError(
-            f"there is only {len(items)} document, and validation needs one that training does not see: give "
-            "a --validation_file, or more documents (form feeds or blank lines divide a single text file)"
+            f"there is only {len(items)} document, and validation needs one of its own: give a "
+            "--validation_file, or more documents (form feeds or blank lines divide a single text file)"
         )
     num_aside = min(max(round(share * len(items)), 1), len(items) - 1)
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-    aside = set(order[:num_aside])
-    return (
-        [item for number, item in enumerate(items) if number not in aside],
-        [item for number, item in enumerate(items) if number in aside],
-    )
+    others, aside = sorted(order[num_aside:]), sorted(order[:num_aside])
+    return [items[number] for number in others], [items[number] for number in aside]
 
 
 class ResumableIterator(Iterator[Item], ABC):
@@ -72,13 +70,11 @@ class ResumableIterator(Iterator[Item], ABC):
             if state.get(name) != value
         ]
         if differing:
-            raise DataError(
-                f"the saved data position does not fit this run: {', '.join(differing)}. Resume with the "
-                "data and settings of the saved run"
-            )
+            raise DataError(f"the saved data position does not fit this run: {', '.join(differing)}")
         self.position = int(state["position"])
 
 
+@dataclass(eq=False)
 class EpochIterator(ResumableIterator[Item]):
     """Endless micro-batches of independent items for one data-parallel replica.
 
@@ -94,23 +90,13 @@ class EpochIterator(ResumableIterator[Item]):
         shuffle: False keeps the items' own order, the same in every epoch.
     """
 
-    def __init__(
-        self,
-        num_items: int,
-        micro_batch_size: int,
-        *,
-        replica: int = 0,
-        num_replicas: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-    ) -> None:
-        self.num_items = num_items
-        self.micro_batch_size = micro_batch_size
-        self.replica = replica
-        self.num_replicas = num_replicas
-        self.seed = seed
-        self.shuffle = shuffle
-        self._epoch = -1
+    num_items: int
+    micro_batch_size: int
+    replica: int = field(default=0, kw_only=True)
+    num_replicas: int = field(default=1, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    shuffle: bool = field(default=True, kw_only=True)
+    _epoch: int = field(default=-1, init=False)
 
     @property
     def num_micro_batches(self) -> int:
@@ -121,22 +107,13 @@ class EpochIterator(ResumableIterator[Item]):
         """Item indices of the next micro-batch (int64); advances the position."""
         epoch, number = divmod(self.position, self.num_micro_batches)
         if epoch != self._epoch:
-            self._begin_epoch(epoch)
+            self._epoch = epoch
+            items = torch.arange(self.num_items)
+            self._order = epoch_order(self.num_items, self.seed, epoch) if self.shuffle else items
         start = (number * self.num_replicas + self.replica) * self.micro_batch_size
         self.position += 1
         return self._order[start : start + self.micro_batch_size]
 
     def fingerprint(self) -> dict[str, int | str]:
-        return {
-            "micro_batch_size": self.micro_batch_size,
-            "num_replicas": self.num_replicas,
-            "seed": self.seed,
-        }
-
-    def _begin_epoch(self, epoch: int) -> None:
-        """Draws the order of an epoch; subclasses draw what else is random in it."""
-        self._epoch = epoch
-        if self.shuffle:
-            self._order = epoch_order(self.num_items, self.seed, epoch)
-        else:
-            self._order = torch.arange(self.num_items)
+        sizes = {"micro_batch_size": self.micro_batch_size, "num_replicas": self.num_replicas}
+        return {**sizes, "seed": self.seed}

@@ -1,7 +1,23 @@
-"""What several subcommands take on the command line."""
+"""What several subcommands take on the command line, and where they print."""
 
 import argparse
+import json
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ds_interlock.config import InterlockConfig
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, summary: str, description: str
+) -> argparse.ArgumentParser:
+    """Adds a subcommand; ``run`` gets its options and returns the exit status."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
 
 
 def at_least_one(text: str) -> int:
@@ -20,3 +36,11 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
     return value
+
+
+def print_json(interlock: InterlockConfig, reports: Sequence[dict[str, Any]]) -> None:
+    """Prints the report of the only plan, or those of all phases with the step they begin at."""
+    phases = [
+        {"from_step": step, **report} for (step, _), report in zip(interlock.phases, reports, strict=True)
+    ]
+    print(json.dumps(reports[0] if interlock.schedule is None else {"phases": phases}, indent=2))

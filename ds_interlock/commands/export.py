@@ -4,7 +4,7 @@ import argparse
 import re
 from typing import Any
 
-from ds_interlock.commands.arguments import at_least_one
+from ds_interlock.commands.arguments import add_command, at_least_one
 from ds_interlock.errors import ConfigError
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -23,35 +23,18 @@ OUT appears when it is complete; a model that was there is replaced only then.
 
 def add_parser(commands: Any) -> None:
     """Adds ``export`` to the subcommands."""
-    parser = commands.add_parser(
-        "export",
-        help="write a fine-tuned model as a Hugging Face folder",
-        description=_EXPORT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="folder of one checkpoint (.../global_step100), or the one above it for the latest",
-    )
-    parser.add_argument("output", metavar="OUT", help="folder to write")
-    parser.add_argument(
-        "--stages", type=at_least_one, metavar="N", help="export the first N stages with a head of theirs"
-    )
-    parser.add_argument(
-        "--head", type=_index, metavar="I", help="which head (default: the last one in stage N - 1)"
-    )
-    parser.add_argument("--heads", action="store_true", help="write the heads too, to heads.safetensors")
-    parser.add_argument("--merge_adapter", action="store_true", help="merge adapters into the model")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of the weights written (default: as trained)")
-    parser.add_argument(
-        "--max_shard_size",
-        type=_size,
-        default="5GB",
-        metavar="SIZE",
-        help="split larger files (default: %(default)s)",
-    )
-    parser.set_defaults(run=run)
+    summary = "write a fine-tuned model as a Hugging Face folder"
+    add = add_command(commands, "export", run, summary=summary, description=_EXPORT).add_argument
+    where = "folder of one checkpoint (.../global_step100), or the one above it for the latest"
+    add("checkpoint", metavar="CHECKPOINT", help=where)
+    add("output", metavar="OUT", help="folder to write")
+    add("--stages", type=at_least_one, metavar="N", help="export the first N stages with a head of theirs")
+    add("--head", type=_index, metavar="I", help="which head (default: the last one in stage N - 1)")
+    add("--heads", action="store_true", help="write the heads too, to heads.safetensors")
+    add("--merge_adapter", action="store_true", help="merge adapters into the model")
+    add("--dtype", choices=_DTYPES, help="of the weights written (default: as trained)")
+    size = "split larger files (default: %(default)s)"
+    add("--max_shard_size", type=_size, default="5GB", metavar="SIZE", help=size)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -69,20 +52,13 @@ def run(options: argparse.Namespace) -> int:
         from ds_interlock.hf.export.model import export_model
 
         status.update(f"writing {options.output}")
-        form: Any = {
-            "dtype": getattr(torch, options.dtype) if options.dtype else None,
-            "max_shard_size": options.max_shard_size,
-        }
+        paths = options.checkpoint, options.output
+        dtype = getattr(torch, options.dtype) if options.dtype else None
+        form: Any = {"dtype": dtype, "max_shard_size": options.max_shard_size}
         if options.stages is not None:
-            report = export_draft(options.checkpoint, options.output, options.stages, options.head, **form)
+            report = export_draft(*paths, options.stages, options.head, **form)
         else:
-            report = export_model(
-                options.checkpoint,
-                options.output,
-                heads=options.heads,
-                merge_adapter=options.merge_adapter,
-                **form,
-            )
+            report = export_model(*paths, heads=options.heads, merge_adapter=options.merge_adapter, **form)
     print(report)
     return 0
 

@@ -1,16 +1,16 @@
 """``ds-interlock plan``: what a configuration would cost, beside what else one might choose."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_interlock.commands.arguments import at_least_one, positive
+from ds_interlock.commands.arguments import add_command, at_least_one, positive, print_json
 from ds_interlock.commands.profile import DEFAULT_SEQ_LENGTH, micro_batch_size_of
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError
+from ds_interlock.files import replace_text
 from ds_interlock.planning.forecast import Comparison, Forecast, compare
 from ds_interlock.planning.profile import Profile, unit_profile
 from ds_interlock.planning.report import as_json, print_report, write_svg, write_trace
@@ -35,44 +35,30 @@ equal layers: a stage's forward, input gradient and weight gradient 1 each, a he
 
 def add_parser(commands: Any) -> None:
     """Adds ``plan`` to the subcommands."""
-    parser = commands.add_parser(
-        "plan",
-        help="predict a config's speed and memory, and whether interlocking pays",
-        description=_PLAN,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", metavar="CONFIG", help="DeepSpeed JSON config")
-    parser.add_argument(
-        "--stages", type=at_least_one, metavar="K", help=f"pipeline stages (default: {_DEFAULT_STAGES})"
-    )
-    parser.add_argument(
-        "--micro-batches",
-        type=at_least_one,
-        metavar="M",
-        help="in a batch (default: CONFIG's gradient_accumulation_steps)",
-    )
-    parser.add_argument(
-        "--bounds", type=_bounds, metavar="0,3,...", help="first layer of each stage; number of layers"
-    )
-    costs = parser.add_mutually_exclusive_group()
-    costs.add_argument("--profile", metavar="FILE", help="measured costs, from `ds-interlock profile`")
-    costs.add_argument("--model", metavar="NAME_OR_PATH", help="estimate from this Hugging Face config")
-    assumed = parser.add_argument_group("assumptions of --model")
-    assumed.add_argument("--seq-length", type=at_least_one, default=DEFAULT_SEQ_LENGTH, metavar="T")
-    assumed.add_argument("--tflops", type=positive, default=150.0, help="of a device (default: %(default)g)")
-    assumed.add_argument(
-        "--bandwidth", type=positive, default=25.0, metavar="GB/S", help="of a link (default: %(default)g)"
-    )
-    assumed.add_argument(
-        "--latency", type=positive, default=20.0, metavar="US", help="of a message (default: %(default)g)"
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument("--compare", action="store_true", help="show every setting, not CONFIG's alone")
-    output.add_argument("--json", action="store_true", help="print JSON")
-    output.add_argument("--svg", type=Path, metavar="FILE", help="write the timelines as a picture")
-    output.add_argument("--trace", type=Path, metavar="FILE", help="write the timelines for ui.perfetto.dev")
-    output.add_argument("--html", type=Path, metavar="FILE", help="write a page with sliders for M and K")
-    parser.set_defaults(run=run)
+    summary = "predict a config's speed and memory, and whether interlocking pays"
+    parser = add_command(commands, "plan", run, summary=summary, description=_PLAN)
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="DeepSpeed JSON config")
+    stages = f"pipeline stages (default: {_DEFAULT_STAGES})"
+    add("--stages", type=at_least_one, metavar="K", help=stages)
+    micro_batches = "in a batch (default: CONFIG's gradient_accumulation_steps)"
+    add("--micro-batches", type=at_least_one, metavar="M", help=micro_batches)
+    add("--bounds", type=_bounds, metavar="0,3,...", help="first layer of each stage; number of layers")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--profile", metavar="FILE", help="measured costs, from `ds-interlock profile`")
+    add("--model", metavar="NAME_OR_PATH", help="estimate from this Hugging Face config")
+    add = parser.add_argument_group("assumptions of --model").add_argument
+    default = "(default: %(default)g)"
+    add("--seq-length", type=at_least_one, default=DEFAULT_SEQ_LENGTH, metavar="T")
+    add("--tflops", type=positive, default=150.0, help=f"of a device {default}")
+    add("--bandwidth", type=positive, default=25.0, metavar="GB/S", help=f"of a link {default}")
+    add("--latency", type=positive, default=20.0, metavar="US", help=f"of a message {default}")
+    add = parser.add_argument_group("output").add_argument
+    add("--compare", action="store_true", help="show every setting, not CONFIG's alone")
+    add("--json", action="store_true", help="print JSON")
+    add("--svg", type=Path, metavar="FILE", help="write the timelines as a picture")
+    add("--trace", type=Path, metavar="FILE", help="write the timelines for ui.perfetto.dev")
+    add("--html", type=Path, metavar="FILE", help="write a page with sliders for M and K")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -86,69 +72,60 @@ def run(options: argparse.Namespace) -> int:
     num_stages = len(options.bounds) - 1 if options.bounds else options.stages or _DEFAULT_STAGES
     num_micro_batches = options.micro_batches or _micro_batches_of(contents)
     profile = _profile(options, interlock, contents, num_stages)
-    reports: list[dict[str, Any]] = []
+    reports = []
     for from_step, section in interlock.phases:
         comparison = compare(
             section, profile, num_micro_batches, num_stages=num_stages, stage_bounds=options.bounds
         )
-        shown = comparison.all if options.compare else _without_others(comparison)
-        reports.append(as_json(comparison, shown))
-        if interlock.schedule is not None:
-            reports[-1]["from_step"] = from_step
+        forecasts = comparison.all if options.compare else _without_others(comparison)
+        reports.append(as_json(comparison, forecasts))
         if not options.json:
             if interlock.schedule is not None:
                 print(f"From step {from_step}:\n")
-            _print(section, comparison, shown)
+            _print(section, comparison, forecasts)
     if options.json:
-        print(json.dumps(reports[0] if interlock.schedule is None else {"phases": reports}, indent=2))
+        print_json(interlock, reports)
     if options.svg:
-        write_svg(options.svg, comparison, shown)
+        write_svg(options.svg, comparison, forecasts)
     if options.trace:
-        write_trace(options.trace, comparison, shown)
+        write_trace(options.trace, comparison, forecasts)
     if options.html:
-        _write_page(options, interlock, profile, comparison)
+        _write_page(options, interlock, profile, num_stages, num_micro_batches)
     return 0
 
 
 def _check_phases(options: argparse.Namespace, interlock: InterlockConfig) -> None:
     """Raises ConfigError if pictures are wanted of a plan that changes."""
-    pictures = {"--svg": options.svg, "--trace": options.trace, "--html": options.html}
-    flags = [flag for flag, path in pictures.items() if path]
+    flags = [f"--{name}" for name in ("svg", "trace", "html") if getattr(options, name)]
     if len(interlock.phases) > 1 and flags:
+        number = len(interlock.phases)
         raise ConfigError(
-            f"{', '.join(flags)}: a picture is of one plan, but interlock.schedule has "
-            f"{len(interlock.phases)} phases; draw one from a config with its mode and window"
+            f"{', '.join(flags)}: a picture is of one plan, but interlock.schedule has {number} phases"
         )
 
 
-def _write_page(
-    options: argparse.Namespace, interlock: InterlockConfig, profile: Profile, comparison: Comparison
-) -> None:
+def _write_page(options: argparse.Namespace, *what: Any) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from ds_interlock.planning.page import write_page
+    from ds_interlock.planning.page import render_page
 
-    reference = comparison.reference
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"playing every position of the sliders of {options.html}")
-        write_page(
-            options.html,
-            interlock,
-            profile,
-            reference.num_stages,
-            reference.num_micro_batches,
+        page = render_page(
+            *what,
             stage_bounds=options.bounds,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    replace_text(options.html, page)
 
 
-def _print(interlock: InterlockConfig, comparison: Comparison, shown: Sequence[Forecast]) -> None:
+def _print(interlock: InterlockConfig, comparison: Comparison, forecasts: Sequence[Forecast]) -> None:
     from rich.console import Console
 
     print(draw_plan(interlock.plan(comparison.reference.stage_bounds)), end="\n\n")
     width = None if sys.stdout.isatty() else _WIDTH
-    print_report(comparison, shown, Console(width=width, highlight=False))
+    print_report(comparison, forecasts, Console(width=width, highlight=False))
 
 
 def _without_others(comparison: Comparison) -> tuple[Forecast, ...]:
@@ -183,20 +160,12 @@ def _profile(
 
 
 def _micro_batches_of(contents: dict[str, Any]) -> int:
-    """The config's number of micro-batches.
-
-    Raises:
-        ConfigError: If it has none.
-    """
     value = contents.get("gradient_accumulation_steps")
     batch, micro = contents.get("train_batch_size"), contents.get("train_micro_batch_size_per_gpu")
     if value is None and isinstance(batch, int) and isinstance(micro, int):
         value = batch // micro  # one data-parallel replica
     if not isinstance(value, int) or value < 1:
-        raise ConfigError(
-            f"gradient_accumulation_steps: got {value!r}, expected a whole number of at least 1; or use "
-            "--micro-batches"
-        )
+        raise ConfigError(f"gradient_accumulation_steps: got {value!r}, set it or --micro-batches")
     return value
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_interlock.commands.arguments import at_least_one
+from ds_interlock.commands.arguments import add_command, at_least_one
 from ds_interlock.config import InterlockConfig, read_deepspeed
 from ds_interlock.errors import ConfigError
 
@@ -25,38 +25,18 @@ The precision ("bf16"), the size of a micro-batch and the optimizer are CONFIG's
 
 def add_parser(commands: Any) -> None:
     """Adds ``profile`` to the subcommands."""
-    parser = commands.add_parser(
-        "profile",
-        help="time a model's layers on this device, for `plan --profile`",
-        description=_PROFILE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", metavar="CONFIG", help="DeepSpeed JSON config")
-    parser.add_argument(
-        "--model", required=True, metavar="NAME_OR_PATH", help="Hugging Face model, or a folder of one"
-    )
-    parser.add_argument(
-        "--seq-length",
-        type=at_least_one,
-        default=DEFAULT_SEQ_LENGTH,
-        metavar="T",
-        help="tokens of a sample (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--micro-batch-size", type=at_least_one, metavar="B", help="samples (default: CONFIG's, or 1)"
-    )
-    parser.add_argument(
-        "--rounds",
-        type=at_least_one,
-        default=5,
-        metavar="N",
-        help="rounds a time is the median of (default: 5)",
-    )
-    parser.add_argument(
-        "--threads", type=at_least_one, default=1, metavar="N", help="on CPU (default: %(default)s)"
-    )
-    parser.add_argument("-o", "--output", type=Path, default=Path("profile.json"), metavar="FILE")
-    parser.set_defaults(run=run)
+    summary = "time a model's layers on this device, for `plan --profile`"
+    add = add_command(commands, "profile", run, summary=summary, description=_PROFILE).add_argument
+    default = "(default: %(default)s)"
+    add("config", metavar="CONFIG", help="DeepSpeed JSON config")
+    add("--model", required=True, metavar="NAME_OR_PATH", help="Hugging Face model, or a folder of one")
+    tokens = f"tokens of a sample {default}"
+    add("--seq-length", type=at_least_one, default=DEFAULT_SEQ_LENGTH, metavar="T", help=tokens)
+    add("--micro-batch-size", type=at_least_one, metavar="B", help="samples (default: CONFIG's, or 1)")
+    rounds = f"rounds a time is the median of {default}"
+    add("--rounds", type=at_least_one, default=5, metavar="N", help=rounds)
+    add("--threads", type=at_least_one, default=1, metavar="N", help=f"on CPU {default}")
+    add("-o", "--output", type=Path, default=Path("profile.json"), metavar="FILE")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -98,19 +78,13 @@ def run(options: argparse.Namespace) -> int:
         )
     profile.save(options.output)
     stage = 1000 * sum(profile.layer_seconds)
-    print(
-        f"{options.output}: {len(profile.layers)} layers, {stage:.4g} ms a micro-batch, "
-        f"head {1000 * profile.head.seconds:.4g} ms ({profile.source})"
-    )
+    head = f"head {1000 * profile.head.seconds:.4g} ms ({profile.source})"
+    print(f"{options.output}: {len(profile.layers)} layers, {stage:.4g} ms a micro-batch, {head}")
     return 0
 
 
 def micro_batch_size_of(contents: dict[str, Any]) -> int:
-    """The config's ``train_micro_batch_size_per_gpu``, 1 if it says nothing.
-
-    Raises:
-        ConfigError: If it is no size.
-    """
+    """The config's ``train_micro_batch_size_per_gpu``, 1 if it says nothing."""
     value = contents.get("train_micro_batch_size_per_gpu", 1)
     if value == "auto":
         return 1

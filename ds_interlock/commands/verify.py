@@ -1,7 +1,6 @@
 """``ds-interlock verify``: a config's gradients on a small model against plain autograd."""
 
 import argparse
-import json
 import math
 import os
 import signal
@@ -10,15 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ds_interlock.commands.arguments import at_least_one, positive
+from ds_interlock.commands.arguments import add_command, at_least_one, positive, print_json
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError
 from ds_interlock.schedule.picture import draw_plan
 
 if TYPE_CHECKING:
     from ds_interlock.verification.checks import Report
-
-_OK, _FAILED = 0, 1
 
 _DEFAULT_STAGES = 4
 _DEFAULT_TIMEOUT_SECONDS = 300.0
@@ -41,38 +38,17 @@ precision) is ignored: gradients are compared before any of it applies. No launc
 
 def add_parser(commands: Any) -> None:
     """Adds ``verify`` to the subcommands."""
-    parser = commands.add_parser(
-        "verify",
-        help="check a config's gradients on a small model against plain autograd",
-        description=_VERIFY,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", metavar="CONFIG", help="DeepSpeed JSON config")
-    parser.add_argument(
-        "--stages",
-        type=at_least_one,
-        default=_DEFAULT_STAGES,
-        metavar="K",
-        help="stages, and processes (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--layers",
-        type=at_least_one,
-        metavar="L",
-        help="layers of the small model (default: 2 K + 1, room for a head within every stage)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of weights and data (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--timeout",
-        type=positive,
-        default=_DEFAULT_TIMEOUT_SECONDS,
-        metavar="SECONDS",
-        help="give up after this long (default: %(default)g)",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a picture and a table")
-    parser.set_defaults(run=run)
+    summary = "check a config's gradients on a small model against plain autograd"
+    add = add_command(commands, "verify", run, summary=summary, description=_VERIFY).add_argument
+    add("config", metavar="CONFIG", help="DeepSpeed JSON config")
+    stages = "stages, and processes (default: %(default)s)"
+    add("--stages", type=at_least_one, default=_DEFAULT_STAGES, metavar="K", help=stages)
+    layers = "layers of the small model (default: 2 K + 1, room for a head within every stage)"
+    add("--layers", type=at_least_one, metavar="L", help=layers)
+    add("--seed", type=int, default=0, metavar="S", help="of weights and data (default: %(default)s)")
+    timeout = "give up after this long (default: %(default)g)"
+    add("--timeout", type=positive, default=_DEFAULT_TIMEOUT_SECONDS, metavar="SECONDS", help=timeout)
+    add("--json", action="store_true", help="print JSON instead of a picture and a table")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -94,18 +70,14 @@ def run(options: argparse.Namespace) -> int:
             verify(section, phase.plan, **how)
             for phase, (_, section) in zip(schedule.phases, interlock.phases, strict=True)
         ]
-    by_step = list(zip([phase.from_step for phase in schedule.phases], reports, strict=True))
     if options.json:
-        phases = [{"from_step": step, **_as_json(report)} for step, report in by_step]
-        print(
-            json.dumps(_as_json(reports[0]) if interlock.schedule is None else {"phases": phases}, indent=2)
-        )
+        print_json(interlock, [_as_json(report) for report in reports])
     else:
-        for step, report in by_step:
+        for (step, _), report in zip(interlock.phases, reports, strict=True):
             if interlock.schedule is not None:
                 print(f"From step {step}:\n")
             _print_report(report)
-    return _OK if all(report.passed for report in reports) else _FAILED
+    return 0 if all(report.passed for report in reports) else 1
 
 
 @contextmanager
@@ -125,10 +97,7 @@ def _leaving_on_sigterm() -> Iterator[None]:
 def _uniform_bounds(num_layers: int, num_stages: int) -> list[int]:
     """Stages as even as can be, the first ones a layer longer, as DeepSpeed cuts "uniform"."""
     if num_stages > num_layers:
-        raise ConfigError(
-            f"{num_stages} stages for {num_layers} layers: every stage needs at least one; use --layers "
-            f"{num_stages} or more, or fewer --stages"
-        )
+        raise ConfigError(f"{num_stages} stages for {num_layers} layers: every stage needs at least one")
     each, longer = divmod(num_layers, num_stages)
     return [stage * each + min(stage, longer) for stage in range(num_stages + 1)]
 
@@ -143,13 +112,9 @@ def _print_report(report: "Report") -> None:
     for name in ("parameters", "worst error", "limit", "result"):
         table.add_column(name, justify="right", no_wrap=True)
     for check in report.checks:
-        table.add_row(
-            check.name,
-            str(check.num_parameters),
-            f"{check.error:.1e}",
-            f"{check.limit:.0e}" if check.limit else "none",
-            "[green]pass[/green]" if check.passed else "[bold red]FAIL[/bold red]",
-        )
+        limit = f"{check.limit:.0e}" if check.limit else "none"
+        result = "[green]pass[/green]" if check.passed else "[bold red]FAIL[/bold red]"
+        table.add_row(check.name, str(check.num_parameters), f"{check.error:.1e}", limit, result)
     console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
     print(draw_plan(report.plan), end="\n\n")
     console.print(table)

@@ -25,36 +25,27 @@ REFUSALS = (
     Refusal(
         "fp16.enabled",
         (True,),
-        "fp16 needs loss scaling: on an overflow anywhere every stage has to skip the same step and change "
-        "to the same new scale, so no stage could step before all have agreed across the whole pipeline; "
-        "stages that step on their own would soon relay gradients under scales that their neighbours do not "
-        'have. Use "bf16": {"enabled": true}, which needs no scale',
+        "fp16 needs loss scaling: on an overflow anywhere all stages have to skip the same step and take the "
+        'same new scale, so no stage could step on its own. Use "bf16": {"enabled": true}, which needs no '
+        "scale",
     ),
     Refusal(
         "zero_optimization.stage",
         (2, 3),
-        "ZeRO 2 and 3 reduce, partition and free gradients (3: weights too) during a backward pass as if it "
-        "were the only one; here several go through a stage for each micro-batch, and gradients accumulate "
-        "over all of them. DeepSpeed's own pipeline refuses these stages too. Use 0 or 1",
+        "ZeRO 2 and 3 partition gradients (3: weights too) in a backward pass as if it were the only one; "
+        "here gradients accumulate over several. DeepSpeed's own pipeline refuses these too. Use 0 or 1",
     ),
     Refusal(
         "pipeline.use_reentrant",
         (True,),
-        "re-entrant activation checkpointing allows one backward pass for each forward and no gradient with "
-        "respect to the input alone; a stage needs both, to relay gradients. Use false",
+        "re-entrant activation checkpointing allows one backward pass per forward and no gradient with "
+        "respect to the input alone; to relay gradients, a stage needs both. Use false",
     ),
 )
 
 
 def check_deepspeed(config: Mapping[str, Any]) -> None:
-    """Refuses DeepSpeed settings that this engine cannot work with, in any mode.
-
-    Args:
-        config: The whole DeepSpeed config.
-
-    Raises:
-        ConfigError: Naming the JSON key of every such setting, and why.
-    """
+    """Raises ConfigError for DeepSpeed settings that this engine cannot work with, in any mode."""
     faults = []
     for refusal in REFUSALS:
         value: Any = config
@@ -79,16 +70,12 @@ def read_deepspeed(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         contents = hjson.loads(text, object_pairs_hook=_object) if text.strip() else None
     except hjson.HjsonDecodeError as error:
-        raise ConfigError(
-            f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
-        ) from error
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ConfigError(f"{path}: {where}: not valid JSON: {error.msg}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(contents, dict):
-        raise ConfigError(
-            f"{path}: got {shown_as_json(contents)}, expected a JSON object: the keys of a DeepSpeed config "
-            "between { and }"
-        )
+        raise ConfigError(f"{path}: got {shown_as_json(contents)}, expected a JSON object")
     return contents
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a section of the configuration, a line a fault, by its JSON key."""
+"""What is wrong with a section of the configuration, one line per fault, by its JSON key."""
 
 import difflib
 import json

@@ -27,15 +27,14 @@ class TraceConfig(Section):
 
 
 class MyopiaConfig(Section):
-    """How often to measure what the plan hides from each stage.
+    """How often to measure what the plan hides from a stage: the cosine of its gradient with the global one.
 
-    That is the cosine between the stage's gradient and the global one, for the same weights and samples.
     Training is the same with it and without, bit for bit.
     """
 
     every: int = Field(
         ge=1,
         description="Measure before every n-th training batch, the first one included, on its first "
-        "micro-batch: the plan in force and ordinary backpropagation each go through it once more. Reported "
-        "as `Train/stage_K/gradient_cosine`. A phase that is `global` has cosines of 1 and measures nothing.",
+        "micro-batch, which goes through the plan and through ordinary backpropagation once more. Reported "
+        "as `Train/stage_K/gradient_cosine`. A phase that is `global` measures nothing.",
     )

@@ -1,11 +1,8 @@
 """``"interlock": {"schedule": [...]}``: one entry for each phase of the training."""
 
-from collections.abc import Sequence
-
 from pydantic import Field, ValidationInfo, field_validator
 
 from ds_interlock.config.strict import DEFAULT_WINDOW, Mode, Section, window_of
-from ds_interlock.schedule.phases import faults_of_steps
 from ds_interlock.schedule.plan import Combine
 
 
@@ -17,8 +14,7 @@ class PhaseConfig(Section):
 
     from_step: int = Field(
         ge=0,
-        description="The number of optimizer steps after which the phase begins: 0 for the first, then "
-        "rising.",
+        description="Optimizer steps after which the phase begins: 0 for the first, then rising.",
     )
     mode: Mode | None = Field(
         None, description="As the section's; `interlock` if there is a `window`, otherwise needed."
@@ -43,10 +39,3 @@ class PhaseConfig(Section):
         """The keys in which a section for this phase alone differs; its ``combine`` is the default."""
         mode = self.mode or "interlock"
         return {"schedule": None, "mode": mode, "window": self.window, "combine": self.combine or combine}
-
-
-def check_phases(phases: Sequence[PhaseConfig]) -> None:
-    """Raises ValueError if the phases are not in order."""
-    faults = faults_of_steps([phase.from_step for phase in phases])
-    if faults:
-        raise ValueError("; ".join(faults))

@@ -5,11 +5,8 @@
      "interlock": {"mode": ...,   ─────────►       head: HeadConfig     ──────►  which stage
        "head": {"type": ...}}}    from_deepspeed                        plan()
 
-A config without the section is a config for ordinary (``global``) backpropagation. Whatever is wrong
-with the section is collected and raised as one ``ConfigError`` that names the JSON key of every fault.
-
-The models below are the only description of the section: ``python -m ds_interlock.config.reference``
-prints the reference ``docs/config.md`` from them.
+A config without the section is one for ordinary (``global``) backpropagation. The models below are the
+only description of the section: ``reference.py`` makes ``docs/config.md`` of them.
 """
 
 import os
@@ -21,17 +18,15 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from ds_interlock.config.deepspeed import read_deepspeed
 from ds_interlock.config.faults import fault_of, misspelt_sections, shown_as_json
 from ds_interlock.config.monitoring import MyopiaConfig, TraceConfig
-from ds_interlock.config.schedule import PhaseConfig, check_phases
+from ds_interlock.config.schedule import PhaseConfig
 from ds_interlock.config.strict import DEFAULT_WINDOW, SECTION, Mode, Section, window_of
 from ds_interlock.errors import ConfigError, PlanError, list_faults
-from ds_interlock.schedule.phases import PlanSchedule
+from ds_interlock.schedule.phases import PlanSchedule, faults_of_steps
 from ds_interlock.schedule.plan import Combine, GradientFlowPlan
 
 _LENS_WARMUP_STEPS = 20
 
-TiedWeights = Literal["untie", "sync", "error"]
 HeadType = Literal["auto", "linear", "norm_linear", "low_rank", "block_linear", "lens"]
-TranslatorPlace = Literal["after_norm", "before_norm"]
 
 
 class HeadConfig(Section):
@@ -40,45 +35,41 @@ class HeadConfig(Section):
     type: HeadType = Field(
         "auto",
         description="What a head is, if the module is given no `head` of its own. `auto`: `lens` for a "
-        "pretrained model, `norm_linear` for one that starts from random weights. `linear`: an unembedding. "
-        "`norm_linear`: a norm of the model's kind, then an unembedding. `low_rank`: a norm, then an "
-        "unembedding of rank `rank`. `block_linear`: one more layer of the same kind before the head, "
-        "then a norm and an unembedding. `lens`: a trainable affine translator, then a frozen copy of the "
-        "model's own norm and unembedding. docs/heads.md says what each costs.",
+        "pretrained model, otherwise `norm_linear`. `linear`: an unembedding. `norm_linear`: a norm of the "
+        "model's kind, then an unembedding. `low_rank`: a norm, then an unembedding of rank `rank`. "
+        "`block_linear`: one more layer, then a norm and an unembedding. `lens`: a trainable affine "
+        "translator, then a frozen copy of the model's own norm and unembedding. See docs/heads.md.",
     )
-    translator: TranslatorPlace = Field(
+    translator: Literal["after_norm", "before_norm"] = Field(
         "after_norm",
-        description="Where the translator of a `lens` is. `after_norm`: norm, translator, unembedding; it "
-        "folds into the unembedding, so that stages and head make a smaller model of the same architecture "
-        "(it has a bias only if the model has one to fold it into, in the norm or the unembedding). "
-        "`before_norm`: translator, norm, unembedding, as in the tuned lens.",
+        description="Where the translator of a `lens` is. `after_norm`: it folds into the unembedding, so "
+        "that stages and head make a smaller model of the same architecture (it has a bias only if the model "
+        "has one to fold it into). `before_norm`: as in the tuned lens.",
     )
     cross_entropy_weight: float = Field(
-        1.0, ge=0, description="Factor of the cross-entropy with the labels in what a head learns from."
+        1.0, ge=0, description="Factor of the cross-entropy with the labels in a head's loss."
     )
     kl_weight: float = Field(
         0.0,
         ge=0,
         validate_default=True,
-        description="Factor of KL(base || head) in what a head learns from: the divergence of its outputs "
-        "from those of the frozen base model, over the same labelled positions. Needs a `lens`, and labels "
-        "that bring the base model's hidden states along (docs/heads.md). In evaluation a head's loss is the "
-        "cross-entropy alone.",
+        description="Factor of KL(base || head) in a head's loss: the divergence of its outputs from those "
+        "of the frozen base model. Needs a `lens`, and labels that bring the base model's hidden states "
+        "along (docs/heads.md). In evaluation a head's loss is the cross-entropy alone.",
     )
     fused: bool = Field(
         True,
         description="Compute unembedding and loss of a head in one, never holding all its logits, where the "
-        "loss function has a method `fused_linear`, as that of the language model has, and nothing follows "
-        "the unembedding. The numbers are the same to rounding.",
+        "loss function has a method `fused_linear` and nothing follows the unembedding. The numbers are the "
+        "same to rounding.",
     )
     token_fraction: float = Field(
         1.0,
         gt=0,
         le=1,
         description="Share of the labelled positions, drawn at random in every micro-batch, on which a head "
-        "computes its loss in training: an unbiased estimate at a fraction of the cost. Needs one label for "
-        "each position, and a loss function that averages over positions and looks at each by itself: it "
-        "must not shift the labels (shift them in the data). The final loss always uses all positions.",
+        "computes its loss in training. Needs one label for each position, and a loss function that averages "
+        "over positions without shifting the labels (shift them in the data). The final loss uses all.",
     )
     learning_rate_scale: float = Field(
         1.0, gt=0, description="Learning rate of the heads' own parameters, as a multiple of the model's."
@@ -93,8 +84,7 @@ class HeadConfig(Section):
         None,
         ge=0,
         description="Batches for which the heads alone are fitted before the first training batch of a new "
-        "run; layers, optimizer and learning rate schedule stay as they are. If not given, "
-        f"{_LENS_WARMUP_STEPS} for a lens into a pretrained model, otherwise 0.",
+        f"run. If not given, {_LENS_WARMUP_STEPS} for a lens into a pretrained model, otherwise 0.",
     )
     warmup_learning_rate: float = Field(
         1e-3, gt=0, description="Learning rate of these batches; their optimizer is AdamW without decay."
@@ -129,23 +119,22 @@ class InterlockConfig(Section):
     mode: Mode = Field(
         "global",
         description="`global`: ordinary backpropagation, DeepSpeed's own schedule and numbers. `local`: "
-        "every stage is trained by the loss at its own end. `interlock`: every loss reaches back over "
-        "`window` stages.",
+        "every stage is trained by the loss at its end. `interlock`: every loss reaches back over `window` "
+        "stages.",
     )
     window: float | None = Field(
         None,
         ge=1,
         validate_default=True,
-        description="Mode `interlock` only: the number of stages one loss reaches back over, its own "
-        "included, from 1 (as `local`) to the number of stages (as `global`); "
-        f"{DEFAULT_WINDOW} if not given. A fraction moves the heads into the next stage: 1.25 puts them "
-        "after a quarter of its layers.",
+        description="Mode `interlock` only: the number of stages one loss reaches back over, from 1 (as "
+        f"`local`) to all (as `global`); {DEFAULT_WINDOW} if not given. A fraction moves the heads into the "
+        "next stage: 1.25 puts them after a quarter of its layers.",
     )
     schedule: list[PhaseConfig] | None = Field(
         None,
-        description="In place of `mode` and `window`: how gradients flow from which step on, a list of "
-        'phases as `[{"from_step": 0, "window": 1}, {"from_step": 2000, "mode": "global"}]`; see below. The '
-        "heads of all phases are built at the beginning; one that a phase does not use stays as it is.",
+        description="In place of `mode` and `window`: a list of phases, as "
+        '`[{"from_step": 0, "window": 1}, {"from_step": 2000, "mode": "global"}]`; see below. The heads of '
+        "all phases are built at the beginning; one that a phase does not use stays as it is.",
     )
     combine: Combine = Field(
         "sum",
@@ -159,14 +148,14 @@ class InterlockConfig(Section):
     )
     streaming: bool = Field(
         True,
-        description="Let a stage go on to the next batch once its own work on this one is done. The numbers "
-        "are the same without; `train_batch` then returns the exact loss of its batch.",
+        description="Let a stage start the next batch once its own work on this one is done. The numbers are "
+        "the same without; `train_batch` then returns the exact loss of its batch.",
     )
-    tied_weights: TiedWeights = Field(
+    tied_weights: Literal["untie", "sync", "error"] = Field(
         "untie",
         description="What happens to weights tied between stages outside mode `global`. `untie`: each stage "
-        "trains its own copy. `sync`: keep them equal by an all-reduce in every batch, and therefore without "
-        "streaming. `error`: refuse the model.",
+        "trains its own copy. `sync`: an all-reduce in every batch keeps them equal; no stage then streams. "
+        "`error`: refuse the model.",
     )
     timeout_seconds: float = Field(
         300, gt=0, description="How long a stage waits for a neighbour before it gives up with an error."
@@ -174,14 +163,12 @@ class InterlockConfig(Section):
     extra_in_flight: int = Field(
         0,
         ge=0,
-        description="Micro-batches a stage may hold beyond those that the plan needs; can hide a slow "
-        "network at the price of memory.",
+        description="Micro-batches a stage may hold beyond what the plan needs, to hide a slow network.",
     )
     head: HeadConfig = Field(HeadConfig(), description="The auxiliary heads; see below.")
     trace: TraceConfig | None = Field(
-        None, description="Record some batches as a trace and a picture; see below. Nothing is, by default."
+        None, description="Record some batches as a trace and a picture; see below."
     )
-
     myopia: MyopiaConfig | None = Field(
         None, description="Measure how far each stage's gradient is from the global one; see below."
     )
@@ -194,8 +181,9 @@ class InterlockConfig(Section):
     @field_validator("schedule", mode="after")
     @classmethod
     def _phases_are_in_order(cls, schedule: list[PhaseConfig] | None) -> list[PhaseConfig] | None:
-        if schedule is not None:
-            check_phases(schedule)
+        faults = [] if schedule is None else faults_of_steps([phase.from_step for phase in schedule])
+        if faults:
+            raise ValueError("; ".join(faults))
         return schedule
 
     @model_validator(mode="after")
@@ -203,10 +191,7 @@ class InterlockConfig(Section):
         others = [key for key in ("mode", "window") if key in self.model_fields_set]
         if self.schedule is not None and others:
             named = " and ".join(others)
-            raise ValueError(
-                f"schedule and {named} are both given: remove {named} (each phase of the schedule has its "
-                "own), or remove schedule"
-            )
+            raise ValueError(f"schedule and {named} are both given: remove {named}, or schedule")
         return self
 
     @classmethod
@@ -252,21 +237,11 @@ class InterlockConfig(Section):
         return all(section.mode == "global" for _, section in self.phases)
 
     def steps_alone(self, plan: GradientFlowPlan, *, tied: bool) -> bool:
-        """True if a stage's update depends on its window only, not on the whole pipeline.
-
-        Args:
-            plan: The plan in force.
-            tied: Whether stages share weights.
-        """
+        """True if a stage's update depends on its window only; ``tied``: whether stages share weights."""
         return not plan.is_end_to_end and not (tied and self.tied_weights == "sync")
 
     def streams(self, plan: GradientFlowPlan, *, tied: bool) -> bool:
-        """True if a stage goes on to the next batch while others still work on this one.
-
-        Args:
-            plan: See ``steps_alone``.
-            tied: See ``steps_alone``.
-        """
+        """True if a stage starts the next batch while others still work on this one; see ``steps_alone``."""
         return self.streaming and self.steps_alone(plan, tied=tied)
 
     def plan_schedule(self, stage_bounds: Sequence[int]) -> PlanSchedule:
@@ -296,25 +271,20 @@ class InterlockConfig(Section):
             ConfigError: If the section does not fit them, or has a schedule.
         """
         if self.schedule is not None:
+            number = len(self.schedule)
             raise ConfigError(
-                f"{SECTION}.schedule: a schedule of {len(self.schedule)} phases has no single plan; take "
-                "each phase by itself (InterlockConfig.phases, plan_schedule)"
+                f"{SECTION}.schedule: a schedule of {number} phases has no single plan, see phases"
             )
         end_to_end = GradientFlowPlan.end_to_end(stage_bounds=stage_bounds)
         if self.is_global:
             return end_to_end
-        window = 1 if self.window is None else self.window
+        window, stride, weight = self.window or 1, self.head_stride, self.head.weight
         try:
             return GradientFlowPlan.n_wise(
-                None,
-                window,
-                self.combine,
-                head_stride=self.head_stride,
-                stage_bounds=stage_bounds,
-                head_weight=self.head.weight,
+                None, window, self.combine, head_stride=stride, stage_bounds=stage_bounds, head_weight=weight
             )
         except PlanError as error:
-            keys = {"mode": self.mode, "window": window, "head_stride": self.head_stride}
+            keys = {"mode": self.mode, "window": window, "head_stride": stride}
             settings = ", ".join(f"{SECTION}.{key} {shown_as_json(value)}" for key, value in keys.items())
             num = end_to_end.num_stages
             raise ConfigError(f"{settings} do not fit a model of {num} stages: {error}") from error

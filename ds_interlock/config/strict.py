@@ -19,21 +19,12 @@ class Section(BaseModel):
 
 
 def window_of(mode: Mode | None, window: float | None) -> float | None:
-    """The window that goes with a mode.
-
-    Args:
-        mode: None if it is faulty itself.
-        window: As given; None if it is not.
-
-    Raises:
-        ValueError: If the mode has none.
-    """
+    """The window that goes with ``mode`` (None if it is faulty itself), where ``window`` is given, or not."""
     if window is None:
         return DEFAULT_WINDOW if mode == "interlock" else None
     window = int(window) if window.is_integer() else window  # messages say 2, not 2.0
     if mode in ("global", "local"):
         raise ValueError(
-            f'got {shown_as_json(window)}, but mode is "{mode}", which has no window; '
-            'leave the key out, or set the mode to "interlock"'
+            f'got {shown_as_json(window)}, but mode is "{mode}", which has no window; leave one of them out'
         )
     return window

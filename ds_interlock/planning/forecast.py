@@ -8,6 +8,7 @@ stages (window 3 on two stages, a head within a stage of one layer) is left out 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
@@ -17,11 +18,23 @@ from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.cost import CostModel
 from ds_interlock.schedule.lower import Program, training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
-from ds_interlock.schedule.simulate import Simulation, Span, simulate
+from ds_interlock.schedule.simulate import Rows, Simulation, simulate
 
 GLOBAL = "global (1F1B)"
 ZERO_BUBBLE = "global (ZB-H1)"
 _NUM_BATCHES = 4
+_COMPARED: tuple[dict[str, Any], ...] = (
+    {"mode": "global"},
+    {"mode": "local"},
+    {"window": 1.25},
+    {"window": 1.25, "extra_in_flight": 1},
+    {"window": 1.5},
+    {"window": 2},
+    {"window": 2, "head_stride": 2},
+    {"window": 3},
+    {"window": 3, "head_stride": 2},
+    {"window": 3, "head_stride": 3},
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class Forecast:
         relay_bytes: For each stage the bytes of gradients it sends upstream for one batch.
         head_share: Share of the work, over all stages, that auxiliary heads are.
         speed: How many times as fast as global (1F1B).
-        rows: For each stage its spans, over some batches.
+        rows: Spans of some batches.
         is_reference: True for a schedule that is here to compare with and cannot be run.
     """
 
@@ -55,7 +68,7 @@ class Forecast:
     relay_bytes: tuple[float, ...]
     head_share: float
     speed: float
-    rows: tuple[tuple[Span, ...], ...]
+    rows: Rows
     is_reference: bool = False
 
     @property
@@ -111,23 +124,8 @@ def setting_name(interlock: InterlockConfig) -> str:
 
 def settings_to_compare(interlock: InterlockConfig) -> list[InterlockConfig]:
     """The settings a user would choose between, with the heads and ties of ``interlock``."""
-    keep = {"head": interlock.head, "tied_weights": interlock.tied_weights}
-
-    def window(size: float, **keys: int) -> InterlockConfig:
-        return InterlockConfig.model_validate({"mode": "interlock", "window": size, **keep, **keys})
-
-    return [
-        InterlockConfig.model_validate({"mode": "global", **keep}),
-        InterlockConfig.model_validate({"mode": "local", **keep}),
-        window(1.25),
-        window(1.25, extra_in_flight=1),
-        window(1.5),
-        window(2),
-        window(2, head_stride=2),
-        window(3),
-        window(3, head_stride=2),
-        window(3, head_stride=3),
-    ]
+    keep = {"mode": "interlock", "head": interlock.head, "tied_weights": interlock.tied_weights}
+    return [InterlockConfig.model_validate(keep | keys) for keys in _COMPARED]
 
 
 def compare(
@@ -144,8 +142,8 @@ def compare(
         interlock: The configured setting.
         profile: What the layers cost.
         num_micro_batches: Micro-batches in a batch.
-        num_stages: Stages, cut so that they are as even as can be; or give ``stage_bounds``.
-        stage_bounds: ``num_stages + 1`` rising layer numbers, the first 0, the last the number of layers.
+        num_stages: Stages, cut as evenly as can be; or give ``stage_bounds``.
+        stage_bounds: ``num_stages + 1`` rising layer numbers, from 0 to the number of layers.
 
     Raises:
         ConfigError: If the configured setting, the stages and the profile do not fit together.
@@ -154,27 +152,21 @@ def compare(
         assert num_stages is not None, "one of the two is needed"
         stage_bounds = profile.balanced_bounds(num_stages)
     elif stage_bounds[-1] != len(profile.layers):
-        raise ConfigError(
-            f"stage bounds {list(stage_bounds)} end at layer {stage_bounds[-1]}, but the profile has "
-            f"{len(profile.layers)} layers"
-        )
+        number = len(profile.layers)
+        raise ConfigError(f"stage bounds {list(stage_bounds)} do not end at {number}, the profile's layers")
     bounds = tuple(stage_bounds)
     configured = forecast(interlock, profile, bounds, num_micro_batches)
     played: list[Forecast] = []
     skipped: list[str] = []
     for setting in settings_to_compare(interlock):
-        if setting_name(setting) == configured.name:
-            played.append(configured)
-            continue
         try:
             played.append(forecast(setting, profile, bounds, num_micro_batches))
         except ConfigError as error:
             skipped.append(f"{setting_name(setting)}: {error.__cause__ or error}")
-    reference = GradientFlowPlan.end_to_end(stage_bounds=bounds)
-    batches = zero_bubble_batches(reference, num_micro_batches, profile.cost_model(bounds), _NUM_BATCHES)
-    played.insert(
-        1, _forecast_of(batches, profile, reference, num_micro_batches, ZERO_BUBBLE, reference.num_stages)
-    )
+    plan = GradientFlowPlan.end_to_end(stage_bounds=bounds)
+    batches = zero_bubble_batches(plan, num_micro_batches, profile.cost_model(bounds), _NUM_BATCHES)
+    zero_bubble = _forecast_of(batches, profile, plan, num_micro_batches, ZERO_BUBBLE, plan.num_stages)
+    played.insert(1, zero_bubble)
     configured, *played = [
         replace(each, speed=played[0].batch_seconds / each.batch_seconds) for each in (configured, *played)
     ]
@@ -190,11 +182,7 @@ def compare(
 def forecast(
     interlock: InterlockConfig, profile: Profile, stage_bounds: Sequence[int], num_micro_batches: int
 ) -> Forecast:
-    """One setting by itself; its ``speed`` is relative to itself, 1.
-
-    Raises:
-        ConfigError: If the setting does not exist for these stages.
-    """
+    """One setting by itself (``speed`` 1); a ConfigError if it does not exist for these stages."""
     costs, tied = profile.cost_model(stage_bounds), profile.is_tied_across(stage_bounds)
     program, simulation = play(interlock, costs, stage_bounds, num_micro_batches, tied=tied)
     window = program.plan.num_stages if interlock.is_global else interlock.window or 1
@@ -209,7 +197,7 @@ def _forecast_of(
     name: str,
     window: float,
 ) -> Forecast:
-    in_flight, kept = simulation.peak_in_flight, profile.activation_bytes(plan.stage_bounds)
+    in_flight, sizes = simulation.peak_in_flight, profile.activation_bytes(plan.stage_bounds)
     return Forecast(
         name=name,
         window=window,
@@ -218,7 +206,7 @@ def _forecast_of(
         batch_seconds=simulation.batch_seconds,
         bubble_fraction=simulation.bubble_fraction,
         in_flight=in_flight,
-        activation_bytes=tuple(number * size for number, size in zip(in_flight, kept, strict=True)),
+        activation_bytes=tuple(number * size for number, size in zip(in_flight, sizes, strict=True)),
         relay_bytes=simulation.relay_bytes,
         head_share=_head_share(plan, simulation),
         speed=1.0,
@@ -236,18 +224,10 @@ def play(
     tied: bool = False,
     num_batches: int = _NUM_BATCHES,
 ) -> tuple[Program, Simulation]:
-    """The program of a setting, and a simulation of some batches of it.
-
-    Args:
-        interlock: The setting, without a schedule.
-        costs: What the stages cost.
-        stage_bounds: ``num_stages + 1`` rising layer numbers.
-        num_micro_batches: Micro-batches in a batch.
-        tied: Whether stages share weights.
-        num_batches: Batches to simulate.
+    """The program of a setting, and a simulation of some batches of it; ``tied``: if stages share weights.
 
     Raises:
-        ConfigError: If the setting does not exist for these stages.
+        ConfigError: If the setting does not exist for these stages, or has a schedule.
     """
     plan = interlock.plan(stage_bounds)
     program = training_program(plan, num_micro_batches, extra_in_flight=interlock.extra_in_flight)

@@ -1,10 +1,8 @@
 """The forecasts as one HTML page: timelines of all settings, with a slider for M and one for K.
 
-    write_page("plan.html", interlock, profile, num_stages=8, num_micro_batches=4)
-
 Everything is played through here, once for every position of the sliders, and written into the page
-as JSON; the page only draws (``page.html``). It is one file that needs no network. Times become
-integers: ticks, of which the longest timeline of a view has ``_TICKS``.
+as JSON; the page only draws (``page.html``). Times become integers: ticks, of which the longest timeline
+of a view has ``_TICKS``.
 
     view       one position of the sliders: K, M, seconds of a tick, the verdict, the forecasts
     forecast   the figures of one setting; for each stage a row; ``end``, where the shown batches end
@@ -15,13 +13,11 @@ integers: ticks, of which the longest timeline of a view has ``_TICKS``.
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
-from ds_interlock.files import replace_text
 from ds_interlock.planning.forecast import (
     GLOBAL,
     ZERO_BUBBLE,
@@ -36,12 +32,7 @@ from ds_interlock.planning.profile import Profile
 from ds_interlock.planning.verdict import verdict
 from ds_interlock.schedule.action import Action
 from ds_interlock.schedule.render import COLOURS, LABELS, fill_template
-from ds_interlock.schedule.simulate import Span
-
-Progress = Callable[[int, int], None]
-"""Called with the work done and the work there is, in micro-batches on stages."""
-
-Rows = Sequence[Sequence[Span]]
+from ds_interlock.schedule.simulate import Rows, Span
 
 _NUM_STAGES = (2, 4, 8, 16)
 _NUM_MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -57,30 +48,6 @@ _MOST_FOR_TWO = 16
 """A batch of more micro-batches than this is drawn once, not twice: the page stays small and readable."""
 
 
-def write_page(
-    path: str | os.PathLike[str],
-    interlock: InterlockConfig,
-    profile: Profile,
-    num_stages: int,
-    num_micro_batches: int,
-    *,
-    stage_bounds: Sequence[int] | None = None,
-    title: str | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Writes what ``render_page`` makes; an interrupted write leaves an earlier file as it was."""
-    page = render_page(
-        interlock,
-        profile,
-        num_stages,
-        num_micro_batches,
-        stage_bounds=stage_bounds,
-        title=title,
-        progress=progress,
-    )
-    replace_text(path, page)
-
-
 def render_page(
     interlock: InterlockConfig,
     profile: Profile,
@@ -88,20 +55,18 @@ def render_page(
     num_micro_batches: int,
     *,
     stage_bounds: Sequence[int] | None = None,
-    title: str | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> str:
-    """The page, as HTML.
+    """The page, as HTML: one file that needs no network.
 
     Args:
         interlock: The configured setting; its timeline comes first.
-        profile: What the layers cost. Times of device "none" count in forwards of a stage.
+        profile: What the layers cost.
         num_stages: Where the slider for K stands at first. Others are 2, 4, 8, 16, as far as there are
             layers and the configured setting exists.
         num_micro_batches: Where the slider for M stands at first. Others are 1, 2, 4, 8, 16.
         stage_bounds: Where to cut the layers into ``num_stages``; by default as evenly as can be.
-        title: Heading of the page; by default the profile's model.
-        progress: Called after every view.
+        progress: Called after every view with the work done and all work, in micro-batches on stages.
 
     Raises:
         ConfigError: If the configured setting, the stages and the profile do not fit together.
@@ -132,28 +97,21 @@ def render_page(
     }
     # In JSON no "<" is left that could end the script.
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    title = title or f"Pipeline plan: {profile.model}"
+    title = f"Pipeline plan: {profile.model}"
     return fill_template(__package__, "page.html", title=title, colours=COLOURS, data=content)
 
 
-def _stage_choices(
-    interlock: InterlockConfig, profile: Profile, num_stages: int
-) -> tuple[list[int], list[int]]:
-    """Numbers of stages that the configured setting exists for, and those it does not.
-
-    Raises:
-        ConfigError: If the configured ``num_stages`` is among the latter.
-    """
+def _stage_choices(interlock: InterlockConfig, profile: Profile, num_stages: int) -> tuple[list[int], ...]:
+    """Numbers of stages that the configured setting exists for, and those it does not."""
     choices, left_out = [], []
     for number in sorted({*_NUM_STAGES, num_stages}):
         try:
             interlock.plan(profile.balanced_bounds(number))
+            choices.append(number)
         except ConfigError:
             if number == num_stages:
                 raise
             left_out.append(number)
-        else:
-            choices.append(number)
     return choices, left_out
 
 
@@ -195,8 +153,8 @@ class _Views:
     def _excerpt(self, forecast: Forecast) -> tuple[Rows, float, float]:
         """Spans that cover some batches of the running pipeline, and the times these begin and end.
 
-        At first, stages upstream run ahead of slower ones downstream. Where a forecast does not last long
-        enough to get past that, more of it is simulated here.
+        At first, stages upstream run ahead of slower ones downstream; where a forecast is too short to get
+        past that, more of it is simulated here.
         """
         num_batches = _num_batches(forecast)
         length = num_batches * forecast.batch_seconds
@@ -222,28 +180,24 @@ class _Views:
 
     def _row(self, row: Sequence[Span], start: float, end: float, tick: float) -> list[int]:
         """The spans between ``start`` and ``end``; times are rounded once, so that errors do not add up."""
-        shown = [span for span in row if span.end > start and span.start < end]
-        numbers = [shown[0].batch if shown else 0]
+        spans = [span for span in row if span.end > start and span.start < end]
+        numbers = [spans[0].batch if spans else 0]
         now = 0
-        for span in shown:
+        for span in spans:
             begins, ends = round((span.start - start) / tick), round((span.end - start) / tick)
             numbers += [self._code(span.action), span.action.micro_batch, begins - now, ends - begins]
             now = ends
         return numbers
 
     def _code(self, action: Action) -> int:
-        losses = "+".join(map(str, action.losses))
-        text = f"{action.kind.value}@{losses}" if losses else action.kind.value
+        text = action.kind.value + "".join(str(action).partition("@")[1:])
         if text not in self.actions:
             self.actions.append(text)
         return self.actions.index(text)
 
 
 def _steady_start(rows: Rows, num_batches: int, length: float) -> float:
-    """When the first batch starts on stage 0 from which on ``num_batches`` take their ``length``.
-
-    Stage 0 is the last to be held up. Infinity if the rows end before.
-    """
+    """When the first batch starts on stage 0, the last to be held up, from which on batches are steady."""
     running = max(row[0].start for row in rows)
     first: dict[int, float] = {}
     for span in rows[0]:

@@ -17,10 +17,7 @@ def balanced_bounds(seconds: Sequence[float], num_stages: int) -> list[int]:
     """
     num_layers = len(seconds)
     if not 1 <= num_stages <= num_layers:
-        raise ConfigError(
-            f"{num_stages} stages for {num_layers} layers: every stage needs at least one; use 1 to "
-            f"{num_layers} stages"
-        )
+        raise ConfigError(f"{num_stages} stages for {num_layers} layers: every stage needs at least one")
     ends = [0.0]
     for value in seconds:
         ends.append(ends[-1] + value)

@@ -113,12 +113,13 @@ class Profile(_Record):
     def cost_model(self, stage_bounds: Sequence[int]) -> CostModel:
         """The costs, in seconds, of stages cut at ``stage_bounds``."""
         last = [self.layers[stop - 1].output_bytes for stop in stage_bounds[1:]]
-        return CostModel.of_layers(
-            stage_bounds,
-            forward=[layer.forward_seconds for layer in self.layers],
-            input_gradient=[layer.input_gradient_seconds for layer in self.layers],
-            weight_gradient=[layer.weight_gradient_seconds for layer in self.layers],
-            optimizer=[layer.optimizer_seconds for layer in self.layers],
+        stages = [self.layers[start:stop] for start, stop in pairwise(stage_bounds)]
+        return CostModel(
+            forward=[sum(layer.forward_seconds for layer in stage) for stage in stages],
+            input_gradient=[sum(layer.input_gradient_seconds for layer in stage) for stage in stages],
+            weight_gradient=[sum(layer.weight_gradient_seconds for layer in stage) for stage in stages],
+            optimizer=[sum(layer.optimizer_seconds for layer in stage) for stage in stages],
+            layer_weights=[layer.forward_seconds for layer in self.layers],
             head=self.head.seconds,
             final_head=self.loss_seconds,
             head_optimizer=self.head.optimizer_seconds,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from ds_interlock.files import replace_text
 from ds_interlock.planning.forecast import Comparison, Forecast
 from ds_interlock.planning.verdict import best_interlock, pays, verdict
 from ds_interlock.schedule.render import Timeline, render_svg
-from ds_interlock.schedule.simulate import Span
+from ds_interlock.schedule.simulate import from_zero
 from ds_interlock.schedule.trace import chrome_trace
 
-_FIRST_SHOWN, _LAST_SHOWN = 1, 2
-"""Batches in pictures: the first to start while the pipeline is running, and the next."""
+_BATCHES_IN_PICTURES = (1, 2)
+"""The first to start while the pipeline is running, and the next."""
+
+_NOT_IN_JSON = {"rows", "stage_bounds", "num_micro_batches"}
 
 
 def unit_of(comparison: Comparison) -> str:
@@ -27,7 +29,7 @@ def unit_of(comparison: Comparison) -> str:
 
 
 def table(comparison: Comparison, forecasts: Sequence[Forecast]) -> Table:
-    """One line a setting; the configured one is marked."""
+    """One line per setting; the configured one is marked."""
     unit = unit_of(comparison)
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     result.add_column("setting", no_wrap=True)
@@ -50,30 +52,23 @@ def table(comparison: Comparison, forecasts: Sequence[Forecast]) -> Table:
 
 
 def print_report(comparison: Comparison, forecasts: Sequence[Forecast], console: Console) -> None:
-    """The table with what it rests on, how to cut a job so, and the verdict."""
+    """The table, the costs it is made from, how to cut a job so, and the verdict."""
     profile, reference = comparison.profile, comparison.reference
     bounds = ", ".join(map(str, reference.stage_bounds))
-    batches = f"{reference.num_micro_batches} micro-batches a batch"
-    console.print(
-        f"{profile.model}: {len(profile.layers)} layers, stage bounds {bounds}; {batches}", markup=False
-    )
-    console.print(f"costs: {profile.source}", markup=False, soft_wrap=True)
+    batches = f"{reference.num_micro_batches} micro-batches per batch"
+    say = partial(console.print, markup=False, soft_wrap=True)
+    say(f"{profile.model}: {len(profile.layers)} layers, stage bounds {bounds}; {batches}")
+    say(f"costs: {profile.source}")
     if not profile.is_unit:
-        flag = f"--stage_bounds {','.join(map(str, reference.stage_bounds))}"
-        console.print(f"a job with these stages: {flag}", markup=False, soft_wrap=True)
+        say(f"a job with these stages: --stage_bounds {bounds.replace(' ', '')}")
     console.print(table(comparison, forecasts))
-    console.print(
-        "* configured. In flight: micro-batches, by stage. Activations, relays: of the stage with the most, "
-        "for one batch.",
-        style="dim",
-    )
+    note = "In flight: micro-batches, by stage. Activations, relays: per batch, of the stage with the most."
+    console.print(f"* configured. {note}", style="dim")
     for reason in comparison.skipped:
-        console.print(f"left out: {reason}", style="dim", markup=False, soft_wrap=True)
+        say(f"left out: {reason}", style="dim")
     if comparison.syncs_ties:
-        console.print(
-            'stages share weights, interlock.tied_weights is "sync": no setting streams', style="dim"
-        )
-    console.print(f"\n{verdict(comparison)}", markup=False, soft_wrap=True)
+        say('stages share weights, interlock.tied_weights is "sync": no setting streams', style="dim")
+    say(f"\n{verdict(comparison)}")
 
 
 def as_json(comparison: Comparison, forecasts: Sequence[Forecast]) -> dict[str, Any]:
@@ -87,7 +82,10 @@ def as_json(comparison: Comparison, forecasts: Sequence[Forecast]) -> dict[str, 
         "num_micro_batches": comparison.reference.num_micro_batches,
         "stage_bounds": list(comparison.reference.stage_bounds),
         "configured": comparison.configured.name,
-        "settings": [{name: getattr(each, name) for name in _IN_JSON} for each in forecasts],
+        "settings": [
+            {name: value for name, value in vars(each).items() if name not in _NOT_IN_JSON}
+            for each in forecasts
+        ],
         "skipped": list(comparison.skipped),
         "pays": pays(comparison),
         "best_interlock": best.name if best else None,
@@ -95,15 +93,15 @@ def as_json(comparison: Comparison, forecasts: Sequence[Forecast]) -> dict[str, 
     }
 
 
-_NOT_IN_JSON = {"rows", "stage_bounds", "num_micro_batches"}
-_IN_JSON = [field.name for field in fields(Forecast) if field.name not in _NOT_IN_JSON]
-
-
 def timelines(comparison: Comparison, forecasts: Iterable[Forecast]) -> list[Timeline]:
     """Two batches of each setting in the running pipeline, from a common zero."""
     unit = unit_of(comparison)
     return [
-        Timeline(f"{each.name}: {each.batch_seconds:.4g} {unit} a batch", unit, _shown(each.rows))
+        Timeline(
+            f"{each.name}: {each.batch_seconds:.4g} {unit} per batch",
+            unit,
+            from_zero([[span for span in row if span.batch in _BATCHES_IN_PICTURES] for row in each.rows]),
+        )
         for each in forecasts
     ]
 
@@ -117,16 +115,8 @@ def write_svg(path: Path, comparison: Comparison, forecasts: Sequence[Forecast])
 
 def write_trace(path: Path, comparison: Comparison, forecasts: Sequence[Forecast]) -> None:
     """Writes the timelines as a Chrome trace."""
-    replace_text(
-        path, json.dumps(chrome_trace(timelines(comparison, forecasts), title=comparison.profile.model))
-    )
-
-
-def _shown(rows: Sequence[Sequence[Span]]) -> tuple[tuple[Span, ...], ...]:
-    """The batches shown, from the time the first of them starts."""
-    kept = [[s for s in row if _FIRST_SHOWN <= s.batch <= _LAST_SHOWN] for row in rows]
-    begin = min(span.start for row in kept for span in row)
-    return tuple(tuple(replace(s, start=s.start - begin, end=s.end - begin) for s in row) for row in kept)
+    trace = chrome_trace(timelines(comparison, forecasts), title=comparison.profile.model)
+    replace_text(path, json.dumps(trace))
 
 
 def _by_stage(numbers: Sequence[int]) -> str:

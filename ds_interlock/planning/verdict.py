@@ -5,16 +5,16 @@ from ds_interlock.planning.forecast import ZERO_BUBBLE, Comparison, Forecast
 _WORTHWHILE = 1.05
 """A gain below 5 % is within what a prediction is worth: it does not pay for inexact gradients."""
 
-
 _DEAR_HEADS = 0.15
 """A share of the work from which cheaper heads are worth a word."""
 
 
 def best_interlock(comparison: Comparison) -> Forecast | None:
     """The fastest setting whose stages still talk to each other; None if no setting does."""
-    return max(
-        (each for each in comparison.all if _interlocks(each)), key=lambda each: each.speed, default=None
-    )
+    interlocking = [
+        each for each in comparison.all if not each.is_reference and 1 < each.window < each.num_stages
+    ]
+    return max(interlocking, key=lambda each: each.speed, default=None)
 
 
 def pays(comparison: Comparison) -> bool:
@@ -31,11 +31,8 @@ def verdict(comparison: Comparison) -> str:
     """
     runnable = [each for each in comparison.all if not each.is_reference]
     fastest = max(runnable, key=lambda each: each.speed)
-    num_micro_batches, num_stages = comparison.reference.num_micro_batches, comparison.reference.num_stages
-    where = (
-        f"{num_micro_batches} micro-batch{'es' * (num_micro_batches > 1)} on {num_stages} "
-        f"stage{'s' * (num_stages > 1)}"
-    )
+    m, k = comparison.reference.num_micro_batches, comparison.reference.num_stages
+    where = f"{m} micro-batch{'es' * (m > 1)} on {k} stage{'s' * (k > 1)}"
     best = best_interlock(comparison)
     if best is None:
         text = f"With {where} there is nothing to interlock: fastest is {_named(fastest)}"
@@ -44,17 +41,14 @@ def verdict(comparison: Comparison) -> str:
         if fastest is not best:
             text += f"; only {_named(fastest)} is faster, with gradients that stop at every border"
     elif best.speed >= 1:
-        text = f"Interlocking hardly pays with {where}: {_named(best)}"
-        text += ", too small a gain for inexact gradients"
+        text = (
+            f"Interlocking hardly pays with {where}: {_named(best)}, too small a gain for inexact gradients"
+        )
     else:
         text = f"Interlocking does not pay with {where}: its fastest setting, {_named(best)}, is slower"
         text += " than global, whose gradients are exact besides"
     remarks = (_about_zero_bubble, _about_heads, _about_configured)
     return "".join([text, *(remark(comparison, best) for remark in remarks), "."])
-
-
-def _interlocks(each: Forecast) -> bool:
-    return not each.is_reference and 1 < each.window < each.num_stages
 
 
 def _named(each: Forecast) -> str:

@@ -14,18 +14,13 @@ from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.cost import CostModel, LinkTimes
 from ds_interlock.schedule.lower import send_of
 from ds_interlock.schedule.plan import GradientFlowPlan
-from ds_interlock.schedule.simulate import Simulation, Span
+from ds_interlock.schedule.simulate import Rows, Simulation, Span
 
 
-def zero_bubble_batch(
-    stage_bounds: Sequence[int], num_micro_batches: int, costs: CostModel
-) -> tuple[tuple[Span, ...], ...]:
+def zero_bubble_batch(stage_bounds: Sequence[int], num_micro_batches: int, costs: CostModel) -> Rows:
     """One batch under ZB-H1, from the first forward to the last weight gradient; no optimizer step.
 
     At equal costs and M >= K it takes M (TF + TB + TW) + (K - 1) (TF + TB - TW), as in the paper.
-
-    Returns:
-        For each stage its spans.
     """
     plan = GradientFlowPlan.end_to_end(stage_bounds=stage_bounds)
     orders = [_order(plan, stage, num_micro_batches) for stage in range(plan.num_stages)]

@@ -75,18 +75,10 @@ class Action:
 
     @classmethod
     def parse(cls, text: str) -> "Action":
-        """The action that prints as ``text``.
-
-        Raises:
-            ScheduleError: If nothing does.
-        """
+        """The action that prints as ``text``, or a ScheduleError if nothing does."""
         match = _TEXT.fullmatch(text)
         if match is None:
             raise ScheduleError(f"{text!r} is not an action: expected a form like 2F0, 2I0@3 or 1SEND_F0")
         stage, kind, micro_batch, losses = match.groups()
-        return cls(
-            stage=int(stage),
-            kind=Kind(kind),
-            micro_batch=int(micro_batch),
-            losses=tuple(int(loss) for loss in losses.split("+")) if losses else (),
-        )
+        numbers = map(int, losses.split("+")) if losses else ()
+        return cls(int(stage), Kind(kind), int(micro_batch), tuple(numbers))

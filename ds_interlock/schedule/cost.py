@@ -3,8 +3,6 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.plan import GradientFlowPlan
@@ -26,8 +24,8 @@ class CostModel:
             layers: a backward pass for the weights costs ``input_gradient + weight_gradient``.
         head: Forward and backward of one auxiliary head.
         final_head: The same of the model's own loss (its unembedding is a layer like any other).
-        optimizer: Optimizer step of the stage's layers, once a batch.
-        head_optimizer: Optimizer step of one auxiliary head, once a batch.
+        optimizer: Optimizer step of the stage's layers, once per batch.
+        head_optimizer: Optimizer step of one auxiliary head, once per batch.
         latency: Time a message takes however small it is.
         bandwidth: Bytes per unit of time of one link, in one direction.
         forward_bytes: Size of the activations and labels a stage sends to the next one.
@@ -67,40 +65,6 @@ class CostModel:
             case _:
                 return 0.0
 
-    @classmethod
-    def of_layers(
-        cls,
-        stage_bounds: Sequence[int],
-        *,
-        forward: Sequence[float],
-        input_gradient: Sequence[float],
-        weight_gradient: Sequence[float],
-        optimizer: Sequence[float] | None = None,
-        **others: Any,
-    ) -> "CostModel":
-        """The costs of stages cut at ``stage_bounds``, from one number for each layer.
-
-        Args:
-            stage_bounds: ``num_stages + 1`` rising layer numbers.
-            forward: For each layer; the others likewise.
-            input_gradient: See the class.
-            weight_gradient: See the class.
-            optimizer: See the class; None: nothing.
-            **others: The other attributes, as they are.
-        """
-
-        def sums(costs: Sequence[float]) -> list[float]:
-            return [sum(costs[start:stop]) for start, stop in pairwise(stage_bounds)]
-
-        return cls(
-            forward=sums(forward),
-            input_gradient=sums(input_gradient),
-            weight_gradient=sums(weight_gradient),
-            optimizer=0.0 if optimizer is None else sums(optimizer),
-            layer_weights=forward,
-            **others,
-        )
-
     def message_bytes(self, action: Action) -> float:
         """Size of the message that the send ``action`` puts on its link."""
         size = self.forward_bytes if action.kind is Kind.SEND_FORWARD else self.gradient_bytes
@@ -136,23 +100,14 @@ class CostModel:
 
 
 class LinkTimes:
-    """When messages arrive. Those of one link and direction go one after the other.
-
-    Args:
-        costs: Latency, bandwidth and sizes.
-    """
+    """When messages arrive. Those of one link and direction go one after the other."""
 
     def __init__(self, costs: CostModel) -> None:
         self._costs = costs
         self._free: dict[tuple[int, Kind], float] = defaultdict(float)
 
     def arrival(self, send: Action, ready: float) -> float:
-        """The time at which the message of ``send`` arrives; calls come in the order of the link.
-
-        Args:
-            send: The action that sends it.
-            ready: Time from which sender and receiver are ready.
-        """
+        """When the message of ``send`` arrives, both sides being ready at ``ready``; called in link order."""
         link = send.stage, send.kind
         arrival = max(ready, self._free[link]) + self._costs.message_seconds(send)
         # The latency of one message overlaps with the next; its bytes do not.

@@ -9,6 +9,8 @@ The compute order, the lowering, the verifier, the simulator and the renderer al
                          └──► 2F0 ─► 2H0@1 ─► 2I0@1 ────┘
 """
 
+from dataclasses import replace
+
 from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.plan import GradientFlowPlan
@@ -17,26 +19,18 @@ from ds_interlock.schedule.plan import GradientFlowPlan
 def stage_actions(plan: GradientFlowPlan, stage: int, micro_batch: int) -> tuple[Action, ...]:
     """All the work ``stage`` does for ``micro_batch``, in no particular order."""
     losses = plan.losses_at(stage)
-    forward = [Action(stage, Kind.FORWARD, micro_batch, (loss,)) for loss in losses if plan.is_inner(loss)]
+    parts = [(loss,) for loss in losses if plan.is_inner(loss)]
+    forward = [Action(stage, Kind.FORWARD, micro_batch, part) for part in (*parts, ())]
     heads = [Action(stage, Kind.HEAD, micro_batch, (loss,)) for loss in losses]
-    return (
-        *forward,
-        Action(stage, Kind.FORWARD, micro_batch),
-        *heads,
-        *backward_actions(plan, stage, micro_batch),
-    )
+    return (*forward, *heads, *backward_actions(plan, stage, micro_batch))
 
 
 def evaluation_actions(
     plan: GradientFlowPlan, stage: int, micro_batch: int, *, all_heads: bool
 ) -> tuple[Action, ...]:
     """The work of an evaluation: the forward, and the final loss or, with ``all_heads``, every loss."""
-    return tuple(
-        action
-        for action in stage_actions(plan, stage, micro_batch)
-        if action.kind is Kind.FORWARD
-        or (action.kind is Kind.HEAD and (all_heads or action.losses == (plan.final,)))
-    )
+    work = [a for a in stage_actions(plan, stage, micro_batch) if a.kind in (Kind.FORWARD, Kind.HEAD)]
+    return tuple(a for a in work if a.kind is Kind.FORWARD or all_heads or a.losses == (plan.final,))
 
 
 def batch_end(stage: int, num_micro_batches: int) -> tuple[Action, ...]:
@@ -53,15 +47,6 @@ def backward_actions(plan: GradientFlowPlan, stage: int, micro_batch: int) -> tu
         return (Action(stage, Kind.BACKWARD, micro_batch),)
     relays = [Action(stage, Kind.INPUT_GRADIENT, micro_batch, bundle) for bundle in plan.bundles(stage)]
     return (*relays, Action(stage, Kind.WEIGHT_GRADIENT, micro_batch))
-
-
-def _gradient_producer(
-    plan: GradientFlowPlan, stage: int, micro_batch: int, bundle: tuple[int, ...]
-) -> Action:
-    """The action of ``stage`` that makes the gradient of ``bundle`` for the previous stage."""
-    if plan.merges_passes:
-        return Action(stage, Kind.BACKWARD, micro_batch)
-    return Action(stage, Kind.INPUT_GRADIENT, micro_batch, bundle)
 
 
 def received_bundles(
@@ -86,9 +71,7 @@ def dependencies(plan: GradientFlowPlan, action: Action) -> tuple[Action, ...]:
         ScheduleError: If ``action`` is not work that ``plan`` asks for.
     """
     if not 0 <= action.stage < plan.num_stages:
-        raise ScheduleError(
-            f"{action}: the plan has no stage {action.stage}, only 0 to {plan.num_stages - 1}"
-        )
+        raise ScheduleError(f"{action}: the plan has no stage {action.stage}")
     if action.kind in (Kind.STEP, Kind.REDUCE):
         numbers = range(action.micro_batch)
         work = tuple(needed for number in numbers for needed in stage_actions(plan, action.stage, number))
@@ -96,7 +79,7 @@ def dependencies(plan: GradientFlowPlan, action: Action) -> tuple[Action, ...]:
         return (*work, *ends[: ends.index(action)])
     if action not in stage_actions(plan, action.stage, action.micro_batch):
         raise ScheduleError(f"{action} is not work that the plan asks of stage {action.stage}")
-    before = _previous_micro_batch(action)
+    before = (replace(action, micro_batch=action.micro_batch - 1),) if action.micro_batch else ()
     match action.kind:
         case Kind.FORWARD:
             return (*_forward_needs(plan, action), *before)
@@ -107,12 +90,6 @@ def dependencies(plan: GradientFlowPlan, action: Action) -> tuple[Action, ...]:
             return _gradients(plan, action, frozenset(action.losses))
         case _:
             return (*_gradients(plan, action, plan.trained_by[action.stage]), *before)
-
-
-def _previous_micro_batch(action: Action) -> tuple[Action, ...]:
-    if action.micro_batch == 0:
-        return ()
-    return (Action(action.stage, action.kind, action.micro_batch - 1, action.losses),)
 
 
 def _forward_needs(plan: GradientFlowPlan, action: Action) -> tuple[Action, ...]:
@@ -129,8 +106,9 @@ def _gradients(plan: GradientFlowPlan, action: Action, losses: frozenset[int]) -
     """What makes the gradients of ``losses`` at this stage: its own heads and the next stage."""
     stage, micro_batch = action.stage, action.micro_batch
     own = [Action(stage, Kind.HEAD, micro_batch, (loss,)) for loss in plan.losses_at(stage) if loss in losses]
-    received = [
-        _gradient_producer(plan, stage + 1, micro_batch, bundle)
-        for bundle in received_bundles(plan, stage, losses)
-    ]
+    bundles = received_bundles(plan, stage, losses)
+    if plan.merges_passes:
+        received = [Action(stage + 1, Kind.BACKWARD, micro_batch) for _ in bundles]
+    else:
+        received = [Action(stage + 1, Kind.INPUT_GRADIENT, micro_batch, bundle) for bundle in bundles]
     return (*own, *received)

@@ -1,15 +1,15 @@
 """From the order of work to a program: what a stage loads, receives, computes and sends, in order.
 
-Communication is added here and only here. Walking through a stage's work, a send follows the action
-that made the message; the matching receive is placed into the neighbour's program at the same time,
-so the order of messages on a link has one author. A receive is *posted* early (its data may arrive
-while the stage works on), but never more than ``RECEIVE_AHEAD`` ahead of the work that takes it,
-which is also what keeps a fast stage from running away from a slow one.
+Communication is added here and only here. A send follows the action that made the message; the receives
+are placed into the neighbour's program in the order of the sends. A receive is *posted* early (its data
+may arrive while the stage works), but never more than ``RECEIVE_AHEAD`` ahead of the work that takes it,
+which also keeps a fast stage from running away from a slow one.
 
     stage 0:  LOAD0 F0 SEND_F0 | LOAD1 F1 SEND_F1 | W0 ...
     stage 1:  RECV_F0 RECV_F1 | F0 H0@0 I0@0 SEND_I0@0 | RECV_F2 | F1 ...
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,11 +45,7 @@ class Program:
 
 
 def micro_batch_starts(actions: Iterable[Action]) -> Iterator[tuple[Action, tuple[Action, ...]]]:
-    """The first action of each micro-batch, and those of the micro-batches in flight at that moment.
-
-    Args:
-        actions: Of one stage, in order.
-    """
+    """Of a stage's actions the first of each micro-batch, and those of the micro-batches then in flight."""
     work = [action for action in actions if action.kind in COMPUTE_KINDS - {Kind.STEP}]
     last = {action.micro_batch: action for action in work}
     live: dict[int, Action] = {}
@@ -78,11 +74,7 @@ def training_program(plan: GradientFlowPlan, num_micro_batches: int, *, extra_in
 def evaluation_program(plan: GradientFlowPlan, num_micro_batches: int, *, all_heads: bool) -> Program:
     """Forward only: the final loss of every micro-batch, or with ``all_heads`` every head's."""
     work = [
-        [
-            action
-            for micro_batch in range(num_micro_batches)
-            for action in evaluation_actions(plan, stage, micro_batch, all_heads=all_heads)
-        ]
+        [a for n in range(num_micro_batches) for a in evaluation_actions(plan, stage, n, all_heads=all_heads)]
         for stage in range(plan.num_stages)
     ]
     return Program(plan, num_micro_batches, (1,) * plan.num_stages, lower(plan, work))
@@ -148,18 +140,11 @@ def _with_receives(plan: GradientFlowPlan, program: list[Action], sends: list[Ac
             taken_at.setdefault(receive, position)
     receives = [receive_of(send) for send in sends]
     takes = [taken_at[receive] for receive in receives]
-    posts: list[tuple[int, Action]] = []
+    before: dict[int, list[Action]] = defaultdict(list)
     latest = len(program)
-    for number in reversed(range(len(receives))):
+    for number, receive in reversed(list(enumerate(receives))):
         early = takes[number - RECEIVE_AHEAD] + 1 if number >= RECEIVE_AHEAD else 0
         # No later than its own use, and no later than later receives of the link.
         latest = min(latest, takes[number], early)
-        posts.append((latest, receives[number]))
-    posts.reverse()
-    placed: list[Action] = []
-    for position, action in enumerate(program):
-        while posts and posts[0][0] == position:
-            placed.append(posts.pop(0)[1])
-        placed.append(action)
-    assert not posts
-    return placed
+        before[latest].insert(0, receive)
+    return [each for position, action in enumerate(program) for each in (*before[position], action)]

@@ -3,14 +3,12 @@
 A free stage takes the most urgent action that is ready (``GradientFlowPlan.urgency``): first a relay
 and the head that starts one, for which a stage upstream waits; then the next forward, for which the
 next stage waits, and of which the plan limits how many are in flight; and last the weight gradient,
-for which no stage waits. Played through with costs in the proportions of
-a real stage, this gives every stage a fixed order, the same on every run: local learning becomes
-F H W, F H W, ...; global becomes 1F1B.
+for which no stage waits. Played through with costs in the proportions of a real stage, this gives every
+stage the same order on every run: local learning becomes F H W, F H W, ...; global becomes 1F1B.
 """
 
 import heapq
 from collections import defaultdict
-from collections.abc import Sequence
 
 from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule.action import Action, Kind
@@ -30,7 +28,7 @@ def compute_order(
 
     Args:
         plan: The gradient flow.
-        num_micro_batches: Micro-batches a batch is made of, at least 1.
+        num_micro_batches: At least 1.
         extra_in_flight: Micro-batches a stage may hold beyond ``plan.in_flight``.
         costs: Proportions by which ties of readiness are decided; the order is valid for any.
 
@@ -74,54 +72,43 @@ class _Dispatcher:
             if count == 0:
                 self._make_ready(action)
         now = 0.0
-        self._start(range(self.plan.num_stages), now)
+        self._start(now)
         while self.events:
             # Everything that ends now is taken in before a stage chooses what comes next.
             now = self.events[0][0]
             while self.events and self.events[0][0] == now:
                 self._finish(heapq.heappop(self.events)[1])
-            self._start(range(self.plan.num_stages), now)
+            self._start(now)
         assert sum(map(len, self.order)) == len(self.waiting), "every action of a plan can run"
         return tuple(tuple(actions) for actions in self.order)
 
     def _make_ready(self, action: Action) -> None:
-        heapq.heappush(
-            self.ready[action.stage], (self.plan.urgency.index(action.kind), action.micro_batch, action)
-        )
+        urgency = self.plan.urgency.index(action.kind)
+        self.ready[action.stage].append((urgency, action.micro_batch, action))
 
     def _opens(self, action: Action) -> bool:
         """True if ``action`` is the first of its micro-batch on its stage, so that it takes a slot."""
         return action.kind is Kind.FORWARD and all(
-            needed.kind is not Kind.FORWARD
-            or (needed.stage, needed.micro_batch) != (action.stage, action.micro_batch)
+            (needed.stage, needed.kind, needed.micro_batch) != (action.stage, action.kind, action.micro_batch)
             for needed in dependencies(self.plan, action)
         )
 
-    def _start(self, stages: Sequence[int], now: float) -> None:
-        for stage in stages:
-            if self.busy[stage] or not self.ready[stage]:
-                continue
-            action = self._choose(stage)
-            if action is None:
-                continue
-            self.busy[stage] = True
-            self.order[stage].append(action)
-            heapq.heappush(self.events, (now + self.costs.seconds(self.plan, action), action))
+    def _start(self, now: float) -> None:
+        for stage in range(self.plan.num_stages):
+            action = None if self.busy[stage] else self._choose(stage)
+            if action is not None:
+                self.busy[stage] = True
+                self.order[stage].append(action)
+                heapq.heappush(self.events, (now + self.costs.seconds(self.plan, action), action))
 
     def _choose(self, stage: int) -> Action | None:
         """The most urgent ready action, except a forward that finds its buffer still in use."""
-        held_back = []
-        chosen = None
-        while self.ready[stage] and chosen is None:
-            entry = heapq.heappop(self.ready[stage])
-            before = stage, entry[2].micro_batch - self.slots[stage]
-            if self._opens(entry[2]) and self.passes_left.get(before, 0):
-                held_back.append(entry)
-            else:
-                chosen = entry[2]
-        for entry in held_back:
-            heapq.heappush(self.ready[stage], entry)
-        return chosen
+        for entry in sorted(self.ready[stage]):
+            _, micro_batch, action = entry
+            if not (self._opens(action) and self.passes_left.get((stage, micro_batch - self.slots[stage]))):
+                self.ready[stage].remove(entry)
+                return action
+        return None
 
     def _finish(self, action: Action) -> None:
         self.busy[action.stage] = False

@@ -72,20 +72,12 @@ class PlanSchedule:
 
     @cached_property
     def heads(self) -> tuple[LossHead, ...]:
-        """The auxiliary heads of all phases, one for each position, in the order of their first phase.
-
-        Those of the first phase keep the index that they have in its plan. The weight of a head is that
-        of its first phase.
-        """
+        """The auxiliary heads of all phases, one for each position, as in their first phase, in its order."""
         first: dict[int, LossHead] = {}
         for phase in self.phases:
             for head in phase.plan.heads[:-1]:
                 first.setdefault(head.after_layer, head)
         return tuple(first.values())
-
-    def head_number(self, after_layer: int) -> int:
-        """The index in ``heads`` of the one after ``after_layer`` layers."""
-        return [head.after_layer for head in self.heads].index(after_layer)
 
     def is_idle(self, head: int, phase: int) -> bool:
         """True if the head with this index takes no part in the phase with this number."""
@@ -98,11 +90,8 @@ class PlanSchedule:
         bounds = self.stage_bounds
         heads = sorted(self.heads, key=lambda head: head.after_layer)
         heads.append(self.phases[0].plan.heads[-1])
-        after = [
-            frozenset(loss for loss, head in enumerate(heads) if head.after_layer >= stop)
-            for stop in bounds[1:]
-        ]
-        return GradientFlowPlan(bounds, tuple(heads), tuple(after))
+        after = [{loss for loss, head in enumerate(heads) if head.after_layer >= end} for end in bounds[1:]]
+        return GradientFlowPlan(bounds, tuple(heads), tuple(map(frozenset, after)))
 
 
 def faults_of_steps(steps: Sequence[int]) -> list[str]:
@@ -118,15 +107,12 @@ def faults_of_steps(steps: Sequence[int]) -> list[str]:
 
 
 def _faults(phases: Sequence[Phase]) -> list[str]:
-    """Everything that is wrong with ``phases``, empty if nothing is."""
     faults = faults_of_steps([phase.from_step for phase in phases])
     if not phases:
         return faults
-    bounds = phases[0].plan.stage_bounds
-    for number, phase in enumerate(phases):
-        if phase.plan.stage_bounds != bounds:
-            faults.append(
-                f"phase {number} is for stage_bounds {list(phase.plan.stage_bounds)}, phase 0 for "
-                f"{list(bounds)}: a schedule cannot move layers between stages"
-            )
-    return faults
+    first, *others = [list(phase.plan.stage_bounds) for phase in phases]
+    return faults + [
+        f"phase {number} is for stage_bounds {bounds}, phase 0 for {first}: they must be the same"
+        for number, bounds in enumerate(others, 1)
+        if bounds != first
+    ]

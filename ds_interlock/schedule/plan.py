@@ -82,7 +82,7 @@ class GradientFlowPlan:
     def local(
         cls, num_stages: int | None = None, *, stage_bounds: Sequence[int] | None = None
     ) -> "GradientFlowPlan":
-        """Every stage is trained by the loss at its own end: no stage waits for another."""
+        """Every stage is trained by the loss at its end: no stage waits for another."""
         return cls.n_wise(num_stages, 1, stage_bounds=stage_bounds)
 
     @classmethod
@@ -91,7 +91,7 @@ class GradientFlowPlan:
     ) -> "GradientFlowPlan":
         """Ordinary backpropagation: the final loss trains every stage."""
         bounds = _bounds(num_stages, stage_bounds)
-        return cls.n_wise(None, len(bounds) - 1, stage_bounds=bounds)
+        return cls(bounds, (_final_head(bounds),), (frozenset({0}),) * (len(bounds) - 1))
 
     @classmethod
     def deep_supervision(
@@ -106,9 +106,7 @@ class GradientFlowPlan:
         num = len(bounds) - 1
         heads = [LossHead(stage, bounds[stage + 1], head_weight) for stage in range(num - 1)]
         return cls(
-            stage_bounds=bounds,
-            heads=(*heads, LossHead(num - 1, bounds[-1])),
-            trained_by=tuple(frozenset(range(stage, num)) for stage in range(num)),
+            bounds, (*heads, _final_head(bounds)), tuple(frozenset(range(stage, num)) for stage in range(num))
         )
 
     @classmethod
@@ -124,9 +122,8 @@ class GradientFlowPlan:
     ) -> "GradientFlowPlan":
         """Every loss reaches back over ``window`` stages; windows of neighbouring losses overlap.
 
-        Losses sit at *slots* 1..K. Slot j lies where stage j begins, or, for a window N + f with
-        0 < f < 1, the fraction f into stage j; slot K is the final loss. Stage k is in reach of
-        the slots k+1 .. k+N.
+        Losses sit at *slots* 1..K: slot j where stage j begins or, for a window N + f with 0 < f < 1, the
+        fraction f into stage j; slot K is the final loss. Stage k is in reach of the slots k+1 .. k+N.
 
         Args:
             num_stages: Number of stages of one layer each; or give ``stage_bounds``.
@@ -156,8 +153,8 @@ class GradientFlowPlan:
             full = [slot for slot in in_reach if slot >= span]
             if not in_reach:
                 faults.append(
-                    f"no loss is in reach of stage {stage}: head_stride {head_stride} puts heads "
-                    f"farther apart than window {window} reaches; use a head_stride of at most {span}"
+                    f"no loss is in reach of stage {stage}: head_stride {head_stride} is too large for "
+                    f"window {window}; use at most {span}"
                 )
             chosen.append(full if combine == "sum" and full else in_reach[-1:])
         used = sorted(set().union(*chosen))
@@ -212,7 +209,7 @@ class GradientFlowPlan:
 
     def upstream(self, loss: int, stage: int) -> frozenset[int]:
         """The stages before ``stage`` that ``loss`` trains."""
-        return self._upstream[loss, stage]
+        return frozenset(s for s in range(stage) if loss in self.trained_by[s])
 
     def relays(self, stage: int) -> tuple[int, ...]:
         """Losses whose input gradient ``stage`` sends to the previous stage."""
@@ -243,9 +240,8 @@ class GradientFlowPlan:
     def merges_passes(self) -> bool:
         """True if one backward pass makes both gradients of a stage.
 
-        That is so if every stage relays exactly what trains it, as one sum, as under global
-        backpropagation. If one stage cannot merge its passes, none does: the merged pass would make its
-        relay late, and the stages beside it have more work anyway.
+        That is so if every stage relays exactly what trains it, as one sum, as under global backpropagation.
+        Either all stages merge their passes or none does: a merged pass would make its relay late.
         """
         return all(
             [frozenset(bundle) for bundle in self.bundles(stage)] == [self.trained_by[stage]]
@@ -255,14 +251,6 @@ class GradientFlowPlan:
     def forward_part(self, loss: int) -> tuple[int, ...]:
         """The losses of the forward action that the head of ``loss`` waits for (``Action.losses``)."""
         return (loss,) if self.is_inner(loss) else ()
-
-    @cached_property
-    def _upstream(self) -> dict[tuple[int, int], frozenset[int]]:
-        return {
-            (loss, stage): frozenset(s for s in range(stage) if loss in self.trained_by[s])
-            for loss in range(len(self.heads))
-            for stage in range(self.num_stages + 1)
-        }
 
     @cached_property
     def _bundles(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
@@ -282,17 +270,12 @@ def loss_name(plan: GradientFlowPlan, loss: int) -> str:
 
 
 def _bounds(num_stages: int | None, stage_bounds: Sequence[int] | None) -> tuple[int, ...]:
-    """The bounds meant by either argument."""
     if (num_stages is None) == (stage_bounds is None):
         raise PlanError("give either num_stages (one layer a stage) or stage_bounds, not both")
     if stage_bounds is not None:
         bounds = tuple(int(bound) for bound in stage_bounds)
-        if len(bounds) < 2:
-            raise PlanError(f"stage_bounds {list(bounds)}: at least two numbers are needed: [0, num_layers]")
-        if bounds[0] != 0 or not rises(bounds):
-            raise PlanError(
-                f"stage_bounds {list(bounds)} must start at 0 and rise: every stage needs a layer"
-            )
+        if faults := _faults_of_bounds(bounds):
+            raise PlanError(faults[0])
         return bounds
     assert num_stages is not None
     if num_stages < 1:
@@ -300,13 +283,25 @@ def _bounds(num_stages: int | None, stage_bounds: Sequence[int] | None) -> tuple
     return tuple(range(num_stages + 1))
 
 
+def _faults_of_bounds(bounds: tuple[int, ...]) -> list[str]:
+    if len(bounds) < 2:
+        return [f"stage_bounds {list(bounds)}: at least two numbers are needed: [0, num_layers]"]
+    if bounds[0] != 0 or not rises(bounds):
+        return [f"stage_bounds {list(bounds)} must start at 0 and rise: every stage needs a layer"]
+    return []
+
+
+def _final_head(bounds: tuple[int, ...]) -> LossHead:
+    return LossHead(len(bounds) - 2, bounds[-1])
+
+
 def _check_window(window: float, combine: str, head_stride: int, num_stages: int) -> None:
     """Raises PlanError for values that are wrong by themselves."""
     faults = []
     if not 1 <= window <= num_stages:
         faults.append(
-            f"window is {window}: it counts stages, its own included, so it must lie between 1 (local) "
-            f"and {num_stages}, the number of stages (global)"
+            f"window is {window}: it counts stages, so it must lie between 1 (local) and {num_stages}, the "
+            "number of stages (global)"
         )
     if combine not in ("sum", "farthest"):
         faults.append(f'combine is {combine!r}: expected "sum" or "farthest"')
@@ -320,16 +315,15 @@ def _head_at(
     slot: int, fraction: float, bounds: tuple[int, ...], weight: float, faults: list[str]
 ) -> LossHead:
     """The head at ``slot`` (see ``n_wise``); a stage too short for one is added to ``faults``."""
-    num_stages = len(bounds) - 1
-    if slot == num_stages:
-        return LossHead(num_stages - 1, bounds[-1])
+    if slot == len(bounds) - 1:
+        return _final_head(bounds)
     if fraction == 0:
         return LossHead(slot - 1, bounds[slot], weight)
     num_layers = bounds[slot + 1] - bounds[slot]
     if num_layers < 2:
         faults.append(
-            f"a fractional window needs a head within stage {slot}, which has {num_layers} layer; "
-            "give it at least 2 layers, or use a whole window"
+            f"a fractional window needs a head within stage {slot}, which has {num_layers} layer; give it at "
+            "least 2 layers, or use a whole window"
         )
     inside = min(max(round(fraction * num_layers), 1), num_layers - 1)
     return LossHead(slot, bounds[slot] + inside, weight)
@@ -338,20 +332,17 @@ def _head_at(
 def _faults(plan: GradientFlowPlan) -> list[str]:
     """Everything that is wrong with ``plan``, empty if nothing is."""
     bounds, num = plan.stage_bounds, plan.num_stages
-    if bounds[0] != 0 or not rises(bounds):
-        return [f"stage_bounds {list(bounds)} must start at 0 and rise: every stage needs a layer"]
+    if faults := _faults_of_bounds(bounds):
+        return faults
     if not plan.heads:
         return ["heads is empty: the last head must be the final loss"]
-    faults = []
     for loss, head in enumerate(plan.heads):
         where = f"head {loss} (stage {head.stage}, after layer {head.after_layer})"
         if not 0 <= head.stage < num:
             faults.append(f"{where}: there is no such stage; the plan has {num}")
         elif not bounds[head.stage] < head.after_layer <= bounds[head.stage + 1]:
-            faults.append(
-                f"{where}: stage {head.stage} ends layers "
-                f"{bounds[head.stage] + 1} to {bounds[head.stage + 1]}"
-            )
+            first, last = bounds[head.stage] + 1, bounds[head.stage + 1]
+            faults.append(f"{where}: stage {head.stage} ends layers {first} to {last}")
         if not head.weight > 0:
             faults.append(f"{where}: its weight is {head.weight}, expected a positive number")
     if plan.heads[-1].after_layer != plan.num_layers:

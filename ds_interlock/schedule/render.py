@@ -8,14 +8,13 @@ whatever it costs, and a blank where the stage waits. Window 2, two micro-batche
     stage 2 |       F0 H0 I0 F1 H1 I1 W0    W1 S2
     stage 3 |          F0 H0 I0 W0 F1 H1 I1 W1 S2
 
-The stage's number comes before its row; the losses of an action are left out where the stage
-has no choice. The SVG shows durations, measured or simulated, and any number of timelines under one
-another, on one scale where they have one unit.
+The losses of an action are left out where the stage has no choice. The SVG shows durations, measured or
+simulated, of any number of timelines.
 """
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -25,21 +24,15 @@ from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule.action import COMPUTE_KINDS, Action, Kind
 from ds_interlock.schedule.dependency import dependencies, stage_actions
 from ds_interlock.schedule.lower import Program
-from ds_interlock.schedule.simulate import Span
+from ds_interlock.schedule.simulate import Rows, Span, from_zero
 
 Place = tuple[int, int]
 """A place in a program: the stage in whose list it is, and the position in the list."""
 
-_CONTEXT_COLUMNS = 6
-"""Columns shown on either side of a faulty action when a grid is too wide to show whole."""
-
-_WHOLE_COLUMNS = 40
-"""The widest grid that is shown whole even if something in it is faulty."""
-
 
 @dataclass(frozen=True)
 class Timeline:
-    """When the stages did what, for ``render_svg``.
+    """When the stages did what.
 
     Attributes:
         name: What to call it, for example "measured".
@@ -49,7 +42,7 @@ class Timeline:
 
     name: str
     unit: str
-    rows: tuple[tuple[Span, ...], ...]
+    rows: Rows
 
 
 # The grid.
@@ -60,46 +53,23 @@ def render_text(program: Program, *, faulty: Collection[Place] = (), missing: Co
 
     Args:
         program: What to show. It need not be correct.
-        faulty: Places to mark, like ``>2F0<``; communication is shown only where it is marked. A
-            wide grid is cut down to their surroundings.
+        faulty: Places to mark, like ``>2F0<``; communication is shown only where it is marked.
         missing: Actions to show as absent, like ``>2F0?<``, at the end of their stage's row.
 
     Returns:
         The lines, without a newline at the end.
     """
-    columns = _columns(program, faulty)
-    cells = {
-        (stage, column): _cell(program, (stage, position), faulty)
-        for (stage, position), column in columns.items()
-    }
-    end = max(columns.values(), default=-1) + 1
-    for stage in range(len(program.stages)):
-        absent = " ".join(f">{action}?<" for action in sorted(missing) if action.stage == stage)
-        if absent:
-            cells[stage, end] = absent
-    shown = _shown_columns(end + bool(missing), [columns[place] for place in faulty], bool(missing))
-    widths = [max((len(cells.get((s, c), "")) for s in range(len(program.stages))), default=0) for c in shown]
+    rows: list[dict[int, str]] = [{} for _ in program.stages]
+    for (stage, position), column in _columns(program, faulty).items():
+        rows[stage][column] = _cell(program, (stage, position), faulty)
+    end = max((column + 1 for row in rows for column in row), default=0)
+    widths = [max(len(row.get(column, "")) for row in rows) for column in range(end)]
     lines = []
-    for stage in range(len(program.stages)):
-        row = []
-        for before, column, width in zip([-1, *shown], shown, widths, strict=False):
-            if column > before + 1:
-                row.append("...")
-            row.append(cells.get((stage, column), "").ljust(width))
-        lines.append(f"stage {stage} | {' '.join(row)}".rstrip())
+    for stage, row in enumerate(rows):
+        cells = [row.get(column, "").ljust(width) for column, width in enumerate(widths)]
+        cells += [f">{action}?<" for action in sorted(missing) if action.stage == stage]
+        lines.append(f"stage {stage} | {' '.join(cells)}".rstrip())
     return "\n".join(lines)
-
-
-def _shown_columns(num_columns: int, faulty: Sequence[int], missing: bool) -> list[int]:
-    """All columns or, of a wide grid with faults in it, those around the faults."""
-    around = [*faulty, num_columns - 1] if missing else faulty
-    if not around or num_columns <= _WHOLE_COLUMNS:
-        return list(range(num_columns))
-    return [
-        column
-        for column in range(num_columns)
-        if any(abs(column - centre) <= _CONTEXT_COLUMNS for centre in around)
-    ]
 
 
 def _cell(program: Program, place: Place, faulty: Collection[Place]) -> str:
@@ -111,15 +81,14 @@ def _cell(program: Program, place: Place, faulty: Collection[Place]) -> str:
     if action.stage != stage:
         return str(action)
     actions = stage_actions(program.plan, stage, action.micro_batch)
-    same_kind = [other for other in actions if other.kind is action.kind]
-    losses = () if same_kind == [action] else action.losses
-    return str(Action(stage, action.kind, action.micro_batch, losses)).removeprefix(str(stage))
+    alone = [other for other in actions if other.kind is action.kind] == [action]
+    return str(replace(action, losses=()) if alone else action).removeprefix(str(stage))
 
 
 def _columns(program: Program, faulty: Collection[Place]) -> dict[Place, int]:
     """The column of every action to show: the first that is free once what it needs is done.
 
-    Where the stages of a faulty program wait for each other, the first of them goes on regardless.
+    Where the stages of a faulty program wait for each other, the first of them is drawn regardless.
     """
     columns: dict[Place, int] = {}
     done: dict[Action, int] = {}
@@ -165,7 +134,6 @@ _WIDTH = 1000
 _LEFT = 72
 _RIGHT = 24
 _ROW = 26
-_BOX = 22
 _GAP = 64
 _TOP = 84
 _GLYPH = 6.5
@@ -202,21 +170,22 @@ def render_svg(timelines: Sequence[Timeline], title: str = "Pipeline timeline") 
     """
     if not timelines:
         raise ScheduleError("there is no timeline to draw: give at least one")
-    extents: dict[str, float] = {}
+    lengths: dict[str, float] = {}
     for timeline in timelines:
         if not any(timeline.rows):
             raise ScheduleError(f"timeline {timeline.name!r} has no spans: there is nothing to draw")
-        extents[timeline.unit] = max(extents.get(timeline.unit, 0.0), _extent(timeline))
+        length = last_end(from_zero(timeline.rows))
+        lengths[timeline.unit] = max(lengths.get(timeline.unit, 0.0), length)
     charts = []
     top = _TOP
     for timeline in timelines:
-        charts.append(_chart(timeline, extents[timeline.unit], top))
+        charts.append(_chart(timeline, lengths[timeline.unit], top))
         top += _ROW * len(timeline.rows) + _GAP
     kinds = {span.action.kind for timeline in timelines for row in timeline.rows for span in row}
     return fill_template(
         __package__,
         "timelines.svg",
-        title=_printable(title),
+        title=title,
         colours=COLOURS,
         legend=list(_legend(kinds)),
         charts=charts,
@@ -224,114 +193,96 @@ def render_svg(timelines: Sequence[Timeline], title: str = "Pipeline timeline") 
         height=top,
         left=_LEFT,
         right=_RIGHT,
-        box=_BOX,
+        row=_ROW,
     )
 
 
 def fill_template(package: str, name: str, **values: Any) -> str:
     """The Jinja template ``name`` of ``package``, filled; values are escaped as XML."""
     template = resources.files(package).joinpath(name).read_text(encoding="utf-8")
-    rules = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+    rules = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined, finalize=_printable)
     return rules.from_string(template).render(values)
 
 
-def _extent(timeline: Timeline) -> float:
-    spans = [span for row in timeline.rows for span in row]
-    return max(span.end for span in spans) - min(span.start for span in spans)
+def _printable(value: Any) -> Any:
+    """A text with spaces for characters that XML cannot hold; any other value as it is."""
+    return "".join(char if char.isprintable() else " " for char in value) if type(value) is str else value
 
 
-def _legend(kinds: Collection[Kind]) -> Iterator[dict[str, str]]:
-    """The kinds of action that occur, and what waiting looks like."""
+def _legend(kinds: Collection[Kind]) -> Iterator[tuple[str, str, float]]:
+    """Class, label and position of the kinds of action that occur, and of waiting."""
     x = float(_RIGHT)
     for kind, label in [*LABELS.items(), (None, "waiting")]:
         if kind is None or kind in kinds:
-            look = kind.value.lower() if kind else ""
-            yield {"kind": look, "label": label, "x": f"{x:.1f}", "text_x": f"{x + 20:.1f}"}
+            yield kind.value.lower() if kind else "", label, x
             x += 20 + _GLYPH * len(label) + 18
 
 
-def _chart(timeline: Timeline, extent: float, top: int) -> dict[str, Any]:
-    """What the template needs of one timeline. ``extent`` is that of the longest with its unit."""
-    origin = min(span.start for row in timeline.rows for span in row)
-    end = origin + _extent(timeline)
-    scale = (_WIDTH - _LEFT - _RIGHT) / extent if extent > 0 else 0.0
+def _chart(timeline: Timeline, length: float, top: int) -> dict[str, Any]:
+    """What the template needs of one timeline. ``length`` is that of the longest with its unit."""
+    rows = from_zero(timeline.rows)
+    scale = (_WIDTH - _LEFT - _RIGHT) / length if length > 0 else 0.0
 
     def area(start: float, stop: float) -> tuple[float, float]:
-        left = _LEFT + (start - origin) * scale
-        return left, _LEFT + (stop - origin) * scale - left
+        left = _LEFT + start * scale
+        return left, _LEFT + stop * scale - left
 
-    def gaps(spans: Sequence[Span]) -> Iterator[dict[str, str]]:
-        for start, stop in waits(spans, origin, end):
-            left, width = area(start, stop)
-            if width >= _NARROWEST_GAP:
-                yield {"x": f"{left:.2f}", "width": f"{width:.2f}"}
-
-    def box(span: Span) -> dict[str, str]:
+    def box(span: Span) -> dict[str, Any]:
         left, width = area(span.start, span.end)
         seconds = span.end - span.start
-        factor, unit = _shown_unit(timeline.unit, seconds)
-        times = f"{span.start - origin:.4g} to {span.end - origin:.4g} {timeline.unit}"
+        factor, unit = _readable_unit(timeline.unit, seconds)
+        times = f"{span.start:.4g} to {span.end:.4g} {timeline.unit}"
         label = "" if span.action.kind is Kind.STEP else str(span.action.micro_batch)
         return {
-            "text": _printable(
-                f"{span.action}, batch {span.batch}: {seconds * factor:.4g} {unit}, from {times}"
-            ),
+            "text": f"{span.action}, batch {span.batch}: {seconds * factor:.4g} {unit}, from {times}",
             "look": span.action.kind.value.lower() + " odd" * (span.batch % 2),
-            "x": f"{left:.2f}",
-            "width": f"{width:.2f}",
-            "middle": f"{left + width / 2:.2f}",
+            "x": left,
+            "width": width,
             "label": label if width >= _GLYPH * len(label) + 4 else "",
         }
 
-    rows = [
-        {"y": top + stage * _ROW, "waits": gaps(spans), "spans": map(box, spans)}
-        for stage, spans in enumerate(timeline.rows)
-    ]
-    unit, ticks = _ticks(timeline.unit, extent)
-    name = _printable(timeline.name)
+    gaps = [[area(*wait) for wait in waits(spans, last_end(rows))] for spans in rows]
+    unit, ticks = _ticks(timeline.unit, length)
     return {
         "top": top,
-        "end": top + _ROW * len(rows),
-        "name": name,
-        "rows": rows,
+        "name": timeline.name,
+        "rows": [
+            {"waits": [gap for gap in gaps_of if gap[1] >= _NARROWEST_GAP], "spans": map(box, spans)}
+            for gaps_of, spans in zip(gaps, rows, strict=True)
+        ],
         "unit": unit,
         "ticks": ticks,
     }
 
 
-def waits(spans: Sequence[Span], start: float, end: float) -> Iterator[tuple[float, float]]:
-    """The times between ``start`` and ``end`` that no span covers: when a stage waits."""
+def last_end(rows: Rows) -> float:
+    """When the last span ends; 0 without any."""
+    return max((span.end for row in rows for span in row), default=0.0)
+
+
+def waits(spans: Sequence[Span], end: float) -> Iterator[tuple[float, float]]:
+    """The times from 0 to ``end`` that no span covers: when a stage waits."""
+    now = 0.0
     for span in sorted(spans, key=lambda span: span.start):
-        if span.start > start:
-            yield start, span.start
-        start = max(start, span.end)
-    if end > start:
-        yield start, end
+        if span.start > now:
+            yield now, span.start
+        now = max(now, span.end)
+    if end > now:
+        yield now, end
 
 
-def _ticks(unit: str, extent: float) -> tuple[str, list[tuple[str, str]]]:
-    """The unit and the ticks of the time axis: round numbers, at most ``_MOST_TICKS`` + 1 of them."""
-    factor, shown_unit = _shown_unit(unit, extent)
-    step = _tick_step(extent * factor)
-    num_ticks = math.floor(extent * factor / step + 1e-9) + 1 if step else 1
-    length = _WIDTH - _LEFT - _RIGHT
-    places = [_LEFT + (n * step / (extent * factor) * length if step else 0.0) for n in range(num_ticks)]
-    return _printable(shown_unit), [(f"{x:.2f}", f"{n * step:g}") for n, x in enumerate(places)]
+def _ticks(unit: str, length: float) -> tuple[str, list[tuple[float, float]]]:
+    """The unit and the ticks (position, number) of the time axis: at most ``_MOST_TICKS`` + 1."""
+    factor, readable = _readable_unit(unit, length)
+    whole = length * factor
+    if whole <= 0:
+        return readable, [(_LEFT, 0.0)]
+    power = 10.0 ** math.floor(math.log10(whole / _MOST_TICKS))
+    step = next(digit * power for digit in (1, 2, 5, 10) if whole / (digit * power) <= _MOST_TICKS)
+    numbers = [n * step for n in range(math.floor(whole / step + 1e-9) + 1)]
+    return readable, [(_LEFT + number / whole * (_WIDTH - _LEFT - _RIGHT), number) for number in numbers]
 
 
-def _tick_step(extent: float) -> float:
-    """The smallest of 1, 2, 5 times a power of ten that cuts ``extent`` into few enough pieces."""
-    if extent <= 0:
-        return 0.0
-    power = 10.0 ** math.floor(math.log10(extent / _MOST_TICKS))
-    return next(factor * power for factor in (1, 2, 5, 10) if extent / (factor * power) <= _MOST_TICKS)
-
-
-def _shown_unit(unit: str, extent: float) -> tuple[float, str]:
+def _readable_unit(unit: str, time: float) -> tuple[float, str]:
     """What to multiply by, and the unit to write: short times in seconds read better in ms."""
-    return (1000.0, "ms") if unit == "s" and extent < 1.0 else (1.0, unit)
-
-
-def _printable(text: str) -> str:
-    """``text`` with spaces for characters that XML cannot hold."""
-    return "".join(char if char.isprintable() else " " for char in text)
+    return (1000.0, "ms") if unit == "s" and time < 1.0 else (1.0, unit)

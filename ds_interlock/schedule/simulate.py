@@ -1,18 +1,18 @@
 """Plays a program through under a cost model: how long a batch takes, and where the time goes.
 
-Every stage runs its actions in order. A compute action starts when its stage has reached it and the
-receives it needs are complete. A message starts once it is sent, its receive is posted and the link
-is free, and takes ``latency + bytes / bandwidth``. A send does not keep its stage, unless
-``send_ahead`` earlier messages are still on their way; with ``send_ahead=0`` every send waits for
-its own arrival (rendezvous), the hardest test of whether a program can come to a standstill.
+Every stage runs its actions in order. A compute action starts when the receives it needs are complete.
+A message starts once it is sent, its receive is posted and the link is free, and takes ``latency +
+bytes / bandwidth``. A send does not keep its stage, unless ``send_ahead`` earlier messages are still on
+their way; with ``send_ahead=0`` every send waits for its own arrival (rendezvous), the hardest test of
+whether a program can come to a standstill.
 
-Several batches are played one after the other. When streaming, a stage goes on with the next batch
-as soon as it has stepped; otherwise all stages wait for the last at the end of every batch.
+When streaming, a stage starts the next batch as soon as it has stepped; otherwise all stages wait for
+the last at the end of every batch.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule.action import COMPUTE_KINDS, RECV_KINDS, SEND_KINDS, Action, Kind
@@ -24,11 +24,7 @@ SEND_AHEAD = 2
 
 
 class StandstillError(ScheduleError):
-    """The stages wait for each other.
-
-    Attributes:
-        places: For each stage that is stuck its number and the position of the action it is stuck at.
-    """
+    """The stages wait for each other, each at one of ``places`` (stage, position in its list)."""
 
     def __init__(self, places: Sequence[tuple[int, int]], program: Program) -> None:
         self.places = tuple(places)
@@ -38,14 +34,7 @@ class StandstillError(ScheduleError):
 
 @dataclass(frozen=True)
 class Span:
-    """One action, when it ran.
-
-    Attributes:
-        action: What ran.
-        batch: In which batch.
-        start: Time it started.
-        end: Time it was done.
-    """
+    """When an action ran, and in which batch."""
 
     action: Action
     batch: int
@@ -53,19 +42,29 @@ class Span:
     end: float
 
 
+Rows = tuple[tuple[Span, ...], ...]
+"""For each stage its spans."""
+
+
+def from_zero(rows: Sequence[Sequence[Span]]) -> Rows:
+    """``rows`` in time since the first span began."""
+    begin = min((span.start for row in rows for span in row), default=0.0)
+    return tuple(tuple(replace(s, start=s.start - begin, end=s.end - begin) for s in row) for row in rows)
+
+
 @dataclass(frozen=True)
 class Simulation:
     """What came out.
 
     Attributes:
-        spans: For each stage its compute actions with their times, over all batches.
+        spans: Of the compute actions, over all batches.
         batch_seconds: Time a batch takes once the pipeline is running.
         bubble_fraction: Share of the stages' time, over those batches, in which they wait.
         peak_in_flight: For each stage the most micro-batches it held activations of at once.
         relay_bytes: For each stage the bytes of gradients it sends upstream for one batch.
     """
 
-    spans: tuple[tuple[Span, ...], ...]
+    spans: Rows
     batch_seconds: float
     bubble_fraction: float
     peak_in_flight: tuple[int, ...]
@@ -85,14 +84,13 @@ def simulate(
     Args:
         program: What the stages do.
         costs: How long it takes them; by default a forward is 1.
-        num_batches: Batches to play, at least 1. The first fills the pipeline; times are taken from
-            the rest, or from the first if it is the only one.
+        num_batches: Batches to play, at least 1. The first fills the pipeline; times are taken from the
+            others, or from the first if it is the only one.
         streaming: Whether stages may run ahead into the next batch.
         send_ahead: See above.
 
     Raises:
-        StandstillError: A ScheduleError: the stages come to a standstill at the actions it names.
-        ScheduleError: If ``num_batches`` is below 1.
+        ScheduleError: If the stages come to a standstill (StandstillError), or for no batches.
     """
     if num_batches < 1:
         raise ScheduleError(f"num_batches is {num_batches}: a simulation plays at least 1 batch")
@@ -104,10 +102,9 @@ def simulate(
             player.clocks = [max(player.clocks)] * len(player.clocks)
         ends.append(list(player.clocks))
     # The slowest stage sets the pace; the first batch only fills the pipeline.
-    first = 1 if num_batches > 1 else 0
-    seconds = max(
-        (end - start) / (num_batches - first) for start, end in zip(ends[first], ends[-1], strict=True)
-    )
+    first = min(1, num_batches - 1)
+    spent = [end - start for start, end in zip(ends[first], ends[-1], strict=True)]
+    seconds = max(spent) / (num_batches - first)
     busy = sum(span.end - span.start for spans in player.spans for span in spans) / num_batches
     total = seconds * program.plan.num_stages
     return Simulation(
@@ -119,7 +116,7 @@ def simulate(
             for actions in program.stages
         ),
         relay_bytes=tuple(
-            sum(player.costs.message_bytes(action) for action in actions if action.kind is Kind.SEND_GRADIENT)
+            sum(player.costs.message_bytes(a) for a in actions if a.kind is Kind.SEND_GRADIENT)
             for actions in program.stages
         ),
     )
@@ -160,7 +157,7 @@ class _Player:
             raise StandstillError([(stage, next_up[stage]) for stage in stuck], self.program)
 
     def _run(self, stage: int, position: int, batch: int) -> bool:
-        """Runs one action if it can start; says whether it did."""
+        """Runs one action if it can start; returns whether it did."""
         action = self.program.stages[stage][position]
         if action.kind in SEND_KINDS:
             return self._send(action)

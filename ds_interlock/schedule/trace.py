@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ds_interlock.schedule.action import Kind
-from ds_interlock.schedule.render import LABELS, Timeline, waits
+from ds_interlock.schedule.render import LABELS, Timeline, last_end, waits
+from ds_interlock.schedule.simulate import from_zero
 
 _MICROSECONDS = 1e6
 # Names of the trace viewers' palette.
@@ -24,52 +25,34 @@ _COLOURS = {
 
 
 def chrome_trace(timelines: Sequence[Timeline], title: str = "Pipeline timeline") -> dict[str, Any]:
-    """The JSON object of a trace.
-
-    Args:
-        timelines: What to show, each as a process.
-        title: Stored as the trace's name.
-
-    Returns:
-        ``{"traceEvents": [...], ...}``, for ``json.dump``.
-    """
+    """The trace of ``timelines``, a process each, as an object for ``json.dump``."""
     events = [event for number, timeline in enumerate(timelines) for event in _events(number, timeline)]
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"title": title}}
 
 
 def _events(process: int, timeline: Timeline) -> Iterator[dict[str, Any]]:
+    rows = from_zero(timeline.rows)
     yield _name("process_name", process, 0, timeline.name)
     yield {"ph": "M", "name": "process_sort_index", "pid": process, "tid": 0, "args": {"sort_index": process}}
-    starts = [span.start for row in timeline.rows for span in row]
-    ends = [span.end for row in timeline.rows for span in row]
-    begin, end = min(starts, default=0.0), max(ends, default=0.0)
-    for stage, row in enumerate(timeline.rows):
+    for stage, row in enumerate(rows):
         yield _name("thread_name", process, stage, f"stage {stage}")
         for span in row:
+            kind = span.action.kind
             details = {
                 "action": str(span.action),
                 "batch": span.batch,
                 "micro_batch": span.action.micro_batch,
                 "losses": list(span.action.losses),
             }
-            slice_ = _slice(process, stage, LABELS[span.action.kind], span.start - begin, span.end - begin)
-            yield slice_ | {"args": details, "cat": "work", "cname": _COLOURS[span.action.kind]}
-        for start, stop in waits(row, begin, end):
-            yield _slice(process, stage, "waiting", start - begin, stop - begin) | {
-                "cat": "wait",
-                "cname": "grey",
-            }
+            more = {"args": details, "cat": "work", "cname": _COLOURS[kind]}
+            yield _slice(process, stage, LABELS[kind], span.start, span.end) | more
+        for start, end in waits(row, last_end(rows)):
+            yield _slice(process, stage, "waiting", start, end) | {"cat": "wait", "cname": "grey"}
 
 
 def _slice(process: int, stage: int, name: str, start: float, end: float) -> dict[str, Any]:
-    return {
-        "ph": "X",
-        "name": name,
-        "pid": process,
-        "tid": stage,
-        "ts": start * _MICROSECONDS,
-        "dur": (end - start) * _MICROSECONDS,
-    }
+    times = {"ts": start * _MICROSECONDS, "dur": (end - start) * _MICROSECONDS}
+    return {"ph": "X", "name": name, "pid": process, "tid": stage, **times}
 
 
 def _name(kind: str, process: int, stage: int, name: str) -> dict[str, Any]:

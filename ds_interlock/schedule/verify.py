@@ -1,9 +1,7 @@
 """The verifier: a program does the work of its plan, or here is everything that is wrong with it.
 
-It restates no rule. The work that must be done comes from ``stage_actions``, ``evaluation_actions`` and
-``batch_end``, its order from ``dependencies``, its messages from ``send_of``, ``receive_of`` and
-``receives_needed``; this file says only how a list of actions can fail them. All faults are collected and
-raised once, with the grid of the program and the faulty actions marked in it:
+It restates no rule: what must be done, in which order, and with which messages comes from the functions
+that make programs. All faults are raised at once, with the grid and the faulty actions marked in it:
 
     program: 0W1 comes before 0W0, which it needs
     stage 0 | F0 F1                >0W1< >0W0< S2
@@ -17,21 +15,18 @@ from ds_interlock.errors import ScheduleError, list_faults
 from ds_interlock.schedule.action import COMPUTE_KINDS, SEND_KINDS, Action, Kind
 from ds_interlock.schedule.dependency import batch_end, dependencies, evaluation_actions, stage_actions
 from ds_interlock.schedule.lower import Program, micro_batch_starts, receive_of, receives_needed, send_of
-from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.render import Place, render_text
 from ds_interlock.schedule.simulate import StandstillError, simulate
+
+Ends = Sequence[tuple[Action, ...]]
+"""For each stage what it ends a batch with."""
 
 
 def verify(program: Program, *, extra_in_flight: int = 0) -> None:
     """Checks that ``program`` is one training batch of its plan.
 
-    Args:
-        program: What to check.
-        extra_in_flight: Micro-batches a stage may hold beyond ``plan.in_flight``.
-
     Raises:
-        ScheduleError: Listing every fault, with the grid. A standstill is looked for only in a
-            program that has no other fault.
+        ScheduleError: Listing every fault, with the grid; a standstill only if there is no other fault.
     """
     ends = [batch_end(stage, program.num_micro_batches) for stage in range(program.plan.num_stages)]
     _verify(program, stage_actions, ends, extra_in_flight)
@@ -46,33 +41,24 @@ def verify_evaluation(program: Program, *, all_heads: bool) -> None:
     _verify(program, partial(evaluation_actions, all_heads=all_heads), [()] * program.plan.num_stages, 0)
 
 
-def _verify(
-    program: Program,
-    work_of: Callable[[GradientFlowPlan, int, int], tuple[Action, ...]],
-    ends: Sequence[Sequence[Action]],
-    extra_in_flight: int,
-) -> None:
+def _verify(program: Program, work_of: Callable[..., tuple[Action, ...]], ends: Ends, extra: int) -> None:
     """Raises ScheduleError unless the work of each stage is ``work_of`` each micro-batch, then its end."""
-    _check_shape(program)
-    work = [
-        [a for number in range(program.num_micro_batches) for a in work_of(program.plan, stage, number)]
-        for stage in range(program.plan.num_stages)
+    plan, num_micro_batches = program.plan, program.num_micro_batches
+    faults = [
+        f"{name} has {len(value)} entries for {plan.num_stages} stages"
+        for name, value in (("slots", program.slots), ("stages", program.stages))
+        if len(value) != plan.num_stages
     ]
-    _Verifier(program, work, ends).check(extra_in_flight)
-
-
-def _check_shape(program: Program) -> None:
-    """What must hold before the program can be looked at, or drawn."""
-    num_stages = program.plan.num_stages
-    faults = []
-    if program.num_micro_batches < 1:
-        faults.append(f"a batch needs at least 1 micro-batch, got {program.num_micro_batches}")
-    for name, value in (("slots", program.slots), ("stages", program.stages)):
-        if len(value) != num_stages:
-            faults.append(f"{name} has {len(value)} entries for {num_stages} stages")
     faults += [f"stage {s} has {n} slots, it needs at least 1" for s, n in enumerate(program.slots) if n < 1]
+    if num_micro_batches < 1:
+        faults.append(f"a batch needs at least 1 micro-batch, got {num_micro_batches}")
     if faults:
         raise ScheduleError(list_faults("program", faults))
+    work = [
+        [action for number in range(num_micro_batches) for action in work_of(plan, stage, number)]
+        for stage in range(plan.num_stages)
+    ]
+    _Verifier(program, work, ends).check(extra)
 
 
 class _Verifier:
@@ -85,12 +71,10 @@ class _Verifier:
         order: For each stage those actions in the order of its list.
     """
 
-    def __init__(
-        self, program: Program, work: Sequence[Sequence[Action]], ends: Sequence[Sequence[Action]]
-    ) -> None:
+    def __init__(self, program: Program, work: Sequence[Sequence[Action]], ends: Ends) -> None:
         self.program = program
         self.plan = program.plan
-        self.ends = [list(end) for end in ends]
+        self.ends = ends
         self.faults: list[str] = []
         self.faulty: set[Place] = set()
         self.missing: list[Action] = []
@@ -102,9 +86,10 @@ class _Verifier:
             for position, action in reversed(list(enumerate(actions)))
             if action in self.expected[stage]
         }
-        self.order: list[list[Action]] = [[] for _ in work]
-        for action in sorted(self.at, key=self.at.__getitem__):
-            self.order[action.stage].append(action)
+        self.order = [
+            sorted((a for a in self.at if a.stage == stage), key=self.at.__getitem__)
+            for stage in range(len(work))
+        ]
 
     def _with_communication(self, work: Sequence[Sequence[Action]]) -> list[set[Action]]:
         expected = [{*actions, *end} for actions, end in zip(work, self.ends, strict=True)]
@@ -124,8 +109,11 @@ class _Verifier:
         self._check_ends()
         self._check_links()
         self._check_buffers()
-        if not self.faults:
-            self._check_standstill()
+        if not self.faults:  # even if every send waits for its receiver, all stages finish two batches
+            try:
+                simulate(self.program, num_batches=2, send_ahead=0)
+            except StandstillError as error:
+                self._fault(str(error), error.places)
         if self.faults:
             grid = render_text(self.program, faulty=self.faulty, missing=self.missing)
             raise ScheduleError(f"{list_faults('program', self.faults)}\n{grid}")
@@ -138,11 +126,8 @@ class _Verifier:
         for stage, slots in enumerate(self.program.slots):
             most = self.plan.in_flight(stage) + extra_in_flight
             if slots > most:
-                self._fault(
-                    f"stage {stage} has slots for {slots} micro-batches; {self.plan.in_flight(stage)} by the "
-                    f"plan and extra_in_flight {extra_in_flight} allow {most}",
-                    [],
-                )
+                allow = f"the plan and extra_in_flight {extra_in_flight} allow {most}"
+                self._fault(f"stage {stage} has slots for {slots} micro-batches; {allow}", [])
 
     def _check_presence(self) -> None:
         """Every expected action appears once, on its own stage, and no other does."""
@@ -167,7 +152,7 @@ class _Verifier:
         """What an action needs is earlier in its stage's list, and so is what it sends."""
         for action, place in self.at.items():
             for needed in self._needed_before(action):
-                if self._after(needed, action):
+                if needed in self.at and self.at[needed] > place:
                     self._fault(f"{action} comes before {needed}, which it needs", [place, self.at[needed]])
 
     def _needed_before(self, action: Action) -> tuple[Action, ...]:
@@ -181,20 +166,15 @@ class _Verifier:
             own = (*own, Action(0, Kind.LOAD, action.micro_batch))
         return (*own, *receives_needed(self.plan, action))
 
-    def _after(self, needed: Action, action: Action) -> bool:
-        """True if ``needed`` comes after ``action``; one that is missing is reported as missing."""
-        return needed in self.at and self.at[needed] > self.at[action]
-
     def _check_ends(self) -> None:
         """A stage ends with its reduce and its step, after all other work of the batch."""
         for stage, end in enumerate(self.ends):
             actions = self.program.stages[stage]
-            if end and list(actions[-len(end) :]) != end and all(action in self.at for action in end):
-                self._fault(
-                    f"stage {stage} must end with {' '.join(map(str, end))}, "
-                    f"it ends with {' '.join(map(str, actions[-len(end) :]))}",
-                    [self.at[action] for action in end],
-                )
+            last = actions[-len(end) :] if end else ()
+            if last != end and all(action in self.at for action in end):
+                must, does = (" ".join(map(str, some)) for some in (end, last))
+                text = f"stage {stage} must end with {must}, it ends with {does}"
+                self._fault(text, [self.at[action] for action in end])
 
     def _check_links(self) -> None:
         """A link delivers messages in the order they are sent: both its ends agree on it."""
@@ -223,15 +203,8 @@ class _Verifier:
             for action, live in micro_batch_starts(self.order[stage]):
                 clash = [other for other in live if buffer(other) == buffer(action)]
                 if len(live) >= slots:
-                    text = f"begins micro-batch {len(live) + 1} at once on stage {stage}, which has slots for"
-                    self._fault(f"{action} {text} {slots}", [self.at[action]])
+                    text = f"begins micro-batch {len(live) + 1} at once on stage {stage}, slots: {slots}"
+                    self._fault(f"{action} {text}", [self.at[action]])
                 elif clash:
-                    text = f"takes the buffer that {clash[0]} filled and that is still in use"
-                    self._fault(f"{action} {text}", [self.at[action], self.at[clash[0]]])
-
-    def _check_standstill(self) -> None:
-        """Even if every send waits for its receiver, all stages finish two batches."""
-        try:
-            simulate(self.program, num_batches=2, send_ahead=0)
-        except StandstillError as error:
-            self._fault(str(error), error.places)
+                    text = f"{action} takes the buffer that {clash[0]} filled and that is still in use"
+                    self._fault(text, [self.at[action], self.at[clash[0]]])

@@ -128,7 +128,7 @@ def test_names_of_settings(section, name):
 
 
 def test_bounds_of_another_model():
-    with pytest.raises(ConfigError, match="end at layer 4, but the profile has 8"):
+    with pytest.raises(ConfigError, match="do not end at 8"):
         compare(WINDOW_2, profile(8), 2, stage_bounds=[0, 2, 4])
 
 

@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, FloatRect, Locator, Page, sync_playwrig
 from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.planning.forecast import ZERO_BUBBLE, compare
-from ds_interlock.planning.page import render_page, write_page
+from ds_interlock.planning.page import render_page
 from ds_interlock.planning.profile import HeadProfile, LayerProfile, Profile, unit_profile
 from ds_interlock.planning.verdict import verdict
 
@@ -160,14 +160,10 @@ def test_a_long_batch_is_drawn_once() -> None:
     assert each["end"] * view_of(data, 2, 20)["tick"] == pytest.approx(each["seconds"], rel=1e-4)
 
 
-def test_progress_ends_at_the_total(tmp_path: Path) -> None:
+def test_progress_ends_at_the_total() -> None:
     calls: list[tuple[int, int]] = []
-    path = tmp_path / "new" / "plan.html"
-    write_page(
-        path, InterlockConfig(), unit_profile(2, 1), 2, 1, title="A plan", progress=lambda *c: calls.append(c)
-    )
-    assert "<title>A plan</title>" in path.read_text(encoding="utf-8")
-    assert list(path.parent.iterdir()) == [path]
+    page = render_page(InterlockConfig(), unit_profile(2, 1), 2, 1, progress=lambda *call: calls.append(call))
+    assert "<title>Pipeline plan: equal layers</title>" in page
     assert calls == [(done, 62) for done in (2, 6, 14, 30, 62)]
 
 

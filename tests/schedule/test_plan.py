@@ -73,7 +73,7 @@ def test_a_head_stride_beyond_the_window_is_refused_naming_every_stage_left_out(
     assert "no loss is in reach of stage 1" in message
     assert "no loss is in reach of stage 4" in message
     assert "stage 0" not in message
-    assert "use a head_stride of at most 2" in message
+    assert "use at most 2" in message
 
 
 def _by_the_design(num_stages, window, combine, stride):

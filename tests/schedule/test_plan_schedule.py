@@ -27,8 +27,6 @@ def test_one_plan_is_a_schedule_of_one_phase():
     assert schedule == PlanSchedule.of((0, FRACTIONAL))
     assert schedule.plan_at(10**6) == FRACTIONAL
     assert schedule.heads == FRACTIONAL.heads[:-1]
-    for loss, head in enumerate(FRACTIONAL.heads[:-1]):
-        assert schedule.head_number(head.after_layer) == loss
     # Going forward by all heads is what an evaluation of the plan is.
     of_all = evaluation_program(schedule.plan_with_all_heads, 3, all_heads=True)
     assert of_all.stages == evaluation_program(FRACTIONAL, 3, all_heads=True).stages
@@ -46,7 +44,7 @@ def test_heads_at_one_place_are_one_head_and_keep_the_numbers_of_their_first_pha
         (0, 2),
     ]
     assert schedule.heads[2].weight == 0.5
-    assert schedule.head_number(7) == 1
+    assert schedule.heads[1].after_layer == 7
     idle = [[schedule.is_idle(head, phase) for head in range(6)] for phase in range(4)]
     assert idle == [
         [False, False, True, True, True, True],

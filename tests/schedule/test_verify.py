@@ -124,7 +124,7 @@ def test_the_typed_rows_are_those_of_the_program():
         ),
         (
             {"s0": "LOAD0 F0 SEND_F0 H0@0 LOAD1 F1 W0 SEND_F1 H1@0 W1 REDUCE2 S2"},
-            "0F1 begins micro-batch 2 at once on stage 0, which has slots for 1",
+            "0F1 begins micro-batch 2 at once on stage 0, slots: 1",
         ),
     ],
 )
@@ -145,13 +145,11 @@ def test_an_action_on_another_stage():
 
 
 def test_slots():
-    assert "stage 0 has slots for 3 micro-batches; 2 by the plan and extra_in_flight 0 allow 2" in fault(
+    assert "stage 0 has slots for 3 micro-batches; the plan and extra_in_flight 0 allow 2" in fault(
         replace(GLOBAL, slots=(3, 1))
     )
     verify(replace(GLOBAL, slots=(3, 1)), extra_in_flight=1)
-    assert "0F1 begins micro-batch 2 at once on stage 0, which has slots for 1" in fault(
-        replace(GLOBAL, slots=(1, 1))
-    )
+    assert "0F1 begins micro-batch 2 at once on stage 0, slots: 1" in fault(replace(GLOBAL, slots=(1, 1)))
 
 
 def test_two_live_micro_batches_in_one_buffer():
@@ -208,18 +206,6 @@ def test_all_faults_are_listed_at_once_with_the_grid_marked():
         stage 1 |    F0 H0 >1I0@1< F1 >1I1@0< >1H1@0< W0    W1 S2 >1I0@0?<
         stage 2 |       F0 H0      I0 W0      F1      H1 I1 W1 S2
     """)
-
-
-def test_a_wide_grid_is_cut_to_the_surroundings_of_the_fault():
-    program = training_program(GradientFlowPlan.local(2), 40)
-    first, second = list(program.stages[0]), program.stages[1]
-    at = first.index(Action.parse("0H20@0"))
-    first[at], first[at + 1] = first[at + 1], first[at]
-    text = fault(replace(program, stages=(tuple(first), second)))
-    assert ">0W20< >0H20@0<" in text
-    assert max(map(len, text.splitlines())) < 110
-    assert "F21" in text
-    assert "F1 " not in text
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_another_version_is_refused_and_not_appended_to(file: Path, line: str) -
     results_file.append(file, {"number": 0})
     text = file.read_text() + line + "\n"
     file.write_text(text)
-    message = rf"tiny\.jsonl, line 2: format (2|None), expected {results_file.FORMAT}: .*another version"
+    message = rf"tiny\.jsonl, line 2: format (2|None), expected {results_file.FORMAT}: .*other version"
     with pytest.raises(DataError, match=message):
         results_file.read(file)
     with pytest.raises(DataError, match=message):

@@ -2,18 +2,17 @@
 
     python -m benchmarks.activation_memory --output activation_memory.json
 
-A Transformer language model with ``--blocks_per_stage`` blocks per stage is trained for one batch of 2 K
-micro-batches, all stages in one process. While stage 0 does its work, in the order of its own program,
-the bytes that autograd keeps for it are counted: every storage once, without parameters. Beside them is
-the plan's number: ``in_flight`` micro-batches times the bytes of one. Under local learning stage 0 has a
-head, whose own activations live only while it runs; they are counted apart.
+A Transformer language model is trained for one batch of 2 K micro-batches, all stages in one process. While
+stage 0 does its work, in the order of its own program, the bytes that autograd keeps for it are counted:
+every storage once, without parameters. Beside them is the plan's number: ``in_flight`` micro-batches times
+the bytes of one. Under local learning stage 0 has a head, whose own activations live only while it runs;
+they are counted apart.
 """
 
-import argparse
 import weakref
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,14 +20,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks import results
-from benchmarks.language_models import plan_of, stage_bounds
+from benchmarks.language_models import GLOBAL, plan_of, stage_bounds
 from ds_interlock import InProcessPipeline
 from ds_interlock.models.lm import LMConfig, Unembedding, build_lm, lm_loss
 from ds_interlock.schedule.action import Action, Kind
 from measuring.results import add_legend, new_figure, table_of
 
 WINDOWS: tuple[float, ...] = (1, 1.25, 2, 3)
-GLOBAL = "global"
 OPTIONS: results.Options = {
     "stages": ([2, 4, 8, 16], "numbers of stages K"),
     "blocks_per_stage": (4, "at least 2"),
@@ -39,13 +37,9 @@ OPTIONS: results.Options = {
 
 
 class LiveBytes:
-    """Counts the bytes that autograd keeps for what is computed within ``counting``.
+    """Counts the bytes that autograd keeps, without the storages of the tensors in ``excluded``.
 
-    Args:
-        excluded: Tensors whose storages do not count, such as parameters.
-
-    Attributes:
-        peak: The most bytes kept at once.
+    ``peak`` is the most at once.
     """
 
     def __init__(self, excluded: Iterator[Tensor]) -> None:
@@ -54,11 +48,9 @@ class LiveBytes:
         self._excluded = {tensor.untyped_storage().data_ptr() for tensor in excluded}
         self._holders: Counter[int] = Counter()
 
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Counts what is saved within the block, until it is released, within the block or later."""
-        with saved_tensors_hooks(self._save, lambda saved: saved.tensor):
-            yield
+    def counting(self) -> saved_tensors_hooks:
+        """Counts what is saved within this context, until it is released, within it or later."""
+        return saved_tensors_hooks(self._save, lambda saved: saved.tensor)
 
     def _save(self, tensor: Tensor) -> "_Saved":
         saved = _Saved(tensor)
@@ -99,9 +91,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return results.publish("activation_memory", args, rows, argv)
 
 
-def measure(window: float | None, num_stages: int, args: argparse.Namespace) -> dict[str, Any]:
+def measure(window: float | None, num_stages: int, args: Namespace) -> results.Row:
     """Trains one batch and counts what stage 0 holds; without a window under global backpropagation."""
-    net = _model(window, num_stages, args)
+    num_blocks = args.blocks_per_stage * num_stages
+    config = LMConfig(args.vocab_size, args.seq_length, args.width, num_blocks, num_heads=4)
+    net = InProcessPipeline(
+        build_lm(config),
+        lm_loss(),
+        plan_of(window, stage_bounds(config, num_stages)),
+        head=lambda place: nn.Sequential(nn.LayerNorm(args.width), Unembedding(args.width, args.vocab_size)),
+    )
     ids_mbt = torch.randint(args.vocab_size, (2 * num_stages, 1, args.seq_length + 1))
     micro_batches = [(ids_bt[:, :-1].clone(), ids_bt[:, 1:].clone()) for ids_bt in ids_mbt]
     one, _ = _peaks(net, micro_batches[:1])
@@ -117,17 +116,6 @@ def measure(window: float | None, num_stages: int, args: argparse.Namespace) -> 
         "planned_bytes": in_flight * one,
         "head_peak_bytes": head_peak,
     }
-
-
-def _model(window: float | None, num_stages: int, args: argparse.Namespace) -> InProcessPipeline:
-    num_blocks = args.blocks_per_stage * num_stages
-    config = LMConfig(args.vocab_size, args.seq_length, args.width, num_blocks, num_heads=4)
-    return InProcessPipeline(
-        build_lm(config),
-        lm_loss(),
-        plan_of(window, stage_bounds(config, num_stages)),
-        head=lambda place: nn.Sequential(nn.LayerNorm(args.width), Unembedding(args.width, args.vocab_size)),
-    )
 
 
 def _peaks(net: InProcessPipeline, micro_batches: list[tuple[Tensor, Tensor]]) -> tuple[int, int]:
@@ -164,11 +152,10 @@ def table(found: dict[str, Any]) -> str:
 def draw(found: dict[str, Any]) -> Any:
     """Peak bytes over K, a line for each setting."""
     figure, ((axis,),) = new_figure(1, "Activation memory of stage 0, M = 2 K")
-    settings = list(dict.fromkeys(row["setting"] for row in found["rows"]))
-    for number, setting in enumerate(settings):
-        rows = [row for row in found["rows"] if row["setting"] == setting]
+    by_setting = results.grouped(found["rows"], "setting")
+    for number, (setting, rows) in enumerate(by_setting.items()):
         kib = [row["peak_bytes"] / 1024 for row in rows]
-        width = 2 * (len(settings) - number)
+        width = 2 * (len(by_setting) - number)
         axis.plot([row["stages"] for row in rows], kib, "o-", label=setting, linewidth=width)
     axis.set(xlabel="pipeline stages K", ylabel="peak KiB kept by autograd", ylim=(0, None))
     add_legend(figure, axis)

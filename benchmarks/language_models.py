@@ -3,6 +3,8 @@
 from ds_interlock import GradientFlowPlan
 from ds_interlock.models.lm import LMConfig
 
+GLOBAL = "global"
+
 
 def stage_bounds(config: LMConfig, num_stages: int) -> list[int]:
     """Stages of as many blocks each; the embeddings in the first, the output layers in the last."""

@@ -2,10 +2,10 @@
 
     python -m benchmarks.overhead --output overhead.json
 
-Every stage is one parameter added to a vector of 16 numbers. The time of a batch is that of the engine, the
+Every layer is one parameter added to a vector of 16 numbers. The time of a batch is that of the engine, the
 messages and torch's own calls: microseconds for each micro-batch, by the clock, and the processor time of
-one rank, which counts when more ranks than cores share a machine. DeepSpeed's engine does the work of
-global backpropagation; a window does more (heads, relays), which is counted in.
+one rank, which counts when more ranks than cores share a machine. A window does more than global
+backpropagation (heads, relays), which is counted in.
 """
 
 import time
@@ -46,21 +46,16 @@ class Shift(nn.Module):
         return x + self.weight
 
 
-def empty_workload(num_stages: int) -> Workload:
-    """A model of next to nothing."""
-    num_layers = LAYERS_PER_STAGE * num_stages
-    return Workload(
-        layers=[LayerSpec(Shift) for _ in range(num_layers)],
+def measure(engine_name: str, num_batches: dict[int, int]) -> dict[int, tuple[float, float]]:
+    """On a rank: seconds of a batch, and processor seconds of this rank, by micro-batches per batch."""
+    num_layers = LAYERS_PER_STAGE * dist.get_world_size()
+    work = Workload(
+        layers=[LayerSpec(Shift)] * num_layers,
         layer_seconds=[1.0] * num_layers,
         loss_fn=sleeping_loss,
         micro_batch=(torch.ones(1, WIDTH), torch.zeros(1, WIDTH)),
-        head=lambda place: Shift(),
+        head=lambda position: Shift(),
     )
-
-
-def measure(engine_name: str, num_batches: dict[int, int]) -> dict[int, tuple[float, float]]:
-    """On a rank: seconds of a batch, and processor seconds of this rank, by micro-batches per batch."""
-    work = empty_workload(dist.get_world_size())
     engine = make_peer(engine_name, work)
     seconds = {}
     for num_micro_batches, number in num_batches.items():
@@ -109,8 +104,7 @@ def table(found: dict[str, Any]) -> str:
 def draw(found: dict[str, Any]) -> Any:
     """Microseconds for each micro-batch over the number of micro-batches."""
     figure, ((axis,),) = new_figure(1, f"An engine's own time, {found['arguments']['stages']} stages")
-    for engine in dict.fromkeys(row["engine"] for row in found["rows"]):
-        rows = [row for row in found["rows"] if row["engine"] == engine]
+    for engine, rows in results.grouped(found["rows"], "engine").items():
         x = [row["num_micro_batches"] for row in rows]
         axis.plot(x, [row["microseconds"] for row in rows], marker="o", label=engine)
     axis.set(xlabel="micro-batches per batch", ylabel="microseconds per micro-batch", ylim=(0, None))

@@ -1,9 +1,8 @@
 """The engines that are compared, by name: DeepSpeed's, this package's modes, and torch's schedules.
 
-Each has DeepSpeed's ``train_batch(data_iter)`` and ``set_train_batch_size(num_samples)``. All cut the
-model at the same places, train with plain SGD, and step once per batch. Of torch's schedules, the
-interleaved and the zero-bubble one put two stages on every rank: the model is then cut into twice as many
-stages of half the work each.
+Each has DeepSpeed's ``train_batch(data_iter)`` and ``set_train_batch_size(num_samples)``. All train with
+plain SGD and step once per batch. Torch's interleaved and zero-bubble schedules put two stages on every
+rank: the model is then cut into twice as many stages of half the work each.
 
     K = 2   1F1B          rank 0: stage 0       rank 1: stage 1
             interleaved   rank 0: stages 0, 2   rank 1: stages 1, 3
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import pipelining
 
-from measuring.engines import LEARNING_RATE, Workload, make_engine
+from measuring.engines import LEARNING_RATE, Workload, make_engine, seconds_of_a_batch
 
 DEEPSPEED = "DeepSpeed"
 MODES: dict[str, dict[str, Any]] = {
@@ -41,7 +40,6 @@ class _Layout:
     v_shaped: bool = False
 
     def stages(self, rank: int, num_ranks: int) -> list[int]:
-        """The stages of ``rank``."""
         if self.v_shaped:
             return [rank, 2 * num_ranks - 1 - rank]
         return [rank + turn * num_ranks for turn in range(self.stages_per_rank)]
@@ -55,12 +53,7 @@ TORCH_SCHEDULES = {
 
 
 class TorchPipeline:
-    """This rank's part of a model under one of torch's schedules, with SGD.
-
-    Args:
-        layout: One of ``TORCH_SCHEDULES``.
-        work: What is trained.
-    """
+    """This rank's part of a model under one of torch's schedules, with SGD."""
 
     def __init__(self, layout: _Layout, work: Workload) -> None:
         torch.manual_seed(0)
@@ -75,20 +68,14 @@ class TorchPipeline:
         self.optimizer = torch.optim.SGD(parameters, LEARNING_RATE)
 
     def set_train_batch_size(self, num_samples: int) -> None:
-        """Sets the number of micro-batches to what ``num_samples`` make.
-
-        Raises:
-            ValueError: If torch's schedule refuses it.
-        """
+        """Sets the number of micro-batches; ValueError if torch's schedule refuses it."""
         self.num_micro_batches = num_samples // len(self.work.micro_batch[0])
         stages = [
             pipelining.PipelineStage(part, number, self.num_stages, torch.device("cpu"))
             for number, part in self.parts.items()
         ]
-        one_a_rank = self.layout.stages_per_rank == 1
-        self.schedule = self.layout.schedule(
-            stages[0] if one_a_rank else stages, self.num_micro_batches, loss_fn=self.work.loss_fn
-        )
+        of_rank = stages if self.layout.stages_per_rank > 1 else stages[0]
+        self.schedule = self.layout.schedule(of_rank, self.num_micro_batches, loss_fn=self.work.loss_fn)
 
     def train_batch(self, data_iter: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Trains on one batch; every rank reads it."""
@@ -103,13 +90,25 @@ class TorchPipeline:
 
 
 def make_peer(name: str, work: Workload, head: dict[str, Any] | None = None) -> Any:
-    """The engine called ``name``, on this rank of a job that has one stage per rank.
-
-    Args:
-        name: ``DEEPSPEED``, one of ``TORCH_SCHEDULES`` or of ``MODES``.
-        work: What it trains.
-        head: The section ``"interlock.head"``, for a mode.
-    """
+    """The engine called ``name``, on this rank; ``head`` is the section ``"interlock.head"`` of a mode."""
     if name in TORCH_SCHEDULES:
         return TorchPipeline(TORCH_SCHEDULES[name], work)
     return make_engine(work, None if name == DEEPSPEED else MODES[name] | ({"head": head} if head else {}))
+
+
+def time_batches(engine: Any, work: Workload, num_batches: dict[int, int]) -> dict[int, float | str]:
+    """Seconds of a batch, or why the engine refuses it, by number of micro-batches. All ranks call it."""
+    seconds: dict[int, float | str] = {}
+    for num_micro_batches, num in num_batches.items():
+        try:
+            seconds[num_micro_batches] = seconds_of_a_batch(engine, work, num_micro_batches, num)
+        except ValueError as error:
+            seconds[num_micro_batches] = " ".join(str(error).split())
+    return seconds
+
+
+def compare(seconds: float | str, deepspeed: float, floor: float) -> dict[str, Any]:
+    """The part of a row that says how long a batch takes, beside DeepSpeed's engine and the floor."""
+    if isinstance(seconds, str):
+        return {"refused": seconds}
+    return {"seconds": seconds, "times_deepspeed": deepspeed / seconds, "times_floor": seconds / floor}

@@ -3,32 +3,29 @@
     python -m benchmarks.pipeline_peers --output pipeline_peers.json
 
 Every stage sleeps ``--milliseconds`` in the forward, for the input gradient and for the weight
-gradient; an auxiliary head sleeps 0.3 of that. Torch's interleaved and zero-bubble schedules have two
-stages of half the length on every rank. Each engine runs in processes of its own, one after the other.
-For each engine, number of stages K and number of micro-batches M: the seconds a batch takes once the
-pipeline is running, how many times faster than DeepSpeed's engine that is, what the simulator predicts,
-and the distance to the floor (no bubble, no extra work: 3 t per micro-batch).
+gradient; an auxiliary head sleeps 0.3 of that. Each engine runs in processes of its own. For each engine,
+number of stages K and number of micro-batches M: the seconds a batch takes once the pipeline is running,
+how many times faster than DeepSpeed's engine that is, what the simulator predicts, and the distance to the
+floor (no bubble, no extra work: 3 t per micro-batch).
 
 A sleeping stage takes a few per cent longer than it sleeps. So every process first times its own stage
-alone, and the prediction is the simulator's at those costs: the rest, up to 100 %, is the engine's.
+alone, and the prediction is the simulator's at those costs: what is missing to 100 % is the engine's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
 
 from benchmarks import results
-from benchmarks.peers import DEEPSPEED, MODES, TORCH_SCHEDULES, make_peer
+from benchmarks.peers import DEEPSPEED, MODES, TORCH_SCHEDULES, compare, make_peer, time_batches
 from benchmarks.sleeping_stages import HEAD_SHARE, predicted_seconds, sleeping_workload, stage_costs
-from measuring.engines import seconds_of_a_batch
 from measuring.ranks import run_ranks
 from measuring.results import add_legend, new_figure, table_of
 
 ENGINES = (*TORCH_SCHEDULES, "global", "local", "window 1.25", "window 1.25, 1 extra", "window 2")
 TOLERANCE = 0.05
 """How far a measured figure may be from its prediction."""
-
 
 OPTIONS: results.Options = {
     "stages": ([2, 4, 8], "pipeline stages, a process each"),
@@ -52,56 +49,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             how = {"engine_name": engine, "seconds": args.milliseconds / 1000, "num_batches": num_batches}
             measured[engine] = run_ranks(measure, num_stages, **how)
         for m in args.micro_batches:
-            rows += [
-                {"stages": num_stages, "micro_batches": m, "engine": engine, **figures}
-                for engine, figures in _figures(measured, m, floor[m])
-            ]
+            deepspeed = measured[DEEPSPEED][0][0][m]
+            for engine, of_ranks in measured.items():
+                row = {"stages": num_stages, "micro_batches": m, "engine": engine}
+                row |= compare(of_ranks[0][0][m], deepspeed, floor[m])
+                if engine in MODES:
+                    predicted = predicted_seconds(MODES[engine], [costs for _, costs in of_ranks], m)
+                    row["predicted_seconds"] = predicted
+                    row["share_of_predicted_speed"] = predicted / row["seconds"]
+                rows.append(row)
     return results.publish("pipeline_peers", args, rows, argv)
 
 
-def measure(engine_name: str, seconds: float, num_batches: dict[int, int]) -> dict[str, Any]:
-    """On every rank of a job: times one engine.
-
-    Args:
-        engine_name: DeepSpeed's, or one of ``ENGINES``.
-        seconds: One sleep of a stage.
-        num_batches: For each number of micro-batches the batches to time.
-
-    Returns:
-        ``seconds``: by number of micro-batches those of a batch, or why the engine refuses;
-        ``costs``: of this stage, for the simulator.
-    """
+def measure(
+    engine_name: str, seconds: float, num_batches: dict[int, int]
+) -> tuple[dict[int, float | str], dict[str, float] | None]:
+    """On every rank of a job: ``time_batches`` of an engine, and this stage's costs under our modes."""
     work = sleeping_workload(dist.get_world_size(), seconds)
     engine = make_peer(engine_name, work)
     costs = stage_costs(engine, work, HEAD_SHARE * seconds) if engine_name in MODES else None
-    found: dict[int, float | str] = {}
-    for num_micro_batches, num in num_batches.items():
-        try:
-            found[num_micro_batches] = seconds_of_a_batch(engine, work, num_micro_batches, num)
-        except ValueError as error:
-            found[num_micro_batches] = " ".join(str(error).split())
-    return {"seconds": found, "costs": costs}
-
-
-def _figures(
-    measured: dict[str, list[dict[str, Any]]], num_micro_batches: int, floor: float
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    deepspeed = measured[DEEPSPEED][0]["seconds"][num_micro_batches]
-    for engine, ranks in measured.items():
-        seconds = ranks[0]["seconds"][num_micro_batches]
-        if isinstance(seconds, str):
-            yield engine, {"refused": seconds}
-            continue
-        figures = {
-            "seconds": seconds,
-            "times_deepspeed": deepspeed / seconds,
-            "times_floor": seconds / floor,
-        }
-        if engine in MODES:
-            costs = [rank["costs"] for rank in ranks]
-            predicted = predicted_seconds(MODES[engine], costs, num_micro_batches)
-            figures |= {"predicted_seconds": predicted, "share_of_predicted_speed": predicted / seconds}
-        yield engine, figures
+    return time_batches(engine, work, num_batches), costs
 
 
 def table(found: dict[str, Any]) -> str:
@@ -117,9 +84,8 @@ def table(found: dict[str, Any]) -> str:
         "% of predicted": ("share_of_predicted_speed", 0.01),
         "times floor": "times_floor",
     }
-    reasons = sorted({f"{row['engine']}: {row['refused']}" for row in rows if "refused" in row})
-    notes = [f"Empty, since refused. {reason}" for reason in reasons]
-    return "\n\n".join([table_of(rows, columns), *notes, _verdict(rows)])
+    reasons = {f"Empty, since refused. {row['engine']}: {row['refused']}" for row in rows if "refused" in row}
+    return "\n\n".join([table_of(rows, columns), *sorted(reasons), _verdict(rows)])
 
 
 def _verdict(rows: list[dict[str, Any]]) -> str:
@@ -138,18 +104,17 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
 
 def draw(found: dict[str, Any]) -> Any:
     """Speed relative to DeepSpeed's engine over M, a plot for each K; dotted what is predicted."""
-    rows = found["rows"]
-    stages = sorted({row["stages"] for row in rows})
-    figure, axes = new_figure(len(stages), "Speed of a pipeline of sleeping stages")
-    for axis, num_stages in zip(axes[0], stages, strict=True):
-        here = [row for row in rows if row["stages"] == num_stages]
-        base = {row["micro_batches"]: row["seconds"] for row in here if row["engine"] == DEEPSPEED}
-        for number, engine in enumerate(dict.fromkeys(row["engine"] for row in here)):
+    by_stages = results.grouped(found["rows"], "stages")
+    figure, axes = new_figure(len(by_stages), "Speed of a pipeline of sleeping stages")
+    for axis, (num_stages, rows) in zip(axes[0], by_stages.items(), strict=True):
+        by_engine = results.grouped(rows, "engine")
+        base = {row["micro_batches"]: row["seconds"] for row in by_engine[DEEPSPEED]}
+        for number, (engine, of_engine) in enumerate(by_engine.items()):
             for key, style, label in (("seconds", "o-", engine), ("predicted_seconds", ":", None)):
-                of_engine = [row for row in here if row["engine"] == engine and key in row]
-                speeds = [base[row["micro_batches"]] / row[key] for row in of_engine]
-                num_micro_batches = [row["micro_batches"] for row in of_engine]
-                axis.plot(num_micro_batches, speeds, style, color=f"C{number}", label=label)
+                speeds = {
+                    m: base[m] / row[key] for row in of_engine if key in row for m in [row["micro_batches"]]
+                }
+                axis.plot(speeds.keys(), speeds.values(), style, color=f"C{number}", label=label)
         axis.set(title=f"K = {num_stages}", xlabel="micro-batches per batch", xscale="log", ylim=(0, None))
         axis.set_xticks(list(base), list(base))
         axis.minorticks_off()

@@ -2,14 +2,12 @@
 
     python -m benchmarks.real_stages --output real_stages.json
 
-Nothing sleeps. A language model (``ds_interlock/models/lm.py``) is cut into two stages of about the same
-work; each runs in a process of its own with one thread, in float32 on gloo, with SGD. Auxiliary heads are
-``norm_linear`` over the whole vocabulary, on ``--token_fraction`` of the positions. For each engine and
-number of micro-batches M: the seconds a batch takes, how many times faster than DeepSpeed's engine that
-is, what ``ds-interlock plan`` predicts from the profile of these layers, and the distance to the floor:
-half the time in which a process trains the whole model on the same batch without any pipeline. Profile
-and floor are measured while a second process does the same, so that both cores are busy, as they are
-under a pipeline without a bubble.
+Each stage runs in a process of its own with one thread, in float32 on gloo, with SGD. Auxiliary heads are
+``norm_linear``, on ``--token_fraction`` of the positions. For each engine and number of micro-batches M:
+the seconds a batch takes, how many times faster than DeepSpeed's engine that is, what ``ds-interlock
+plan`` predicts from the profile of these layers, and the distance to the floor: half the time in which a
+process trains the whole model on the same batch. Profile and floor are measured while a second process
+does the same, so that both cores are busy, as they are under a pipeline without a bubble.
 """
 
 import statistics
@@ -19,9 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from benchmarks import results
-from benchmarks.peers import DEEPSPEED, MODES, TORCH_SCHEDULES, make_peer
+from benchmarks.peers import DEEPSPEED, MODES, TORCH_SCHEDULES, compare, make_peer, time_batches
 from ds_interlock.config import HeadConfig, InterlockConfig
 from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
 from ds_interlock.planning.forecast import forecast
@@ -29,20 +28,15 @@ from ds_interlock.planning.profile import Profile
 from ds_interlock.profiling.layers import Stopwatch
 from ds_interlock.profiling.link import measure_link
 from ds_interlock.profiling.model import calls_in_sequence, device_name, profile_model
-from measuring.engines import LEARNING_RATE, Workload, seconds_of_a_batch
+from measuring.engines import LEARNING_RATE, Workload
 from measuring.ranks import run_ranks
 from measuring.results import add_legend, new_figure, table_of
 
 NUM_STAGES = 2
 FLOOR = "floor"
-ENGINES = (
-    *TORCH_SCHEDULES,
-    *(name for name in MODES if name != "window 2"),
-)  # of two stages window 2 is global
-
-
+ENGINES = [name for name in (*TORCH_SCHEDULES, *MODES) if name != "window 2"]  # is global here
 OPTIONS: results.Options = {
-    "engines": (list(ENGINES), "measured beside DeepSpeed's", ENGINES),
+    "engines": (ENGINES, "measured beside DeepSpeed's", ENGINES),
     "micro_batches": ([1, 2, 4], "of a batch"),
     "batches": (5, "timed, after two that are not"),
     "rounds": (3, "of all engines; the median counts"),
@@ -58,51 +52,33 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints the table and returns the results."""
     args = results.parse(__doc__, OPTIONS, argv)
     sizes = {name: getattr(args, name) for name in ("width", "num_blocks", "vocab_size", "seq_length")}
-    how = {"sizes": sizes, "micro_batches": args.micro_batches, "num_batches": args.batches}
     head = {"type": "norm_linear", "token_fraction": args.token_fraction}
     link = measure_link(4 * args.width * args.seq_length)
-    profile = Profile.model_validate_json(
-        run_ranks(measure_profile, NUM_STAGES, sizes=sizes, head=head, link=link)[0]
-    )
-    rounds: dict[str, list[list[float | None]]] = {name: [] for name in (FLOOR, DEEPSPEED, *args.engines)}
+    profile = run_ranks(measure_profile, NUM_STAGES, sizes=sizes, head=head, link=link)[0]
+    how = {"sizes": sizes, "head": head, "num_batches": dict.fromkeys(args.micro_batches, args.batches)}
+    rounds: dict[str, list[dict[int, Any]]] = {name: [] for name in (FLOOR, DEEPSPEED, *args.engines)}
     for turn in range(args.rounds):
         for engine, of_engine in rounds.items():
             print(f"round {turn + 1} of {args.rounds}: {engine} ...", flush=True)
-            if engine == FLOOR:
-                ranks = run_ranks(measure_floor, NUM_STAGES, **how)
-            else:
-                ranks = run_ranks(measure, NUM_STAGES, engine_name=engine, head=head, **how)
-            of_engine.append(ranks[0])
-    seconds = {engine: _medians(of_engine) for engine, of_engine in rounds.items()}
-    rows = [
-        {"engine": engine, "micro_batches": m, **_figures(seconds, engine, number)}
-        for number, m in enumerate(args.micro_batches)
-        for engine in seconds
-    ]
+            of_engine.append(run_ranks(measure, NUM_STAGES, engine_name=engine, **how)[0])
     bounds = workload(sizes).bounds(NUM_STAGES)
-    for row in rows:
-        if row["engine"] in MODES and "seconds" in row:
-            interlock = InterlockConfig.model_validate({**MODES[row["engine"]], "head": head})
-            predicted = forecast(interlock, profile, bounds, row["micro_batches"]).batch_seconds
-            row |= {"predicted_seconds": predicted, "of_predicted_speed": predicted / row["seconds"]}
+    rows = []
+    for m in args.micro_batches:
+        seconds = {engine: _median([times[m] for times in of_engine]) for engine, of_engine in rounds.items()}
+        for engine in rounds:
+            row = {"engine": engine, "micro_batches": m}
+            row |= compare(seconds[engine], seconds[DEEPSPEED], seconds[FLOOR])
+            if engine in MODES:
+                interlock = InterlockConfig.model_validate({**MODES[engine], "head": head})
+                predicted = forecast(interlock, profile, bounds, m).batch_seconds
+                row |= {"predicted_seconds": predicted, "of_predicted_speed": predicted / row["seconds"]}
+            rows.append(row)
     return results.publish("real_stages", args, rows, argv, profile=profile.model_dump())
 
 
-def _medians(rounds: list[list[float | None]]) -> list[float | None]:
-    """Of every figure over the rounds; an engine refuses in all of them or in none."""
-    return [
-        None if None in figures else statistics.median(filter(None, figures))
-        for figures in zip(*rounds, strict=True)
-    ]
-
-
-def _figures(all_seconds: dict[str, list[float | None]], engine: str, number: int) -> dict[str, float]:
-    seconds, floor, deepspeed = (all_seconds[name][number] for name in (engine, FLOOR, DEEPSPEED))
-    if seconds is None:
-        return {}
-    assert floor is not None
-    assert deepspeed is not None
-    return {"seconds": seconds, "times_deepspeed": deepspeed / seconds, "times_floor": seconds / floor}
+def _median(seconds: list[Any]) -> Any:
+    """Over the rounds; an engine refuses in all of them or in none."""
+    return seconds[0] if isinstance(seconds[0], str) else statistics.median(seconds)
 
 
 # In the processes of a job.
@@ -130,22 +106,18 @@ def workload(sizes: dict[str, int]) -> Workload:
 
 
 def measure(
-    engine_name: str, sizes: dict[str, int], micro_batches: list[int], num_batches: int, head: dict[str, Any]
-) -> list[float | None]:
-    """On every rank of a job: seconds of a batch, by number of micro-batches; None if the engine refuses."""
+    engine_name: str, sizes: dict[str, int], head: dict[str, Any], num_batches: dict[int, int]
+) -> dict[int, float | str]:
+    """On every rank of a job: seconds of a batch by number of micro-batches, or why the engine refuses."""
     work = workload(sizes)
-    engine = make_peer(engine_name, work, head)
-    found: list[float | None] = []
-    for num_micro_batches in micro_batches:
-        try:
-            found.append(seconds_of_a_batch(engine, work, num_micro_batches, num_batches))
-        except ValueError:  # torch's 1F1B, of fewer micro-batches than stages
-            found.append(None)
-    return found
+    if engine_name == FLOOR:
+        net = build_lm(lm_config(sizes))
+        return {m: floor_seconds(net, work, m, num) for m, num in num_batches.items()}
+    return time_batches(make_peer(engine_name, work, head), work, num_batches)
 
 
-def measure_profile(sizes: dict[str, int], head: dict[str, Any], link: tuple[float, float] | None) -> str:
-    """The profile of the model, as JSON; both ranks measure at once."""
+def measure_profile(sizes: dict[str, int], head: dict[str, Any], link: tuple[float, float] | None) -> Profile:
+    """The profile of the model; both ranks measure at once."""
     work = workload(sizes)
     inputs, labels = work.micro_batch
     dist.barrier()
@@ -160,28 +132,23 @@ def measure_profile(sizes: dict[str, int], head: dict[str, Any], link: tuple[flo
         device=device_name(torch.device("cpu")),
         source="measured on two cores at once",
         link=link,
-    ).model_dump_json()
+    )
 
 
-def measure_floor(sizes: dict[str, int], micro_batches: list[int], num_batches: int) -> list[float]:
-    """The floor: half the seconds in which this process trains the whole model on a batch."""
-    work = workload(sizes)
+def floor_seconds(net: nn.Module, work: Workload, num_micro_batches: int, num_batches: int) -> float:
+    """Half the seconds in which this process trains the whole model on a batch."""
     inputs, labels = work.micro_batch
-    net = build_lm(lm_config(sizes))
     optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE)
-    found = []
-    for num_micro_batches in micro_batches:
-        seconds = []
-        dist.barrier()
-        for _ in range(num_batches + 1):
-            start = time.perf_counter()
-            for _ in range(num_micro_batches):
-                (work.loss_fn(net(inputs), labels) / num_micro_batches).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds.append(time.perf_counter() - start)
-        found.append(statistics.median(seconds[1:]) / NUM_STAGES)
-    return found
+    seconds = []
+    dist.barrier()
+    for _ in range(num_batches + 1):
+        start = time.perf_counter()
+        for _ in range(num_micro_batches):
+            (work.loss_fn(net(inputs), labels) / num_micro_batches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:]) / NUM_STAGES
 
 
 def table(found: dict[str, Any]) -> str:
@@ -206,13 +173,14 @@ def table(found: dict[str, Any]) -> str:
 def draw(found: dict[str, Any]) -> Any:
     """Distance to the floor, a group of bars for each number of micro-batches."""
     rows = [row for row in found["rows"] if row["engine"] != FLOOR]
-    micro_batches = sorted({row["micro_batches"] for row in rows})
-    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    micro_batches = results.grouped(rows, "micro_batches")
+    by_engine = results.grouped(rows, "engine")
+    width = 0.8 / len(by_engine)
     figure, ((axis,),) = new_figure(1, "Two Transformer stages on two cores")
-    for number, engine in enumerate(engines):
-        heights = [row.get("times_floor", 0) for row in rows if row["engine"] == engine]
-        places = [group + (number - len(engines) / 2) * 0.8 / len(engines) for group in range(len(heights))]
-        axis.bar(places, heights, 0.8 / len(engines), align="edge", label=engine)
+    for number, (engine, of_engine) in enumerate(by_engine.items()):
+        heights = [row.get("times_floor", 0) for row in of_engine]
+        positions = [group - 0.4 + number * width for group in range(len(heights))]
+        axis.bar(positions, heights, width, align="edge", label=engine)
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_xticks(range(len(micro_batches)), [f"M = {number}" for number in micro_batches])
     axis.set_ylabel("time of a batch / floor")

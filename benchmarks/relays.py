@@ -1,21 +1,16 @@
-"""What makes relays cheap, each measure with it and without, simulated and on sleeping stages.
+"""What makes relays cheap: batches with and without each measure, simulated and on sleeping stages.
 
     python -m benchmarks.relays --output relays.json
 
 A relay sends the gradient of a loss to the previous stage. The measures:
 
 input gradient only   a relay computes no weight gradients; without, it costs a whole backward pass
-summed losses         losses that train the same upstream stages travel as one tensor; without, each by itself
-one backward pass     where a stage relays exactly what trains it, relay and weight gradient are one pass;
-                      without, two
+summed losses         losses that train the same upstream stages travel as one tensor
+one backward pass     where a stage relays exactly what trains it, it does so while it trains
 relays first          a ready relay goes before a ready weight gradient; without, after it
-heads inside a stage  of a fractional window run when the layers before them are done; without, after
-                      the whole forward
-skipped relays        no input gradient where no stage upstream needs it; without, one for every loss that
+heads inside a stage  of a fractional window run before the rest of the forward; without, after it
+skipped relays        no input gradient where no upstream stage needs it; without, one for every loss that
                       trains a stage (in the sleeping stages as a longer weight gradient)
-
-Times are in forwards of a stage, for each batch once the pipeline is running. Every stage sleeps as long
-for its forward, its input gradient and its weight gradient, a head 0.3 of that.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,19 +35,17 @@ from measuring.sleeping import SleepingLayer
 MakePlan = Callable[[list[int]], GradientFlowPlan]
 
 
+def _ordinary(plan: GradientFlowPlan) -> list[float]:
+    return [1.0] * plan.num_stages
+
+
 @dataclass(frozen=True)
 class Side:
-    """A plan that is run with or without a measure.
-
-    Attributes:
-        plan: Makes the plan from the stage bounds.
-        input_gradient: What an input gradient costs, in forwards.
-        weight_gradient: What a weight gradient costs each stage on top of that, in forwards.
-    """
+    """A plan that is run with or without a measure; what its gradients cost each stage, in forwards."""
 
     plan: MakePlan
     input_gradient: float = 1.0
-    weight_gradient: Callable[[GradientFlowPlan], list[float]] = lambda plan: [1.0] * plan.num_stages
+    weight_gradient: Callable[[GradientFlowPlan], list[float]] = _ordinary
 
 
 class _EachAlone(GradientFlowPlan):
@@ -74,7 +67,7 @@ class _TwoPasses(GradientFlowPlan):
     merges_passes = False
 
 
-class _HeadsAfterTheForward(GradientFlowPlan):
+class _HeadsLast(GradientFlowPlan):
     """A plan in which a head within a stage waits for the end of the stage."""
 
     def forward_part(self, loss: int) -> tuple[int, ...]:
@@ -90,12 +83,8 @@ def _deep(kind: type[GradientFlowPlan] = GradientFlowPlan) -> MakePlan:
 
 
 def _with_needless_relays(plan: GradientFlowPlan) -> list[float]:
-    """A weight gradient, and an input gradient for every loss that goes no further than its stage."""
+    """With an input gradient for every loss that goes no further than its stage."""
     return [1.0 + len(plan.trained_by[k].difference(plan.relays(k))) for k in range(plan.num_stages)]
-
-
-def _no_weight_gradient(plan: GradientFlowPlan) -> list[float]:
-    return [0.0] * plan.num_stages
 
 
 _TWO = Side(_window(2))
@@ -104,7 +93,7 @@ MEASURES: dict[str, tuple[str, Side, Side]] = {
     "input gradient only": (
         "window 2",
         _TWO,
-        replace(_TWO, input_gradient=2.0, weight_gradient=_no_weight_gradient),
+        replace(_TWO, input_gradient=2.0, weight_gradient=lambda plan: [0.0] * plan.num_stages),
     ),
     "summed losses": ("deep supervision, two passes", _DEEP_IN_TWO, Side(_deep(_EachAlone))),
     "one backward pass": ("deep supervision", Side(_deep()), _DEEP_IN_TWO),
@@ -112,12 +101,11 @@ MEASURES: dict[str, tuple[str, Side, Side]] = {
     "heads inside a stage": (
         "window 1.25",
         Side(_window(1.25)),
-        Side(_window(1.25, _HeadsAfterTheForward)),
+        Side(_window(1.25, _HeadsLast)),
     ),
     "skipped relays": ("window 2", _TWO, replace(_TWO, weight_gradient=_with_needless_relays)),
 }
 """For each measure the plan it is shown on, and that plan with it and without."""
-
 
 OPTIONS: results.Options = {
     "measures": (list(MEASURES), "what is measured", MEASURES),
@@ -131,26 +119,21 @@ OPTIONS: results.Options = {
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints the table and returns the results."""
     args = results.parse(__doc__, OPTIONS, argv)
-    how = {"micro_batches": args.micro_batches, "num_batches": args.batches}
+    how = {
+        "seconds": args.milliseconds / 1000,
+        "micro_batches": args.micro_batches,
+        "num_batches": args.batches,
+    }
     rows = []
     for name in args.measures:
         plan_name, *sides = MEASURES[name]
         print(f"{name} ...", flush=True)
-        measured = [
-            run_ranks(
-                measure, args.stages, name=name, side_number=side, seconds=args.milliseconds / 1000, **how
-            )[0]
-            for side in range(len(sides))
-        ]
-        for number, m in enumerate(args.micro_batches):
+        measured = [run_ranks(measure, args.stages, name=name, side=side, **how)[0] for side in range(2)]
+        for m in args.micro_batches:
+            row = {"measure": name, "plan": plan_name, "micro_batches": m}
             simulated = [simulated_forwards(side, args.stages, m) for side in sides]
-            figures = {
-                "simulated_with": simulated[0],
-                "simulated_without": simulated[1],
-                "measured_with": measured[0][number],
-                "measured_without": measured[1][number],
-            }
-            rows.append({"measure": name, "plan": plan_name, "micro_batches": m, **figures})
+            row |= {"simulated_with": simulated[0], "simulated_without": simulated[1]}
+            rows.append(row | {"measured_with": measured[0][m], "measured_without": measured[1][m]})
     return results.publish("relays", args, rows, argv)
 
 
@@ -164,37 +147,37 @@ def simulated_forwards(side: Side, num_stages: int, num_micro_batches: int) -> f
 
 
 def measure(
-    name: str, side_number: int, seconds: float, micro_batches: list[int], num_batches: int
-) -> list[float]:
-    """On every rank of a job: times a measure (side 0 with it, 1 without), in forwards of a stage."""
-    side = MEASURES[name][1 + side_number]
+    name: str, side: int, seconds: float, micro_batches: list[int], num_batches: int
+) -> dict[int, float]:
+    """On every rank of a job: a batch in forwards of a stage, with a measure (side 0) or without (1)."""
+    with_or_without = MEASURES[name][1 + side]
     work = sleeping_workload(dist.get_world_size(), seconds)
-    plan = side.plan(work.bounds(dist.get_world_size()))
+    plan = with_or_without.plan(work.bounds(dist.get_world_size()))
     share = seconds / LAYERS_PER_STAGE
     layers = [
-        LayerSpec(SleepingLayer, WIDTH, share, side.input_gradient * share, weight_gradient * share)
-        for weight_gradient in side.weight_gradient(plan)
+        LayerSpec(
+            SleepingLayer, WIDTH, share, with_or_without.input_gradient * share, weight_gradient * share
+        )
+        for weight_gradient in with_or_without.weight_gradient(plan)
         for _ in range(LAYERS_PER_STAGE)
     ]
-    work = replace(work, layers=layers, plan=side.plan)
-    engine = make_engine(work, {"mode": "interlock", "window": 2})  # the plan is the side's
-    return [seconds_of_a_batch(engine, work, m, num_batches) / seconds for m in micro_batches]
+    work = replace(work, layers=layers, plan=with_or_without.plan)
+    engine = make_engine(work, {"mode": "interlock", "window": 2})  # its plan is not used
+    return {m: seconds_of_a_batch(engine, work, m, num_batches) / seconds for m in micro_batches}
 
 
 def table(found: dict[str, Any]) -> str:
     """Every measure with and without, as Markdown."""
-    header = ["measure", "plan", "M"]
-    lines = [[row["measure"], row["plan"], row["micro_batches"]] for row in found["rows"]]
+    header, lines = ["measure", "plan", "M"], []
     for how in ("simulated", "measured"):
         header += [f"{how}: with", "without", "gain"]
-        for line, row in zip(lines, found["rows"], strict=True):
+    for row in found["rows"]:
+        lines.append([row["measure"], row["plan"], row["micro_batches"]])
+        for how in ("simulated", "measured"):
             with_it, without = row[f"{how}_with"], row[f"{how}_without"]
-            line += [with_it, without, without / with_it]
-    arguments = found["arguments"]
-    note = (
-        f"Time of a batch in forwards of a stage; {arguments['stages']} stages; "
-        f"a forward is {arguments['milliseconds']:g} ms."
-    )
+            lines[-1] += [with_it, without, without / with_it]
+    stages, milliseconds = (found["arguments"][name] for name in ("stages", "milliseconds"))
+    note = f"Time of a batch in forwards of a stage; {stages} stages; a forward is {milliseconds:g} ms."
     return f"{markdown(header, lines)}\n\n{note}"
 
 

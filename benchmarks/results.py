@@ -1,10 +1,10 @@
-"""What a benchmark leaves: a JSON file, and a table and a plot that are made from it alone.
+"""What a benchmark leaves: a JSON file, and a table and mostly a plot that are made from it alone.
 
     python -m benchmarks.NAME --output NAME.json    # measures, prints a table; writes NAME.json, NAME.svg
     python -m benchmarks.results NAME.json          # table and plot again, from the JSON
 
-A benchmark is a module with ``OPTIONS``, ``main(argv)``, ``table(results)``, which returns Markdown, and
-``draw(results)``, which returns a matplotlib figure; ``results`` is what ``publish`` writes.
+A benchmark is a module with ``OPTIONS``, ``main(argv)``, ``table(results)``, which returns Markdown, and,
+if it has a plot, ``draw(results)``, which returns a figure; ``results`` is what ``publish`` writes.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 
 from measuring.results import machine, versions
 
+Row = dict[str, Any]
 Options = Mapping[str, tuple[Any, ...]]
 """By name: the default, what it is, and, if only some values are allowed, these."""
 
@@ -25,14 +26,10 @@ Options = Mapping[str, tuple[Any, ...]]
 def parse(description: str | None, options: Options, argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line of a benchmark: its options, and ``--output``.
 
-    Args:
-        description: The benchmark's docstring.
-        options: Their types are those of the defaults; a list takes one value or more.
-        argv: The command line as given; None for that of this process.
+    An option has the type of its default; a list takes one value or more.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
     for name, (default, meaning, *choices) in options.items():
         several = isinstance(default, list)
         parser.add_argument(
@@ -49,11 +46,7 @@ def parse(description: str | None, options: Options, argv: Sequence[str] | None)
 
 
 def publish(
-    benchmark: str,
-    arguments: argparse.Namespace,
-    rows: Sequence[dict[str, Any]],
-    argv: Sequence[str] | None = None,
-    **more: Any,
+    benchmark: str, arguments: argparse.Namespace, rows: list[Row], argv: Sequence[str] | None, **more: Any
 ) -> dict[str, Any]:
     """Prints the table of a run; with ``--output`` writes the JSON file, and beside it the plot.
 
@@ -67,14 +60,14 @@ def publish(
     Returns:
         The results as they are read from the file: keys are strings, tuples lists.
     """
-    given = sys.argv[1:] if argv is None else argv
+    words = ["python", "-m", f"benchmarks.{benchmark}", *(sys.argv[1:] if argv is None else argv)]
     results = {
         "benchmark": benchmark,
-        "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *given]),
+        "command": shlex.join(words),
         "arguments": {name: value for name, value in vars(arguments).items() if name != "output"},
         "machine": machine(),
         "versions": versions(),
-        "rows": list(rows),
+        "rows": rows,
         **more,
     }
     text = json.dumps(results, indent=1) + "\n"
@@ -90,18 +83,24 @@ def show(results: dict[str, Any], output: Path | None) -> None:
     """Prints the table of ``results``; with ``output`` writes the plot as an SVG beside it."""
     benchmark = import_module(f"benchmarks.{results['benchmark']}")
     print("\n" + benchmark.table(results), flush=True)
-    if output:
+    if output and hasattr(benchmark, "draw"):
         benchmark.draw(results).savefig(output.with_suffix(".svg"))
+
+
+def grouped(rows: Sequence[Row], key: str) -> dict[Any, list[Row]]:
+    """The rows by their value of ``key``."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Shows the results in a file."""
-    parser = argparse.ArgumentParser(
-        description="Prints the table of a benchmark and redraws its plot, from its JSON."
-    )
+    parser = argparse.ArgumentParser(description="Shows a benchmark's table and plot again, from its JSON.")
     parser.add_argument("results", type=Path, help="JSON file that a benchmark has written")
-    args = parser.parse_args(argv)
-    show(json.loads(args.results.read_text(encoding="utf-8")), args.results)
+    path = parser.parse_args(argv).results
+    show(json.loads(path.read_text(encoding="utf-8")), path)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,10 @@
 
     python -m benchmarks.single_gpu --model_size 355M --output single_gpu.json
 
-A GPT-2-shaped language model (``ds_interlock/models/lm.py``) is trained with AdamW by
-``InProcessPipeline``: K virtual stages, one after the other on one device, random tokens. There is no
-bubble to save here; it shows the extra work of heads and relays, and how much memory the micro-batches in
-flight take. With CUDA weights and activations are bfloat16; on CPU the default is a
-small model in float32. Every mode runs in a process of its own, so that peak memory is its own: on CUDA
-what torch had allocated, on CPU the memory of the process.
+A GPT-2-shaped language model is trained with AdamW: K virtual stages, one after the other on one device,
+random tokens, with CUDA in bfloat16. There is no bubble to save here; it shows the extra work of heads and
+relays, and how much memory the micro-batches in flight take. Every mode runs in a process of its own, so
+that peak memory is its own: on CUDA what torch had allocated, on CPU the memory of the process.
 
 The same device's profile of the model then feeds the planner: what each mode would do on as many such
 devices as ``--predict_stages`` says, over links of ``--bandwidth``.
@@ -18,13 +16,13 @@ import resource
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from benchmarks import results
-from benchmarks.language_models import plan_of, stage_bounds
+from benchmarks.language_models import GLOBAL, plan_of, stage_bounds
 from ds_interlock import HeadConfig, InProcessPipeline, InterlockConfig
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
@@ -32,7 +30,7 @@ from ds_interlock.planning.forecast import compare
 from ds_interlock.planning.profile import Profile
 from ds_interlock.profiling.layers import Stopwatch
 from ds_interlock.profiling.model import calls_in_sequence, device_name, profile_model
-from measuring.results import new_figure, table_of
+from measuring.results import table_of
 
 # The shapes of GPT-2 (Radford et al. 2019, table 2), between them one of 760 M, and a small one for CPUs.
 MODEL_SIZES: dict[str, dict[str, int]] = {
@@ -42,11 +40,8 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
     "760M": {"width": 1280, "num_blocks": 36, "num_heads": 20, "vocab_size": 50257},
     "1B": {"width": 1600, "num_blocks": 32, "num_heads": 25, "vocab_size": 50257},
 }
-GLOBAL = "global"
 _LATENCY_SECONDS = 20e-6
 WINDOWS = {"local": 1, "window 1.25": 1.25, "window 2": 2, "window 3": 3}
-
-
 _ON_GPU = torch.cuda.is_available()
 OPTIONS: results.Options = {
     "device": ("cuda" if _ON_GPU else "cpu", "as torch names it"),
@@ -66,31 +61,28 @@ OPTIONS: results.Options = {
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints the table and returns the results."""
     args = results.parse(__doc__, OPTIONS, argv)
-    context = multiprocessing.get_context("spawn")
-    rows = []
-    for mode in (GLOBAL, *args.modes):
-        print(f"{mode} ...", flush=True)
-        with context.Pool(1) as pool:
-            rows.append(pool.apply(measure, (mode, args)))
-    print("profile ...", flush=True)
-    with context.Pool(1) as pool:
-        profile = Profile.model_validate_json(pool.apply(measure_profile, (args,)))
-    predictions = [each for num_stages in args.predict_stages for each in predict(profile, args, num_stages)]
+    rows = [in_new_process(measure, mode, args) for mode in (GLOBAL, *args.modes)]
+    profile = in_new_process(measure_profile, "profile", args)
+    predictions = [row for num_stages in args.predict_stages for row in predict(profile, args, num_stages)]
     more = {"profile": profile.model_dump(), "predictions": predictions}
     return results.publish("single_gpu", args, rows, argv, **more)
 
 
-def measure(mode: str, args: Namespace) -> dict[str, Any]:
+def in_new_process(work: Callable[[str, Namespace], Any], name: str, args: Namespace) -> Any:
+    print(f"{name} ...", flush=True)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, (name, args))
+
+
+def measure(mode: str, args: Namespace) -> results.Row:
     """In a process of its own: trains some batches under ``mode``."""
-    torch.set_num_threads(1)  # on CPU: others may want the other cores
-    device = torch.device(args.device)
-    net = _model(mode, args).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    lm, to = _set_up(args)
+    plan = plan_of(WINDOWS.get(mode), stage_bounds(lm, args.stages))
+    heads = head_factory(HeadConfig(token_fraction=args.token_fraction), lm_layers(lm))
+    net = InProcessPipeline(build_lm(lm), lm_loss(), plan, heads).to(**to)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-    ids_mbt = torch.randint(
-        MODEL_SIZES[args.model_size]["vocab_size"],
-        (args.micro_batches, args.micro_batch_size, args.seq_length + 1),
-        device=device,
-    )
+    shape = args.micro_batches, args.micro_batch_size, args.seq_length + 1
+    ids_mbt = torch.randint(lm.vocab_size, shape, device=args.device)
     micro_batches = [(ids_bt[:, :-1], ids_bt[:, 1:]) for ids_bt in ids_mbt]
     seconds = []
     for _ in range(1 + args.batches):
@@ -107,63 +99,61 @@ def measure(mode: str, args: Namespace) -> dict[str, Any]:
         "head_parameters": sum(p.numel() for p in net.heads.parameters()),
         "seconds": batch_seconds,
         "tokens_per_second": args.micro_batches * args.micro_batch_size * args.seq_length / batch_seconds,
-        "peak_bytes": _peak_bytes(device),
+        "peak_bytes": torch.cuda.max_memory_allocated(args.device)
+        if _is_cuda(args)
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
-def measure_profile(args: Namespace) -> str:
-    """In a process of its own: the profile of the model on the device, as JSON."""
-    torch.set_num_threads(1)
-    device = torch.device(args.device)
-    config = LMConfig(**MODEL_SIZES[args.model_size], seq_length=args.seq_length)
-    net = build_lm(config).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    ids_bt = torch.randint(config.vocab_size, (args.micro_batch_size, args.seq_length + 1), device=device)
+def measure_profile(name: str, args: Namespace) -> Profile:
+    """In a process of its own: the profile of the model on the device."""
+    lm, to = _set_up(args)
+    net = build_lm(lm).to(**to)
+    ids_bt = torch.randint(lm.vocab_size, (args.micro_batch_size, args.seq_length + 1), device=args.device)
+    device = device_name(torch.device(args.device))
     return profile_model(
         calls_in_sequence(net, ids_bt[:, :-1]),
         HeadConfig(token_fraction=args.token_fraction),
         lm_loss(),
         ids_bt[:, 1:],
-        Stopwatch(torch.cuda.synchronize if device.type == "cuda" else lambda: None),
+        Stopwatch(torch.cuda.synchronize if _is_cuda(args) else lambda: None),
         lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, fused=True),
         model=args.model_size,
-        device=device_name(device),
-        source=f"measured on {device_name(device)}; links of {args.bandwidth:g} GB/s assumed",
+        device=device,
+        source=f"measured on {device}; links of {args.bandwidth:g} GB/s assumed",
         link=(_LATENCY_SECONDS, 1e9 * args.bandwidth),
-    ).model_dump_json()
+    )
 
 
-def predict(profile: Profile, args: Namespace, num_stages: int) -> list[dict[str, Any]]:
+def predict(profile: Profile, args: Namespace, num_stages: int) -> list[results.Row]:
     """What the planner says of ``num_stages`` such devices; none if the model has too few layers."""
     if num_stages > len(profile.layers):
         return []
-    configured = InterlockConfig(mode="local", head=HeadConfig(token_fraction=args.token_fraction))
-    comparison = compare(configured, profile, args.micro_batches, num_stages=num_stages)
+    interlock = InterlockConfig(mode="local", head=HeadConfig(token_fraction=args.token_fraction))
     return [
         {
             "stages": num_stages,
-            "setting": each.name,
-            "seconds": each.batch_seconds,
-            "times_global": each.speed,
-            "bubble_fraction": each.bubble_fraction,
-            "head_share": each.head_share,
-            "activation_bytes": max(each.activation_bytes),
+            "setting": forecast.name,
+            "seconds": forecast.batch_seconds,
+            "times_global": forecast.speed,
+            "bubble_fraction": forecast.bubble_fraction,
+            "head_share": forecast.head_share,
+            "activation_bytes": max(forecast.activation_bytes),
         }
-        for each in comparison.others
+        for forecast in compare(interlock, profile, args.micro_batches, num_stages=num_stages).others
     ]
 
 
-def _model(mode: str, args: Namespace) -> InProcessPipeline:
+def _set_up(args: Namespace) -> tuple[LMConfig, dict[str, Any]]:
+    """The model's sizes, and to where and to which type it is to be moved."""
+    torch.set_num_threads(1)  # on CPU: others may want the other cores
     torch.manual_seed(0)
-    config = LMConfig(**MODEL_SIZES[args.model_size], seq_length=args.seq_length)
-    plan = plan_of(WINDOWS.get(mode), stage_bounds(config, args.stages))
-    head = HeadConfig(token_fraction=args.token_fraction)
-    return InProcessPipeline(build_lm(config), lm_loss(), plan, head_factory(head, lm_layers(config)))
+    lm = LMConfig(**MODEL_SIZES[args.model_size], seq_length=args.seq_length)
+    return lm, {"device": args.device, "dtype": torch.bfloat16 if _is_cuda(args) else torch.float32}
 
 
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _is_cuda(args: Namespace) -> bool:
+    return torch.device(args.device).type == "cuda"
 
 
 def table(found: dict[str, Any]) -> str:
@@ -186,17 +176,6 @@ def table(found: dict[str, Any]) -> str:
         "activations GiB": ("activation_bytes", 2**30),
     }
     return f"{table_of(found['rows'], measured)}\n\n{table_of(found['predictions'], predicted)}"
-
-
-def draw(found: dict[str, Any]) -> Any:
-    """Tokens per second and peak memory, a bar for each mode."""
-    figure, axes = new_figure(2, f"{found['arguments']['model_size']} parameters on one device")
-    modes = [row["mode"] for row in found["rows"]]
-    axes[0, 0].bar(modes, [row["tokens_per_second"] for row in found["rows"]])
-    axes[0, 0].set_ylabel("tokens per second")
-    axes[0, 1].bar(modes, [row["peak_bytes"] / 2**30 for row in found["rows"]])
-    axes[0, 1].set_ylabel("peak memory, GiB")
-    return figure
 
 
 if __name__ == "__main__":

@@ -29,26 +29,21 @@ def sleeping_workload(num_stages: int, seconds: float) -> Workload:
     This process's timers are made exact for it.
     """
     use_exact_timers()
-    layer_seconds = seconds / LAYERS_PER_STAGE
-    num_layers = LAYERS_PER_STAGE * num_stages
+    of_layer, num_layers = seconds / LAYERS_PER_STAGE, LAYERS_PER_STAGE * num_stages
     return Workload(
-        layers=[LayerSpec(SleepingLayer, WIDTH, layer_seconds) for _ in range(num_layers)],
-        layer_seconds=[layer_seconds] * num_layers,
+        layers=[LayerSpec(SleepingLayer, WIDTH, of_layer, of_layer, of_layer)] * num_layers,
+        layer_seconds=[of_layer] * num_layers,
         loss_fn=sleeping_loss,
         micro_batch=(torch.ones(1, WIDTH), torch.zeros(1, WIDTH)),
-        head=lambda place: SleepingHead(HEAD_SHARE * seconds),
+        head=lambda position: SleepingHead(HEAD_SHARE * seconds),
     )
 
 
 def stage_costs(engine: Any, work: Workload, head_seconds: float) -> dict[str, float]:
-    """Median seconds of this stage's work, in the terms of ``CostModel``. All ranks call it.
+    """Median seconds of this stage's work under one of our modes, in the terms of ``CostModel``.
 
-    The passes are run by themselves, outside of the engine; the optimizer step is the engine's own.
-
-    Args:
-        engine: Of one of our modes.
-        work: The sleeping workload that it was made for.
-        head_seconds: How long a head sleeps.
+    The passes are run by themselves, outside of the engine; the optimizer step is the engine's own. All
+    ranks call it.
     """
     return {**_passes(engine, head_seconds), "optimizer": _optimizer_seconds(engine, work)}
 
@@ -87,9 +82,9 @@ def _optimizer_seconds(engine: Any, work: Workload, num_batches: int = 3) -> flo
     engine.record_timeline()
     for _ in range(num_batches):
         engine.train_batch(repeat(work.micro_batch))
-    own = engine.timeline()[dist.get_rank()]
+    spans = engine.timeline()[dist.get_rank()]
     engine.drain()
-    return statistics.median(span.end - span.start for span in own if span.action.kind is Kind.STEP)
+    return statistics.median(span.end - span.start for span in spans if span.action.kind is Kind.STEP)
 
 
 def predicted_seconds(

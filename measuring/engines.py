@@ -44,27 +44,25 @@ class Workload:
 
     def bounds(self, num_stages: int) -> list[int]:
         """Where the layers are cut: ``num_stages + 1`` rising layer numbers."""
-        if self.stage_bounds is not None:
-            return list(self.stage_bounds)
-        return [int(bound) for bound in partition_balanced(self.layer_seconds, num_stages)]
+        bounds = self.stage_bounds or partition_balanced(self.layer_seconds, num_stages)
+        return [int(bound) for bound in bounds]
 
 
 def make_engine(work: Workload, section: Mapping[str, Any] | None) -> Any:
     """An engine with plain SGD, on this rank of a job that has one stage per rank.
 
-    Args:
-        work: What it trains.
-        section: The ``"interlock"`` section; None for DeepSpeed's own engine.
+    ``section`` is the ``"interlock"`` section; None for DeepSpeed's own engine.
 
     Raises:
         ConfigError: If DeepSpeed does not cut the model into stages of the same time.
     """
     torch.manual_seed(0)
     num_stages = dist.get_world_size()
-    cut: dict[str, Any] = {"partition_method": "uniform"}
-    if work.stage_bounds is not None:
-        cut = {"stage_bounds": work.stage_bounds}
-    model = {"layers": work.layers, "loss_fn": work.loss_fn, "num_stages": num_stages, **cut}
+    model: dict[str, Any] = {"layers": work.layers, "loss_fn": work.loss_fn, "num_stages": num_stages}
+    if work.stage_bounds is None:
+        model["partition_method"] = "uniform"
+    else:
+        model["stage_bounds"] = work.stage_bounds
     config = {
         "train_micro_batch_size_per_gpu": len(work.micro_batch[0]),
         "gradient_accumulation_steps": 1,
@@ -76,16 +74,16 @@ def make_engine(work: Workload, section: Mapping[str, Any] | None) -> Any:
         net = PipelineModule(**model)
         engine = deepspeed.initialize(model=net, config=config)[0]
     else:
-        interlock = ds_interlock.InterlockConfig.from_deepspeed({"interlock": section})
+        config["interlock"] = section
+        interlock = ds_interlock.InterlockConfig.from_deepspeed(config)
         net = ds_interlock.InterlockPipelineModule(
             **model, interlock=interlock, head=work.head, plan=work.plan
         )
-        engine = ds_interlock.initialize(model=net, config=config | {"interlock": section})[0]
-    bounds = work.bounds(num_stages)
-    if list(net.parts) != bounds:
+        engine = ds_interlock.initialize(model=net, config=config)[0]
+    if list(net.parts) != work.bounds(num_stages):
         raise ConfigError(
-            f"stages that take the same time end at layers {bounds}, but stages of as many layers, which is "
-            f"how DeepSpeed cuts, at {list(net.parts)}: choose another number of layers"
+            f"stages that take the same time end at layers {work.bounds(num_stages)}, but DeepSpeed cuts at "
+            f"{list(net.parts)}, into stages of as many layers: choose another number of layers"
         )
     return engine
 

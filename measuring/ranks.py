@@ -12,18 +12,12 @@ from ds_interlock.transport.local_ranks import run_local_ranks
 
 
 def run_ranks(work: Callable[..., Any], num_ranks: int, **arguments: Any) -> list[Any]:
-    """Calls ``work(**arguments)`` on ``num_ranks`` ranks, after process-group initialisation.
+    """Calls ``work(**arguments)`` on ``num_ranks`` ranks after process-group initialisation.
 
-    Args:
-        work: A function at the top of a module.
-        num_ranks: World size.
-        arguments: Picklable.
-
-    Returns:
-        What it returned, by rank.
+    ``work`` is at the top of a module, ``arguments`` can be pickled. Returns the results by rank.
 
     Raises:
-        RankError: If it failed on some rank; with that rank's traceback and the end of its log.
+        RankError: If it failed on a rank; with that rank's traceback and the end of its log.
     """
     joined = partial(_join_and_work, work, arguments)
     return run_local_ranks(joined, num_ranks, preload=["torch.distributed.pipelining"])

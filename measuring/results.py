@@ -52,11 +52,7 @@ def table_of(rows: Iterable[dict[str, Any]], columns: Mapping[str, Column]) -> s
 
 
 def new_figure(num_columns: int, title: str, *, num_rows: int = 1) -> tuple[Any, Any]:
-    """A figure of ``num_columns`` plots side by side, drawn without a display.
-
-    Returns:
-        The figure, and an array [num_rows, num_columns] of its axes.
-    """
+    """A figure that needs no display, and an array [num_rows, num_columns] of its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * num_columns + 2, 4 * num_rows), layout="constrained")
@@ -87,10 +83,7 @@ def _cell(value: Any) -> str:
 
 
 def _processor() -> str:
-    """The processor's own name, if the system knows it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

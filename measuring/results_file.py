@@ -1,13 +1,11 @@
 """The results of an experiment: one line of JSON for each finished run.
 
-A line is written whole or not at all, also if several runs end at once or the power fails: the file is
-written anew under another name, which then takes its place.
+A line is written whole or not at all, even if several runs end at once or the power fails: the file is
+written again under another name, which then takes its place.
 """
 
 import fcntl
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,8 @@ def append(path: Path, record: Record) -> None:
     """
     line = json.dumps({"format": FORMAT, **record}, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, by the end of the process too
         if path.exists():
             read(path)
             line = path.read_text(encoding="utf-8") + line
@@ -46,28 +45,21 @@ def read(path: Path) -> list[Record]:
     """
     if not path.exists():
         return []
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: not JSON ({error}): remove the line, and run the experiment again "
-                "with --resume"
-            ) from error
-        version = record.get("format", FORMAT) if isinstance(record, dict) else None
-        if version != FORMAT:
-            raise DataError(
-                f"{path}, line {number}: format {version}, expected {FORMAT}: the file is from another "
-                "version of this package; move it away, or run the version that wrote it"
-            )
-        records.append(record)
-    return records
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock beside ``path``, which the end of the process releases too."""
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _parse(line: str, place: str) -> Record:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{place}: not JSON ({error}): remove the line, and run the experiment again with --resume"
+        ) from error
+    version = record.get("format", FORMAT) if isinstance(record, dict) else None
+    if version != FORMAT:
+        raise DataError(
+            f"{place}: format {version}, expected {FORMAT}: move the file away, or read it with the "
+            "other version of this package that wrote it"
+        )
+    return record

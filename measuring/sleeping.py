@@ -61,27 +61,16 @@ class _Sleep(torch.autograd.Function):
 
 
 class SleepingLayer(nn.Module):
-    """Sleeps in the forward, for the input gradient, and for the weight gradient.
-
-    Args:
-        width: Size of the last dimension of its input.
-        seconds: Length of the sleep in the forward.
-        input_gradient_seconds: The same for the input gradient; None: as the forward.
-        weight_gradient_seconds: The same for the weight gradient; None: as the forward.
-    """
+    """Sleeps in the forward, for the input gradient, and for the weight gradient."""
 
     def __init__(
-        self,
-        width: int,
-        seconds: float,
-        input_gradient_seconds: float | None = None,
-        weight_gradient_seconds: float | None = None,
+        self, width: int, seconds: float, input_gradient_seconds: float, weight_gradient_seconds: float
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
         self.seconds = seconds
-        self.input_gradient_seconds = seconds if input_gradient_seconds is None else input_gradient_seconds
-        self.weight_gradient_seconds = seconds if weight_gradient_seconds is None else weight_gradient_seconds
+        self.input_gradient_seconds = input_gradient_seconds
+        self.weight_gradient_seconds = weight_gradient_seconds
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""

@@ -10,6 +10,7 @@ from benchmarks.peers import DEEPSPEED, TORCH_SCHEDULES, make_peer
 from benchmarks.real_stages import lm_config, workload
 from ds_interlock.errors import ConfigError
 from ds_interlock.models.lm import build_lm
+from ds_interlock.transport.local_ranks import RankError
 from measuring.engines import LEARNING_RATE
 from measuring.ranks import run_ranks
 
@@ -37,9 +38,9 @@ def trained(name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", [DEEPSPEED, *TORCH_SCHEDULES])
 def test_an_engine_trains_as_one_process_does(name: str) -> None:
-    found: dict[str, Any] = {}
+    trained_values: dict[str, Any] = {}
     for of_rank in run_ranks(trained, 2, name=name):
-        found |= of_rank
+        trained_values |= of_rank
     work = workload(SIZES)
     net = build_lm(lm_config(SIZES))
     start = {name: value.detach().clone() for name, value in net.named_parameters()}
@@ -48,9 +49,10 @@ def test_an_engine_trains_as_one_process_does(name: str) -> None:
         work.loss_fn(net(work.micro_batch[0]), work.micro_batch[1]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert found.keys() == start.keys()
+    assert trained_values.keys() == start.keys()
     for parameter, value in net.named_parameters():
-        torch.testing.assert_close(found[parameter] - start[parameter], value.detach() - start[parameter])
+        steps = (trained_values[parameter] - start[parameter], value.detach() - start[parameter])
+        torch.testing.assert_close(*steps)
 
 
 def build_unbalanced() -> None:
@@ -58,5 +60,5 @@ def build_unbalanced() -> None:
 
 
 def test_a_model_that_is_cut_unevenly_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=rf"{ConfigError.__name__}: stages that take the same time"):
+    with pytest.raises(RankError, match=rf"{ConfigError.__name__}: stages that take the same time"):
         run_ranks(build_unbalanced, 2)

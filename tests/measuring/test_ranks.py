@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ds_interlock.transport.local_ranks import RankError
 from measuring.ranks import run_ranks
 
 
@@ -34,5 +35,5 @@ def test_results_come_by_rank_and_processes_are_new() -> None:
     ("how", "says"), [("raises", "this rank is out of luck"), ("dies", "died with status 3")]
 )
 def test_a_failure_says_on_which_rank_and_why(how: str, says: str) -> None:
-    with pytest.raises(RuntimeError, match=rf"rank 1 failed\n[\s\S]*{says}"):
+    with pytest.raises(RankError, match=rf"rank 1 failed\n[\s\S]*{says}"):
         run_ranks(fail_on_rank_1, 2, how=how)

@@ -32,8 +32,8 @@ def test_no_line_is_lost_when_processes_append_at_once(file: Path) -> None:
     with ProcessPoolExecutor(4) as pool:
         for job in [pool.submit(_append_some, file, process) for process in range(4)]:
             job.result()
-    found = [(record["process"], record["number"]) for record in results_file.read(file)]
-    assert sorted(found) == [(process, number) for process in range(4) for number in range(10)]
+    appended = [(record["process"], record["number"]) for record in results_file.read(file)]
+    assert sorted(appended) == [(process, number) for process in range(4) for number in range(10)]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), object()])
@@ -66,7 +66,7 @@ def test_another_version_is_refused_and_not_appended_to(file: Path, line: str) -
     results_file.append(file, {"number": 0})
     text = file.read_text() + line + "\n"
     file.write_text(text)
-    message = rf"tiny\.jsonl, line 2: format (2|None), expected {results_file.FORMAT}: .*another version"
+    message = rf"tiny\.jsonl, line 2: format (2|None), expected {results_file.FORMAT}: .*other version"
     with pytest.raises(DataError, match=message):
         results_file.read(file)
     with pytest.raises(DataError, match=message):

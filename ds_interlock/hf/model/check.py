@@ -93,8 +93,7 @@ def _read_weights_on_demand(
     """Makes every part and block of ``model`` have its weights while it is called."""
     anatomy = find_anatomy(model)
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
-    parts = [*anatomy.front, *anatomy.end, *([anatomy.unembedding] if anatomy.unembedding else [])]
-    parts += [f"{anatomy.blocks}.{index}" for index in range(anatomy.num_blocks)]
+    parts = [*anatomy.parts, *(f"{anatomy.blocks}.{index}" for index in range(anatomy.num_blocks))]
 
     def fill(path: str, module: nn.Module) -> None:
         wanted = {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}

@@ -35,29 +35,19 @@ from ds_interlock.hf.data.rows import Row
 from ds_interlock.hf.model.cut import End
 from ds_interlock.hf.model.states_file import map_states, new_states_file
 
-FOLDER = "base_states"
-"""Name of the folder in a job's output directory."""
-
+FOLDER = "base_states"  # in a job's output directory
 _LAST_BYTES = 2**20  # of every file of weights: they differ between two models of the same sizes
 
 
 @dataclass(frozen=True)
 class Share:
-    """The samples whose states one data-parallel replica stores, in the order of its file.
-
-    Attributes:
-        replica: Index of the replica.
-        samples: Sample indices.
-        lengths: Positions of each.
-        row_lengths: Positions with a sample in every row that the replica evaluates; 0 if it has none.
-        fingerprint: Identifies the base model, the samples and their order.
-    """
+    """The samples whose states one data-parallel replica stores, in the order of its file."""
 
     replica: int
-    samples: tuple[int, ...]
-    lengths: tuple[int, ...]
-    row_lengths: tuple[int, ...]
-    fingerprint: dict[str, str]
+    samples: tuple[int, ...]  # indices
+    lengths: tuple[int, ...]  # positions of each sample
+    row_lengths: tuple[int, ...]  # positions with a sample in every row that the replica evaluates
+    fingerprint: dict[str, str]  # identifies the base model, the samples and their order
 
     @classmethod
     def of(cls, batches: EvaluationBatches, model: str) -> "Share":
@@ -102,16 +92,8 @@ def record(
 ) -> None:
     """Evaluates all samples once, and stores what the pipeline's ``End`` returns. All ranks must call it.
 
-    Args:
-        engine: An ``InterlockEngine`` over the layers of a blueprint.
-        folder: Where the files go: the same for all ranks.
-        batches: The samples, on stage 0; None elsewhere.
-        share: The samples of ``batches``, on stage 0; None elsewhere.
-        width: d.
-        dtype: Of the states, float32 or bfloat16.
-
-    Raises:
-        ConfigError: If a file cannot be written.
+    ``batches`` and their ``share`` are those of stage 0, None elsewhere. ConfigError if a file of ``folder``,
+    the same for all ranks, cannot be written.
     """
     num_batches, share = _broadcast_from_stage_0(engine, (batches.num_batches if batches else 0, share))
     data = None if batches is None else iter(batches)
@@ -153,15 +135,7 @@ def _recorded(module: Any, folder: Path, share: Share, width: int, dtype: torch.
 
 
 class BaseStates:
-    """The states of all samples, mapped from the files of all replicas.
-
-    Args:
-        folder: Has the files.
-        shares: What is in them, of all replicas.
-
-    Raises:
-        ConfigError: If a file is missing, damaged, or of another model or other samples.
-    """
+    """The states of all samples, mapped from the files of all replicas; ConfigError as of ``map_states``."""
 
     def __init__(self, folder: Path, shares: Sequence[Share]) -> None:
         self._states_of: dict[int, Tensor] = {}
@@ -171,15 +145,7 @@ class BaseStates:
             self._states_of.update(zip(share.samples, of_samples, strict=True))
 
     def stack(self, rows: Sequence[Row], num_positions: int) -> Tensor:
-        """The states at the positions of a micro-batch.
-
-        Args:
-            rows: The samples of each row.
-            num_positions: t.
-
-        Returns:
-            ``[b, t, d]`` in the files' dtype; 0 after the last sample of a row.
-        """
+        """The states of rows of samples, ``[b, t, d]``; 0 after the last sample of a row."""
         like = next(iter(self._states_of.values()))
         base_btd = like.new_zeros(len(rows), num_positions, like.shape[-1])
         for row_td, row in zip(base_btd, rows, strict=True):

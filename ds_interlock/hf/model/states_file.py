@@ -33,16 +33,10 @@ _NEEDED = (
 def new_states_file(
     path: Path, shape: tuple[int, int], dtype: torch.dtype, fingerprint: Mapping[str, str]
 ) -> Iterator[Callable[[Tensor], None]]:
-    """Yields a function that appends states ``[n, d]`` to a file, which becomes ``path`` at the end.
+    """Yields a function that appends states to a file, which becomes ``path`` at the end.
 
-    Args:
-        path: The complete file; after an error nothing is left of it.
-        shape: ``(n, d)``; all n positions must be appended within the block.
-        dtype: Of the states written, float32 or bfloat16.
-        fingerprint: Identifies them for ``map_states``.
-
-    Raises:
-        ConfigError: If it cannot be written; the function raises it too.
+    In all ``shape``, ``(n, d)``, must be appended. ``dtype`` is float32 or bfloat16. If the file cannot be
+    written, the function raises a ConfigError too, and nothing is left of it.
     """
     num_missing = shape[0]
     with ExitStack() as stack:
@@ -66,10 +60,7 @@ def new_states_file(
 
 
 def _header(shape: tuple[int, int], dtype: torch.dtype, fingerprint: Mapping[str, str]) -> bytes:
-    """The beginning of the file: the length of a JSON text, and the text.
-
-    Source: the description of the format in safetensors' documentation.
-    """
+    """The beginning of the file, as safetensors' documentation describes it: a JSON text and its length."""
     num_bytes = shape[0] * shape[1] * dtype.itemsize
     states = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [0, num_bytes]}
     text = json.dumps({"__metadata__": dict(fingerprint), _STATES: states}).encode()
@@ -78,11 +69,7 @@ def _header(shape: tuple[int, int], dtype: torch.dtype, fingerprint: Mapping[str
 
 
 def map_states(path: Path, fingerprint: Mapping[str, str]) -> Tensor:
-    """The states of a file, ``[n, d]``, mapped.
-
-    Raises:
-        ConfigError: If the file is missing, damaged, or has another fingerprint.
-    """
+    """The mapped states ``[n, d]``; ConfigError if the file is missing, damaged or of another fingerprint."""
     if not path.is_file():
         raise ConfigError(
             f"--output_dir: {path} is missing. {_NEEDED}: all nodes must share the output directory, and a "

@@ -47,7 +47,7 @@ def states_of_a_pipeline(
     from ds_interlock.hf.model.pretrained import open_pretrained
     from ds_interlock.models.lm import lm_loss
 
-    rows: Rows[Any] = KINDS[kind](samples(), SEQ_LENGTH)
+    rows: Rows = KINDS[kind](samples(), SEQ_LENGTH)
     pretrained = open_pretrained(model)
     config = {
         "train_micro_batch_size_per_gpu": shape.micro_batch_size,
@@ -129,7 +129,7 @@ def test_stage_0_finds_what_the_whole_model_makes_of_each_sample(
 # Shares.
 
 
-def share(rows: Rows[Any], model: str = "m", **shape: int) -> Share:
+def share(rows: Rows, model: str = "m", **shape: int) -> Share:
     of = {"micro_batch_size": 2, "num_micro_batches": 2, "num_replicas": 2, **shape}
     return Share.of(EvaluationBatches(rows, BatchShape(**of), replica=1), model)
 

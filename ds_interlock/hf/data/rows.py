@@ -25,16 +25,14 @@ from ds_interlock.hf.data.samples import Sample
 Row: TypeAlias = tuple[int, ...]
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...]
 
-PADDING_MULTIPLE = 8
-"""Padded rows are rounded up to a multiple of it: fewer shapes, and better for tensor cores."""
-
+_PADDING_MULTIPLE = 8  # padded rows are rounded up to it: fewer shapes, and better for tensor cores
 _MAX_OPEN_ROWS = 256  # rows that a sample may still join; with more, packing gains little and takes longer
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token id for padding, which is masked."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((int(token) for token in ids if token is not None), 0)
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(token) for token in ids if token is not None)
 
 
 class Rows(ABC):
@@ -86,7 +84,7 @@ class PaddedRows(Rows):
     def stack(self, rows: Sequence[Row]) -> tuple[tuple[Tensor, ...], Tensor]:
         ids = _joined(self._ids, rows)
         longest = max(1, *map(len, ids))
-        length = min(-(-longest // PADDING_MULTIPLE) * PADDING_MULTIPLE, self.seq_length)
+        length = min(-(-longest // _PADDING_MULTIPLE) * _PADDING_MULTIPLE, self.seq_length)
         # A row without tokens keeps a 1 in its mask, because softmax over nothing is NaN.
         mask_bt = _padded([[1] * max(1, len(row)) for row in ids], length, 0)
         labels_bt = _padded(_joined(self._labels, rows), length, IGNORED_LABEL)

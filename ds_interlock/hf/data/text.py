@@ -13,7 +13,7 @@ Shape suffixes: b micro-batch, t position.
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -54,7 +54,7 @@ def load_text(
     train, validation = read_sources(
         train_files, validation_files, dataset, dataset_config, read=read_documents, read_split=_texts
     )
-    return TextData(train, validation) if validation else split_documents(train, VALIDATION_SHARE, seed)
+    return TextData(*((train, validation) if validation else set_aside(train, VALIDATION_SHARE, seed)))
 
 
 def read_sources(
@@ -157,11 +157,6 @@ def _texts(split: Any, name: str) -> list[str]:
     return [text for text in split["text"] if text and text.strip()]
 
 
-def split_documents(documents: Sequence[str], validation_share: float, seed: int) -> TextData:
-    """Splits off a random ``validation_share`` for validation, see ``sampling.set_aside``."""
-    return TextData(*set_aside(documents, validation_share, seed))
-
-
 def encode_documents(documents: Sequence[str], tokenizer: Tokenizer) -> Tensor:
     """All documents as one sequence of token ids (int64), an end-of-text token after each."""
     ids: list[int] = []
@@ -171,8 +166,8 @@ def encode_documents(documents: Sequence[str], tokenizer: Tokenizer) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-class TokenBlocks(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """Tokens cut into (input_t, label_t) pairs: every token but the first is a label once.
+class TokenBlocks:
+    """Tokens cut into blocks of inputs and labels: every token but the first is a label once.
 
     The last tokens, which fill no block, are left out.
     """
@@ -184,17 +179,11 @@ class TokenBlocks(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return max(0, (len(self.tokens) - 1) // self.seq_length)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= number < len(self):
-            raise IndexError(f"block {number} of {len(self)}")
-        start = number * self.seq_length
-        block = self.tokens[start : start + self.seq_length + 1]
-        return block[:-1], block[1:]
-
-    def stack(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def stack(self, numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
         """The blocks ``numbers`` as one micro-batch (input_bt, label_bt)."""
-        inputs, labels = zip(*(self[number] for number in numbers), strict=True)
-        return torch.stack(inputs), torch.stack(labels)
+        starts = [number * self.seq_length for number in numbers]
+        blocks = torch.stack([self.tokens[start : start + self.seq_length + 1] for start in starts])
+        return blocks[:, :-1].contiguous(), blocks[:, 1:].contiguous()
 
     def require(self, num_blocks: int, what: str) -> None:
         """Raises DataError if there are fewer blocks than a batch takes; ``what`` names the text."""
@@ -207,11 +196,7 @@ class TokenBlocks(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 
 class BlockIterator(EpochIterator[tuple[Tensor, Tensor]]):
-    """Endless micro-batches of blocks, ``(input_bt, label_bt)``, in the order of an ``EpochIterator``.
-
-    Raises:
-        DataError: If there are too few blocks for one micro-batch of every replica.
-    """
+    """Endless micro-batches of blocks, ``(input_bt, label_bt)``; DataError if there are too few for one."""
 
     def __init__(
         self,

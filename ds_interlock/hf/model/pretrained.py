@@ -229,15 +229,13 @@ def load_config(name: str, folder: Path | None = None, classes: Sequence[str] = 
 
 
 def _load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
+    where = "expected its files beside config.json"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise ConfigError(
-            f"--model {name}: no tokenizer could be loaded ({first_line(error)}); expected its files beside "
-            "config.json"
-        ) from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        fault = f"no tokenizer could be loaded ({first_line(error)})"
+        raise ConfigError(f"--model {name}: {fault}; {where}") from error
     # Some classes load without files, and then have nothing but their special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ConfigError(f"--model {name}: it has no tokenizer; expected its files beside config.json")
+        raise ConfigError(f"--model {name}: it has no tokenizer; {where}")
     return tokenizer

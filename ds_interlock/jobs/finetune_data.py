@@ -8,7 +8,7 @@ import torch.distributed as dist
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.data.records import Record
 from ds_interlock.hf.data.rows import ClassifiedRows, PackedRows, PaddedRows, Rows, padding_id
-from ds_interlock.hf.data.samples import SampleSet, encode_classified, encode_records
+from ds_interlock.hf.data.samples import encode_classified, encode_records
 from ds_interlock.hf.data.sources import RecordData, load_records
 from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
@@ -27,8 +27,8 @@ class Data:
 
     def __init__(self, args: FinetuneArguments, *, has_data: bool) -> None:
         self.args = args
-        self.train: Rows[Any] | None = None
-        self.validation: Rows[Any] | None = None
+        self.train: Rows | None = None
+        self.validation: Rows | None = None
         self.records: RecordData | None = None
         names: list[str] = []
         with propagate_errors():
@@ -51,12 +51,9 @@ class Data:
                 )
         self.names: tuple[str, ...] = broadcast_from_rank_0(self.train.names if self.train else ())
 
-    def _rows(
-        self, records: Sequence[Record], pretrained: Pretrained, what: str, most: int | None
-    ) -> Rows[Any]:
+    def _rows(self, records: Sequence[Record], pretrained: Pretrained, what: str, most: int | None) -> Rows:
         args, tokenizer = self.args, pretrained.tokenizer
-        encoded: SampleSet[Any]
-        kind: type[Rows[Any]] = PackedRows if args.packing else PaddedRows
+        kind: type[Rows] = PackedRows if args.packing else PaddedRows
         if args.task == "classification":
             assert self.records is not None, "there are records to encode"
             kind = ClassifiedRows
@@ -70,7 +67,7 @@ class Data:
         return rows
 
 
-def _check_vocabulary(rows: Rows[Any], pretrained: Pretrained) -> None:
+def _check_vocabulary(rows: Rows, pretrained: Pretrained) -> None:
     """The tokenizer must be the model's.
 
     Raises:

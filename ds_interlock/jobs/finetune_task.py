@@ -11,9 +11,15 @@ from ds_interlock.files import unfinished_folder
 from ds_interlock.hf.data.batches import EvaluationBatches, TrainingBatches
 from ds_interlock.hf.export.description import ModelDescription
 from ds_interlock.hf.export.model import export_model
-from ds_interlock.hf.model.base_states import FOLDER, BaseStates, Share, digest_of_model, record
+from ds_interlock.hf.model.base_states import (
+    FOLDER,
+    BaseStates,
+    Share,
+    check_room,
+    digest_of_model,
+    record,
+)
 from ds_interlock.hf.model.pretrained import Pretrained
-from ds_interlock.hf.model.states_file import check_room
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.finetune_data import Data
 from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity

@@ -118,7 +118,7 @@ def log_of(output: Path) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def loss_of(model: Any, rows: Rows[Any]) -> float:
+def loss_of(model: Any, rows: Rows) -> float:
     """Transformers' own loss: the mean over all labels, row by row."""
     total, count = 0.0, 0
     for number in range(len(rows.samples)):

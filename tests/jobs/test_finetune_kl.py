@@ -35,7 +35,7 @@ def head_losses(folder: Path) -> list[float]:
 
 
 @torch.no_grad()
-def divergence_of_the_first_batch(model: Any, rows: Rows[Any], after_layer: int) -> float:
+def divergence_of_the_first_batch(model: Any, rows: Rows, after_layer: int) -> float:
     """Of what the model would say behind some layers from what it says: the mean over the labels."""
     total, num_labels = 0.0, 0
     for inputs, (labels_bt, _) in islice(TrainingBatches(rows, BatchShape(2, 2), seed=SEED), 2):
@@ -57,7 +57,7 @@ def divergence_of_the_first_batch(model: Any, rows: Rows[Any], after_layer: int)
 
 @pytest.mark.parametrize(("family", "kind"), [("llama, tied", PaddedRows), ("gemma2", PackedRows)])
 def test_the_first_divergence_is_that_of_the_model_from_itself(
-    family: str, kind: type[Rows[Any]], ranks2: RankPool, data: Path, tmp_path: Path
+    family: str, kind: type[Rows], ranks2: RankPool, data: Path, tmp_path: Path
 ) -> None:
     model = save_tiny(family, tmp_path / "model")
     options = ["--max_steps", 12, "--learning_rate", 2e-3, *["--packing"] * (kind is PackedRows)]

@@ -12,7 +12,7 @@ few. Every replica goes through the same rows, so each can count the labels of t
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,16 +29,10 @@ BaseOfRows: TypeAlias = Callable[[Sequence[Row], int], Tensor]
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How the rows of a batch are distributed.
+    """How the rows of a batch are distributed over micro-batches and data-parallel replicas."""
 
-    Attributes:
-        micro_batch_size: Rows in a micro-batch (train_micro_batch_size_per_gpu).
-        num_micro_batches: Micro-batches of a replica in a batch (gradient_accumulation_steps).
-        num_replicas: Data-parallel replicas.
-    """
-
-    micro_batch_size: int
-    num_micro_batches: int
+    micro_batch_size: int  # train_micro_batch_size_per_gpu
+    num_micro_batches: int  # of a replica in a batch: gradient_accumulation_steps
     num_replicas: int = 1
 
     @property
@@ -58,16 +52,10 @@ class BatchShape:
 
 
 class TrainingBatches(ResumableIterator[MicroBatch]):
-    """Endless micro-batches for one data-parallel replica, in an order fixed by the seed.
+    """Endless micro-batches for one data-parallel replica, in an order fixed by the arguments.
 
     In every epoch the samples are shuffled and put into rows again; the last rows, which fill no batch, are
-    left out. The order depends only on the arguments, so a resumed run sees the same micro-batches.
-
-    Args:
-        rows: The samples, and how they fill rows.
-        shape: How rows make up a batch.
-        replica: Number of this data-parallel replica.
-        seed: Decides the order.
+    left out.
 
     Attributes:
         base_of_rows: If set, the base model's hidden states for the rows are the labels' third part.
@@ -78,7 +66,7 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
 
     base_of_rows: BaseOfRows | None = None
 
-    def __init__(self, rows: Rows[Any], shape: BatchShape, *, replica: int = 0, seed: int = 0) -> None:
+    def __init__(self, rows: Rows, shape: BatchShape, *, replica: int = 0, seed: int = 0) -> None:
         if rows.fewest < shape.num_rows:
             raise DataError(
                 f"{len(rows.samples)} training samples may fill as few as {rows.fewest} rows of "
@@ -94,7 +82,11 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
         self._begin_epoch(0, first_position=0)
 
     def __next__(self) -> MicroBatch:
-        self._find_epoch()
+        # Epochs differ in their number of rows, so that of ``position`` is found by going through them.
+        if self.position < self._first_position:
+            self._begin_epoch(0, first_position=0)
+        while self.position >= self._end_position:
+            self._begin_epoch(self._epoch + 1, self._end_position)
         number = self.position - self._first_position
         batch = number // self.shape.num_micro_batches * self.shape.num_rows
         num_labels = self.rows.num_labels(self._epoch_rows[batch : batch + self.shape.num_rows])
@@ -116,13 +108,6 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
             "seed": self.seed,
         }
 
-    def _find_epoch(self) -> None:
-        """Arranges the epoch of ``position``. Epochs differ in their number of rows, so all are tried."""
-        if self.position < self._first_position:
-            self._begin_epoch(0, first_position=0)
-        while self.position >= self._end_position:
-            self._begin_epoch(self._epoch + 1, self._end_position)
-
     def _begin_epoch(self, epoch: int, first_position: int) -> None:
         order = epoch_order(len(self.rows.samples), self.seed, epoch).tolist()
         self._epoch = epoch
@@ -133,16 +118,13 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
 
 
 class EvaluationBatches:
-    """All samples once, in whole batches; each iteration starts from the first.
+    """All samples once, in ``num_batches`` whole batches; each iteration starts from the first.
 
     The last batch is filled up with rows of padding. The mean loss over micro-batches, batches and replicas
     is the mean over all labels.
-
-    Attributes:
-        num_batches: Batches in an iteration, the same for all replicas.
     """
 
-    def __init__(self, rows: Rows[Any], shape: BatchShape, *, replica: int = 0) -> None:
+    def __init__(self, rows: Rows, shape: BatchShape, *, replica: int = 0) -> None:
         if not rows.samples:
             raise DataError("no validation sample: expected at least one")
         self.rows = rows

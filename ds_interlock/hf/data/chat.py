@@ -32,15 +32,17 @@ def render_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, li
 
     A span holds all that the template adds after its prompt for the assistant, the end of the turn included.
 
-    Args:
-        chat: At least one message is the assistant's.
-        tokenizer: Its chat template is used.
-
     Raises:
         DataError: If there is no template, it refuses the chat, or it does not show what the assistant
             wrote; names where the chat came from.
     """
-    template = _template_of(tokenizer)
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, which chats need: use an "
+            "instruction-tuned model, or set chat_template in its tokenizer_config.json"
+        ) from error
     try:
         if _GENERATION_TAG.search(template):
             return _render_with_tags(chat.messages, template, tokenizer)
@@ -50,13 +52,7 @@ def render_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, li
 
 
 def is_learned(offsets: Sequence[Span], is_special: Sequence[bool], spans: Sequence[Span]) -> list[bool]:
-    """Which tokens have a character inside one of ``spans``.
-
-    Args:
-        offsets: The characters of each token.
-        is_special: True for tokens that stand for no text.
-        spans: In rising order, without overlap.
-    """
+    """Which tokens, special ones aside, have a character inside one of ``spans``, which are sorted."""
     ends = [end for _, end in spans]
     learned = []
     for (first, end), special in zip(offsets, is_special, strict=True):
@@ -66,17 +62,6 @@ def is_learned(offsets: Sequence[Span], is_special: Sequence[bool], spans: Seque
         nearest = bisect_right(ends, first)
         learned.append(not special and nearest < len(spans) and spans[nearest][0] < end)
     return learned
-
-
-def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    try:
-        template: str = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise DataError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, which chats need: use an "
-            "instruction-tuned model, or set chat_template in its tokenizer_config.json"
-        ) from error
-    return template
 
 
 def _render_with_tags(
@@ -107,17 +92,14 @@ def _render_turn_by_turn(chat: Chat, tokenizer: Any) -> tuple[str, list[Span]]:
         if message["role"] != "assistant":
             continue
         if number == 0:
-            raise DataError(
-                f"{chat.where}: the first message is the assistant's; expected the user's before it"
-            )
+            raise DataError(f"{chat.where}: the first message is the assistant's; expected the user's")
         before = render(number, add_generation_prompt=True)
         after = render(number + 1, add_generation_prompt=False)
         if not (after.startswith(before) and whole.startswith(after)):
             raise DataError(
-                f"{chat.where}: the chat template renders messages[{number}] differently once it knows "
-                "what follows, so the assistant's part cannot be found: mark it in the template with "
-                "{% generation %} and {% endgeneration %}, or give each of the assistant's turns a chat "
-                "that ends with it"
+                f"{chat.where}: the chat template renders messages[{number}] differently once it knows what "
+                "follows: mark the assistant's part in it with {% generation %} and {% endgeneration %}, or "
+                "give each of the assistant's turns a chat that ends with it"
             )
         spans.append((len(before), len(after)))
     return whole, spans

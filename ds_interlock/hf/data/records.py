@@ -110,9 +110,7 @@ _FORMATS: Mapping[Task, Mapping[tuple[str, ...], type[Record]]] = {
 def records_of(objects: Iterable[tuple[str, Mapping[str, Any]]], task: Task) -> Iterator[Record]:
     """The records of one source; its first object decides on the format.
 
-    Args:
-        objects: Where each object is (for messages, as "train.jsonl line 3"), and the object.
-        task: Which formats are expected.
+    ``objects`` are pairs of where an object is (for messages, as "train.jsonl line 3") and the object.
 
     Raises:
         DataError: If an object does not have the format, or the types, that it should have.
@@ -124,14 +122,12 @@ def records_of(objects: Iterable[tuple[str, Mapping[str, Any]]], task: Task) -> 
         keys = keys or fitting
         if keys is None:
             raise DataError(f"{where}: {_keys(value)}; expected {' or '.join(map(_named, formats))}")
-        missing = [key for key in keys if key not in value]
-        if missing:
-            mixed = f"mixed formats, {_named(fitting)} here and {_named(keys)} before" if fitting else ""
-            raise DataError(
-                f"{where}: {mixed}; use a file for each"
-                if mixed
-                else f'{where}: "{missing[0]}" is missing, {_keys(value)}; expected {_named(keys)}'
-            )
+        missing = next((key for key in keys if key not in value), None)
+        if missing is not None:
+            fault = f'"{missing}" is missing, {_keys(value)}; expected {_named(keys)}'
+            if fitting:
+                fault = f"mixed formats, {_named(fitting)} here, {_named(keys)} before; use a file for each"
+            raise DataError(f"{where}: {fault}")
         yield _record(formats[keys], value, where)
 
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Generic, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,40 +20,37 @@ from transformers import PreTrainedTokenizerBase
 
 from ds_interlock.errors import DataError
 from ds_interlock.heads.labels import IGNORED_LABEL
-from ds_interlock.hf.data.samples import AnySample, ClassifiedSample, Sample
+from ds_interlock.hf.data.samples import Sample
 
 Row: TypeAlias = tuple[int, ...]
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...]
 
-PADDING_MULTIPLE = 8
-"""Padded rows are rounded up to a multiple of it: fewer shapes, and better for tensor cores."""
-
+_PADDING_MULTIPLE = 8  # padded rows are rounded up to it: fewer shapes, and better for tensor cores
 _MAX_OPEN_ROWS = 256  # rows that a sample may still join; with more, packing gains little and takes longer
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token id for padding, which is masked."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((int(token) for token in ids if token is not None), 0)
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(token) for token in ids if token is not None)
 
 
-class Rows(ABC, Generic[AnySample]):
-    """A way to fill rows.
+class Rows(ABC):
+    """A way to fill rows of at most ``seq_length`` positions; ``pad_id`` is the token id of empty ones.
 
-    Args:
-        samples: None longer than ``seq_length``.
-        seq_length: Positions of the longest row.
-        pad_id: Token id of positions without a sample, see ``padding_id``.
+    Raises:
+        DataError: If a sample is longer than ``seq_length``.
     """
 
     names: tuple[str, ...]
     """What the inputs are, by the names of a Hugging Face model's arguments."""
 
-    def __init__(self, samples: Sequence[AnySample], seq_length: int, pad_id: int = 0) -> None:
-        self.samples: Sequence[AnySample] = samples
+    def __init__(self, samples: Sequence[Sample], seq_length: int, pad_id: int = 0) -> None:
+        self.samples = samples
         self.seq_length = seq_length
         self.pad_id = pad_id
         self._ids = [sample.ids for sample in samples]
+        self._labels = [sample.labels for sample in samples]
         self._num_labels = [sample.num_labels for sample in samples]
         longest = max(map(len, self._ids), default=0)
         if longest > seq_length:
@@ -78,46 +75,39 @@ class Rows(ABC, Generic[AnySample]):
     def stack(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
         """The inputs, as ``names`` says, and the labels of a micro-batch, all int64."""
 
-    def _padded_inputs(self, rows: Sequence[Row]) -> tuple[Tensor, ...]:
-        """Ids and attention mask of rows padded to the longest, rounded up to ``PADDING_MULTIPLE``."""
-        ids = _joined(self._ids, rows)
-        longest = max(1, *map(len, ids))
-        length = min(-(-longest // PADDING_MULTIPLE) * PADDING_MULTIPLE, self.seq_length)
-        # A row without tokens keeps a 1 in its mask, because softmax over nothing is NaN.
-        mask = _padded([[1] * max(1, len(row)) for row in ids], length, 0)
-        return _padded(ids, length, self.pad_id), mask
 
-
-class PaddedRows(Rows[Sample]):
+class PaddedRows(Rows):
     """One sample per row, padded on the right to the longest of the micro-batch."""
 
     names: tuple[str, ...] = ("input_ids", "attention_mask")
 
-    def stack(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
-        inputs = self._padded_inputs(rows)
-        return inputs, _labels(self.samples, rows, inputs[0].shape[1])
+    def stack(self, rows: Sequence[Row]) -> tuple[tuple[Tensor, ...], Tensor]:
+        ids = _joined(self._ids, rows)
+        longest = max(1, *map(len, ids))
+        length = min(-(-longest // _PADDING_MULTIPLE) * _PADDING_MULTIPLE, self.seq_length)
+        # A row without tokens keeps a 1 in its mask, because softmax over nothing is NaN.
+        mask_bt = _padded([[1] * max(1, len(row)) for row in ids], length, 0)
+        labels_bt = _padded(_joined(self._labels, rows), length, IGNORED_LABEL)
+        return (_padded(ids, length, self.pad_id), mask_bt), labels_bt
 
 
-class ClassifiedRows(Rows[ClassifiedSample]):
-    """One text and its class per row, padded as ``PaddedRows``; "token_type_ids" last, if there are any."""
+class ClassifiedRows(PaddedRows):
+    """One text and its class per row; "token_type_ids" come last, if the samples have them."""
 
-    names: tuple[str, ...] = ("input_ids", "attention_mask")
-
-    def __init__(self, samples: Sequence[ClassifiedSample], seq_length: int, pad_id: int = 0) -> None:
+    def __init__(self, samples: Sequence[Sample], seq_length: int, pad_id: int = 0) -> None:
         super().__init__(samples, seq_length, pad_id)
         self._type_ids = [sample.token_type_ids or [] for sample in samples]
         if all(sample.token_type_ids is not None for sample in samples):
             self.names = (*self.names, "token_type_ids")
 
-    def stack(self, rows: Sequence[Row]) -> tuple[Inputs, Tensor]:
-        inputs = self._padded_inputs(rows)
+    def stack(self, rows: Sequence[Row]) -> tuple[tuple[Tensor, ...], Tensor]:
+        inputs, labels_bt = super().stack(rows)
         if "token_type_ids" in self.names:
-            inputs = (*inputs, _padded(_joined(self._type_ids, rows), inputs[0].shape[1], 0))
-        labels = [self.samples[row[0]].label if row else IGNORED_LABEL for row in rows]
-        return inputs, torch.tensor(labels)
+            inputs = (*inputs, _padded(_joined(self._type_ids, rows), labels_bt.shape[1], 0))
+        return inputs, labels_bt[:, 0].clone()
 
 
-class PackedRows(Rows[Sample]):
+class PackedRows(Rows):
     """Several samples in each row of ``seq_length``; the positions of each begin at 0.
 
     Hugging Face's masks keep tokens of different samples apart by that; the padding at the end is a segment
@@ -157,18 +147,13 @@ class PackedRows(Rows[Sample]):
             padding = self.seq_length - sum(lengths)
             positions.append([position for length in (*lengths, padding) for position in range(length)])
         ids_bt = _padded(_joined(self._ids, rows), self.seq_length, self.pad_id)
-        return (ids_bt, torch.tensor(positions)), _labels(self.samples, rows, self.seq_length)
+        labels_bt = _padded(_joined(self._labels, rows), self.seq_length, IGNORED_LABEL)
+        return (ids_bt, torch.tensor(positions)), labels_bt
 
 
 def _joined(values: Sequence[Sequence[int]], rows: Sequence[Row]) -> list[list[int]]:
     """The values of each row's samples, concatenated."""
     return [[value for number in row for value in values[number]] for row in rows]
-
-
-def _labels(samples: Sequence[Sample], rows: Sequence[Row], length: int) -> Tensor:
-    """The labels of each row, filled up to ``length`` positions with ignored ones."""
-    labels = [[label for number in row for label in samples[number].labels] for row in rows]
-    return _padded(labels, length, IGNORED_LABEL)
 
 
 def _padded(rows: Sequence[list[int]], length: int, filler: int) -> Tensor:

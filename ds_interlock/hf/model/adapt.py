@@ -35,11 +35,7 @@ def freeze(patterns: Sequence[str], blueprint: Blueprint) -> Prepare:
 
 
 def scale_learning_rates(scales: Mapping[str, float], blueprint: Blueprint) -> Prepare:
-    """Multiplies the learning rate of the parameters whose names match; the first matching pattern counts.
-
-    Raises:
-        ConfigError: If a factor is not positive.
-    """
+    """Multiplies the learning rate of the parameters whose names match; the first matching pattern counts."""
     wrong = next((f"{pattern}={scale:g}" for pattern, scale in scales.items() if not scale > 0), None)
     if wrong:
         raise ConfigError(f"--learning_rate_scale {wrong}: expected a factor above 0; --freeze is for 0")
@@ -80,10 +76,10 @@ def lora_config(
         rank: Of an adapter's two matrices.
         alpha: An adapter's output is multiplied by alpha / rank; default twice the rank.
         dropout: On an adapter's input.
-        target_modules: Names of modules, as peft takes them, or "all-linear".
+        target_modules: Names of linear layers in a block, as peft takes them, or "all-linear".
 
     Raises:
-        ConfigError: If peft is not installed, or a name is not that of a linear layer in a block.
+        ConfigError: If peft is not installed, or a name is not that of a linear layer.
     """
     try:
         from peft import LoraConfig
@@ -113,9 +109,7 @@ def lora_config(
 def add_lora(config: Any, seed: int) -> Prepare:
     """Puts adapters into the blocks. Only they, and a classifier's new output layers, stay trainable.
 
-    Args:
-        config: peft's configuration.
-        seed: The adapters of a block are drawn from it and the block's name, whatever stage the block is on.
+    The adapters of a block are drawn from the seed and the block's name, whatever stage the block is on.
     """
     from peft import inject_adapter_in_model
 

@@ -1,6 +1,7 @@
 """Stage bounds of equal work."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -13,13 +14,9 @@ from ds_interlock.planning.partition import balanced_bounds
 def default_bounds(blueprint: Blueprint, interlock: InterlockConfig, num_stages: int) -> list[int]:
     """Bounds of stages of equal work, counted in matrix parameters.
 
-    A token costs as many products as the matrices have parameters; embeddings are looked up. The unembedding
-    can cost as much as many blocks. In modes with auxiliary heads every stage has one like it, on
-    ``token_fraction`` of the tokens, so only the last stage's excess over that is counted. ``ds-interlock
-    plan`` is more exact.
-
-    Raises:
-        ConfigError: If there are more stages than blocks.
+    A token costs as many products as the matrices have parameters; embeddings are looked up. In modes with
+    auxiliary heads every stage has one like the unembedding, on ``token_fraction`` of the tokens, so only the
+    last stage's excess over that is counted. ``ds-interlock plan`` is more exact.
     """
     num_blocks = blueprint.skeleton.anatomy.num_blocks
     if num_stages > num_blocks:
@@ -49,7 +46,7 @@ def parse_bounds(text: str) -> Sequence[int]:
 def describe(blueprint: Blueprint, bounds: Sequence[int]) -> str:
     """The layers of each stage and their millions of parameters, one line per stage."""
     lines = []
-    for stage, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for stage, (start, stop) in enumerate(pairwise(bounds)):
         own = blueprint.outline[start:stop]
         num_blocks = sum(isinstance(layer, Block) for layer in own)
         others = [type(layer).__name__.lower() for layer in own if not isinstance(layer, Block)]

@@ -13,51 +13,56 @@ every position, and no stage could compute that beside its own work. Neither pad
 row change a sample's states, so they are stored sample by sample, without padding, in the order in which the
 replica evaluated them. Stage 0 knows that order.
 
+A file is in safetensors' format: one tensor, ``states``, ``[n, d]``, and a fingerprint as metadata. It may be
+larger than memory, and safetensors' own writer takes tensors in memory: so the header is written here, and
+then the states as they come.
+
 Shape suffixes: b rows, t positions in a row, n positions of all samples of a replica, d hidden width.
 """
 
 import hashlib
+import json
+import shutil
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
+from ds_interlock.errors import ConfigError
+from ds_interlock.files import unfinished_file
 from ds_interlock.hf.data.batches import EvaluationBatches
 from ds_interlock.hf.data.rows import Row
 from ds_interlock.hf.model.cut import End
-from ds_interlock.hf.model.states_file import map_states, new_states_file
 
-FOLDER = "base_states"
-"""Name of the folder in a job's output directory."""
-
+FOLDER = "base_states"  # in a job's output directory
+_STATES = "states"
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_WAY_OUT = "set interlock.head.kl_weight to 0"
+_NEEDED = (
+    "Heads with interlock.head.kl_weight learn from the base model until the last step, and its states can "
+    "only be computed before the first"
+)
 _LAST_BYTES = 2**20  # of every file of weights: they differ between two models of the same sizes
 
 
 @dataclass(frozen=True)
 class Share:
-    """The samples whose states one data-parallel replica stores, in the order of its file.
-
-    Attributes:
-        replica: Index of the replica.
-        samples: Sample indices.
-        lengths: Positions of each.
-        row_lengths: Positions with a sample in every row that the replica evaluates; 0 if it has none.
-        fingerprint: Identifies the base model, the samples and their order.
-    """
+    """The samples whose states one data-parallel replica stores, in the order of its file."""
 
     replica: int
-    samples: tuple[int, ...]
-    lengths: tuple[int, ...]
-    row_lengths: tuple[int, ...]
-    fingerprint: dict[str, str]
+    samples: tuple[int, ...]  # indices
+    lengths: tuple[int, ...]  # positions of each sample
+    row_lengths: tuple[int, ...]  # positions with a sample in every row that the replica evaluates
+    fingerprint: dict[str, str]  # identifies the base model, the samples and their order
 
     @classmethod
     def of(cls, batches: EvaluationBatches, model: str) -> "Share":
@@ -102,16 +107,8 @@ def record(
 ) -> None:
     """Evaluates all samples once, and stores what the pipeline's ``End`` returns. All ranks must call it.
 
-    Args:
-        engine: An ``InterlockEngine`` over the layers of a blueprint.
-        folder: Where the files go: the same for all ranks.
-        batches: The samples, on stage 0; None elsewhere.
-        share: The samples of ``batches``, on stage 0; None elsewhere.
-        width: d.
-        dtype: Of the states, float32 or bfloat16.
-
-    Raises:
-        ConfigError: If a file cannot be written.
+    ``batches`` and their ``share`` are those of stage 0, None elsewhere. ConfigError if a file of ``folder``,
+    the same for all ranks, cannot be written.
     """
     num_batches, share = _broadcast_from_stage_0(engine, (batches.num_batches if batches else 0, share))
     data = None if batches is None else iter(batches)
@@ -153,15 +150,7 @@ def _recorded(module: Any, folder: Path, share: Share, width: int, dtype: torch.
 
 
 class BaseStates:
-    """The states of all samples, mapped from the files of all replicas.
-
-    Args:
-        folder: Has the files.
-        shares: What is in them, of all replicas.
-
-    Raises:
-        ConfigError: If a file is missing, damaged, or of another model or other samples.
-    """
+    """The states of all samples, mapped from the files of all replicas; ConfigError as of ``map_states``."""
 
     def __init__(self, folder: Path, shares: Sequence[Share]) -> None:
         self._states_of: dict[int, Tensor] = {}
@@ -171,15 +160,7 @@ class BaseStates:
             self._states_of.update(zip(share.samples, of_samples, strict=True))
 
     def stack(self, rows: Sequence[Row], num_positions: int) -> Tensor:
-        """The states at the positions of a micro-batch.
-
-        Args:
-            rows: The samples of each row.
-            num_positions: t.
-
-        Returns:
-            ``[b, t, d]`` in the files' dtype; 0 after the last sample of a row.
-        """
+        """The states of rows of samples, ``[b, t, d]``; 0 after the last sample of a row."""
         like = next(iter(self._states_of.values()))
         base_btd = like.new_zeros(len(rows), num_positions, like.shape[-1])
         for row_td, row in zip(base_btd, rows, strict=True):
@@ -187,3 +168,88 @@ class BaseStates:
                 states_td = torch.cat([self._states_of[number] for number in row])
                 row_td[: len(states_td)] = states_td
         return base_btd
+
+
+@contextmanager
+def new_states_file(
+    path: Path, shape: tuple[int, int], dtype: torch.dtype, fingerprint: Mapping[str, str]
+) -> Iterator[Callable[[Tensor], None]]:
+    """Yields a function that appends states to a file, which becomes ``path`` at the end.
+
+    In all ``shape``, ``(n, d)``, must be appended. ``dtype`` is float32 or bfloat16. If the file cannot be
+    written, the function raises a ConfigError too, and nothing is left of it.
+    """
+    num_missing = shape[0]
+    with ExitStack() as stack:
+        with _disk_errors(path):
+            unfinished = stack.enter_context(unfinished_file(path))
+            unfinished.write_bytes(_header(shape, dtype, fingerprint))
+            file = stack.enter_context(unfinished.open("ab", buffering=0))
+
+        def append(states_nd: Tensor) -> None:
+            nonlocal num_missing
+            assert states_nd.shape[1] == shape[1], f"{list(states_nd.shape)} is not of width {shape[1]}"
+            states_nd = states_nd.detach().to("cpu", dtype).contiguous()
+            unwritten = states_nd.view(torch.uint8).flatten().numpy().data
+            while unwritten:  # an unbuffered write may be cut short, but its errors come here, not at the end
+                with _disk_errors(path):
+                    unwritten = unwritten[file.write(unwritten) :]
+            num_missing -= len(states_nd)
+
+        yield append
+        assert num_missing == 0, f"{num_missing} of {shape[0]} positions were not appended"
+
+
+def _header(shape: tuple[int, int], dtype: torch.dtype, fingerprint: Mapping[str, str]) -> bytes:
+    """The beginning of the file, as safetensors' documentation describes it: a JSON text and its length."""
+    num_bytes = shape[0] * shape[1] * dtype.itemsize
+    states = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [0, num_bytes]}
+    text = json.dumps({"__metadata__": dict(fingerprint), _STATES: states}).encode()
+    text += b" " * (-len(text) % 8)  # so that the states are aligned in memory
+    return len(text).to_bytes(8, "little") + text
+
+
+def map_states(path: Path, fingerprint: Mapping[str, str]) -> Tensor:
+    """The mapped states ``[n, d]``; ConfigError if the file is missing, damaged or of another fingerprint."""
+    if not path.is_file():
+        raise ConfigError(
+            f"--output_dir: {path} is missing. {_NEEDED}: all nodes must share the output directory, and a "
+            f"resumed run needs the folder {path.parent.name} that the saved run wrote there; or {_WAY_OUT}"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            states_nd: Tensor = file.get_tensor(_STATES)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"--output_dir: {path} cannot be read: {error}. {_NEEDED}") from error
+    differing = [name for name, value in fingerprint.items() if metadata.get(name) != value]
+    if differing:
+        raise ConfigError(
+            f"--output_dir: {path} was written for {' and '.join(f'another {name}' for name in differing)}. "
+            f"{_NEEDED}: resume with the model, data and batch sizes of the saved run, or {_WAY_OUT}"
+        )
+    return states_nd
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Makes ``folder``; ConfigError if its disk has less room than ``num_bytes``."""
+    with _disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < num_bytes:
+        raise ConfigError(
+            f"--output_dir: the base model's hidden states (interlock.head.kl_weight) take "
+            f"{num_bytes / 1e9:.2f} GB, and the disk of {folder} has {free_bytes / 1e9:.2f} GB left: make "
+            f"room, train on fewer samples (--max_train_samples), or {_WAY_OUT}"
+        )
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"--output_dir: the base model's hidden states cannot be written to {path} ({error.strerror}); "
+            f"make room, use another folder, or {_WAY_OUT}"
+        ) from error

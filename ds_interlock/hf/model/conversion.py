@@ -21,14 +21,8 @@ from ds_interlock.hf.model.weights import has_safetensors
 def converted(auto_model: Any, folder: Path, name: str, gguf_file: str | None, cache_dir: Path) -> Path:
     """The folder of the model as safetensors with the names of its modules, from the cache or made now.
 
-    Parameters that the files lack, such as a new classifier's, are left out.
-
-    Args:
-        auto_model: Transformers' automatic class of the model.
-        folder: Has the model's files.
-        name: The model as the user named it, for messages.
-        gguf_file: Name of a GGUF file in it, if that is the model.
-        cache_dir: Where converted models are kept, each under a hash of its files' sizes and dates.
+    Parameters that the files lack, such as a new classifier's, are left out. In the cache a model is found by
+    a hash of its files' sizes and dates. ``name`` is the model as the user named it, for messages.
 
     Raises:
         ConfigError: If there is no such file, transformers cannot load it, or the cache cannot be written.

@@ -47,8 +47,7 @@ class Blueprint:
         values: Reads the weights when a layer is built.
         inputs: Of stage 0, in order: ``input_ids`` and perhaps ``attention_mask``, ``position_ids``,
             ``token_type_ids``, ``[b, t]`` each.
-        tie: Whether a tied unembedding stays tied in training. Both start from the same values in any case;
-            frozen ones need no tie.
+        tie: Whether a tied unembedding stays tied in training; frozen ones need no tie.
         prepare: Called with each layer once it has its weights: adapters, freezing.
     """
 
@@ -83,12 +82,9 @@ class Blueprint:
             return specs
         if anatomy.tied and self.tie:
             weight = f"{anatomy.embedding}.weight"
-            specs[0] = TiedLayerSpec(TIE, Front, self, tied_weight_attr=weight)
-            specs.append(
-                TiedLayerSpec(
-                    TIE, Embedding, self, tied_weight_attr=weight, forward_fn=partial(unembed, weight)
-                )
-            )
+            tied = partial(TiedLayerSpec, TIE, tied_weight_attr=weight)
+            specs[0] = tied(Front, self)
+            specs.append(tied(Embedding, self, forward_fn=partial(unembed, weight)))
         else:
             specs.append(LayerSpec(Unembedding, self))
         if self.skeleton.changes_logits():
@@ -104,25 +100,28 @@ def build_all(specs: Sequence[LayerSpec]) -> list[Callable[[Any], Any]]:
         if not isinstance(spec, TiedLayerSpec):
             layers.append(spec.build())
             continue
-        first = tied.get(spec.key)
-        if first is None:
-            first = tied[spec.key] = spec.build()
+        if spec.key not in tied:
+            tied[spec.key] = spec.build()
+        first = tied[spec.key]
         layers.append(first if spec.forward_fn is None else partial(spec.forward_fn, first))
     return layers
 
 
 class HFLayer(nn.Module):
-    """Some of a model's modules (``paths``) under their own names, with their weights.
-
-    On the meta device no weights are read.
-    """
+    """Some of a model's modules (``paths``) under their own names, with their weights (none on meta)."""
 
     def __init__(self, blueprint: Blueprint, paths: Sequence[str]) -> None:
         super().__init__()
         self.blueprint = blueprint
         self.paths = tuple(paths)
         for path in paths:
-            _plant(self, path, copy.deepcopy(blueprint.skeleton.original(path)))
+            *owners, name = path.split(".")
+            owner: nn.Module = self
+            for part in owners:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.add_module(name, copy.deepcopy(blueprint.skeleton.original(path)))
         if torch.get_default_device().type != "meta":
             self._fill()
 
@@ -147,16 +146,6 @@ class HFLayer(nn.Module):
         self.load_state_dict(tensors, assign=True)
         for prepare in self.blueprint.prepare:
             prepare(self)
-
-
-def _plant(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Makes ``module`` a submodule of ``root`` by the dotted name ``path``."""
-    *owners, name = path.split(".")
-    for owner in owners:
-        if owner not in root._modules:
-            root.add_module(owner, nn.Module())
-        root = root.get_submodule(owner)
-    root.add_module(name, module)
 
 
 class Front(HFLayer):
@@ -208,11 +197,9 @@ class Unembedding(HFLayer):
         assert unembedding is not None, "a language model has one"
         super().__init__(blueprint, [unembedding])
 
-    def forward(self, hidden_btd: Tensor) -> Tensor:
+    def forward(self, hidden_btd: Tensor) -> Any:
         (unembedding,) = self.parts().values()
-        logits_btv = unembedding(hidden_btd)
-        assert isinstance(logits_btv, Tensor)
-        return logits_btv
+        return unembedding(hidden_btd)
 
 
 class Embedding(HFLayer):
@@ -229,7 +216,7 @@ def unembed(weight_name: str, embedding: nn.Module, hidden_btd: Tensor) -> Tenso
 
 
 class Logits(nn.Module):
-    """The model's last step on its logits: soft-capping, scaling. It has no weights."""
+    """The model's last step on its logits: soft-capping, scaling."""
 
     def __init__(self, blueprint: Blueprint) -> None:
         super().__init__()

@@ -32,33 +32,23 @@ from ds_interlock.hf.model.cut import Blueprint
 from ds_interlock.hf.model.surgery import Skeleton, refuse_other_models
 from ds_interlock.hf.model.weights import Weights, has_safetensors
 
-_AUTO_MODELS: Mapping[Task, Any] = {
+_AUTO_MODELS: Mapping[str, Any] = {
     "causal": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
 }
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth")
-_POSITIONS = "position_embeddings"
 
 
 @dataclass(frozen=True, eq=False)
 class Pretrained:
-    """A model that can be cut.
+    """A model that can be cut."""
 
-    Attributes:
-        name: As the user wrote it.
-        folder: Has configuration, tokenizer and safetensors.
-        config: Its transformers configuration.
-        tokenizer: Its tokenizer.
-        task: What it is used for.
-        dtype: What its weights are converted to.
-    """
-
-    name: str
-    folder: Path
+    name: str  # as the user wrote it
+    folder: Path  # has configuration, tokenizer and safetensors
     config: Any
     tokenizer: PreTrainedTokenizerBase
     task: Task
-    dtype: torch.dtype
+    dtype: torch.dtype  # what its weights are converted to
 
     def new_model(self) -> Any:
         """The transformers model with its parameters on the meta device and buffers in memory."""
@@ -72,7 +62,8 @@ class Pretrained:
     def num_positions(self) -> int | None:
         """The longest sequence that the model can take; None if there is no bound."""
         known: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        tables = (part for name, part in self.new_model().named_modules() if name.endswith(_POSITIONS))
+        modules = self.new_model().named_modules()
+        tables = (part for name, part in modules if name.endswith("position_embeddings"))
         # RoBERTa's positions begin after the id of the padding token.
         paddings = (getattr(table, "padding_idx", None) for table in tables)
         first = next((padding + 1 for padding in paddings if padding is not None), 0)
@@ -82,16 +73,14 @@ class Pretrained:
 def empty_model(config: Any, kind: str, dtype: torch.dtype | None = None) -> Any:
     """A transformers model in evaluation mode, parameters on the meta device, buffers in memory.
 
-    Args:
-        config: Its configuration.
-        kind: A task, or the name of a class in transformers, as "LlamaForCausalLM".
-        dtype: Of the parameters; None takes the configuration's.
+    ``kind`` is a task, or the name of a class in transformers, as "LlamaForCausalLM". The parameters have
+    ``dtype``, by default the configuration's.
 
     Raises:
         ConfigError: If transformers has no such class, or cannot build it from this configuration.
     """
     refuse_other_models(config, type(config).__name__)
-    automatic = next((auto for task, auto in _AUTO_MODELS.items() if task == kind), None)
+    automatic = _AUTO_MODELS.get(kind)
     model_class: Any = automatic or getattr(transformers, kind, None)
     if model_class is None:
         raise ConfigError(
@@ -105,10 +94,10 @@ def empty_model(config: Any, kind: str, dtype: torch.dtype | None = None) -> Any
     except (ValueError, TypeError) as error:
         if automatic is None:
             raise ConfigError(f"{kind} cannot be built from its configuration: {error}") from error
-        what = {"causal": "a causal language model", "classification": "a sequence classifier"}[kind]
+        what = {"causal": "causal language model", "classification": "sequence classifier"}[kind]
         raise ConfigError(
-            f"--model: transformers has no {what[2:]} of a {type(config).__name__} (task {kind}): give the "
-            f"name of {what}"
+            f"--model: transformers has no {what} of a {type(config).__name__} (task {kind}): give the "
+            "name of another model"
         ) from error
 
 
@@ -128,8 +117,8 @@ class _Values:
 
     def __call__(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stored = self.weights(wanted)
-        new = {name: like for name, like in wanted.items() if name not in stored and self._is_new(name)}
-        return {**stored, **{name: self._draw(name, like) for name, like in new.items()}}
+        new = (name for name in wanted if name not in stored and self._is_new(name))
+        return stored | {name: self._draw(name, wanted[name]) for name in new}
 
     def _is_new(self, name: str) -> bool:
         return bool(self._may_be_new) and name.startswith(self._may_be_new)
@@ -165,7 +154,7 @@ def open_pretrained(
         cache_dir: Where converted weights are kept; default ``default_cache_dir()``.
 
     Raises:
-        ConfigError: If there is no such model, no tokenizer, or it cannot be converted.
+        ConfigError: If the model or its tokenizer is not found, or it cannot be converted.
     """
     folder = _local_folder(name, gguf_file)
     auto_model, cache_dir = _AUTO_MODELS[task], cache_dir or default_cache_dir()
@@ -192,19 +181,16 @@ def _check_weights(pretrained: Pretrained, values: _Values, parameters: Mapping[
     lacking, misfits = values.lacking(parameters), values.weights.misfits(parameters)
     if lacking:
         named = ", ".join(lacking[:5]) + " ..." * (len(lacking) > 5)
-        raise ConfigError(
-            f"--model {pretrained.name}: its weights lack {named}, which "
-            f"{type(pretrained.config).__name__} needs"
-        )
-    if misfits and pretrained.task == "classification":
-        raise ConfigError(
-            f"--model {pretrained.name}: {misfits[0]}, for {pretrained.config.num_labels} classes in the "
-            "data: give a model without a classifier, or one that was trained for these classes"
-        )
+        kind = type(pretrained.config).__name__
+        raise ConfigError(f"--model {pretrained.name}: its weights lack {named}, which {kind} needs")
     if misfits:
-        raise ConfigError(
-            f"--model {pretrained.name}: {misfits[0]} by its config.json; these files do not belong together"
-        )
+        why = "by its config.json; these files do not belong together"
+        if pretrained.task == "classification":
+            why = (
+                f"for {pretrained.config.num_labels} classes in the data: give a model without a classifier, "
+                "or one that was trained for these classes"
+            )
+        raise ConfigError(f"--model {pretrained.name}: {misfits[0]} {why}")
 
 
 def _local_folder(name: str, gguf_file: str | None) -> Path:
@@ -215,11 +201,11 @@ def _local_folder(name: str, gguf_file: str | None) -> Path:
             f"--model {name}: no such folder; give a folder with a config.json (for a GGUF file "
             "its folder, and the file with --gguf_file), or a model's name on the hub"
         )
-    wanted = [gguf_file] if gguf_file else ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    patterns = [gguf_file] if gguf_file else ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
         if gguf_file is None and not has_safetensors(folder):
-            folder = Path(snapshot_download(name, allow_patterns=[*wanted, *_OTHER_WEIGHTS]))
+            folder = Path(snapshot_download(name, allow_patterns=[*patterns, *_OTHER_WEIGHTS]))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--model {name}: not a folder, and it cannot be loaded from the hub ({first_line(error)})"
@@ -228,10 +214,7 @@ def _local_folder(name: str, gguf_file: str | None) -> Path:
 
 
 def load_config(name: str, folder: Path | None = None, classes: Sequence[str] = ()) -> Any:
-    """The transformers configuration of a model on the hub or in a folder; ConfigError if it has none.
-
-    ``folder`` has its files, if they are known; ``classes`` are the names of its classes by id.
-    """
+    """The configuration of a model on the hub or in ``folder``; ConfigError if it has none."""
     try:
         config = AutoConfig.from_pretrained(folder or name)
     except (OSError, ValueError) as error:
@@ -246,15 +229,13 @@ def load_config(name: str, folder: Path | None = None, classes: Sequence[str] = 
 
 
 def _load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
+    where = "expected its files beside config.json"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise ConfigError(
-            f"--model {name}: no tokenizer could be loaded ({first_line(error)}); expected its files beside "
-            "config.json"
-        ) from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        fault = f"no tokenizer could be loaded ({first_line(error)})"
+        raise ConfigError(f"--model {name}: {fault}; {where}") from error
     # Some classes load without files, and then have nothing but their special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ConfigError(f"--model {name}: it has no tokenizer; expected its files beside config.json")
+        raise ConfigError(f"--model {name}: it has no tokenizer; {where}")
     return tokenizer

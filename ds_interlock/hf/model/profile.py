@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_interlock.config import HeadConfig
 from ds_interlock.heads.lm_loss import lm_loss
-from ds_interlock.hf.model.cut import Blueprint, Values
+from ds_interlock.hf.model.cut import Blueprint
 from ds_interlock.hf.model.pretrained import empty_model
 from ds_interlock.hf.model.surgery import Skeleton
 from ds_interlock.planning.profile import Profile
@@ -37,14 +37,8 @@ def estimate_profile(
 ) -> Profile:
     """A profile from sizes alone, in bf16: matrix products at an assumed speed. Loads no weights.
 
-    Args:
-        name: What to call the model.
-        config: Its Hugging Face configuration.
-        head: The auxiliary heads.
-        micro_batch_size: Samples in a micro-batch.
-        seq_length: Tokens of a sample.
-        flops_per_second: Reached by a device, not its peak.
-        link: Latency in seconds and bandwidth in bytes per second between two stages.
+    ``name`` is what to call the model, ``flops_per_second`` what a device reaches, not its peak, and ``link``
+    latency in seconds and bandwidth in bytes per second between two stages.
 
     Raises:
         ConfigError: If the model cannot be cut into layers.
@@ -87,11 +81,9 @@ def measure_profile(
     link: tuple[float, float] | None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
-    """A profile measured on this process's accelerator, with random weights.
+    """A profile measured on this process's accelerator, with random weights, as ``estimate_profile``.
 
-    Each time is the median of ``num_rounds``. ``dtype`` is that of weights and activations,
-    ``make_optimizer`` makes the optimizer of a list of parameters, ``progress`` is called with what is being
-    measured. The rest is as for ``estimate_profile``.
+    Each time is the median of ``num_rounds``; ``progress`` is called with what is being measured.
     """
     accelerator = get_accelerator()
     device = torch.device(accelerator.current_device_name())
@@ -120,23 +112,16 @@ def _layers(config: Any, dtype: torch.dtype, device: torch.device) -> tuple[list
     A tied unembedding has a weight of its own, as on a pipeline: the last stage has a copy, computes a
     gradient for it and steps it.
     """
+
+    def values(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # Tensors that are not on the meta device are buffers with their values.
+        weights = {name: like for name, like in layer.items() if like.is_meta}
+        return {n: torch.empty_like(like, device=device).normal_(std=_STD) for n, like in weights.items()}
+
     skeleton = Skeleton(empty_model(config, "causal", dtype))
-    values = _random_values(device)
     tied = Blueprint(skeleton, values).layers()
     layers = Blueprint(skeleton, values, tie=False).layers()
     return (
         [spec.build().to(device).train() for spec in layers],
         tuple(number for number, spec in enumerate(tied) if isinstance(spec, TiedLayerSpec)),
     )
-
-
-def _random_values(device: torch.device) -> Values:
-    def values(wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # Tensors that are not on the meta device are buffers with their values.
-        return {
-            name: torch.empty_like(like, device=device).normal_(std=_STD)
-            for name, like in wanted.items()
-            if like.is_meta
-        }
-
-    return values

@@ -21,8 +21,8 @@ Shape suffixes: b batch, t position, d hidden width, v vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -36,10 +36,10 @@ class _Family(NamedTuple):
 
     blocks: str
     front: tuple[str, ...]
-    returns_tuple: bool = False
-    """Whether a block returns a tuple that begins with the hidden state, as older models' do."""
+    returns_tuple: bool = False  # a block returns a tuple that begins with the hidden state
 
 
+# Families without a plan in transformers, by ``config.model_type``.
 _WITHOUT_PLAN = {
     "bert": _Family("encoder.layer", ("embeddings",)),
     "bloom": _Family("h", ("word_embeddings", "word_embeddings_layernorm"), returns_tuple=True),
@@ -56,40 +56,29 @@ _WITHOUT_PLAN = {
     "stablelm": _Family("layers", ("embed_tokens",)),
     "xlm-roberta": _Family("encoder.layer", ("embeddings",)),
 }
-"""Families without a plan in transformers, by ``config.model_type``."""
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Which of a model's modules is what, by names within the model.
+    """Which of a model's modules is what, by names within the model."""
 
-    Attributes:
-        blocks: The list of blocks.
-        num_blocks: How many there are.
-        front: Modules with weights before the blocks.
-        end: Modules with weights after the blocks, the unembedding aside.
-        embedding: The token embedding, one of ``front`` or within one.
-        unembedding: Maps hidden states to logits; None in a model without one.
-        tied: Whether the unembedding's weight is the token embedding's.
-        returns_tuple: Whether a block returns a tuple that begins with the hidden state.
-    """
-
-    blocks: str
+    blocks: str  # the list of blocks
     num_blocks: int
-    front: tuple[str, ...]
-    end: tuple[str, ...]
-    embedding: str
-    unembedding: str | None
-    tied: bool
-    returns_tuple: bool
+    front: tuple[str, ...]  # modules with weights before the blocks
+    end: tuple[str, ...]  # modules with weights after the blocks, the unembedding aside
+    embedding: str  # the token embedding, one of ``front`` or within one
+    unembedding: str | None  # maps hidden states to logits; None in a model without one
+    tied: bool  # the unembedding's weight is the token embedding's
+    returns_tuple: bool  # a block returns a tuple that begins with the hidden state
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """All modules with weights but the blocks."""
+        return (*self.front, *self.end, *([self.unembedding] if self.unembedding else []))
 
 
 def find_anatomy(model: Any) -> Anatomy:
-    """The anatomy of a transformers model, which may be on the meta device.
-
-    Raises:
-        ConfigError: If it has a form that cannot be cut.
-    """
+    """The anatomy of a transformers model, which may be on the meta device; ConfigError if it has none."""
     config, name = model.config, type(model).__name__
     refuse_other_models(config, name)
     base = "" if model.base_model is model else model.base_model_prefix
@@ -98,10 +87,9 @@ def find_anatomy(model: Any) -> Anatomy:
     modules = dict(model.named_modules())
     if not isinstance(modules.get(blocks), nn.ModuleList):
         _cannot_cut(name, f"expected its blocks in {blocks}")
-    unembedding = _name_of(model, model.get_output_embeddings())
+    names = {module: name for name, module in modules.items()}
+    unembedding = names.get(model.get_output_embeddings())
     parts = list(_parts_with_weights(model, blocks))
-    embedding = _name_of(model, model.base_model.get_input_embeddings())
-    assert embedding is not None, "every text model has an embedding"
     tied = unembedding is not None and bool(config.tie_word_embeddings)
     if tied and model.get_output_embeddings().bias is not None:
         _cannot_cut(name, f"{unembedding} has a bias beside its tied weight")
@@ -110,7 +98,7 @@ def find_anatomy(model: Any) -> Anatomy:
         num_blocks=len(modules[blocks]),
         front=tuple(part for part in parts if part in front),
         end=tuple(part for part in parts if part not in front and part != unembedding),
-        embedding=embedding,
+        embedding=names[model.base_model.get_input_embeddings()],
         unembedding=unembedding,
         tied=tied,
         returns_tuple=family.returns_tuple,
@@ -121,9 +109,9 @@ def refuse_other_models(config: Any, name: str) -> None:
     """Raises ConfigError for an encoder-decoder and for anything that is no text model."""
     if getattr(config, "is_encoder_decoder", False):
         _cannot_cut(name, "it is an encoder-decoder; decoder-only models and BERT-style encoders can be cut")
-    other = [part for part in ("vision_config", "audio_config") if getattr(config, part, None) is not None]
-    if other:
-        _cannot_cut(name, f"it is no text model (its configuration has a {other[0]}); take its text model")
+    for part in ("vision_config", "audio_config"):
+        if getattr(config, part, None) is not None:
+            _cannot_cut(name, f"it is no text model (its configuration has a {part}); take its text model")
 
 
 def _family_of(config: Any, name: str) -> _Family:
@@ -137,8 +125,8 @@ def _family_of(config: Any, name: str) -> _Family:
     if config.model_type not in _WITHOUT_PLAN:
         _cannot_cut(
             name,
-            f'transformers has no pipeline plan for model_type "{config.model_type}", and the table in '
-            f"ds_interlock/hf/model/surgery.py has none either (it has {', '.join(sorted(_WITHOUT_PLAN))})",
+            f'transformers has no pipeline plan for model_type "{config.model_type}", and neither has '
+            f"ds_interlock/hf/model/surgery.py (it has {', '.join(sorted(_WITHOUT_PLAN))})",
         )
     return _WITHOUT_PLAN[config.model_type]
 
@@ -147,20 +135,14 @@ def _cannot_cut(name: str, why: str) -> NoReturn:
     raise ConfigError(f"--model: {name} cannot be cut into pipeline layers: {why}")
 
 
-def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
-    return next((name for name, module in model.named_modules() if module is wanted), None)
-
-
 def _parts_with_weights(model: nn.Module, blocks: str) -> Iterator[str]:
     """The largest modules with weights that do not contain the blocks, in the order of their definition."""
     pending = [("", model)]
     while pending:
         name, module = pending.pop(0)
-        own = [key for key, _ in module.named_parameters(recurse=False)]
+        own = ", ".join(key for key, _ in module.named_parameters(recurse=False))
         if own:
-            _cannot_cut(
-                type(model).__name__, f"{name or 'the model'} has weights of its own: {', '.join(own)}"
-            )
+            _cannot_cut(type(model).__name__, f"{name or 'the model'} has weights of its own: {own}")
         for key, child in module.named_children():
             path = f"{name}.{key}".lstrip(".")
             if blocks.startswith(f"{path}."):
@@ -170,7 +152,7 @@ def _parts_with_weights(model: nn.Module, blocks: str) -> Iterator[str]:
 
 
 def forward_without_cache(model: Any, inputs: Mapping[str, Tensor]) -> Any:
-    """The output of a transformers model that keeps no keys and values for generation."""
+    """The output of a transformers model, without keys and values for generation."""
     options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     return model(**inputs, **options)
 
@@ -183,13 +165,13 @@ class _Captured(Exception):  # noqa: N818 - not an error: ends a forward early, 
 class _StandIn(nn.Module):
     """Replaces a module whose weights are on another layer; its attributes are that module's."""
 
-    def __init__(self, module: nn.Module, result: Callable[[], Any]) -> None:
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
         self.__dict__["_instead_of"] = module  # not registered: its weights are not this model's
-        self.result = result
+        self.call = call
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        return self.result()
+        return self.call(*inputs, **options)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -199,21 +181,7 @@ class _StandIn(nn.Module):
 
 
 Visit = Callable[[int, Any, tuple[Any, ...], dict[str, Any]], Any]
-
-
-class _Guest(_StandIn):
-    """Replaces a block: passes its arguments to the skeleton."""
-
-    def __init__(self, block: nn.Module, index: int, visit: Visit, returns_tuple: bool) -> None:
-        super().__init__(block, lambda: None)
-        self.index = index
-        self.visit = visit
-        self.returns_tuple = returns_tuple
-
-    def forward(self, *inputs: Any, **options: Any) -> Any:
-        hidden, rest = (inputs[0], inputs[1:]) if inputs else (options.pop("hidden_states"), ())
-        hidden = self.visit(self.index, hidden, rest, options)
-        return (hidden,) if self.returns_tuple else hidden
+"""What happens in place of a block: from its index, hidden state and other arguments to its result."""
 
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -222,9 +190,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class Skeleton:
     """A model's own forward, without its weights.
 
-    Args:
-        model: A transformers model whose parameters are on the meta device, and whose buffers are not. It is
-            taken apart: afterwards use ``anatomy`` and ``original``.
+    ``model`` has its parameters on the meta device, and its buffers in memory. It is taken apart: afterwards
+    use ``anatomy`` and ``original``.
     """
 
     def __init__(self, model: Any) -> None:
@@ -233,24 +200,23 @@ class Skeleton:
         self._originals: dict[str, nn.Module] = {}
         self._hidden: Any = None
         self._visit: Visit = lambda *_: None
-        self._arguments: tuple[Sequence[Any], dict[int, Arguments]] | None = None
+        self._arguments: dict[int, Arguments] = {}
+        self._arguments_are_for: Any = None
+        self._context: Sequence[Tensor] = ()
         self._device = torch.device("cpu")
-        self._take_apart()
+        for path in self.anatomy.parts:
+            self._replace(path, lambda *_, **__: self._hidden)
+        for index in range(self.anatomy.num_blocks):
+            self._replace(f"{self.anatomy.blocks}.{index}", partial(self._call_block, index))
 
-    def _take_apart(self) -> None:
-        anatomy = self.anatomy
-        unembedding = () if anatomy.unembedding is None else (anatomy.unembedding,)
-        for path in (*anatomy.front, *anatomy.end, *unembedding):
-            self._originals[path] = self.model.get_submodule(path)
-            self._put(path, _StandIn(self._originals[path], lambda: self._hidden))
-        blocks = self.model.get_submodule(anatomy.blocks)
-        for index, block in enumerate(blocks):
-            self._originals[f"{anatomy.blocks}.{index}"] = block
-            blocks[index] = _Guest(block, index, lambda *visit: self._visit(*visit), anatomy.returns_tuple)
+    def _replace(self, path: str, call: Callable[..., Any]) -> None:
+        self._originals[path] = self.model.get_submodule(path)
+        self.model.set_submodule(path, _StandIn(self._originals[path], call))
 
-    def _put(self, path: str, module: nn.Module) -> None:
-        owner, _, name = path.rpartition(".")
-        self.model.get_submodule(owner)._modules[name] = module
+    def _call_block(self, index: int, *inputs: Any, **options: Any) -> Any:
+        hidden, others = (inputs[0], inputs[1:]) if inputs else (options.pop("hidden_states"), ())
+        hidden = self._visit(index, hidden, others, options)
+        return (hidden,) if self.anatomy.returns_tuple else hidden
 
     def __deepcopy__(self, memo: object) -> "Skeleton":
         return self  # layers that are copied share it; it has no weights
@@ -261,39 +227,35 @@ class Skeleton:
         return self._originals[part].get_submodule(path[len(part) + 1 :])
 
     def front(self, parts: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> Tensor:
-        """The hidden state that the forward passes to the first block, hidden_btd.
+        """The hidden state for the first block, hidden_btd, from the model's arguments, ``[b, t]`` each.
 
-        Args:
-            parts: The modules before the blocks, by name, with their weights.
-            inputs: ``input_ids`` and other arguments of the model, ``[b, t]`` each.
+        ``parts`` are the modules before the blocks, by name, with their weights.
         """
 
         def stop(index: int, hidden: Any, *_: Any) -> NoReturn:
             raise _Captured(hidden)
 
         training = any(part.training for part in parts.values())
-        hidden = self._run(self.model.base_model, inputs, stop, parts, training)
-        assert isinstance(hidden, Tensor)
-        return hidden
+        hidden_btd: Tensor = self._run(self.model.base_model, inputs, stop, parts, training)
+        return hidden_btd
 
     def arguments(self, index: int, hidden_btd: Tensor, context: Mapping[str, Tensor]) -> Arguments:
         """The arguments of block ``index`` besides the hidden state, positional and by name.
 
-        Args:
-            index: Of the block.
-            hidden_btd: Has the batch's shape, dtype and device.
-            context: ``attention_mask`` and ``position_ids``, ``[b, t]``, if the data has them.
+        ``context`` is ``attention_mask`` and ``position_ids``, ``[b, t]``, if the data has them.
         """
-        key = (*context.values(), hidden_btd.shape, hidden_btd.dtype, hidden_btd.device)
-        if self._arguments is None or not _same(self._arguments[0], key):
-            self._arguments = key, self._arguments_of_all(hidden_btd, context)
-        return self._arguments[1][index]
+        key = (*map(id, context.values()), hidden_btd.shape, hidden_btd.dtype, hidden_btd.device)
+        if key != self._arguments_are_for:
+            self._arguments = self._arguments_of_all(hidden_btd, context)
+            self._arguments_are_for = key
+            self._context = tuple(context.values())  # kept, so that no other tensor gets their ids
+        return self._arguments[index]
 
     def _arguments_of_all(self, hidden_btd: Tensor, context: Mapping[str, Tensor]) -> dict[int, Arguments]:
         arguments: dict[int, Arguments] = {}
 
-        def note(index: int, hidden: Any, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
-            arguments[index] = rest, options
+        def note(index: int, hidden: Any, others: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            arguments[index] = others, options
             if len(arguments) == self.anatomy.num_blocks:
                 raise _Captured(None)
             return hidden
@@ -313,37 +275,30 @@ class Skeleton:
     ) -> Tensor:
         """The input of the unembedding ``[b, t, d]``; in a model without one, its logits.
 
-        Args:
-            parts: The modules after the blocks, by name, with their weights.
-            hidden_btd: The last block's output.
-            context: As for ``arguments``.
-            training: Whether dropout without weights is on.
+        ``parts`` are the modules after the blocks, by name, with their weights; ``hidden_btd`` is the last
+        block's output. In ``training``, dropout without weights is on.
         """
         self._hidden = hidden_btd
         inputs = {"inputs_embeds": hidden_btd, **context}
         is_language_model = self.anatomy.unembedding is not None
         model = self.model.base_model if is_language_model else self.model
         outputs = self._run(model, inputs, lambda *_: hidden_btd, parts, training)
-        result = outputs.last_hidden_state if is_language_model else outputs.logits
-        assert isinstance(result, Tensor)
+        result: Tensor = outputs.last_hidden_state if is_language_model else outputs.logits
         return result
 
     def logits(self, unembedded_btv: Tensor) -> Tensor:
         """The model's logits, scaled or soft-capped, from its unembedding's output."""
         assert self.anatomy.unembedding is not None
         self._hidden = unembedded_btv.new_zeros(()).expand(*unembedded_btv.shape[:-1], 1)
-        unembedding = _StandIn(self._originals[self.anatomy.unembedding], lambda: unembedded_btv)
-        parts = {self.anatomy.unembedding: unembedding}
-        outputs = self._run(
-            self.model, {"inputs_embeds": self._hidden}, lambda *_: self._hidden, parts, False
-        )
-        result = outputs.logits
-        assert isinstance(result, Tensor)
-        return result
+        original = self._originals[self.anatomy.unembedding]
+        parts = {self.anatomy.unembedding: _StandIn(original, lambda *_: unembedded_btv)}
+        inputs = {"inputs_embeds": self._hidden}
+        outputs = self._run(self.model, inputs, lambda *_: self._hidden, parts, training=False)
+        logits_btv: Tensor = outputs.logits
+        return logits_btv
 
     def changes_logits(self) -> bool:
         """Whether ``logits`` changes its argument."""
-        assert self.anatomy.unembedding is not None
         probe_btv = torch.linspace(-50, 50, 8).reshape(1, 2, 4)
         return not torch.equal(self.logits(probe_btv), probe_btv)
 
@@ -355,37 +310,20 @@ class Skeleton:
         parts: Mapping[str, nn.Module],
         training: bool,
     ) -> Any:
-        self._follow(next(iter(inputs.values())).device, training)
         self._visit = visit
-        with self._with_parts(parts):
-            try:
-                return forward_without_cache(model, inputs)
-            except _Captured as captured:
-                return captured.hidden
-
-    @contextmanager
-    def _with_parts(self, parts: Mapping[str, nn.Module]) -> Iterator[None]:
-        stand_ins = {path: self.model.get_submodule(path) for path in parts}
-        for path, part in parts.items():
-            self._put(path, part)
-        try:
-            yield
-        finally:
-            for path, stand_in in stand_ins.items():
-                self._put(path, stand_in)
-
-    def _follow(self, device: torch.device, training: bool) -> None:
-        """Moves buffers, such as rotary frequencies, to the data's device."""
-        if device != self._device:
+        device = next(iter(inputs.values())).device
+        if device != self._device:  # buffers, such as rotary frequencies, are needed there
             self.model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
             self._device = device
         if training != self.model.training:
             self.model.train(training)
-
-
-def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """The same tensors, not equal ones; equal shapes."""
-    return len(one) == len(other) and all(
-        a is b if isinstance(a, Tensor) else not isinstance(b, Tensor) and a == b
-        for a, b in zip(one, other, strict=True)
-    )
+        stand_ins = {path: self.model.get_submodule(path) for path in parts}
+        try:
+            for path, part in parts.items():
+                self.model.set_submodule(path, part)
+            return forward_without_cache(model, inputs)
+        except _Captured as captured:
+            return captured.hidden
+        finally:
+            for path, stand_in in stand_ins.items():
+                self.model.set_submodule(path, stand_in)

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ds_interlock.errors import ConfigError
+from ds_interlock.files import read_record
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,11 +34,8 @@ def has_safetensors(folder: Path) -> bool:
 class Weights:
     """The tensors of a folder, by the names of a model's state dict.
 
-    Args:
-        folder: Has ``model.safetensors``, or shards with their index.
-        dtype: What floating-point tensors are converted to.
-        prefix: ``base_model_prefix``, which checkpoints of the bare model leave out.
-        same: Names of tensors that are tied to others: ``{"lm_head.weight": "model.embed_tokens.weight"}``.
+    Floating-point ones are converted to ``dtype``. Checkpoints of the bare model leave out ``prefix``, its
+    ``base_model_prefix``. ``same`` has tied tensors: ``{"lm_head.weight": "model.embed_tokens.weight"}``.
 
     Raises:
         ConfigError: If the folder has no safetensors, an index without its shards, or a file cut short.
@@ -46,7 +44,6 @@ class Weights:
     def __init__(
         self, folder: Path, dtype: torch.dtype, prefix: str = "", same: Mapping[str, str] | None = None
     ) -> None:
-        self.folder = folder
         self.dtype = dtype
         self._prefix = prefix
         self._same = dict(same or {})
@@ -58,11 +55,10 @@ class Weights:
 
     def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Those of ``tensors`` that have another shape in the files, with both shapes."""
-        pairs = [(name, tensor.shape, self._find(name)) for name, tensor in tensors.items()]
         return [
-            f"{name} is {list(stored.shape)} in the files, expected {list(shape)}"
-            for name, shape, stored in pairs
-            if stored is not None and stored.shape != shape
+            f"{name} is {list(stored.shape)} in the files, expected {list(tensor.shape)}"
+            for name, tensor in tensors.items()
+            if (stored := self._find(name)) is not None and stored.shape != tensor.shape
         ]
 
     def __call__(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -72,10 +68,9 @@ class Weights:
 
     def _find(self, name: str) -> "_Stored | None":
         """Where the tensor ``name`` is, under any of its names."""
-        candidates = [name, name.removeprefix(f"{self._prefix}."), f"{self._prefix}.{name}"]
-        tied = self._same.get(name)
-        if tied is not None:
-            candidates += [tied, tied.removeprefix(f"{self._prefix}.")]
+        tied = self._same.get(name, name)
+        prefix = f"{self._prefix}."
+        candidates = [name, name.removeprefix(prefix), prefix + name, tied, tied.removeprefix(prefix)]
         return next((self._stored[candidate] for candidate in candidates if candidate in self._stored), None)
 
     def _read(self, stored: "_Stored") -> Tensor:
@@ -90,8 +85,6 @@ class Weights:
 
 
 class _Stored(NamedTuple):
-    """A tensor in a file."""
-
     file: Path
     name: str
     shape: torch.Size
@@ -99,13 +92,10 @@ class _Stored(NamedTuple):
 
 
 class _Index(BaseModel):
-    """``model.safetensors.index.json``: the file of each tensor."""
-
     weight_map: dict[str, str]
 
 
 def _stored_tensors(folder: Path) -> dict[str, _Stored]:
-    """Opens every file, so that a missing or truncated one is noticed before any is read."""
     stored: dict[str, _Stored] = {}
     for file in _files(folder):
         with _opened(file) as tensors:
@@ -118,14 +108,11 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
 def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
-        try:
-            shards = set(_Index.model_validate_json(index.read_bytes()).weight_map.values())
-        except (OSError, ValidationError) as error:
-            raise ConfigError(f"--model: {index} is no index of shards ({error}); fetch it again") from error
-        missing = [shard for shard in sorted(shards) if not (folder / shard).is_file()]
+        shards = read_record(index, _Index, what="list of shards", hint="fetch it again").weight_map.values()
+        missing = [shard for shard in sorted(set(shards)) if not (folder / shard).is_file()]
         if missing:
             raise ConfigError(f"--model {folder}: {INDEX} names {', '.join(missing)}, which do not exist")
-        return [folder / shard for shard in sorted(shards)]
+        return [folder / shard for shard in sorted(set(shards))]
     if not (folder / SINGLE).is_file():
         raise ConfigError(f"--model {folder}: it has neither {SINGLE} nor {INDEX}")
     return [folder / SINGLE]

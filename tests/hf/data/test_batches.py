@@ -17,7 +17,7 @@ from ds_interlock.heads.cross_entropy import cross_entropy_sum
 from ds_interlock.heads.labels import IGNORED_LABEL
 from ds_interlock.hf.data.batches import BatchShape, EvaluationBatches, TrainingBatches
 from ds_interlock.hf.data.rows import ClassifiedRows, PackedRows, PaddedRows, padding_id
-from ds_interlock.hf.data.samples import ClassifiedSample, Sample, encode_records
+from ds_interlock.hf.data.samples import Sample, encode_records
 from ds_interlock.hf.data.sources import read_records
 from ds_interlock.sampling import epoch_order
 
@@ -85,14 +85,14 @@ def test_samples_longer_than_a_row_are_refused():
 
 
 def test_classified_rows():
-    samples = [ClassifiedSample([5, 6, 7], [0, 0, 1], 2), ClassifiedSample([5], [0], 0)]
+    samples = [Sample([5, 6, 7], [2], [0, 0, 1]), Sample([5], [0], [0])]
     rows = ClassifiedRows(samples, seq_length=10, pad_id=9)
     (ids, mask, types), labels = rows.stack([(0,), (1,), ()])
     assert rows.names == ("input_ids", "attention_mask", "token_type_ids")
     assert ids.tolist() == [[5, 6, 7, 9, 9, 9, 9, 9], [5] + [9] * 7, [9] * 8]
     assert (mask.sum(1).tolist(), types.sum(1).tolist()) == ([3, 1, 1], [1, 0, 0])
     assert labels.tolist() == [2, 0, N]
-    without = ClassifiedRows([ClassifiedSample([5], None, 0)], seq_length=8)
+    without = ClassifiedRows([Sample([5], [0])], seq_length=8)
     assert without.names == ("input_ids", "attention_mask")
     assert len(without.stack([(0,)])[0]) == 2
 
@@ -251,7 +251,7 @@ def test_evaluation_can_be_done_again():
 
 
 def test_classified_batches_average_over_samples():
-    samples = [ClassifiedSample([5], None, number) for number in range(5)]
+    samples = [Sample([5], [number]) for number in range(5)]
     rows = ClassifiedRows(samples, 8)
     (_, (labels, normaliser)) = next(TrainingBatches(rows, BatchShape(2, 2)))
     assert (labels.shape, normaliser.tolist()) == ((2,), [2.0])

@@ -9,7 +9,6 @@ from ds_interlock.errors import DataError
 from ds_interlock.heads.labels import IGNORED_LABEL
 from ds_interlock.hf.data.records import Classified, Completion, Document
 from ds_interlock.hf.data.samples import (
-    ClassifiedSample,
     Sample,
     encode_classified,
     encode_records,
@@ -114,9 +113,9 @@ def test_classified_texts_and_pairs():
     records = [Classified("w0 w1", None, "no", "line 0"), Classified("w0", "w1 w2", "yes", "line 1")]
     data = encode_classified(records, bert(), 8, {"no": 0, "yes": 1})
     assert data.samples == [
-        ClassifiedSample([2, 4, 5, 3], [0, 0, 0, 0], 0),
-        ClassifiedSample([2, 4, 3, 5, 6, 3], [0, 0, 0, 1, 1, 1], 1),
+        Sample([2, 4, 5, 3], [0], [0, 0, 0, 0]),
+        Sample([2, 4, 3, 5, 6, 3], [1], [0, 0, 0, 1, 1, 1]),
     ]
     data = encode_classified(records, bert(pair=False), 5, {"no": 0, "yes": 1})
-    assert data.samples[1] == ClassifiedSample([2, 4, 3, 5, 3], None, 1)
+    assert data.samples[1] == Sample([2, 4, 3, 5, 3], [1])
     assert (data.num_cut, data.num_dropped) == (1, 0)

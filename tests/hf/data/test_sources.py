@@ -58,7 +58,7 @@ def test_blank_lines_are_passed_over_and_counted(tmp_path):
         (b'{"text": "\\ud800"}', "line 2: text: half a character (position 0)"),
         (
             b'{"prompt": "a", "completion": "b"}',
-            'line 2: mixed formats, {"prompt", "completion"} here and {"text"} before; use a file for each',
+            'line 2: mixed formats, {"prompt", "completion"} here, {"text"} before; use a file for each',
         ),
     ],
 )

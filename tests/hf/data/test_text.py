@@ -13,7 +13,6 @@ from ds_interlock.hf.data.text import (
     encode_documents,
     load_text,
     read_documents,
-    split_documents,
     unigram_perplexity,
 )
 
@@ -55,13 +54,15 @@ def test_a_single_file_is_split_where_its_author_did(text, documents, tmp_path):
     assert read_documents([str(tmp_path / "text")]) == documents
 
 
-def test_split_is_by_document_and_seeded():
+def test_split_is_by_document_and_seeded(tmp_path):
     documents = [f"document {number}" for number in range(80)]
-    data = split_documents(documents, 0.05, seed=11)
+    path = tmp_path / "text"
+    path.write_text("\n\n".join(documents))
+    data = load_text([str(path)], seed=11)
     assert len(data.validation) == 4
     assert sorted([*data.train, *data.validation]) == sorted(documents)
-    assert split_documents(documents, 0.05, seed=11) == data
-    assert split_documents(documents, 0.05, seed=12).validation != data.validation
+    assert load_text([str(path)], seed=11) == data
+    assert load_text([str(path)], seed=12).validation != data.validation
 
 
 def test_validation_files_are_used_as_they_are(tmp_path):
@@ -121,10 +122,9 @@ def test_documents_end_with_the_end_of_text():
 
 def test_labels_are_the_next_tokens_and_cover_all_but_a_rest():
     blocks = TokenBlocks(torch.arange(12), seq_length=5)
-    assert [(i.tolist(), label.tolist()) for i, label in blocks] == [
-        ([0, 1, 2, 3, 4], [1, 2, 3, 4, 5]),
-        ([5, 6, 7, 8, 9], [6, 7, 8, 9, 10]),
-    ]
+    inputs, labels = blocks.stack(range(len(blocks)))
+    assert inputs.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert labels.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
 
 
 def test_too_small_for_one_batch_says_how_much_is_needed():

@@ -18,8 +18,15 @@ from ds_interlock.errors import ConfigError
 from ds_interlock.hf.data.batches import BatchShape, EvaluationBatches, TrainingBatches
 from ds_interlock.hf.data.rows import PackedRows, PaddedRows, Rows
 from ds_interlock.hf.data.samples import Sample
-from ds_interlock.hf.model.base_states import BaseStates, Share, digest_of_model, record
-from ds_interlock.hf.model.states_file import check_room, map_states, new_states_file
+from ds_interlock.hf.model.base_states import (
+    BaseStates,
+    Share,
+    check_room,
+    digest_of_model,
+    map_states,
+    new_states_file,
+    record,
+)
 
 SEQ_LENGTH = 20
 WIDTH = 32  # of the tiny models
@@ -47,7 +54,7 @@ def states_of_a_pipeline(
     from ds_interlock.hf.model.pretrained import open_pretrained
     from ds_interlock.models.lm import lm_loss
 
-    rows: Rows[Any] = KINDS[kind](samples(), SEQ_LENGTH)
+    rows: Rows = KINDS[kind](samples(), SEQ_LENGTH)
     pretrained = open_pretrained(model)
     config = {
         "train_micro_batch_size_per_gpu": shape.micro_batch_size,
@@ -129,7 +136,7 @@ def test_stage_0_finds_what_the_whole_model_makes_of_each_sample(
 # Shares.
 
 
-def share(rows: Rows[Any], model: str = "m", **shape: int) -> Share:
+def share(rows: Rows, model: str = "m", **shape: int) -> Share:
     of = {"micro_batch_size": 2, "num_micro_batches": 2, "num_replicas": 2, **shape}
     return Share.of(EvaluationBatches(rows, BatchShape(**of), replica=1), model)
 

@@ -86,7 +86,7 @@ def test_files_that_are_missing_or_cut_short_are_found_at_once(
     with pytest.raises(ConfigError, match=r"names model\.b\.safetensors, which do not exist"):
         Weights(tmp_path, torch.float32)
     (tmp_path / INDEX).write_text('{"weight_map": 3}')
-    with pytest.raises(ConfigError, match="is no index of shards"):
+    with pytest.raises(ConfigError, match="is not a list of shards"):
         Weights(tmp_path, torch.float32)
 
 

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
 from ds_interlock import InterlockConfig
 from ds_interlock.errors import ConfigError, DataError
-from ds_interlock.files import replace_text
+from ds_interlock.files import read_record, replace_text
 from experiments import definition
 from experiments.definition import GLOBAL, Definition
 from experiments.efficiency import phase_sections
@@ -41,45 +41,22 @@ from experiments.tasks import make_task
 from measuring.results import machine, table_of, versions
 from measuring.results_file import RESULTS
 
-FORMAT = 1
-"""Of the file. Raise it when a reader of the old one would be misled; old files are then refused."""
-
 Section = dict[str, Any]
 _Phase = tuple[str, int | None, Section]
 """A mode, the step that a phase of it begins at (None: it has no others), the section then in force."""
-
-# The file.
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Head(_Record):
-    """An auxiliary head of some mode, and what its forward and backward take together."""
-
-    after_layer: int
-    section: Section
-    """Its "interlock.head", without what time does not depend on."""
-    units: float
-
-
-class Stage(_Record):
-    """What the layers of a stage take, in units, and the heads on it."""
-
-    forward: float
-    input_gradient: float
-    weight_gradient: float
-    loss: float
-    """The final loss, on the last stage."""
-    heads: tuple[Head, ...]
-
-
 class ProfileOfStages(_Record):
     """The proportions of the stages' sleeps. The unit is the mean forward of a stage."""
 
     stage_bounds: tuple[int, ...]
-    stages: tuple[Stage, ...]
+    stages: tuple[dict[str, Any], ...]
+    """In units: "forward", "input_gradient" and "weight_gradient" of a stage's layers, the final "loss" on
+    the last stage, and "heads": for each auxiliary head of some mode, both its passes together."""
     unit_seconds: float
     """The unit on the machine that was profiled, for a whole batch of the experiment."""
 
@@ -109,6 +86,7 @@ class BatchTimes(_Record):
     """The contents of the file."""
 
     format: Literal[1] = 1
+    """To be raised when a reader of the old format would be misled; old files are then refused."""
     experiment: str
     milliseconds: float
     command: str
@@ -122,28 +100,10 @@ def read(path: Path) -> BatchTimes:
     """The batch times in a file.
 
     Raises:
-        DataError: If there is no such file, or it is none of ours, or one of another version.
+        ConfigError: If there is no such file, or it is not one of batch times, or of another version.
     """
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(
-            f"{path}: cannot read the batch times: {error}; measure them with `{_command('NAME')}`"
-        ) from error
-    version = contents.get("format") if isinstance(contents, dict) else None
-    if version != FORMAT:
-        raise DataError(
-            f"{path}: format {version}, expected {FORMAT}: the file is from another version of this package; "
-            f"measure again with `{_command('NAME')}`"
-        )
-    try:
-        return BatchTimes.model_validate(contents)
-    except ValidationError as error:
-        keys = ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors())
-        raise DataError(
-            f"{path}: not batch times as this version describes them (wrong or missing: {keys}); measure "
-            f"again with `{_command('NAME')}`"
-        ) from error
+    hint = "measure batch times with `python -m experiments.batch_times NAME`"
+    return read_record(path, BatchTimes, what="file of batch times", hint=hint)
 
 
 def batch_seconds(times: BatchTimes, section: Mapping[str, Any], micro_batches: int) -> float:
@@ -165,12 +125,8 @@ def batch_seconds(times: BatchTimes, section: Mapping[str, Any], micro_batches: 
             return row.relative_seconds * times.profile.unit_seconds
     raise DataError(
         f"no batch time of {json.dumps(dict(section))} with {micro_batches} micro-batches: measure it with "
-        f"`{_command(times.experiment)} --micro_batches {micro_batches}`"
+        f"`python -m experiments.batch_times {times.experiment} --micro_batches {micro_batches}`"
     )
-
-
-def _command(name: str) -> str:
-    return f"python -m experiments.batch_times {name}"
 
 
 def _what_counts(section: Mapping[str, Any], stage_bounds: Sequence[int]) -> Hashable:
@@ -184,14 +140,9 @@ def _what_counts(section: Mapping[str, Any], stage_bounds: Sequence[int]) -> Has
 def _one_phase(section: Mapping[str, Any]) -> InterlockConfig:
     """The section, checked, without the keys for how heads learn."""
     if "schedule" in section:
-        raise ConfigError(
-            "interlock.schedule: a batch takes another time in every phase; ask for one of phase_sections"
-        )
+        raise ConfigError("interlock.schedule: batch times differ by phase; ask for one of phase_sections")
     config = InterlockConfig.from_deepspeed({"interlock": section})
     return config.model_copy(update={"head": without_learning(config.head)})
-
-
-# The command.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -233,25 +184,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _phases(experiment: Definition, modes: Sequence[str] | None) -> list[_Phase]:
     """What to measure, global first."""
-    of_experiment = experiment.modes
-    unknown = [mode for mode in modes or () if mode not in of_experiment]
-    if unknown:
+    definition.check_modes(modes, experiment.modes)
+    own_model = [name for name, mode in experiment.modes.items() if mode.model]
+    if impossible := [name for name in own_model if name in (modes or ())]:
         raise ConfigError(
-            f"--modes: the experiment has no {', '.join(unknown)}: expected some of "
-            f"{', '.join(of_experiment)}"
+            f"--modes: {', '.join(impossible)} has a model of its own, which is not timed; leave it out"
         )
-    own_model = [mode for mode in modes or () if of_experiment[mode].model]
-    if own_model:
-        raise ConfigError(
-            f"--modes: {', '.join(own_model)} would be timed with another model than the experiment's; leave "
-            "out modes that have a model of their own"
-        )
-    timed = modes or [mode for mode in of_experiment if not of_experiment[mode].model]
-    chosen = [GLOBAL, *(mode for mode in timed if mode != GLOBAL)]
+    chosen = dict.fromkeys([GLOBAL, *(modes or (name for name in experiment.modes if name not in own_model))])
+    sections = {name: experiment.modes[name].interlock for name in chosen}
     return [
-        (mode, step if "schedule" in of_experiment[mode].interlock else None, section)
-        for mode in chosen
-        for step, section in phase_sections(of_experiment[mode].interlock)
+        (name, step if "schedule" in section else None, of_phase)
+        for name, section in sections.items()
+        for step, of_phase in phase_sections(section)
     ]
 
 
@@ -268,7 +212,11 @@ def _measure(
         command=shlex.join(["python", "-m", "experiments.batch_times", *words]),
         machine=machine(),
         versions=versions(),
-        profile=_profile_of_stages(profile, run.training.num_micro_batches),
+        profile=ProfileOfStages(
+            stage_bounds=profile.model.stage_bounds,
+            stages=_stages(profile),
+            unit_seconds=profile.unit_seconds * run.training.num_micro_batches,
+        ),
         rows=tuple(rows),
     )
 
@@ -279,11 +227,8 @@ def _rows(
     """Measures every pipeline among the phases once, one after the other."""
     model = profile.model
     keys = [_what_counts(section, model.stage_bounds) for _, _, section in phases]
-    pipelines: dict[Hashable, Pipeline] = {}
-    for key, (_, _, section) in zip(keys, phases, strict=True):
-        if key not in pipelines:
-            config = _one_phase(section)
-            pipelines[key] = Pipeline(config, model, profile.heads_of(config))
+    configs = {key: _one_phase(section) for key, (_, _, section) in zip(keys, phases, strict=True)}
+    pipelines = {key: Pipeline(config, model, profile.heads_of(config)) for key, config in configs.items()}
     bar = tqdm(pipelines.items(), unit="pipeline", disable=None)
     seconds = {key: pipeline.seconds(micro_batches, unit_seconds) for key, pipeline in bar}
     return [
@@ -303,29 +248,21 @@ def _rows(
     ]
 
 
-def _profile_of_stages(profile: TaskProfile, num_micro_batches: int) -> ProfileOfStages:
-    model = profile.model
-    costs = model.costs
-    passes: list[Any] = [costs.forward, costs.input_gradient, costs.weight_gradient]
-    bounds = list(pairwise(model.stage_bounds))
-    stages = [
-        Stage(
-            forward=passes[0][number],
-            input_gradient=passes[1][number],
-            weight_gradient=passes[2][number],
-            loss=model.loss if number == len(bounds) - 1 else 0.0,
-            heads=tuple(
-                Head(after_layer=after_layer, section=config.model_dump(exclude=LEARNING_KEYS), units=units)
-                for (config, after_layer), units in profile.heads.items()
-                if start < after_layer <= stop
-            ),
-        )
+def _stages(profile: TaskProfile) -> tuple[dict[str, Any], ...]:
+    """See ``ProfileOfStages.stages``."""
+    costs, bounds = profile.model.costs, list(pairwise(profile.model.stage_bounds))
+    names = ("forward", "input_gradient", "weight_gradient")
+    return tuple(
+        {
+            **{name: getattr(costs, name)[number] for name in names},
+            "loss": profile.model.loss if number == len(bounds) - 1 else 0.0,
+            "heads": [
+                {"after_layer": layer, "section": config.model_dump(exclude=LEARNING_KEYS), "units": units}
+                for (config, layer), units in profile.heads.items()
+                if start < layer <= stop
+            ],
+        }
         for number, (start, stop) in enumerate(bounds)
-    ]
-    return ProfileOfStages(
-        stage_bounds=model.stage_bounds,
-        stages=tuple(stages),
-        unit_seconds=profile.unit_seconds * num_micro_batches,
     )
 
 

@@ -4,20 +4,29 @@ Modes are compared seed by seed: all modes of a seed start from the same weights
 so that a difference between two of them varies less than either.
 """
 
+import math
 import statistics
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from ds_interlock.errors import DataError
+from ds_interlock.files import faults_of
 from experiments.definition import GLOBAL, LOCAL, Run
 from measuring import results_file
 from measuring.results_file import Record
+
+_SCORES: dict[str, Callable[[dict[str, float]], float]] = {
+    "error": lambda final: 100 * final["error"],  # %
+    "loss": lambda final: final["loss"],  # nats
+    "perplexity": lambda final: math.exp(final["loss"]),
+}
 
 
 @dataclass(frozen=True)
@@ -34,21 +43,15 @@ class Curve:
         """
         if self.losses[0] <= target:
             return float(self.steps[0])
-        points = list(zip(self.steps, self.losses, strict=True))
+        points = zip(self.steps, self.losses, strict=True)
         for (step, loss), (next_step, next_loss) in pairwise(points):
             if next_loss <= target:
                 return step + (next_step - step) * (loss - target) / (loss - next_loss)
         return None
 
     def at(self, steps: float) -> float:
-        """The loss after ``steps``, linear between points; the curve must reach there."""
-        assert self.steps[0] <= steps <= self.steps[-1], "within the curve"
-        if steps == self.steps[0]:
-            return self.losses[0]
-        number = bisect_left(self.steps, steps)
-        step, next_step = self.steps[number - 1 : number + 1]
-        loss, next_loss = self.losses[number - 1 : number + 1]
-        return loss + (next_loss - loss) * (steps - step) / (next_step - step)
+        """The loss after ``steps``, linear between points; that of the first or last point outside them."""
+        return float(np.interp(steps, self.steps, self.losses))
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,16 @@ class Spread:
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
         return statistics.fmean(self.values)
 
     @property
     def deviation(self) -> float | None:
-        """Sample standard deviation; None of a single seed."""
+        """Sample standard deviation; None for a single seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> "Spread | None":
-        """Of the values; None without any, or if one of them is None."""
+        """None without any value, or if one of them is None."""
         all_values = tuple(values)
         known = tuple(value for value in all_values if value is not None)
         return cls(known) if known and len(known) == len(all_values) else None
@@ -77,21 +79,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Result:
-    """A line of the results file (``record``), and the run it is of."""
+    """A line of the results file (``record``), and its run."""
 
     run: Run
     record: Record
-
-    @property
-    def budget(self) -> int:
-        """Batches after which quality is compared."""
-        return self.run.training.num_steps
-
-    @property
-    def final(self) -> dict[str, float]:
-        """The model's score at the end of the budget: "loss", and for images "error"."""
-        score: dict[str, float] = self.record["final"]
-        return score
 
     @property
     def curve(self) -> Curve:
@@ -104,19 +95,14 @@ class Result:
         return {point["step"]: point[key] for point in self.record["curve"] if point.get(key) is not None}
 
     def at_the_end(self, key: str) -> Any:
-        """The last of ``series`` within the budget; None if there is none."""
-        within = [value for step, value in self.series(key).items() if step <= self.budget]
+        """The last of ``series`` within the budget; None if it has none."""
+        within = [value for step, value in self.series(key).items() if step <= self.run.training.num_steps]
         return within[-1] if within else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All results of an experiment.
-
-    Attributes:
-        name: Of the experiment.
-        results: By mode and seed.
-    """
+    """All results of an experiment, by mode and seed."""
 
     name: str
     results: dict[str, dict[int, Result]]
@@ -128,7 +114,6 @@ class Comparison:
 
     @property
     def modes(self) -> list[str]:
-        """Their names."""
         return list(self.results)
 
     @property
@@ -136,65 +121,79 @@ class Comparison:
         """Every run."""
         return [result for of_mode in self.results.values() for result in of_mode.values()]
 
-    def section(self, mode: str) -> dict[str, Any]:
-        """The "interlock" section of the mode."""
-        return self._first_run(mode).interlock
-
-    def is_global(self, mode: str) -> bool:
-        """Whether the mode is ordinary backpropagation throughout, maybe of another model."""
-        return self._first_run(mode).section.is_global
+    def run_of(self, mode: str) -> Run:
+        """The mode's run of any seed: model, section and number of steps are the same for all."""
+        return next(iter(self.results[mode].values())).run
 
     def has_own_model(self, mode: str) -> bool:
         """Whether the model, and so the time of a batch, differs from that of global."""
-        return self._first_run(mode).model != self.reference.run.model
-
-    def _first_run(self, mode: str) -> Run:
-        """Of any seed."""
-        return next(iter(self.results[mode].values())).run
+        return self.run_of(mode).model != self.reference.run.model
 
     @property
     def is_images(self) -> bool:
-        """Whether quality is an error rate rather than a loss."""
+        """Whether quality is an error rate instead of a loss."""
         return self.reference.run.model.kind == "images"
 
     @property
     def budget(self) -> int:
         """Batches after which quality is compared."""
-        return self.reference.budget
+        return self.reference.run.training.num_steps
 
-    def quality(self, result: Result) -> float:
-        """Test error in %, or validation loss in nats; less is better."""
-        return 100 * result.final["error"] if self.is_images else result.final["loss"]
+    def score(self, mode: str, name: str) -> Spread | None:
+        """At the end of the budget: "error" (images only, %), "loss" (nats) or "perplexity"."""
+        return Spread.of(_SCORES[name](one.record["final"]) for one in self.results[mode].values())
 
-    def spread(self, mode: str, measure: Callable[[Result], float | None]) -> Spread | None:
-        """``measure`` of each run of the mode."""
-        return Spread.of(measure(result) for result in self.results[mode].values())
+    def gain_over_local(self, mode: str) -> Spread | None:
+        """Quality less that of local, seed by seed: below 0 the mode is better."""
+        return self.paired([mode, LOCAL], lambda one, local: self._quality(one) - self._quality(local))
+
+    def recovered(self, mode: str) -> Spread | None:
+        """Share of the gap between local and global that the mode closes, seed by seed.
+
+        None also if local is not worse than global in one of the seeds: there is no gap then.
+        """
+
+        def share(one: Result, local: Result, end_to_end: Result) -> float | None:
+            gap = self._quality(local) - self._quality(end_to_end)
+            return (self._quality(local) - self._quality(one)) / gap if gap > 0 else None
+
+        return self.paired([mode, LOCAL, GLOBAL], share)
+
+    def first_rms(self, mode: str) -> Spread | None:
+        """Root mean square of the first stage's output at the end of the budget."""
+        return Spread.of(one.at_the_end("stage_rms")[0] for one in self.results[mode].values())
+
+    def growth(self, mode: str) -> tuple[int, Spread] | None:
+        """The stage whose output grows most, and the RMS of its output over that under global.
+
+        The ratio is the largest on average over the seeds, so that the deviation is that of one stage.
+        """
+
+        def ratio(stage: int, one: Result, reference: Result) -> float:
+            return float(one.at_the_end("stage_rms")[stage] / reference.at_the_end("stage_rms")[stage])
+
+        stages = range(self.reference.run.num_stages - 1)
+        ratios = {stage: self.paired([mode, GLOBAL], partial(ratio, stage)) for stage in stages}
+        known = {stage: spread for stage, spread in ratios.items() if spread}
+        return max(known.items(), key=lambda item: item[1].mean) if len(known) == len(ratios) else None
+
+    def cosines(self, mode: str) -> list[Spread | None]:
+        """Of each stage with the global gradient, last measured within the budget; empty if not measured."""
+        by_seed = [result.at_the_end("cosine") for result in self.results[mode].values()]
+        return [] if None in by_seed else [Spread.of(of_stage) for of_stage in zip(*by_seed, strict=True)]
 
     def paired(self, modes: Sequence[str], measure: Callable[..., float | None]) -> Spread | None:
         """``measure`` of the runs of ``modes`` with one seed, for each seed that all of them have.
 
-        Returns:
-            None if there is no such seed, or no number for one of them.
+        None if there is no such seed, or no number for one of them.
         """
         runs = [self.results.get(mode, {}) for mode in modes]
         seeds = [seed for seed in runs[0] if all(seed in of_mode for of_mode in runs)]
         return Spread.of(measure(*(of_mode[seed] for of_mode in runs)) for seed in seeds)
 
-    def gain_over_local(self, mode: str) -> Spread | None:
-        """Quality less that of local, seed by seed: below 0 the mode is better."""
-        return self.paired([mode, LOCAL], lambda one, local: self.quality(one) - self.quality(local))
-
-    def recovered(self, mode: str) -> Spread | None:
-        """Share of the gap between local and global that the mode closes, seed by seed.
-
-        Returns:
-            None also if local is not worse than global in one of the seeds: there is no gap then.
-        """
-        return self.paired([mode, LOCAL, GLOBAL], self._share)
-
-    def _share(self, one: Result, local: Result, end_to_end: Result) -> float | None:
-        gap = self.quality(local) - self.quality(end_to_end)
-        return (self.quality(local) - self.quality(one)) / gap if gap > 0 else None
+    def _quality(self, result: Result) -> float:
+        """Test error in %, or validation loss in nats; less is better."""
+        return _SCORES["error" if self.is_images else "loss"](result.record["final"])
 
 
 def read(path: Path, order: Sequence[str]) -> Comparison:
@@ -209,14 +208,19 @@ def read(path: Path, order: Sequence[str]) -> Comparison:
     """
     results: dict[str, dict[int, Result]] = {mode: {} for mode in order}
     for number, record in enumerate(results_file.read(path), start=1):
-        result = _parse(path, number, record)
-        of_mode = results.setdefault(result.run.mode, {})
-        if result.run.seed in of_mode:
+        try:
+            run = Run.model_validate(record.get("run"))
+        except ValidationError as error:
             raise DataError(
-                f"{path}, line {number}: a second run of mode {result.run.mode}, seed {result.run.seed}: the "
-                "experiment's file has changed in between; remove the line that is out of date"
+                f"{path}, line {number}: not a run of this version ({'; '.join(faults_of(error))}): remove "
+                "the line, and run the experiment again with --resume"
+            ) from error
+        if run.seed in results.setdefault(run.mode, {}):
+            raise DataError(
+                f"{path}, line {number}: a second run of mode {run.mode}, seed {run.seed}, after a change of "
+                "the experiment's file: remove the line that is out of date"
             )
-        of_mode[result.run.seed] = result
+        results[run.mode][run.seed] = Result(run, record)
     results = {mode: dict(sorted(of_mode.items())) for mode, of_mode in results.items() if of_mode}
     if GLOBAL not in results:
         raise DataError(
@@ -224,36 +228,17 @@ def read(path: Path, order: Sequence[str]) -> Comparison:
             f"`python -m experiments.run {path.stem} --modes global --resume`"
         )
     comparison = Comparison(path.stem, results)
-    _check_comparable(path, comparison)
+    for run in (result.run for result in comparison.all):
+        first = comparison.run_of(run.mode)
+        if _common(run) != _common(comparison.reference.run) or _of_mode(run) != _of_mode(first):
+            raise DataError(
+                f"{path}: mode {run.mode}, seed {run.seed} is not of the same experiment as the runs before: "
+                "remove the lines that are out of date, and run it again with --resume"
+            )
     return comparison
 
 
-def _parse(path: Path, number: int, record: Record) -> Result:
-    try:
-        return Result(Run.model_validate(record["run"]), record)
-    except (KeyError, ValidationError) as error:
-        faults = error.errors() if isinstance(error, ValidationError) else [{"loc": error.args}]
-        keys = ", ".join(".".join(map(str, fault["loc"])) for fault in faults)
-        raise DataError(
-            f"{path}, line {number}: not a run as this version describes it (wrong or missing: {keys}): "
-            "remove the line, and run the experiment again with --resume"
-        ) from error
-
-
-def _check_comparable(path: Path, comparison: Comparison) -> None:
-    reference = _of_experiment(comparison.reference.run)
-    for of_mode in comparison.results.values():
-        first = next(iter(of_mode.values())).run
-        for run in (result.run for result in of_mode.values()):
-            if _of_experiment(run) != reference or _of_mode(run) != _of_mode(first):
-                raise DataError(
-                    f"{path}: mode {run.mode}, seed {run.seed} is not of the same experiment as the runs "
-                    "before: the experiment's file has changed in between; remove the lines that are out "
-                    "of date, and run it again with --resume"
-                )
-
-
-def _of_experiment(run: Run) -> tuple[Any, ...]:
+def _common(run: Run) -> tuple[Any, ...]:
     """Equal for all runs of an experiment."""
     samples = (run.measurements.num_samples, run.measurements.num_final_samples)
     return run.training, run.num_stages, run.model.kind, samples

@@ -4,11 +4,12 @@
     [modes."window 2"]                  one run for each mode and seed
     interlock = {window = 2, ...}       the "interlock" section of a DeepSpeed config, no more and no less
 
-A run is fixed by its ``Run``: the definition with one mode and one seed. It is what the results file
-holds beside the measurements, so that each line of it can be run again.
+A ``Run`` is the definition with one mode and one seed. The results file holds it beside the measurements, so
+that each line of it can be run again.
 """
 
 import tomllib
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,16 +26,16 @@ LOCAL = "local"
 SMOKE = "smoke-"
 """Before an experiment's name: a short version of it, whose results mean nothing."""
 _SMOKE_STAGES = 4
-_SMOKE_MODELS: dict[str, dict[str, Any]] = {
+_SMOKE: dict[str, dict[str, Any]] = {
     "prose": {"seq_length": 16, "width": 16, "num_blocks": _SMOKE_STAGES},
     "images": {"width": 2, "num_train_images": 256},
-}
-_SMOKE_TRAINING = {"num_steps": 4, "micro_batch_size": 4, "warmup_steps": 1}
-_SMOKE_MEASUREMENTS = {
-    "evaluate_every": 2,
-    "num_samples": 16,
-    "num_final_samples": 32,
-    "evaluation_batch_size": 32,
+    "training": {"num_steps": 4, "micro_batch_size": 4, "warmup_steps": 1},
+    "measurements": {
+        "evaluate_every": 2,
+        "num_samples": 16,
+        "num_final_samples": 32,
+        "evaluation_batch_size": 32,
+    },
 }
 
 
@@ -163,7 +164,17 @@ class Definition(_Section):
         """All runs, seed by seed, so that an interrupted experiment has whole rows of seeds."""
         seeds = dict.fromkeys(seed for mode in self.modes.values() for seed in mode.seeds or self.seeds)
         return [
-            self._run(experiment, name, mode, seed)
+            Run(
+                experiment=experiment,
+                mode=name,
+                seed=seed,
+                num_stages=self.num_stages,
+                model=self.model_of(mode),
+                training=self.training,
+                measurements=self.measurements,
+                interlock=mode.interlock,
+                num_steps=max(mode.num_steps or 0, self.training.num_steps),
+            )
             for seed in seeds
             for name, mode in self.modes.items()
             if seed in (mode.seeds or self.seeds)
@@ -171,39 +182,33 @@ class Definition(_Section):
 
     def shrunk(self) -> "Definition":
         """The same modes on a tiny model for a few steps; the phases of a schedule follow step by step."""
-
-        def section(whole: dict[str, Any]) -> dict[str, Any]:
-            phases = [
-                {**phase, "from_step": number} for number, phase in enumerate(whole.get("schedule", []))
-            ]
-            return {**whole, **({"schedule": phases} if phases else {})}
-
-        modes = {
-            name: mode.model_copy(update={"interlock": section(mode.interlock), "num_steps": None})
-            for name, mode in self.modes.items()
-        }
+        modes = {}
+        for name, mode in self.modes.items():
+            section = dict(mode.interlock)
+            if "schedule" in section:
+                section["schedule"] = [{**p, "from_step": n} for n, p in enumerate(section["schedule"])]
+            modes[name] = mode.model_copy(update={"interlock": section, "num_steps": None})
         return self.model_copy(
             update={
                 "num_stages": _SMOKE_STAGES,
                 "seeds": self.seeds[:2],
-                "model": self.model.model_copy(update=_SMOKE_MODELS[self.model.kind]),
-                "training": self.training.model_copy(update=_SMOKE_TRAINING),
-                "measurements": self.measurements.model_copy(update=_SMOKE_MEASUREMENTS),
+                "model": self.model.model_copy(update=_SMOKE[self.model.kind]),
+                "training": self.training.model_copy(update=_SMOKE["training"]),
+                "measurements": self.measurements.model_copy(update=_SMOKE["measurements"]),
                 "modes": modes,
             }
         )
 
-    def _run(self, experiment: str, name: str, mode: Mode, seed: int) -> Run:
-        return Run(
-            experiment=experiment,
-            mode=name,
-            seed=seed,
-            num_stages=self.num_stages,
-            model=self.model_of(mode),
-            training=self.training,
-            measurements=self.measurements,
-            interlock=mode.interlock,
-            num_steps=max(mode.num_steps or 0, self.training.num_steps),
+
+def check_modes(asked: Sequence[str] | None, existing: Collection[str]) -> None:
+    """Checks the option ``--modes``.
+
+    Raises:
+        ConfigError: Naming the modes that do not exist.
+    """
+    if unknown := [mode for mode in asked or () if mode not in existing]:
+        raise ConfigError(
+            f"--modes: the experiment has no {', '.join(unknown)}: expected some of {', '.join(existing)}"
         )
 
 

@@ -21,13 +21,13 @@ from experiments.comparison import Comparison, Result, Spread
 from experiments.definition import GLOBAL
 
 BatchSeconds = Callable[[Mapping[str, Any], int], float]
-"""Of an "interlock" section of one phase and a number of micro-batches: the time of a batch.
+"""The time of a batch, by the "interlock" section of one phase and the number of micro-batches.
 
 Raises DataError if that was not measured."""
 
 
 class Phase(NamedTuple):
-    """A part of training with one gradient flow: the batches before it, and what each of its own takes."""
+    """A part of training with one gradient flow."""
 
     from_step: int
     batch_seconds: float
@@ -35,20 +35,23 @@ class Phase(NamedTuple):
 
 def seconds_of(steps: float, phases: Sequence[Phase]) -> float:
     """Time of the first ``steps`` batches; the first phase begins at 0."""
-    total = 0.0
-    for phase, end in zip(phases, _ends(phases), strict=True):
-        total += max(0.0, min(steps, end) - phase.from_step) * phase.batch_seconds
-    return total
+    return sum(
+        max(0.0, min(steps, end) - phase.from_step) * phase.batch_seconds for phase, end in _with_ends(phases)
+    )
 
 
 def steps_within(seconds: float, phases: Sequence[Phase]) -> float:
     """How many batches, parts of one included, fit into ``seconds``: the inverse of ``seconds_of``."""
-    for phase, end in zip(phases, _ends(phases), strict=True):
+    for phase, end in _with_ends(phases):
         in_phase = seconds / phase.batch_seconds
         if phase.from_step + in_phase <= end:
-            return phase.from_step + in_phase
+            break
         seconds -= (end - phase.from_step) * phase.batch_seconds
-    raise AssertionError("the last phase has no end")
+    return phase.from_step + in_phase
+
+
+def _with_ends(phases: Sequence[Phase]) -> list[tuple[Phase, float]]:
+    return list(zip(phases, [*(phase.from_step for phase in phases[1:]), float("inf")], strict=True))
 
 
 def phase_sections(section: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
@@ -62,11 +65,6 @@ def phase_sections(section: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]
     return [(step, phase.model_dump(mode="json", exclude_defaults=True)) for step, phase in phases]
 
 
-def _ends(phases: Sequence[Phase]) -> list[float]:
-    assert phases[0].from_step == 0, "the first phase begins at step 0"
-    return [*(float(phase.from_step) for phase in phases[1:]), float("inf")]
-
-
 @dataclass(frozen=True)
 class Efficiency:
     """Times of the modes of an experiment.
@@ -74,8 +72,7 @@ class Efficiency:
     Attributes:
         comparison: The runs.
         micro_batches: The numbers of micro-batches M that batches were timed with.
-        phases: Phases with their times, by mode and M; modes that were not timed, or have a model of their
-            own, are left out.
+        phases: By mode and M, for the modes that were timed and have the experiment's model.
     """
 
     comparison: Comparison
@@ -96,7 +93,7 @@ class Efficiency:
         for mode in comparison.modes:
             if comparison.has_own_model(mode):
                 continue
-            sections = phase_sections(comparison.section(mode))
+            sections = phase_sections(comparison.run_of(mode).interlock)
             try:
                 phases[mode] = {
                     m: [Phase(step, batch_seconds(section, m)) for step, section in sections] for m in numbers
@@ -105,11 +102,6 @@ class Efficiency:
                 if mode == GLOBAL:
                     raise
         return cls(comparison, numbers, phases)
-
-    @property
-    def modes(self) -> list[str]:
-        """Those that were timed."""
-        return list(self.phases)
 
     def steps(self, mode: str) -> list[float | None]:
         """For each seed with a global run, the steps in which the mode gets to its loss; None if never."""
@@ -138,6 +130,13 @@ class Efficiency:
 
         return self.comparison.paired([mode, GLOBAL], of_seed)
 
+    def fastest(self, num_micro_batches: int) -> tuple[str, Spread] | None:
+        """The mode with windows that reaches global's loss first, and its speed-up; None if none does."""
+        with_windows = [mode for mode in self.phases if not self.comparison.run_of(mode).section.is_global]
+        gains = {mode: self.speed_up(mode, num_micro_batches) for mode in with_windows}
+        reached = {mode: gain for mode, gain in gains.items() if gain}
+        return max(reached.items(), key=lambda item: item[1].mean, default=None)
+
     def at_equal_time(self, mode: str, num_micro_batches: int) -> tuple[Spread, bool]:
         """The loss of the mode after the time of global's budget.
 
@@ -147,8 +146,7 @@ class Efficiency:
         seconds = seconds_of(self.comparison.budget, self.phases[GLOBAL][num_micro_batches])
         steps = steps_within(seconds, self.phases[mode][num_micro_batches])
         curves = [result.curve for result in self.comparison.results[mode].values()]
-        losses = tuple(curve.at(min(max(steps, curve.steps[0]), curve.steps[-1])) for curve in curves)
-        return Spread(losses), any(steps > curve.steps[-1] for curve in curves)
+        return Spread(tuple(curve.at(steps) for curve in curves)), any(steps > c.steps[-1] for c in curves)
 
     def _target(self, seed: int) -> float:
         return self.comparison.results[GLOBAL][seed].curve.at(self.comparison.budget)

@@ -5,7 +5,8 @@
 
 Of every experiment in experiments/definitions the folder may have NAME.jsonl, written by experiments.run, and
 NAME_batch_times.json, written by experiments.batch_times. All numbers come from these files; the same files
-give the same page and pictures, byte for byte. The page's text is in report.md.jinja.
+give the same page and pictures, byte for byte. The page's text is in report.md.jinja, its tables are in
+tables.md.jinja.
 """
 
 import argparse
@@ -15,53 +16,51 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.files import replace_text
-from experiments import batch_times, comparison, definition, figures, finetune, tables
-from experiments.comparison import Comparison, Result
-from experiments.definition import Definition, ProseModel
+from experiments import batch_times, comparison, definition, figures, finetune
+from experiments.comparison import Comparison
+from experiments.definition import Definition
 from experiments.efficiency import Efficiency
+from experiments.tables import NOTHING, cell, percent, steps_to_target
 from measuring import results_file
 from measuring.results_file import RESULTS
 
-OUTPUT = Path("docs/results.md")
-TEMPLATE = Path(__file__).with_name("report.md.jinja")
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    undefined=StrictUndefined,
+)
+ENVIRONMENT.globals.update(cell=cell, percent=percent, steps_to_target=steps_to_target, NOTHING=NOTHING)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment: its definition, its runs, and their times (None before batch times are measured).
-
-    Attributes:
-        file: The results file, relative to the page.
-    """
+    """An experiment: its definition, its runs, and their times (None before batch times are measured)."""
 
     definition: Definition
     comparison: Comparison
     efficiency: Efficiency | None
-    file: str
 
     @classmethod
-    def load(cls, results: Path, name: str, output: Path) -> "Experiment":
-        """From the folder of results.
-
-        Raises:
-            ConfigError: If the definition is faulty.
-            DataError: If a file of results cannot be used.
-        """
-        file, times_file = results / f"{name}.jsonl", results / f"{name}_batch_times.json"
-        own_definition = definition.load(name)
-        runs = comparison.read(file, order=list(own_definition.modes))
+    def load(cls, results: Path, name: str) -> "Experiment":
+        """From the folder of results; errors as of ``write``."""
+        its_definition = definition.load(name)
+        runs = comparison.read(results / f"{name}.jsonl", order=list(its_definition.modes))
         efficiency = None
+        times_file = results / f"{name}_batch_times.json"
         if times_file.exists():
             times = batch_times.read(times_file)
             numbers = (row.micro_batches for row in times.rows)
             efficiency = Efficiency.of(runs, numbers, partial(batch_times.batch_seconds, times))
-        return cls(own_definition, runs, efficiency, os.path.relpath(file, output.parent))
+        return cls(its_definition, runs, efficiency)
 
     @property
     def name(self) -> str:
@@ -69,59 +68,19 @@ class Experiment:
         return self.comparison.name
 
     @property
-    def link(self) -> str:
-        """The name as code."""
-        return f"`{self.name}`"
-
-    @property
-    def minutes(self) -> float:
-        """Of all runs together."""
-        return sum(result.record["seconds"] for result in self.comparison.all) / 60
-
-    @property
-    def flags(self) -> str:
-        """The options that the runs were made with."""
-        device = self.comparison.reference.record["device"]
-        return "--jobs 2" if device == "cpu" else f"--device {device}"
-
-    @property
-    def duration(self) -> str:
-        """Of all runs on one device."""
-        minutes = self.definition.minutes
-        if self.comparison.reference.record["device"] == "cpu":
-            return f"{minutes:g} minutes of one core, {minutes / 2:g} of two"
-        return f"{minutes:g} minutes of one device"
-
-    @property
-    def budget(self) -> str:
-        """Model and budget in one line."""
-        run, training = self.comparison.reference.run, self.comparison.reference.run.training
-        clipped = training.max_gradient_norm
-        return (
-            f"{_model(run.model)}, in {run.num_stages} stages; {training.num_steps:,} steps of "
-            f"{training.num_micro_batches * training.micro_batch_size} samples, "
-            f"{'SGD' if training.optimizer == 'sgd' else 'AdamW'} with learning rate "
-            f"{training.learning_rate:g} after {training.warmup_steps} steps of warm-up, "
-            f"weight decay {training.weight_decay:g}"
-            f"{f', gradients clipped to {clipped:g}' if clipped else ''}."
-        )
-
-    @property
-    def missing(self) -> str:
-        """Modes and seeds that are still to be run."""
-        done = self.comparison.results
-        seeds: dict[str, list[str]] = {}
+    def missing(self) -> dict[str, list[int]]:
+        """Seeds that are still to be run, by mode."""
+        missing: dict[str, list[int]] = {mode: [] for mode in self.definition.modes}
         for run in self.definition.runs(self.name):
-            if run.seed not in done.get(run.mode, {}):
-                seeds.setdefault(run.mode, []).append(str(run.seed))
-        modes = [mode for mode in self.definition.modes if mode in seeds]
-        return ", ".join(f'"{mode}" ({", ".join(seeds[mode])})' for mode in modes)
+            if run.seed not in self.comparison.results.get(run.mode, {}):
+                missing[run.mode].append(run.seed)
+        return {mode: seeds for mode, seeds in missing.items() if seeds}
 
     @property
-    def not_timed(self) -> str:
+    def not_timed(self) -> list[str]:
         """Modes with the experiment's model that have no batch times."""
-        runs, timed = self.comparison, self.efficiency.modes if self.efficiency else []
-        return ", ".join(mode for mode in runs.modes if mode not in timed and not runs.has_own_model(mode))
+        runs, timed = self.comparison, self.efficiency.phases if self.efficiency else ()
+        return [mode for mode in runs.modes if mode not in timed and not runs.has_own_model(mode)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output",
         type=Path,
-        default=OUTPUT,
+        default=Path("docs/results.md"),
         help="the page; pictures go to a folder beside it (%(default)s)",
     )
     args = parser.parse_args(argv)
@@ -160,47 +119,31 @@ def write(results: Path, output: Path) -> None:
             f"{results} has no results of any experiment ({', '.join(definition.names())}): make them with "
             "`python -m experiments.run NAME`, or give their folder with --results"
         )
-    experiments = [Experiment.load(results, name, output) for name in done]
-    finetuned = results_file.read(results / f"{finetune.NAME}.jsonl")
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
-    )
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    experiments = [Experiment.load(results, name) for name in done]
+    page = ENVIRONMENT.get_template("report.md.jinja").render(
         experiments=experiments,
         folder=os.path.relpath(results, output.parent),
         machines=_machines(experiments),
-        summary=tables.summary((it.comparison, it.efficiency) for it in experiments),
-        finetuned=finetune.table(finetuned) if finetuned else "",
-        tables=tables,
+        finetuned=finetune.table(results_file.read(results / f"{finetune.NAME}.jsonl")),
         figures=figures,
         picture=partial(_picture, output.with_suffix("")),
     )
     replace_text(output, page)
 
 
-def _model(model: definition.ProseModel | definition.ImageModel) -> str:
-    if isinstance(model, ProseModel):
-        return (
-            f"{model.num_blocks} Transformer blocks, width {model.width}, {model.num_heads} attention heads, "
-            f"{model.seq_length} characters of context"
-        )
-    number = "all" if model.num_train_images is None else f"{model.num_train_images:,}"
-    return f"ResNet-{model.depth}, width {model.width}, {number} training images"
-
-
-def _machines(experiments: Sequence[Experiment]) -> str:
-    """Where the runs were made, a line for each machine and set of versions."""
+def _machines(experiments: Sequence[Experiment]) -> dict[str, dict[str, None]]:
+    """Names of the experiments by the machine and versions they were run with."""
     names: dict[str, dict[str, None]] = {}
     for experiment in experiments:
         for result in experiment.comparison.all:
-            names.setdefault(_machine(result), {})[experiment.name] = None
-    return "\n".join(f"- {', '.join(on_it)}: {machine}." for machine, on_it in names.items())
+            names.setdefault(_machine(result.record), {})[experiment.name] = None
+    return names
 
 
-def _machine(result: Result) -> str:
-    machine, versions = result.record["machine"], result.record["versions"]
-    place = machine["gpu"] if result.record["device"] != "cpu" else "one core a run"
-    packages = ", ".join(f"{package} {version}" for package, version in versions.items())
+def _machine(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    place = machine["gpu"] if record["device"] != "cpu" else "one core per run"
+    packages = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
     return (
         f"{machine['processor']}, {machine['num_cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
         f"{machine['system']}; {place}; {packages}"

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from experiments import definition, finetune
 from experiments.definition import Run
 from experiments.training import Progress, train
 from measuring import results_file
-from measuring.results_file import RESULTS, Record
+from measuring.results_file import RESULTS
 
 CHECKPOINTS = Path("runs/experiments")
 
@@ -67,60 +68,46 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _missing(args: argparse.Namespace) -> list[AnyRun]:
-    all_runs: list[AnyRun] = [*_all_runs(args.name)]
-    modes = list(dict.fromkeys(run.mode for run in all_runs))
-    unknown = [mode for mode in args.modes or () if mode not in modes]
-    if unknown:
+    is_finetune = args.name == finetune.NAME
+    runs: Sequence[AnyRun] = finetune.runs() if is_finetune else definition.load(args.name).runs(args.name)
+    definition.check_modes(args.modes, dict.fromkeys(run.mode for run in runs))
+    records = results_file.read(args.output)
+    if records and not args.resume:
         raise ConfigError(
-            f"--modes: experiment {args.name} has no {', '.join(unknown)}: expected some of "
-            f"{', '.join(modes)}"
-        )
-    done = [_run_of(args.name, record) for record in results_file.read(args.output)]
-    if done and not args.resume:
-        raise ConfigError(
-            f"{args.output} has {len(done)} runs already: give --resume to add those that are missing, or "
+            f"{args.output} has {len(records)} runs already: give --resume to add those that are missing, or "
             "another --output"
         )
+    kind = finetune.Run if is_finetune else Run
+    done = [kind.model_validate(record if is_finetune else record["run"]) for record in records]
     return [
         run
-        for run in all_runs
+        for run in runs
         if (not args.modes or run.mode in args.modes)
         and (not args.seeds or run.seed in args.seeds)
         and run not in done
     ]
 
 
-def _all_runs(name: str) -> Sequence[AnyRun]:
-    return finetune.runs() if name == finetune.NAME else definition.load(name).runs(name)
-
-
-def _run_of(name: str, record: Record) -> AnyRun:
-    if name == finetune.NAME:
-        return finetune.Run.model_validate(record)
-    return Run.model_validate(record["run"])
-
-
 def _finished(runs: list[AnyRun], args: argparse.Namespace) -> Iterator[str]:
     """Does the runs; a line about each as it ends."""
+    do = partial(_do, output=args.output, device=args.device)
     if args.jobs == 1:
-        for run in runs:
-            yield _do(run, args.output, args.device)
+        yield from map(do, runs)
         return
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_do, run, args.output, args.device) for run in runs]
         try:
-            for future in as_completed(futures):
+            for future in as_completed([pool.submit(do, run) for run in runs]):
                 yield future.result()
         finally:
-            for future in futures:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)
 
 
 def _do(run: AnyRun, output: Path, device: str) -> str:
     if isinstance(run, finetune.Run):
         results_file.append(output, finetune.carry(run))
         return f"{run.mode}, {run.heads} heads, seed {run.seed}"
-    checkpoint = CHECKPOINTS / run.experiment / f"{_as_file_name(run.mode)}-{run.seed}.pt"
+    file_name = re.sub(r"[^a-z0-9.]+", "-", run.mode.lower())
+    checkpoint = CHECKPOINTS / run.experiment / f"{file_name}-{run.seed}.pt"
     torch.set_num_threads(1)
     with _progress(run) as progress:
         record = train(run, checkpoint, device, progress)
@@ -141,10 +128,6 @@ def _progress(run: Run) -> Iterator[Progress]:
             bar.set_postfix_str(line)
 
         yield show
-
-
-def _as_file_name(mode: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", mode.lower())
 
 
 if __name__ == "__main__":

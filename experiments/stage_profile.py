@@ -1,8 +1,8 @@
 """What the stages of an experiment's model cost, measured on this machine.
 
 Every layer is timed by itself, with its arguments in the whole model: forward, input gradient, weight
-gradient; then the final loss, and every auxiliary head that is asked for. Costs are in *units*: one is the
-mean forward of a stage for a micro-batch.
+gradient; then the final loss and the auxiliary heads. Costs are in *units*: one is the mean forward of a
+stage for a micro-batch.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from ds_interlock import InterlockConfig
 from ds_interlock.config import HeadConfig
 from ds_interlock.heads.output_layers import first_tensor
 from ds_interlock.planning.profile import HeadProfile, LayerProfile, Profile
-from ds_interlock.profiling.layers import Stopwatch, loss_seconds, profile_head, profile_layers
+from ds_interlock.profiling.layers import Stopwatch, loss_seconds, profile_layers
 from ds_interlock.profiling.model import calls_in_sequence
 from ds_interlock.schedule.cost import CostModel
 from ds_interlock.schedule.plan import GradientFlowPlan
@@ -31,17 +31,12 @@ LEARNING_KEYS = {"weight", "learning_rate_scale", "warmup_steps", "warmup_learni
 
 @dataclass(frozen=True)
 class StagedModel:
-    """The costs of a model that is cut into stages, in units, without those of auxiliary heads.
-
-    Attributes:
-        stage_bounds: Where it is cut: ``num_stages + 1`` rising layer numbers.
-        layers: Of every layer; seconds are units.
-        loss: Of the final loss, forward and backward. It belongs to the last stage.
-    """
+    """A model that is cut into stages; all costs are in units, those of auxiliary heads are left out."""
 
     stage_bounds: tuple[int, ...]
     layers: tuple[LayerProfile, ...]
     loss: float
+    """The final loss, forward and backward, on the last stage."""
 
     @property
     def costs(self) -> CostModel:
@@ -68,29 +63,25 @@ class StagedModel:
 
 @dataclass
 class TaskProfile:
-    """The costs of a task's model, and of its heads as they are asked for.
-
-    Attributes:
-        model: All costs but those of heads.
-        unit_seconds: A unit on this machine.
-        heads: The costs of the heads that were asked for, in units, by configuration and ``after_layer``.
-        num_rounds: How often everything is timed, after a first time that does not count.
-    """
+    """The costs of a task's model, and those of its heads (in units) once they are asked for."""
 
     task: Task
     model: StagedModel
     unit_seconds: float
+    """A unit on this machine."""
+    stopwatch: Stopwatch
     heads: dict[tuple[HeadConfig, int], float] = field(default_factory=dict)
-    num_rounds: int = NUM_ROUNDS
+    """By configuration and ``after_layer``."""
 
     @classmethod
     def measure(cls, task: Task, num_rounds: int = NUM_ROUNDS) -> "TaskProfile":
         """Times layers and loss on the first micro-batch of the task."""
+        stopwatch = Stopwatch(lambda: None, num_rounds)  # the CPU is idle whenever a call returns
         inputs, labels = task.batch(0)[0]
         calls = calls_in_sequence(task.layers, first_tensor(inputs))
-        profiles = profile_layers(calls, _stopwatch(num_rounds), None)
+        profiles = profile_layers(calls, stopwatch, None)
         outputs = first_tensor(task.layers[-1](*calls[-1].inputs))
-        seconds = loss_seconds(lambda outputs: task.loss_fn(outputs, labels), outputs, _stopwatch(num_rounds))
+        loss = loss_seconds(lambda outputs: task.loss_fn(outputs, labels), outputs, stopwatch)
         unit = sum(layer.forward_seconds for layer in profiles) / (len(task.stage_bounds) - 1)
         layers = tuple(
             LayerProfile(
@@ -101,28 +92,25 @@ class TaskProfile:
             )
             for number, layer in enumerate(profiles)
         )
-        model = StagedModel(tuple(task.stage_bounds), layers, seconds / unit)
-        return cls(task, model, unit, num_rounds=num_rounds)
+        return cls(task, StagedModel(tuple(task.stage_bounds), layers, loss / unit), unit, stopwatch)
 
     def heads_of(self, section: InterlockConfig) -> dict[int, float]:
-        """The cost of every auxiliary head of ``section`` by its ``after_layer``, in units, both passes.
+        """The cost of every auxiliary head of ``section`` by its ``after_layer``, both passes.
 
         A head is timed once for all sections that have it.
         """
-        plan = section.plan(self.model.stage_bounds)
+        positions = section.plan(self.model.stage_bounds).heads[:-1]
         config = without_learning(section.head)
-        make_head = self.task.heads(section) if plan.heads[:-1] else None
-        for loss, position in enumerate(plan.heads[:-1]):
-            assert make_head is not None
+        for loss, position in enumerate(positions):
             if (config, position.after_layer) not in self.heads:
-                head = build_head(make_head, loss, position)
+                head = build_head(self.task.heads(section), loss, position)
                 self.heads[config, position.after_layer] = self._head_units(head, position.after_layer)
-        return {place.after_layer: self.heads[config, place.after_layer] for place in plan.heads[:-1]}
+        return {place.after_layer: self.heads[config, place.after_layer] for place in positions}
 
     def _head_units(self, head: Any, after_layer: int) -> float:
         inputs, labels = self.task.batch(0)[0]
-        front = self.task.layers[: after_layer + 1]
-        hidden = first_tensor(calls_in_sequence(front, first_tensor(inputs))[after_layer].inputs)
+        layers = self.task.layers[: after_layer + 1]
+        hidden = first_tensor(calls_in_sequence(layers, first_tensor(inputs))[after_layer].inputs)
 
         def loss(hidden: Tensor) -> Tensor:
             if hasattr(head, "loss"):
@@ -130,15 +118,9 @@ class TaskProfile:
                 return own_loss
             return self.task.loss_fn(head(hidden), labels)
 
-        profile = profile_head(head, loss, hidden, _stopwatch(self.num_rounds), None, type(head).__name__)
-        return profile.seconds / self.unit_seconds
+        return loss_seconds(loss, hidden, self.stopwatch) / self.unit_seconds
 
 
 def without_learning(head: HeadConfig) -> HeadConfig:
     """The part of a head's section that its time depends on."""
     return HeadConfig(**head.resolve(pretrained=False).model_dump(exclude=LEARNING_KEYS))
-
-
-def _stopwatch(num_rounds: int) -> Stopwatch:
-    """Of the CPU, which is idle whenever a call returns."""
-    return Stopwatch(lambda: None, num_rounds)

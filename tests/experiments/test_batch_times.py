@@ -12,7 +12,7 @@ from ds_interlock import InterlockConfig
 from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.planning.profile import LayerProfile
 from experiments import batch_times, definition
-from experiments.batch_times import BatchTimes, ProfileOfStages, Row, Stage, batch_seconds
+from experiments.batch_times import BatchTimes, ProfileOfStages, Row, batch_seconds
 from experiments.definition import Definition
 from experiments.efficiency import phase_sections
 from experiments.sleeping_pipeline import Pipeline
@@ -102,14 +102,13 @@ def row(section: dict[str, Any], micro_batches: int, relative_seconds: float) ->
 
 
 def times_of(*rows: Row) -> BatchTimes:
-    stage = Stage(forward=1.0, input_gradient=1.0, weight_gradient=1.0, loss=0.0, heads=())
     return BatchTimes(
         experiment="tiny",
         milliseconds=40.0,
         command="",
         machine={},
         versions={},
-        profile=ProfileOfStages(stage_bounds=BOUNDS, stages=(stage,) * 3, unit_seconds=0.002),
+        profile=ProfileOfStages(stage_bounds=BOUNDS, stages=(), unit_seconds=0.002),
         rows=rows,
     )
 
@@ -136,7 +135,7 @@ def test_every_plan_is_measured_on_a_pipeline(folder: Path, capsys: pytest.Captu
     growing = {one.phase: one.seconds for one in found.rows if one.mode == "growing"}
     assert growing == {0: of_mode["local"].seconds, 2: of_mode["window 2"].seconds}
     # A unit is for the batch of the experiment, of two micro-batches; and the mean of a stage's forward.
-    assert sum(stage.forward for stage in found.profile.stages) == pytest.approx(3)
+    assert sum(stage["forward"] for stage in found.profile.stages) == pytest.approx(3)
     taken = batch_seconds(found, WINDOW_2, 1)
     assert taken == of_mode["window 2"].relative_seconds * found.profile.unit_seconds
     assert "| window 2 |  | 1 |" in capsys.readouterr().out
@@ -251,24 +250,21 @@ def test_a_schedule_has_a_time_for_every_phase() -> None:
 
 def test_files_that_are_none_of_ours_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "times.json"
-    with pytest.raises(DataError, match=r"times\.json: cannot read the batch times: .*measure them with"):
+    with pytest.raises(ConfigError, match=r"times\.json: cannot read the file of batch times: .*; measure"):
         batch_times.read(file)
     times = times_of(row(WINDOW_2, 1, 5.5))
     file.write_text(times.model_dump_json())
     assert batch_times.read(file) == times
     contents = json.loads(file.read_text())
     file.write_text(file.read_text()[:-5])
-    with pytest.raises(DataError, match="cannot read the batch times"):
+    with pytest.raises(ConfigError, match="not a file of batch times: the file: Invalid JSON"):
         batch_times.read(file)
     file.write_text(json.dumps({**contents, "format": 2}))
-    with pytest.raises(DataError, match="format 2, expected 1: the file is from another version"):
-        batch_times.read(file)
-    file.write_text("[]")
-    with pytest.raises(DataError, match="format None, expected 1"):
+    with pytest.raises(ConfigError, match="format: Input should be 1"):
         batch_times.read(file)
     del contents["rows"][0]["seconds"]
     file.write_text(json.dumps(contents))
-    with pytest.raises(DataError, match=r"wrong or missing: rows\.0\.seconds"):
+    with pytest.raises(ConfigError, match=r"rows\.0\.seconds: Field required"):
         batch_times.read(file)
 
 
@@ -282,7 +278,7 @@ def test_files_that_are_none_of_ours_are_refused(tmp_path: Path) -> None:
         ),
         (
             ["tiny", "--modes", "local", "local, border norm"],
-            "--modes: local, border norm would be timed with another model than the experiment's",
+            "--modes: local, border norm has a model of its own",
         ),
     ],
 )

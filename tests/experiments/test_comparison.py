@@ -5,7 +5,10 @@ from made_up_results import LOSSES, SECONDS, compared, mode_of, record, records
 
 from experiments.comparison import Spread
 from experiments.efficiency import Efficiency
-from experiments.tables import cell, percent, quality, speed_up
+from experiments.report import ENVIRONMENT
+from experiments.tables import cell, percent
+
+TABLES = ENVIRONMENT.get_template("tables.md.jinja").module
 
 
 def test_images_are_judged_by_their_error() -> None:
@@ -16,7 +19,7 @@ def test_images_are_judged_by_their_error() -> None:
         for mode, of_mode in errors.items()
         for seed, error in enumerate(of_mode)
     )
-    table = quality(runs)
+    table = TABLES.quality(runs)
     assert "| mode | test error, % | test loss | minus local, points | gap recovered | seeds |" in table
     # Shares 6 / 10 and 4 / 8.
     assert "| window 2 | 15.00 ± 1.41 | 2.170 ± 0.042 | -5.00 ± 1.41 | 55 ± 7 % | 2 |" in table
@@ -26,7 +29,7 @@ def test_modes_are_compared_on_the_seeds_that_they_share() -> None:
     runs = compared(line for line in records() if line["run"]["mode"] != "local" or line["run"]["seed"] == 1)
     assert runs.gain_over_local("window 2") == Spread((pytest.approx(-0.36),))
     assert runs.recovered("window 2") == Spread((pytest.approx(0.9),))
-    assert "| window 2 | 8.762 ± 0.372 | 2.170 ± 0.042 | -0.360 | 90 % | 2 |" in quality(runs)
+    assert "| window 2 | 8.762 ± 0.372 | 2.170 ± 0.042 | -0.360 | 90 % | 2 |" in TABLES.quality(runs)
 
 
 def test_without_a_gap_no_share_of_it() -> None:
@@ -35,7 +38,9 @@ def test_without_a_gap_no_share_of_it() -> None:
         if line["run"]["mode"] == "local" and line["run"]["seed"] == 0:
             line["final"]["loss"] = 1.9
     assert compared(lines).recovered("window 2") is None
-    assert "| window 2 | 8.762 ± 0.372 | 2.170 ± 0.042 | -0.030 ± 0.467 | – | 2 |" in quality(compared(lines))
+    assert "| window 2 | 8.762 ± 0.372 | 2.170 ± 0.042 | -0.030 ± 0.467 | – | 2 |" in TABLES.quality(
+        compared(lines)
+    )
 
 
 def test_a_target_that_some_seeds_miss_has_no_speed_up() -> None:
@@ -45,7 +50,7 @@ def test_a_target_that_some_seeds_miss_has_no_speed_up() -> None:
     assert found.micro_batches == (1, 4)
     assert found.steps("window 2") == [pytest.approx(125), None]
     assert found.speed_up("window 2", 1) is None
-    assert "| window 2 | not in 150 steps (1 of 2 seeds do) | 4.00 | 1.25 | – | – |" in speed_up(found)
+    assert "| window 2 | not in 150 steps (1 of 2 seeds do) | 4.00 | 1.25 | – | – |" in TABLES.speed_up(found)
 
 
 def test_global_is_held_to_the_rule_of_the_others() -> None:
@@ -64,7 +69,7 @@ def test_phases_of_a_schedule_add_up() -> None:
     runs = compared([record("global", 0, LOSSES["global"][0]), line])
     found = Efficiency.of(runs, [1], lambda section, m: 1.0 if section.get("window") == 1 else 8.0)
     assert found.speed_up("growing", 1) == Spread((pytest.approx(800 / (100 * 1 + 25 * 8)),))
-    assert "| growing | 125 | 8.00 → 1.00 | 2.67 |" in speed_up(found)
+    assert "| growing | 125 | 8.00 → 1.00 | 2.67 |" in TABLES.speed_up(found)
     # 800 s are 100 steps of 1 s and 87.5 of 8 s: beyond the curve.
     assert found.at_equal_time("growing", 1) == (Spread((1.6,)), True)
 
@@ -75,7 +80,7 @@ def test_a_model_of_its_own_has_no_time() -> None:
     own["run"]["mode"] = "local, border norm"
     lines = [*records(), own]
     found = Efficiency.of(compared(lines), [1], lambda section, m: SECONDS[mode_of(section)][m])
-    assert found.modes == ["global", "local", "window 2"]
+    assert list(found.phases) == ["global", "local", "window 2"]
 
 
 def test_cells() -> None:

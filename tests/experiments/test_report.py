@@ -1,6 +1,5 @@
 """The page made of small made-up results, and what it says of results that cannot be used."""
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def test_the_page_says_what_was_run_and_where(bench: Bench) -> None:
         in page
     )
     assert "[tiny.jsonl](experiments/tiny.jsonl) trained for 9 minutes" in page
-    assert "- tiny: Abacus 9, 2 cores, 3 GiB, Linux x; one core a run; python 3.99, torch 9.9.\n" in page
+    assert "- tiny: Abacus 9, 2 cores, 3 GiB, Linux x; one core per run; python 3.99, torch 9.9.\n" in page
     assert "Not run yet" not in page
 
 
@@ -197,7 +196,7 @@ def test_modes_without_batch_times_are_named(bench: Bench) -> None:
     write_batch_times(bench.times, ["global", "local"])
     page = bench.report()
     assert "Not timed yet: window 2; `python -m experiments.batch_times tiny` does." in page
-    assert "| none gets there | none gets there |" in page
+    assert "| not reached | not reached |" in page
 
 
 def _empty(bench: Bench) -> None:
@@ -231,7 +230,8 @@ def _not_a_run(bench: Bench) -> None:
 
 def _other_batch_times(bench: Bench) -> None:
     bench.fill(records())
-    bench.times.write_text(json.dumps({"format": 0}))
+    write_batch_times(bench.times)
+    bench.times.write_text(bench.times.read_text().replace('"format":1', '"format":0'))
 
 
 def _global_not_timed(bench: Bench) -> None:
@@ -245,11 +245,11 @@ def _global_not_timed(bench: Bench) -> None:
         (_empty, "has no results of any experiment (tiny): make them with `python -m experiments.run NAME`"),
         (_other_version, "line 1: format 0, expected 1: the file is from another version"),
         (_no_global, "no run of mode global, which the others are compared with: run `python -m"),
-        (_twice, "line 7: a second run of mode local, seed 1: the experiment's file has changed"),
+        (_twice, "line 7: a second run of mode local, seed 1, after a change of the experiment's file"),
         (_another_budget, "mode window 2, seed 1 is not of the same experiment as the runs before"),
         (_another_section, "mode window 2, seed 1 is not of the same experiment as the runs before"),
-        (_not_a_run, "line 1: not a run as this version describes it (wrong or missing: seed)"),
-        (_other_batch_times, "format 0, expected 1: the file is from another version"),
+        (_not_a_run, "line 1: not a run of this version (seed: Input should be a valid integer"),
+        (_other_batch_times, "not a file of batch times: format: Input should be 1"),
         (_global_not_timed, 'no batch time of {"mode": "global"} with 1 micro-batches'),
     ],
 )

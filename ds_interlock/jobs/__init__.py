@@ -8,7 +8,11 @@ A program that a launcher has started calls the same on every rank:
 
 import logging
 
-from ds_interlock.jobs.quiet import is_of_use
+_USELESS = (
+    "Setting accelerator to CPU",
+    "Setting ds_accelerator to",
+    "Attempting to get learning rate from scheduler before it has started",
+)
 
 # Before anything imports DeepSpeed, which logs at once.
-logging.getLogger("DeepSpeed").addFilter(is_of_use)
+logging.getLogger("DeepSpeed").addFilter(lambda record: not record.getMessage().startswith(_USELESS))

@@ -1,7 +1,7 @@
 """Arguments of jobs: dataclasses, read from a command line by transformers' ``HfArgumentParser``."""
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
@@ -19,11 +19,7 @@ def argument(default: Any, text: str | None = None, **options: Any) -> Any:
 
 @dataclass(kw_only=True)
 class RunArguments:
-    """What every job takes; each sets its own defaults. Jobs combine it with groups of their own.
-
-    Raises:
-        ConfigError: If a value makes no sense.
-    """
+    """What every job takes; each sets defaults and adds groups. ConfigError if a value makes no sense."""
 
     _argument_group_name: ClassVar[str] = "run"
     _at_least_1: ClassVar[tuple[str, ...]] = ("max_steps", "logging_steps")
@@ -51,26 +47,28 @@ class RunArguments:
             for name in names:
                 value = getattr(self, name)
                 if value is not None and value < least:
-                    expected = "at least 1" if least else "0 or more"
-                    raise ConfigError(f"--{name} is {value}: expected {expected}")
+                    raise ConfigError(f"--{name} is {value}: expected at least {least}")
 
 
 Arguments = TypeVar("Arguments", bound=RunArguments)
+Config = TypeVar("Config")
 
 
 def parse_arguments(
     kind: type[Arguments], description: str | None, argv: list[str] | None = None
 ) -> Arguments:
-    """The arguments of a command line; each base of ``kind`` is a group of them in ``--help``.
-
-    Raises:
-        ConfigError: If they make no sense.
-    """
+    """The arguments of a command line; each base of ``kind`` is a group of them in ``--help``."""
     groups: Any = kind.__bases__
     parser = _Parser(groups, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in getattr(kind, "_may_be_empty", ()):
         parser._option_string_actions[f"--{name}"].nargs = "*"
     return kind(**vars(parser.parse_args(argv)))
+
+
+def config_from(args: RunArguments, kind: type[Config], **values: Any) -> Config:
+    """A dataclass with ``values`` and, besides, the arguments that have the names of its fields."""
+    names = [entry.name for entry in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(args, name) for name in names if hasattr(args, name)} | values)
 
 
 class _Parser(HfArgumentParser):

@@ -19,18 +19,13 @@ import ds_interlock
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.model.check import check_layers
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
-from ds_interlock.jobs.finetune_data import Data
+from ds_interlock.jobs.finetune_data import encode, read_data
 from ds_interlock.jobs.finetune_model import open_model, prepare
 from ds_interlock.jobs.finetune_task import FinetuneTask
 from ds_interlock.jobs.loop import Loop, Metrics
 from ds_interlock.jobs.process import Config, in_turns, propagate_errors, run_command, start
 
 _HIGH_LEARNING_RATE = 5e-4  # for weights that are trained already
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    run_command("finetune", FinetuneArguments, run, __doc__, argv)
 
 
 def run(args: FinetuneArguments) -> Metrics:
@@ -42,28 +37,33 @@ def run(args: FinetuneArguments) -> Metrics:
     Raises:
         ConfigError, DataError, PlanError: If arguments, config, model, data or stages cannot be used.
     """
-    job = start(args, partial(complete_config, args=args))
-    _warn_of_learning_rate(job.config, args)
-    data = Data(args, has_data=job.has_data)
+    job = start(args, partial(_complete_config, args=args))
+    rate = job.config["optimizer"]["params"]["lr"]
+    if rate > _HIGH_LEARNING_RATE and not args.lora_r and dist.get_rank() == 0:
+        print(
+            f"finetune: warning: the learning rate is {rate:g}; above {_HIGH_LEARNING_RATE:g} a pretrained "
+            "model soon forgets what it knew: --learning_rate 5e-5 is usual when all weights train",
+            file=sys.stderr,
+        )
+    records, classes = read_data(args, has_data=job.has_data)
     dtype = torch.bfloat16 if job.config.get("bf16", {}).get("enabled") else torch.float32
-    pretrained = in_turns(lambda: open_model(args, dtype, data.classes))
-    data.encode(pretrained)
+    pretrained = in_turns(lambda: open_model(args, dtype, classes))
+    data, inputs = encode(args, records, pretrained)
     with propagate_errors():
-        net, description = prepare(args, job, pretrained, data.names)
+        net, description = prepare(args, job, pretrained, inputs)
     engine, *_ = ds_interlock.initialize(model=net, config=job.config)
     if not args.skip_load_check:
         with propagate_errors():
-            check_layers(engine, pretrained, args.seq_length, data.names)
+            check_layers(engine, pretrained, args.seq_length, inputs)
     torch.manual_seed(args.seed + dist.get_rank())  # every stage and replica drops out other units
     return Loop(FinetuneTask(engine, args, data, pretrained, description), args, job).run()
 
 
-def complete_config(config: Config, args: FinetuneArguments) -> Config:
-    """The DeepSpeed config with what the arguments say of it.
+main = partial(run_command, "finetune", FinetuneArguments, run, __doc__)
 
-    Raises:
-        ConfigError: If neither has a learning rate; each optimizer would take a default of its own.
-    """
+
+def _complete_config(config: Config, args: FinetuneArguments) -> Config:
+    """The DeepSpeed config with what the arguments say of it; with a learning rate, which has no default."""
     if args.learning_rate is not None:
         optimizer = config.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
         params = {**optimizer.get("params", {}), "lr": args.learning_rate}
@@ -78,17 +78,6 @@ def complete_config(config: Config, args: FinetuneArguments) -> Config:
             "as 5e-5, or optimizer.params.lr in the DeepSpeed config"
         )
     return config
-
-
-def _warn_of_learning_rate(config: Config, args: FinetuneArguments) -> None:
-    """One line about a rate that suits a new model, or adapters."""
-    rate = config["optimizer"]["params"]["lr"]
-    if rate > _HIGH_LEARNING_RATE and not args.lora_r and dist.get_rank() == 0:
-        print(
-            f"finetune: warning: the learning rate is {rate:g}; above {_HIGH_LEARNING_RATE:g} a pretrained "
-            "model soon forgets what it knew: --learning_rate 5e-5 is usual when all weights train",
-            file=sys.stderr,
-        )
 
 
 if __name__ == "__main__":

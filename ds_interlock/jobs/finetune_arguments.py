@@ -97,11 +97,7 @@ class ResultArguments:
 class FinetuneArguments(
     ModelArguments, DataArguments, AdaptationArguments, FinetuneRunArguments, ResultArguments
 ):
-    """All arguments of the job.
-
-    Raises:
-        ConfigError: If they make no sense, as far as that takes no file and no other process.
-    """
+    """All arguments of the job; ConfigError if they make no sense, as far as that takes no file."""
 
     _at_least_1: ClassVar[tuple[str, ...]] = (
         *RunArguments._at_least_1, "seq_length", "max_eval_samples", "max_train_samples"

@@ -1,7 +1,7 @@
 """The data of ``finetune``: the ranks of stage 0 read and encode it; the others get what they must know."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -15,64 +15,59 @@ from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.process import broadcast_from_rank_0, propagate_errors
 
 
-class Data:
-    """Records, then samples in rows. All ranks must make one and call ``encode``.
+class Data(NamedTuple):
+    """Samples in rows."""
 
-    Attributes:
-        classes: Names of the classes by id; empty for language models.
-        train: Rows to train on, on stage 0 after ``encode``; None elsewhere.
-        validation: Likewise.
-        names: After ``encode`` what the inputs are, by the names of the model's arguments.
-    """
+    train: Rows
+    validation: Rows
 
-    def __init__(self, args: FinetuneArguments, *, has_data: bool) -> None:
-        self.args = args
-        self.train: Rows | None = None
-        self.validation: Rows | None = None
-        self.records: RecordData | None = None
-        names: list[str] = []
-        with propagate_errors():
-            if has_data:
-                files = args.train_file, args.validation_file
-                how: dict[str, Any] = {"task": args.task, "seed": args.seed}
-                data = self.records = load_records(*files, args.dataset, args.dataset_config, **how)
-                by_id = {number: str(label) for label, number in data.label_ids.items()}
-                names = [by_id.get(number, f"LABEL_{number}") for number in range(data.num_labels)]
-        self.classes: tuple[str, ...] = tuple(broadcast_from_rank_0(names))
 
-    def encode(self, pretrained: Pretrained) -> None:
-        """Makes tokens in rows."""
-        with propagate_errors():
-            if self.records is not None:
-                args, records = self.args, self.records
-                self.train = self._rows(records.train, pretrained, "training", args.max_train_samples)
-                self.validation = self._rows(
-                    records.validation, pretrained, "validation", args.max_eval_samples
-                )
-        self.names: tuple[str, ...] = broadcast_from_rank_0(self.train.names if self.train else ())
+def read_data(args: FinetuneArguments, *, has_data: bool) -> tuple[RecordData | None, tuple[str, ...]]:
+    """The records, None on ranks without data; names of their classes by id. All ranks must call it."""
+    records, names = None, ()
+    with propagate_errors():
+        if has_data:
+            files = args.train_file, args.validation_file
+            how: dict[str, Any] = {"task": args.task, "seed": args.seed}
+            records = load_records(*files, args.dataset, args.dataset_config, **how)
+            by_id = {number: str(label) for label, number in records.label_ids.items()}
+            names = tuple(by_id.get(number, f"LABEL_{number}") for number in range(records.num_labels))
+    return records, broadcast_from_rank_0(names)
 
-    def _rows(self, records: Sequence[Record], pretrained: Pretrained, what: str, most: int | None) -> Rows:
-        args, tokenizer = self.args, pretrained.tokenizer
+
+def encode(
+    args: FinetuneArguments, records: RecordData | None, pretrained: Pretrained
+) -> tuple[Data | None, tuple[str, ...]]:
+    """The records in rows, and the names of the model's arguments that they hold. All ranks must call it."""
+
+    def fill_rows(some: Sequence[Record], what: str, most: int | None) -> Rows:
+        tokenizer = pretrained.tokenizer
+        encoded: SampleSet
         kind: type[Rows] = PackedRows if args.packing else PaddedRows
         if args.task == "classification":
-            assert self.records is not None, "there are records to encode"
+            assert records is not None, "there are records to encode"
             kind = ClassifiedRows
-            encoded = encode_classified(records, tokenizer, args.seq_length, self.records.label_ids)
+            encoded = encode_classified(some, tokenizer, args.seq_length, records.label_ids)
         else:
-            encoded = encode_records(records, tokenizer, args.seq_length)
+            encoded = encode_records(some, tokenizer, args.seq_length)
         if dist.get_rank() == 0:
             print(f"{what}: {encoded.summary()}")
         rows = kind(encoded.samples[:most], args.seq_length, padding_id(tokenizer))
         _check_vocabulary(rows, pretrained)
         return rows
 
+    data = None
+    with propagate_errors():
+        if records is not None:
+            data = Data(
+                fill_rows(records.train, "training", args.max_train_samples),
+                fill_rows(records.validation, "validation", args.max_eval_samples),
+            )
+    return data, broadcast_from_rank_0(data.train.names if data else ())
+
 
 def _check_vocabulary(rows: Rows, pretrained: Pretrained) -> None:
-    """The tokenizer must be the model's.
-
-    Raises:
-        ConfigError: If it gives tokens that the model does not know.
-    """
+    """Refuses a tokenizer that is not the model's."""
     largest = max((max(sample.ids) for sample in rows.samples), default=0)
     known = pretrained.config.get_text_config().vocab_size
     if largest >= known:

@@ -7,14 +7,13 @@ import torch.distributed as dist
 
 from ds_interlock import HeadConfig, InterlockPipelineModule
 from ds_interlock.errors import ConfigError
-from ds_interlock.hf.export.description import ModelDescription
+from ds_interlock.hf.export.finetuned import ModelDescription
 from ds_interlock.hf.model.adapt import add_lora, freeze, lora_config, scale_learning_rates
 from ds_interlock.hf.model.balance import default_bounds, describe, parse_bounds
 from ds_interlock.hf.model.cut import Blueprint, End
 from ds_interlock.hf.model.pretrained import Pretrained, open_pretrained
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.process import Job
-from ds_interlock.jobs.quiet import quiet
 from ds_interlock.models.lm import lm_loss
 
 
@@ -35,21 +34,13 @@ def open_model(args: FinetuneArguments, dtype: torch.dtype, classes: tuple[str, 
 def prepare(
     args: FinetuneArguments, job: Job, pretrained: Pretrained, inputs: tuple[str, ...]
 ) -> tuple[InterlockPipelineModule, ModelDescription]:
-    """Cuts the model, with adapters and frozen weights as the arguments have them.
-
-    Returns:
-        A pipeline ready to be trained, and what export must know of it.
-
-    Raises:
-        ConfigError: If an argument does not fit the model.
-    """
+    """The model with its adapters and frozen weights, cut into stages; and its description for export."""
     blueprint = pretrained.blueprint(inputs, tie=args.lora_r == 0)
     adapters = _adapt(blueprint, args)
-    bounds = (
-        parse_bounds(args.stage_bounds)
-        if args.stage_bounds
-        else default_bounds(blueprint, job.interlock, job.num_stages)
-    )
+    if args.stage_bounds:
+        bounds = parse_bounds(args.stage_bounds)
+    else:
+        bounds = default_bounds(blueprint, job.interlock, job.num_stages)
     if dist.get_rank() == 0:
         print(describe(blueprint, bounds))
     head: dict[str, Any] = {}
@@ -58,31 +49,23 @@ def prepare(
         head["head"] = lambda _: End(blueprint)
     elif not job.interlock.is_global:
         _check_heads_fit(blueprint)
-    with quiet():
-        net = InterlockPipelineModule(
-            layers=blueprint.layers(),
-            loss_fn=lm_loss(),
-            num_stages=job.num_stages,
-            stage_bounds=bounds,
-            interlock=job.interlock,
-            pretrained=True,
-            base_seed=args.seed,
-            **head,
-        )
+    net = job.build_pipeline(
+        blueprint.layers(),
+        loss_fn=lm_loss(),
+        stage_bounds=bounds,
+        pretrained=True,
+        base_seed=args.seed,
+        **head,
+    )
     return net, _describe_for_export(pretrained, blueprint, adapters)
 
 
 def _adapt(blueprint: Blueprint, args: FinetuneArguments) -> Any:
-    """Says what trains, and how fast; returns the configuration of the LoRA adapters, None without any."""
+    """Sets what trains, and how fast; returns the configuration of the LoRA adapters, None without any."""
     adapters = None
     if args.lora_r:
-        adapters = lora_config(
-            blueprint,
-            rank=args.lora_r,
-            alpha=args.lora_alpha,
-            dropout=args.lora_dropout,
-            target_modules=args.lora_target_modules,
-        )
+        sizes: Any = {"rank": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
+        adapters = lora_config(blueprint, target_modules=args.lora_target_modules, **sizes)
         blueprint.prepare.append(add_lora(adapters, args.seed))
     if args.freeze:
         blueprint.prepare.append(freeze(args.freeze, blueprint))
@@ -93,7 +76,6 @@ def _adapt(blueprint: Blueprint, args: FinetuneArguments) -> Any:
 
 
 def _check_classifier_heads(head: HeadConfig) -> None:
-    """Heads of a classifier are copies of it and learn from the labels."""
     if head.type != "auto":
         raise ConfigError(
             f'interlock.head.type is "{head.type}", which repeats the output layers of a language model: '
@@ -108,9 +90,10 @@ def _check_classifier_heads(head: HeadConfig) -> None:
 
 def _check_heads_fit(blueprint: Blueprint) -> None:
     """Heads read the hidden state with the model's own unembedding, which must be as wide."""
-    assert blueprint.skeleton.anatomy.unembedding is not None, "a language model has one"
-    unembedding: Any = blueprint.skeleton.original(blueprint.skeleton.anatomy.unembedding)
-    width = blueprint.skeleton.model.config.get_text_config().hidden_size
+    skeleton = blueprint.skeleton
+    assert skeleton.anatomy.unembedding is not None, "a language model has one"
+    unembedding: Any = skeleton.original(skeleton.anatomy.unembedding)
+    width = skeleton.model.config.get_text_config().hidden_size
     if unembedding.in_features != width:
         raise ConfigError(
             f"--model: its hidden states have {width} entries and its unembedding takes "
@@ -120,18 +103,14 @@ def _check_heads_fit(blueprint: Blueprint) -> None:
 
 
 def _describe_for_export(pretrained: Pretrained, blueprint: Blueprint, adapters: Any) -> ModelDescription:
-    """What export must know of the model besides its Hugging Face files."""
     anatomy = blueprint.skeleton.anatomy
-    is_language_model = anatomy.unembedding is not None
     return ModelDescription(
         architecture=type(blueprint.skeleton.model).__name__,
         num_front_layers=1,
         num_blocks=anatomy.num_blocks,
-        blocks=anatomy.blocks,
         embedding=anatomy.embedding,
-        norm=next(iter(anatomy.end), None) if is_language_model else None,
+        norm=next(iter(anatomy.end), None) if anatomy.unembedding else None,
         unembedding=anatomy.unembedding,
-        tied=anatomy.tied,
         peft=None if adapters is None else adapters.to_dict(),
         base_model=pretrained.name,
     )

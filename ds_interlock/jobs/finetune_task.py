@@ -7,9 +7,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ds_interlock.files import unfinished_folder
+from ds_interlock.files import replace_text, unfinished_folder
 from ds_interlock.hf.data.batches import EvaluationBatches, TrainingBatches
-from ds_interlock.hf.export.description import ModelDescription
+from ds_interlock.hf.export.finetuned import DESCRIPTION_FILE, ModelDescription
 from ds_interlock.hf.export.model import export_model
 from ds_interlock.hf.model.base_states import (
     FOLDER,
@@ -23,7 +23,7 @@ from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.finetune_data import Data
 from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity
-from ds_interlock.jobs.process import broadcast_from_rank_0, propagate_errors, writing
+from ds_interlock.jobs.process import broadcast_from_rank_0, gather, propagate_errors, writing
 
 
 class FinetuneTask(Task):
@@ -37,7 +37,7 @@ class FinetuneTask(Task):
         self,
         engine: Any,
         args: FinetuneArguments,
-        data: Data,
+        data: Data | None,
         pretrained: Pretrained,
         description: ModelDescription,
     ) -> None:
@@ -46,7 +46,7 @@ class FinetuneTask(Task):
         self.training: TrainingBatches | None = None
         self.validation: EvaluationBatches | None = None
         with propagate_errors(), writing(self.output):
-            if data.train is not None and data.validation is not None:
+            if data is not None:
                 self.training = TrainingBatches(data.train, self.shape, replica=replica, seed=args.seed)
                 engine.set_dataiterator(self.training)  # its position is saved and restored with the engine
                 self.validation = EvaluationBatches(data.validation, self.shape, replica=replica)
@@ -55,14 +55,14 @@ class FinetuneTask(Task):
         self.num_eval_batches = broadcast_from_rank_0(self.validation.num_batches if self.validation else 0)
 
     def _write_description(self, description: ModelDescription) -> None:
-        """``checkpoints/hf``: what turns a checkpoint of this run into a Hugging Face model again."""
+        """``checkpoints/hf``: what export needs besides the checkpoints."""
         with unfinished_folder(self.output / "checkpoints" / "hf") as folder:
             self.pretrained.config.save_pretrained(folder)
             self.pretrained.tokenizer.save_pretrained(folder)
             generation = self.pretrained.folder / "generation_config.json"
             if generation.is_file():
                 (folder / generation.name).write_bytes(generation.read_bytes())
-            description.write(folder)
+            replace_text(folder / DESCRIPTION_FILE, description.model_dump_json(indent=2) + "\n")
 
     def begin(self, step: int) -> None:
         """If heads learn from the base model (``head.kl_weight``), sends its states along with the labels.
@@ -130,18 +130,17 @@ class FinetuneTask(Task):
 
     def _accuracy(self, predicted: list[int]) -> float:
         """The share of validation samples whose class was predicted: labels are known on stage 0 only."""
-        by_replica = dict(_gather((self.replica, predicted) if self.engine.is_last_stage() else None))
-        counts = None
+        by_replica = dict(gather((self.replica if self.engine.is_last_stage() else None, predicted)))
+        right = total = 0
         if self.validation is not None:
             labels = [int(label) for _, (labels_b, _) in self.validation for label in labels_b]
-            rows = zip(labels, by_replica[self.replica], strict=True)
-            pairs = [(label, guess) for label, guess in rows if label >= 0]
-            counts = sum(label == guess for label, guess in pairs), len(pairs)
-        all_counts = _gather(counts)
-        return float(sum(right for right, _ in all_counts) / sum(number for _, number in all_counts))
+            for label, guess in zip(labels, by_replica[self.replica], strict=True):
+                right += label == guess
+                total += label >= 0
+        counts = gather((right, total))
+        return sum(right for right, _ in counts) / sum(total for _, total in counts)
 
     def describe(self, losses: Losses) -> str:
-        """The loss, and perplexity or accuracy."""
         if self.args.task == "causal":
             quality = f"perplexity {losses['eval_perplexity']:.2f}"
         else:
@@ -161,13 +160,5 @@ class FinetuneTask(Task):
         return {**{f"first_{name}": loss for name, loss in trained.first.items()}, **trained.last}
 
     def summary(self, metrics: Metrics) -> str:
-        """The loss before and after, and what was exported."""
         before = metrics.get("first_eval_loss", math.nan)
         return f"validation loss {before:.4f} before, {metrics['eval_loss']:.4f} after\n{self.exported}"
-
-
-def _gather(value: Any) -> list[Any]:
-    """The values of all ranks that have one. All ranks must call it."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return [value for value in values if value is not None]

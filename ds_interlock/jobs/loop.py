@@ -17,11 +17,9 @@ from ds_interlock.jobs.process import (
     peak_memory_bytes,
     propagate_errors,
     resume,
-    write_json,
     writing,
 )
-from ds_interlock.jobs.progress import Progress
-from ds_interlock.jobs.train_log import TrainLog
+from ds_interlock.jobs.reports import Progress, TrainLog, write_metrics
 
 Metrics = dict[str, Any]
 """The contents of ``metrics.json``: numbers by name, and the mode."""
@@ -46,12 +44,7 @@ class Trained:
 
 
 class Task(ABC):
-    """What one job trains on, evaluates and exports. Only the ranks of stage 0 have data.
-
-    Args:
-        engine: What ``ds_interlock.initialize`` returned.
-        output_dir: Where results go.
-    """
+    """What one job trains on, evaluates and exports. Only the ranks of stage 0 have data."""
 
     loss_name: ClassVar[str]  # among the results of an evaluation
     unit: ClassVar[str | None] = None  # what the speed counts, such as "tokens"; None to show no speed
@@ -68,6 +61,7 @@ class Task(ABC):
             engine.gradient_accumulation_steps(),
             engine.grid.get_data_parallel_world_size(),
         )
+        self.share = {"replica": self.replica, "num_replicas": self.shape.num_replicas}
 
     def begin(self, step: int) -> None:  # noqa: B027 - most have nothing to do
         """Called on all ranks when the run is at ``step``, before anything is evaluated or trained."""
@@ -107,14 +101,7 @@ class Loop:
         self.best = math.inf
 
     def run(self) -> Metrics:
-        """Trains up to ``max_steps`` and destroys the engine. All ranks must call it.
-
-        Returns:
-            The contents of ``metrics.json``, on every rank.
-
-        Raises:
-            ConfigError: If the output folder cannot be written, or the checkpoint to resume from is missing.
-        """
+        """Trains up to ``max_steps`` and destroys the engine; returns the metrics. All ranks must call it."""
         if self.args.resume_from_checkpoint:
             self.step = self.first_step = resume(self.engine, Path(self.args.resume_from_checkpoint))
         self.task.begin(self.step)
@@ -192,40 +179,34 @@ class Loop:
             self._save(tag)
         dist.barrier()  # every rank has written its part of the checkpoint
         self._log_evaluation(last)
-        speed = self._units_per_second()
-        trained = Trained(self.step, speed, self.checkpoints / tag, self.checkpoints / _BEST, first, last)
-        peaks = peak_memory_bytes()
-        metrics: Metrics = {}
-        with propagate_errors(), writing(self.output):
-            if self.is_rank_0:
-                metrics = self._metrics(train_loss, peaks) | self.task.export(trained)
-                write_json(self.output / "metrics.json", metrics)
-                print(self._summary(speed))
-                print(self.task.summary(metrics), flush=True)
-        return broadcast_from_rank_0(metrics)
-
-    def _metrics(self, train_loss: float, peaks: list[int]) -> Metrics:
-        return {
+        metrics: Metrics = {
             "mode": self.job.interlock.mode_name,
             "window": self.job.interlock.window,
             "num_stages": self.job.num_stages,
             "seed": self.args.seed,
             "steps": self.step,
             "seconds": self.seconds,
-            "peak_memory_bytes": peaks,
+            "peak_memory_bytes": peak_memory_bytes(),
             "train_loss": train_loss,
         }
-
-    def _summary(self, speed: float) -> str:
-        text = f"{self.job.mode}: {self.job.num_stages} stages, {self.step} steps, {self.seconds:.0f} s"
-        return f"{text}, {speed:.0f} {self.task.unit}/s" if self.task.unit else text
+        speed = self._units_per_second()
+        trained = Trained(self.step, speed, self.checkpoints / tag, self.checkpoints / _BEST, first, last)
+        with propagate_errors(), writing(self.output):
+            if self.is_rank_0:
+                metrics |= self.task.export(trained)
+                write_metrics(self.output / "metrics.json", metrics)
+                rate = f", {speed:.0f} {self.task.unit}/s" if self.task.unit else ""
+                run = f"{self.step} steps, {self.seconds:.0f} s{rate}"
+                print(f"{self.job.mode}: {self.job.num_stages} stages, {run}")
+                print(self.task.summary(metrics), flush=True)
+        return broadcast_from_rank_0(metrics)
 
     def _units_per_second(self) -> float:
         num_samples = (self.step - self.first_step) * self.task.shape.num_rows
         return num_samples * self.task.units_per_sample / self.seconds
 
     def _log_training(self, loss: float) -> None:
-        """The newest training losses, to the terminal and to ``train_log.jsonl``."""
+        """To the terminal and to ``train_log.jsonl``."""
         if not self.is_rank_0:
             return
         values = {"loss": f"{loss:.3f}"}

@@ -1,12 +1,11 @@
 """How the process of a job begins, what its errors do, and how it resumes."""
 
-import json
-import math
+import io
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +16,9 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 
 import ds_interlock
+from ds_interlock import InterlockPipelineModule
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError, DataError, PlanError
-from ds_interlock.files import replace_text
 from ds_interlock.jobs.arguments import Arguments, RunArguments, parse_arguments
 
 _WARMUP_SHARE = 0.1  # of the steps, where the config's scheduler says "auto"
@@ -38,15 +37,21 @@ class Job:
     num_stages: int
 
     @property
-    def has_data(self) -> bool:
-        """Whether this rank is one of stage 0: DeepSpeed numbers the ranks stage by stage."""
-        return dist.get_rank() < dist.get_world_size() // self.num_stages
-
-    @property
     def mode(self) -> str:
         """The mode, and the window if it has one."""
         window = f", window {self.interlock.window:g}" if self.interlock.window else ""
         return f"mode {self.interlock.mode_name}{window}"
+
+    @property
+    def has_data(self) -> bool:
+        """Whether this rank is one of stage 0: DeepSpeed numbers the ranks stage by stage."""
+        return dist.get_rank() < dist.get_world_size() // self.num_stages
+
+    def build_pipeline(self, layers: Sequence[Any], **options: Any) -> InterlockPipelineModule:
+        """The layers in stages, without what DeepSpeed prints of its topology and each layer."""
+        options |= {"num_stages": self.num_stages, "interlock": self.interlock}
+        with redirect_stdout(io.StringIO()):
+            return InterlockPipelineModule(layers, **options)
 
 
 def run_command(
@@ -54,7 +59,7 @@ def run_command(
     kind: type[Arguments],
     run: Callable[[Arguments], object],
     description: str | None,
-    argv: list[str] | None,
+    argv: list[str] | None = None,
 ) -> None:
     """The ``main`` of a job: reads the command line and runs; wrong input ends it with one sentence."""
     join_job()
@@ -67,18 +72,14 @@ def run_command(
 
 
 def start(args: RunArguments, complete: Callable[[Config], Config] = lambda config: config) -> Job:
-    """Joins the process group and reads the DeepSpeed config, which ``complete`` adds to.
-
-    Raises:
-        ConfigError: If the config or the number of stages cannot be used.
-    """
+    """Joins the process group and reads the DeepSpeed config, which ``complete`` adds to."""
     if not join_job():
         raise ConfigError(f"start this through the launcher: deepspeed --num_gpus 4 {' '.join(sys.argv)}")
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     world_size = dist.get_world_size()
     num_stages = world_size if args.num_stages is None else args.num_stages
     with propagate_errors():
-        config = resolve_auto(complete(read_deepspeed(str(args.deepspeed_config))), args.max_steps)
+        config = _resolve_auto(complete(read_deepspeed(str(args.deepspeed_config))), args.max_steps)
         check_deepspeed(config)
         interlock = InterlockConfig.from_deepspeed(config)
         if num_stages < 1 or world_size % num_stages:
@@ -106,7 +107,7 @@ def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def resolve_auto(config: Config, max_steps: int) -> Config:
+def _resolve_auto(config: Config, max_steps: int) -> Config:
     """Fills in "auto" in the config's scheduler section, as Hugging Face's trainer does."""
     scheduler = config.get("scheduler", {})
     params = scheduler.get("params", {})
@@ -144,24 +145,28 @@ def broadcast_from_rank_0(value: Result) -> Result:
     return values[0]
 
 
+def gather(value: Result) -> list[Result]:
+    """The values of all ranks. All ranks must call it."""
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @contextmanager
 def propagate_errors() -> Iterator[None]:
     """Where the input is wrong, one rank raises the error, and the others exit silently.
 
-    All ranks must enter it. Without it, ranks that cannot know of the error would wait for the one that
-    left and then fail themselves, and an error that all of them see would be printed by each. A process
-    that no launcher has started raises its own.
+    All ranks must enter it: those that cannot know of the error would wait for the one that left and then
+    fail themselves, and an error that all see would be printed by each.
     """
     error = None
     try:
         yield
     except (ConfigError, DataError, PlanError) as raised:
         error = raised
-    failed = [error is not None]
-    rank = 0
+    rank, failed = 0, [error is not None]
     if dist.is_initialized():
-        rank, failed = dist.get_rank(), [False] * dist.get_world_size()
-        dist.all_gather_object(failed, error is not None)
+        rank, failed = dist.get_rank(), gather(error is not None)
     if error is not None and not any(failed[:rank]):
         raise error
     if any(failed):
@@ -184,11 +189,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def resume(engine: Any, path: Path) -> int:
-    """Loads the checkpoint ``path`` and returns the optimizer steps it had done. All ranks must call it.
-
-    Raises:
-        ConfigError: If it does not exist.
-    """
+    """Loads the checkpoint ``path`` and returns the optimizer steps it had done. All ranks must call it."""
     is_parent = (path / "latest").is_file()
     folder, tag = (path, None) if is_parent else (path.parent, path.name)
     with propagate_errors():
@@ -206,20 +207,6 @@ def resume(engine: Any, path: Path) -> int:
 def peak_memory_bytes() -> list[int]:
     """The most memory each rank has used: of its device; on CPU of the process, with all its libraries."""
     accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    else:
-        own = accelerator.max_memory_allocated()
-    peaks = [0] * dist.get_world_size()
-    dist.all_gather_object(peaks, own)
-    return peaks
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes ``content`` so that no one reads a half-written file; see ``with_nulls``."""
-    replace_text(path, json.dumps(with_nulls(content), indent=2, allow_nan=False) + "\n")
-
-
-def with_nulls(content: Mapping[str, Any]) -> dict[str, Any]:
-    """NaN and infinities, which JSON does not know, as null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
+    on_cpu = accelerator.device_name() == "cpu"
+    in_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return gather(in_kib * 1024 if on_cpu else accelerator.max_memory_allocated())

@@ -10,6 +10,7 @@ repository's files: ``deepspeed --module ds_interlock.jobs.train_lm``.
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ds_interlock
-from ds_interlock import InterlockPipelineModule
 from ds_interlock.hf.data.text import (
     BlockIterator,
     TextData,
@@ -29,10 +29,9 @@ from ds_interlock.hf.data.text import (
 )
 from ds_interlock.hf.data.tokenizer import Tokenizer, load_tokenizer, same_ids
 from ds_interlock.hf.export.lm import export_gpt2, read_layer_states
-from ds_interlock.jobs.arguments import RunArguments, argument
+from ds_interlock.jobs.arguments import RunArguments, argument, config_from
 from ds_interlock.jobs.loop import Loop, Losses, Metrics, Task, Trained, perplexity
 from ds_interlock.jobs.process import broadcast_from_rank_0, in_turns, propagate_errors, run_command, start
-from ds_interlock.jobs.quiet import quiet
 from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
 
 _EVALUATED_AT_ONCE = 16
@@ -88,50 +87,25 @@ class LMArguments(TextArguments, TransformerArguments, LMRunArguments):
     _at_least_0: ClassVar[tuple[str, ...]] = (*RunArguments._at_least_0, "max_eval_samples", "generate")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    run_command("train_lm", LMArguments, run, __doc__, argv)
-
-
 def run(args: LMArguments) -> Metrics:
-    """Trains, and exports the model. To be called on every rank of a job.
-
-    Returns:
-        The contents of ``metrics.json``.
-
-    Raises:
-        ConfigError, DataError, PlanError: If arguments, config, text or stages cannot be used.
-    """
+    """Trains, and exports the model; see ``finetune.run``."""
     job = start(args)
 
-    def load() -> tuple[TextData, Tokenizer]:
-        files = args.train_file, args.validation_file
-        text = load_text(*files, args.dataset, args.dataset_config, args.seed)
-        return text, load_tokenizer(args.tokenizer, text.train, args.vocab_size)
-
-    text, tokenizer = in_turns(load)
-    lm = LMConfig(
-        vocab_size=tokenizer.vocab_size,
-        seq_length=args.seq_length,
-        width=args.width,
-        num_blocks=args.num_blocks,
-        num_heads=args.num_heads,
-        dropout=args.dropout,
-        label_smoothing=args.label_smoothing,
-        tie_embeddings=args.tie_embeddings,
-        seed=args.seed,
+    files = args.train_file, args.validation_file
+    text = in_turns(lambda: load_text(*files, args.dataset, args.dataset_config, args.seed))
+    tokenizer = in_turns(lambda: load_tokenizer(args.tokenizer, text.train, args.vocab_size))
+    lm = config_from(args, LMConfig, vocab_size=tokenizer.vocab_size)
+    net = job.build_pipeline(
+        lm_layers(lm),
+        loss_fn=lm_loss(lm.label_smoothing),
+        partition_method="type:Block" if job.num_stages <= lm.num_blocks else "uniform",
     )
-    with quiet():
-        net = InterlockPipelineModule(
-            layers=lm_layers(lm),
-            loss_fn=lm_loss(lm.label_smoothing),
-            num_stages=job.num_stages,
-            partition_method="type:Block" if job.num_stages <= lm.num_blocks else "uniform",
-            interlock=job.interlock,
-        )
     engine, *_ = ds_interlock.initialize(model=net, config=job.config)
     torch.manual_seed(args.seed + dist.get_rank())  # every stage and replica drops out other units
     return Loop(LMTask(engine, args, text, tokenizer, lm), args, job).run()
+
+
+main = partial(run_command, "train_lm", LMArguments, run, __doc__)
 
 
 class LMTask(Task):
@@ -158,16 +132,14 @@ class LMTask(Task):
         self.num_eval_batches = broadcast_from_rank_0(max(1, num_blocks // self.shape.num_rows))
 
     def evaluate(self) -> Losses:
-        """Mean loss over the validation blocks, the same on every rank."""
         data = self._iterator(self.validation_blocks, shuffle=False)
         losses = [self.engine.eval_batch(data).item() for _ in range(self.num_eval_batches)]
         loss = math.fsum(losses) / len(losses)
         return {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
 
     def describe(self, losses: Losses) -> str:
-        """Loss and perplexity."""
-        loss, of_words = losses["validation_loss"], losses["validation_perplexity"]
-        return f"validation loss {loss:.4f}, perplexity {of_words:.2f}"
+        loss, of_tokens = losses["validation_loss"], losses["validation_perplexity"]
+        return f"validation loss {loss:.4f}, perplexity {of_tokens:.2f}"
 
     def export(self, trained: Trained) -> Metrics:
         """Writes ``hf/`` and evaluates it as a user would: from the folder alone."""
@@ -177,37 +149,30 @@ class LMTask(Task):
         folder = self.output / "hf"
         export_gpt2(read_layer_states(trained.checkpoint), self.lm, folder, self.tokenizer.to_hf())
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         num_blocks = self.num_eval_batches * self.shape.num_rows
         validated = validation.tokens[1 : num_blocks * validation.seq_length + 1]
-        unigram = unigram_perplexity(training.tokens, validated, self.lm.vocab_size)
-        exported = _loss_of(model, validation, num_blocks)
-        self.remarks = self._remarks(model, tokenizer, validation.tokens)
-        return {
+        metrics = {
             **trained.last,
-            "exported_validation_loss": exported,
-            "unigram_perplexity": unigram,
+            "exported_validation_loss": _loss_of(model, validation, num_blocks),
+            "unigram_perplexity": unigram_perplexity(training.tokens, validated, self.lm.vocab_size),
             "tokens_per_second": trained.units_per_second,
         }
+        self.remarks = self._remarks(model, AutoTokenizer.from_pretrained(folder), validation.tokens)
+        return metrics
 
     def summary(self, metrics: Metrics) -> str:
-        """The metrics in a few lines, and a sample."""
-        folder = self.output / "hf"
-        return "\n".join(
-            [
-                f"validation perplexity  {metrics['validation_perplexity']:10.2f}",
-                f"unigram perplexity     {metrics['unigram_perplexity']:10.2f}",
-                f"validation loss        {metrics['validation_loss']:10.4f}  in the pipeline",
-                f"                       {metrics['exported_validation_loss']:10.4f}  from {folder}",
-                *self.remarks,
-            ]
-        )
+        lines = [
+            f"validation perplexity  {metrics['validation_perplexity']:10.2f}",
+            f"unigram perplexity     {metrics['unigram_perplexity']:10.2f}",
+            f"validation loss        {metrics['validation_loss']:10.4f}  in the pipeline",
+            f"                       {metrics['exported_validation_loss']:10.4f}  from {self.output / 'hf'}",
+        ]
+        return "\n".join([*lines, *self.remarks])
 
     def _remarks(self, model: Any, tokenizer: Any, tokens: Tensor) -> list[str]:
         """A warning if the exported tokenizer is not the one that was trained with, and a sample."""
         remarks = []
-        beginning: str = tokenizer.decode(tokens[:2000], skip_special_tokens=True)
-        if not same_ids(self.tokenizer, tokenizer, beginning):
+        if not same_ids(self.tokenizer, tokenizer, tokenizer.decode(tokens[:2000], skip_special_tokens=True)):
             remarks.append(
                 "warning: the exported tokenizer gives other ids than training saw, see "
                 "ds_interlock.hf.data.tokenizer"
@@ -228,14 +193,8 @@ class LMTask(Task):
     def _iterator(self, blocks: TokenBlocks | None, shuffle: bool) -> BlockIterator | None:
         if blocks is None:
             return None
-        return BlockIterator(
-            blocks,
-            self.shape.micro_batch_size,
-            replica=self.replica,
-            num_replicas=self.shape.num_replicas,
-            seed=self.args.seed,
-            shuffle=shuffle,
-        )
+        size, seed = self.shape.micro_batch_size, self.args.seed
+        return BlockIterator(blocks, size, **self.share, seed=seed, shuffle=shuffle)
 
 
 def _loss_of(model: Any, blocks: TokenBlocks, num_blocks: int) -> float:
@@ -254,17 +213,15 @@ def _sample(model: Any, tokenizer: Any, tokens: Tensor, num_generated: int, seed
     """How the model continues the beginning of the validation text."""
     torch.manual_seed(seed)
     prompt = tokens[None, :_PROMPT_TOKENS]
-    room = model.config.n_positions - prompt.shape[1]
     written = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=max(1, min(num_generated, room)),
+        max_new_tokens=max(1, min(num_generated, model.config.n_positions - prompt.shape[1])),
         do_sample=True,
         top_p=0.9,
         pad_token_id=model.config.eos_token_id,
     )
-    text: str = tokenizer.decode(written[0], skip_special_tokens=True)
-    return text
+    return str(tokenizer.decode(written[0], skip_special_tokens=True))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ of the steps.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,15 +23,14 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import ds_interlock
-from ds_interlock import InterlockConfig, InterlockPipelineModule
+from ds_interlock import InterlockConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.images.batches import ImageIterator, MicroBatch, evaluation_batches, num_evaluation_batches
 from ds_interlock.images.data import ImageData, Normalisation, Score
 from ds_interlock.images.sources import load_images
-from ds_interlock.jobs.arguments import RunArguments, argument
+from ds_interlock.jobs.arguments import RunArguments, argument, config_from
 from ds_interlock.jobs.loop import Loop, Losses, Metrics, Task, Trained
 from ds_interlock.jobs.process import in_turns, propagate_errors, run_command, start
-from ds_interlock.jobs.quiet import quiet
 from ds_interlock.models.resnet import (
     HEAD_CHANNELS,
     ResNetConfig,
@@ -93,45 +93,32 @@ class ResNetArguments(ImageArguments, NetArguments, ResNetRunArguments):
     _may_be_empty: ClassVar[tuple[str, ...]] = ("head_channels",)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    run_command("train_resnet", ResNetArguments, run, __doc__, argv)
-
-
 def run(args: ResNetArguments) -> Metrics:
-    """Trains. To be called on every rank of a job.
-
-    Returns:
-        The contents of ``metrics.json``.
-
-    Raises:
-        ConfigError, DataError, PlanError: If arguments, config, images or stages cannot be used.
-    """
+    """Trains; see ``finetune.run``."""
     job = start(args)
     with propagate_errors():
         check_heads(job.interlock)
-    data = in_turns(lambda: _read_images(args))
-    resnet = ResNetConfig(
-        depth=args.depth,
-        num_classes=data.num_classes,
-        in_channels=data.in_channels,
-        width=args.width,
-        block=args.block,
-        shortcut=args.shortcut,
-        seed=args.seed,
+    images = in_turns(lambda: load_images(args.dataset, args.data_dir, args.dataset_config))
+    train, test = images.train, images.test
+    data = ImageData(
+        train.first(args.max_train_samples or len(train)),
+        test.first(args.max_eval_samples or len(test)),
+        images.num_classes,
     )
-    with quiet():
-        net = InterlockPipelineModule(
-            layers=resnet_layers(resnet),
-            loss_fn=classification_loss,
-            num_stages=job.num_stages,
-            partition_method="type:Block" if job.num_stages <= resnet.num_blocks else "uniform",
-            interlock=job.interlock,
-            head=resnet_heads(resnet, args.head_channels),
-        )
+    sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
+    resnet = config_from(args, ResNetConfig, **sizes)
+    net = job.build_pipeline(
+        resnet_layers(resnet),
+        loss_fn=classification_loss,
+        partition_method="type:Block" if job.num_stages <= resnet.num_blocks else "uniform",
+        head=resnet_heads(resnet, args.head_channels),
+    )
     schedule = None if "scheduler" in job.config else step_schedule(args.max_steps)
     engine, *_ = ds_interlock.initialize(model=net, config=job.config, lr_scheduler=schedule)
     return Loop(ResNetTask(engine, args, data), args, job).run()
+
+
+main = partial(run_command, "train_resnet", ResNetArguments, run, __doc__)
 
 
 def check_heads(interlock: InterlockConfig) -> None:
@@ -152,15 +139,6 @@ def step_schedule(max_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
     return lambda optimizer: LambdaLR(optimizer, factor)
 
 
-def _read_images(args: ResNetArguments) -> ImageData:
-    data = load_images(args.dataset, args.data_dir, args.dataset_config)
-    return ImageData(
-        data.train.first(args.max_train_samples or len(data.train)),
-        data.test.first(args.max_eval_samples or len(data.test)),
-        data.num_classes,
-    )
-
-
 class ResNetTask(Task):
     """Images, and how many of them are classified wrongly."""
 
@@ -170,8 +148,7 @@ class ResNetTask(Task):
     def __init__(self, engine: Any, args: ResNetArguments, data: ImageData) -> None:
         super().__init__(engine, args.output_dir)
         self.args = args
-        self.num_classes = data.num_classes
-        self.num_train_images = len(data.train)
+        self.num_classes, self.num_train_images = data.num_classes, len(data.train)
         self.num_test_batches = num_evaluation_batches(
             len(data.test), self.shape.micro_batch_size, self.shape.num_replicas
         )
@@ -183,8 +160,7 @@ class ResNetTask(Task):
     def before_checkpoint(self) -> None:
         """Batch norm's running statistics become the mean over the replicas, which each had their own.
 
-        Evaluation then does not depend on which replica reads an image, and a checkpoint, written by one
-        replica, holds for all.
+        Evaluation then does not depend on which replica reads an image, and one checkpoint holds for all.
         """
         if self.shape.num_replicas == 1:
             return
@@ -197,13 +173,12 @@ class ResNetTask(Task):
         """The model on all test images, counted exactly; the same on every rank."""
         self.before_checkpoint()
         labels: list[Tensor] = []
-        outputs = self.engine.eval_batch(
-            self._test_batches(labels), compute_loss=False, num_micro_batches=self.num_test_batches
-        )
+        batches, number = self._test_batches(labels), self.num_test_batches
+        outputs = self.engine.eval_batch(batches, compute_loss=False, num_micro_batches=number)
         logits = self._to_all_stages(outputs)
         score = Score.of(logits, torch.cat(labels)) if self.reads else Score()
-        total = torch.tensor([score.num_images, score.num_errors, score.loss_sum], dtype=torch.float64)
-        total = total.to(self.engine.device)
+        counts = score.num_images, score.num_errors, score.loss_sum
+        total = torch.tensor(counts, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(total)  # each image was scored by one rank
         num_images, num_errors, loss_sum = total.tolist()
         score = Score(int(num_images), int(num_errors), loss_sum)
@@ -215,11 +190,10 @@ class ResNetTask(Task):
         }
 
     def describe(self, losses: Losses) -> str:
-        """Error and loss."""
         return f"test error {100 * losses['test_error']:.2f} %, test loss {losses['test_loss']:.4f}"
 
     def export(self, trained: Trained) -> Metrics:
-        """Nothing is exported: the checkpoint is the result."""
+        """Nothing: the checkpoint is the result."""
         return {
             **trained.last,
             "images_per_second": trained.units_per_second or None,
@@ -228,7 +202,6 @@ class ResNetTask(Task):
         }
 
     def summary(self, metrics: Metrics) -> str:
-        """Error and loss on the test images."""
         return self.describe(metrics)
 
     def _open(self, data: ImageData) -> None:
@@ -239,8 +212,7 @@ class ResNetTask(Task):
             data.train.to(self.engine.device),
             self.normalisation,
             self.shape.micro_batch_size,
-            replica=self.replica,
-            num_replicas=self.shape.num_replicas,
+            **self.share,
             seed=self.args.seed,
             augment=not self.args.no_augment,
         )
@@ -250,14 +222,8 @@ class ResNetTask(Task):
         """The test images of this replica on stage 0; the labels of what was read go to ``labels``."""
         if not self.reads:
             return
-        batches = evaluation_batches(
-            self.test,
-            self.normalisation,
-            self.shape.micro_batch_size,
-            replica=self.replica,
-            num_replicas=self.shape.num_replicas,
-        )
-        for images, labels_b in batches:
+        size = self.shape.micro_batch_size
+        for images, labels_b in evaluation_batches(self.test, self.normalisation, size, **self.share):
             labels.append(labels_b)
             yield images, labels_b
 

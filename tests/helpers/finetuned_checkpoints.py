@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ds_interlock.config import HeadConfig
 from ds_interlock.engine.checkpoint import stage_state
 from ds_interlock.heads.factory import head_factory
-from ds_interlock.hf.export.description import ModelDescription
+from ds_interlock.hf.export.finetuned import DESCRIPTION_FILE, ModelDescription
 from ds_interlock.hf.model.surgery import find_anatomy
 from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan
@@ -114,15 +114,14 @@ def _write_hf_folder(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     norms = [path for path in anatomy.end if "norm" in path or path.endswith("ln_f")]
-    ModelDescription(
+    description = ModelDescription(
         architecture=type(model).__name__,
         num_front_layers=1,
         num_blocks=anatomy.num_blocks,
-        blocks=anatomy.blocks,
         embedding=anatomy.embedding,
         norm=norms[0] if norms else None,
         unembedding=anatomy.unembedding,
-        tied=anatomy.tied,
         peft=peft,
         base_model=base_model,
-    ).write(folder)
+    )
+    (folder / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=2))

@@ -272,9 +272,11 @@ def test_a_disk_that_is_full_at_export_leaves_the_old_model_and_the_checkpoint(
     argv = arguments(tmp_path, data)
     ranks2.run(finetune, argv=argv)
     before = (tmp_path / "out" / "hf" / "model.safetensors").read_bytes()
-    said = ranks2.run(refused_when_the_disk_is_full, argv=argv)
-    assert re.fullmatch(r"\S+/out/hf cannot be written \(.*File too large.*\): .* make room.*", str(said[0]))
-    assert said[1] is None
+    messages = ranks2.run(refused_when_the_disk_is_full, argv=argv)
+    assert re.fullmatch(
+        r"\S+/out/hf cannot be written \(.*File too large.*\): .* make room.*", str(messages[0])
+    )
+    assert messages[1] is None
     assert (tmp_path / "out" / "hf" / "model.safetensors").read_bytes() == before
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"checkpoints", "hf", "metrics.json", "timeline.svg", "train_log.jsonl"}
@@ -287,8 +289,8 @@ def test_an_output_folder_that_cannot_be_made(
 ) -> None:
     (tmp_path / "model").symlink_to(llama)
     (tmp_path / "file").write_text("")
-    said = refusal(ranks2, arguments(tmp_path, data, out="file/out"))
-    assert re.search("--output_dir: .*file/out cannot be written .*Not a directory", said)
+    message = refusal(ranks2, arguments(tmp_path, data, out="file/out"))
+    assert re.search("--output_dir: .*file/out cannot be written .*Not a directory", message)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +308,9 @@ def test_a_high_learning_rate_is_remarked_once(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "model").symlink_to(llama)
-    told = ranks2.run(finetune, argv=arguments(tmp_path, data, "--learning_rate", rate, *more))
-    warnings = [line for text in told for line in text.splitlines() if "warning: the learning rate" in line]
+    outputs = ranks2.run(finetune, argv=arguments(tmp_path, data, "--learning_rate", rate, *more))
+    warnings = [
+        line for text in outputs for line in text.splitlines() if "warning: the learning rate" in line
+    ]
     assert len(warnings) == warns
     assert all("0.0006" in line and "--learning_rate 5e-5 is usual" in line for line in warnings)

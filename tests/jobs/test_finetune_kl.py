@@ -36,7 +36,7 @@ def head_losses(folder: Path) -> list[float]:
 
 @torch.no_grad()
 def divergence_of_the_first_batch(model: Any, rows: Rows, after_layer: int) -> float:
-    """Of what the model would say behind some layers from what it says: the mean over the labels."""
+    """KL divergence of the model cut after some layers from the whole model: the mean over the labels."""
     total, num_labels = 0.0, 0
     for inputs, (labels_bt, _) in islice(TrainingBatches(rows, BatchShape(2, 2), seed=SEED), 2):
         for ids_t, other_t, labels_t in zip(*inputs, labels_bt, strict=True):
@@ -107,12 +107,12 @@ def test_a_resumed_run_goes_on_with_the_states_of_the_first(
 
     resumed = "--max_steps", 5, *resumed[2:]
     states.rename(tmp_path / "elsewhere")
-    told = refusal(ranks2, arguments(tmp_path, data, *resumed, section=KL_ONLY))
-    assert "replica_00.safetensors is missing" in told
+    message = refusal(ranks2, arguments(tmp_path, data, *resumed, section=KL_ONLY))
+    assert "replica_00.safetensors is missing" in message
     (tmp_path / "elsewhere").rename(states)
     save_tiny("llama", tmp_path / "model", seed=1)
-    told = refusal(ranks2, arguments(tmp_path, data, *resumed, section=KL_ONLY))
-    assert "replica_00.safetensors was written for another model. " in told
+    message = refusal(ranks2, arguments(tmp_path, data, *resumed, section=KL_ONLY))
+    assert "replica_00.safetensors was written for another model. " in message
 
 
 def test_states_are_kept_only_where_heads_learn_from_them(
@@ -125,5 +125,5 @@ def test_states_are_kept_only_where_heads_learn_from_them(
         assert not (tmp_path / "out" / "base_states").exists()
     save_tiny("bert", tmp_path / "model", num_labels=2)
     section = {**LOCAL, "head": {"kl_weight": 0.5}}
-    told = refusal(ranks2, arguments(tmp_path, data, section=section, task="classification"))
-    assert "interlock.head.kl_weight is 0.5" in told
+    message = refusal(ranks2, arguments(tmp_path, data, section=section, task="classification"))
+    assert "interlock.head.kl_weight is 0.5" in message

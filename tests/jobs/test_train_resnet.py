@@ -185,4 +185,6 @@ def test_the_configs_differ_in_their_section_alone() -> None:
 def test_a_missing_data_set_is_named_once(ranks2: RankPool, tmp_path: Path) -> None:
     words = ["--deepspeed_config", ROOT / "configs/resnet/local.json", "--data_dir", tmp_path]
     argv = [str(word) for word in [*words, "--output_dir", tmp_path / "out"]]
-    assert "apt-get install dataset-fashion-mnist, or say where" in refusal(ranks2, argv, "train_resnet")
+    assert "apt-get install dataset-fashion-mnist, or give the folder" in refusal(
+        ranks2, argv, "train_resnet"
+    )

@@ -16,10 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.hf.export.description import DESCRIPTION_FILE
-from ds_interlock.hf.export.finetuned import FineTunedCheckpoint
-from ds_interlock.hf.export.model_folder import ExportReport, check_tensors
-from ds_interlock.hf.export.new_folder import new_folder
+from ds_interlock.hf.export.finetuned import DESCRIPTION_FILE, FineTunedCheckpoint
+from ds_interlock.hf.export.model_folder import ExportReport, check_tensors, new_folder
 from ds_interlock.hf.model.pretrained import empty_model
 from ds_interlock.hf.model.surgery import find_anatomy
 
@@ -54,24 +52,17 @@ def export_adapter(checkpoint: str | Path, output: str | PathLike[str]) -> Expor
         config.base_model_name_or_path = source.description.base_model
         config.inference_mode = True
         config.save_pretrained(folder)
-    num_parameters = sum(tensor.numel() for tensor in adapter.values())
-    return ExportReport(
-        Path(output), f"adapter of {source.description.base_model}", num_parameters, num_bytes
-    )
+    what = f"adapter of {source.description.base_model}"
+    return ExportReport(Path(output), what, sum(map(Tensor.numel, adapter.values())), num_bytes)
 
 
 def merged_tensors(source: FineTunedCheckpoint) -> dict[str, Tensor]:
-    """The tensors of the plain model, adapters merged into it; a tied weight under one name or under both.
-
-    Raises:
-        ConfigError: If tensors are missing or do not fit.
-    """
+    """The tensors of the plain model, adapters merged into it; a tied weight under one name or under both."""
     model = _peft_model(source)
     tensors = _peft_tensors(source, model)
     check_tensors(model.get_base_model(), tensors, str(source.folder))
-    model.load_state_dict(
-        {_PREFIX + name: tensor for name, tensor in tensors.items()}, strict=False, assign=True
-    )
+    named = {_PREFIX + name: tensor for name, tensor in tensors.items()}
+    model.load_state_dict(named, strict=False, assign=True)
     with warnings.catch_warnings():
         # Assigned one by one, tied weights look untied to peft. Whether they are is decided by the caller.
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")

@@ -10,10 +10,9 @@ a norm and an unembedding. A lens with its translator after the norm folds into 
 U((I + A) n + b) = (U (I + A)) n + U b.
 """
 
-from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from ds_interlock.hf.export.finetuned import FineTunedCheckpoint
 from ds_interlock.hf.export.model_folder import MAX_SHARD_SIZE, ExportReport, write_model
 from ds_interlock.hf.model.pretrained import empty_model
 
+_Parts = dict[str, dict[str, Tensor]]  # a head's norm, translator, unembedding: tensors by name
 _ROWS_AT_ONCE = 8192  # of an unembedding in float64
 _FITTING = (
     'a head of type norm_linear, or a lens with "interlock.head.translator": "after_norm", is of the '
@@ -59,8 +59,7 @@ def export_draft(
     loss = _choose_head(source, num_stages, head)
     after_layer = source.plan.heads[loss].after_layer
     num_blocks = after_layer - source.description.num_front_layers
-    config = _shortened_config(source, num_blocks)
-    model = empty_model(config, source.description.architecture)
+    model = empty_model(_shortened_config(source, num_blocks), source.description.architecture)
     tensors = {**_front(source, after_layer), **_end(source, loss, model, dtype)}
     note = f"blocks 0 to {num_blocks - 1} of {source.description.num_blocks}, with head {loss}"
     return write_model(
@@ -72,12 +71,10 @@ def _choose_head(source: FineTunedCheckpoint, num_stages: int, head: int | None)
     """The index of the loss in the plan."""
     plan = source.plan
     here = [loss for loss in source.heads if plan.heads[loss].stage == num_stages - 1]
-    if here and head is None:
-        return here[-1]
-    if head in here:
-        assert head is not None, "None is in no list of numbers"
-        return head
-    flags = f"--stages {num_stages}" if head is None else f"--stages {num_stages} --head {head}"
+    matching = [loss for loss in here if head in (None, loss)]
+    if matching:
+        return matching[-1]
+    flags = f"--stages {num_stages}" + ("" if head is None else f" --head {head}")
     known = [
         f"head {loss} in stage {plan.heads[loss].stage} after layer {plan.heads[loss].after_layer - 1} "
         f"(--stages {plan.heads[loss].stage + 1} --head {loss})"
@@ -90,10 +87,7 @@ def _choose_head(source: FineTunedCheckpoint, num_stages: int, head: int | None)
 
 
 def _shortened_config(source: FineTunedCheckpoint, num_blocks: int) -> Any:
-    """The model's configuration, for its first ``num_blocks`` blocks and an unembedding of its own.
-
-    Lists with one entry for each block, such as ``layer_types``, are cut.
-    """
+    """The model's configuration, for its first ``num_blocks`` blocks and an unembedding of its own."""
     config = source.load_config()
     of_all = source.description.num_blocks
     if not 1 <= num_blocks <= of_all:
@@ -102,36 +96,26 @@ def _shortened_config(source: FineTunedCheckpoint, num_blocks: int) -> Any:
         )
     settings = config.to_dict()
     for name, value in settings.items():
-        # Token ids may be a list, too, and of any length.
+        # One entry for each block, as layer_types; token ids may be a list, too, and of any length.
         if isinstance(value, list) and len(value) == of_all and "token_id" not in name:
             settings[name] = value[:num_blocks]
     settings["architectures"] = [source.description.architecture]
     settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = num_blocks
     settings["tie_word_embeddings"] = False
     try:
-        shortened = type(config).from_dict(settings)
+        return type(config).from_dict(settings)
     except (ValueError, TypeError) as error:
         raise ConfigError(
             f"{type(config).__name__} cannot be cut to {num_blocks} blocks: {str(error).strip()}"
         ) from error
-    return shortened
 
 
 def _front(source: FineTunedCheckpoint, after_layer: int) -> dict[str, Tensor]:
     """All weights before the head."""
-    names = [
-        merged_name(name) for number, state in source.layers.items() if number < after_layer for name in state
-    ]
     tensors = source.tensors() if source.description.peft is None else merged_tensors(source)
+    layers = [state for number, state in source.layers.items() if number < after_layer]
+    names = (merged_name(name) for state in layers for name in state)
     return {name: tensors[name] for name in names if name in tensors}
-
-
-class _Readout(NamedTuple):
-    """A head's norm, translator and unembedding, by the names within each."""
-
-    norm: dict[str, Tensor]
-    translator: dict[str, Tensor]
-    unembedding: dict[str, Tensor]
 
 
 def _end(source: FineTunedCheckpoint, loss: int, model: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -139,59 +123,68 @@ def _end(source: FineTunedCheckpoint, loss: int, model: Any, dtype: torch.dtype 
     description = source.description
     if description.unembedding is None:
         raise ConfigError(f"--stages: {description.architecture} ends in no unembedding that a head could be")
-    readout = _read_readout(source, loss, model)
-    if readout.translator:
+    parts = _read_parts(source, loss, model)
+    if "translator" in parts:
         has_bias = model.get_submodule(description.unembedding).bias is not None
-        readout = _fold(readout, has_bias, dtype, f"head {loss}")
-    tensors = {f"{description.unembedding}.{name}": t for name, t in readout.unembedding.items()}
-    return tensors | {f"{description.norm}.{name}": t for name, t in readout.norm.items()}
-
-
-def _read_readout(source: FineTunedCheckpoint, loss: int, model: Any) -> _Readout:
-    """The parts of a head; ConfigError if they are not those that the model has."""
-    state: Mapping[str, Tensor] = source.heads[loss]
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        owner, _, rest = name.removeprefix("readout.").partition(".")
-        parts.setdefault(owner if name.startswith("readout.") else name.partition(".")[0], {})[rest] = tensor
-    norm = source.description.norm
-    if norm is not None and next(model.get_submodule(norm).parameters(), None) is None:
-        _refuse(loss, "may have a norm without weights or none, which its weights do not show")
-    # The order of the names is that of the parts.
-    wrong = {
-        "block": "has a block of its own (interlock.head.type block_linear), and so one more than the stages",
-        "down": "has an unembedding of low rank (interlock.head.type low_rank)",
+        parts = _fold(parts, has_bias, dtype, f"head {loss}")
+    paths = {"unembedding": description.unembedding, "norm": description.norm}
+    return {
+        f"{path}.{name}": tensor
+        for part, path in paths.items()
+        for name, tensor in parts.get(part, {}).items()
     }
-    for part, why in wrong.items():
-        if part in parts:
-            _refuse(loss, why)
-    if set(parts) - {"norm", "translator", "unembedding"} or "unembedding" not in parts:
-        _refuse(loss, f"is the user's own: it has {', '.join(parts)}")
-    if norm is not None and "norm" not in parts:
-        _refuse(loss, "has no norm before its unembedding (interlock.head.type linear)")
-    order = list(parts)
-    if "translator" in parts and "norm" in parts and order.index("translator") < order.index("norm"):
-        _refuse(loss, 'has its translator before the norm (interlock.head.translator "before_norm")')
-    return _Readout(parts.get("norm", {}), parts.get("translator", {}), parts["unembedding"])
 
 
-def _refuse(loss: int, why: str) -> None:
-    raise ConfigError(f"head {loss} {why}, so it is not of the model's architecture: {_FITTING}")
+def _read_parts(source: FineTunedCheckpoint, loss: int, model: Any) -> _Parts:
+    """The parts of a head, in their order; ConfigError if they are not those that the model has."""
+    parts: _Parts = {}
+    for full_name, tensor in source.heads[loss].items():
+        part, _, name = full_name.removeprefix("readout.").partition(".")
+        parts.setdefault(part, {})[name] = tensor
+    norm = source.description.norm
+    hindrances = [
+        (
+            norm is not None and next(model.get_submodule(norm).parameters(), None) is None,
+            "may have a norm without weights or none, which its weights do not show",
+        ),
+        (
+            "block" in parts,
+            "has a block of its own (interlock.head.type block_linear), and so one more than the stages",
+        ),
+        ("down" in parts, "has an unembedding of low rank (interlock.head.type low_rank)"),
+        (
+            set(parts) - {"norm", "translator", "unembedding"} or "unembedding" not in parts,
+            f"is the user's own: it has {', '.join(parts)}",
+        ),
+        (
+            norm is not None and "norm" not in parts,
+            "has no norm before its unembedding (interlock.head.type linear)",
+        ),
+        (
+            list(parts)[:2] == ["translator", "norm"],
+            'has its translator before the norm (interlock.head.translator "before_norm")',
+        ),
+    ]
+    for hinders, why in hindrances:
+        if hinders:
+            raise ConfigError(f"head {loss} {why}, so it is not of the model's architecture: {_FITTING}")
+    return parts
 
 
-def _fold(readout: _Readout, has_bias: bool, dtype: torch.dtype | None, name: str) -> _Readout:
+def _fold(parts: _Parts, has_bias: bool, dtype: torch.dtype | None, name: str) -> _Parts:
     """Norm and unembedding that do what norm, translator and unembedding do, computed in float64.
 
     The translator's bias goes into the unembedding's if the architecture has one, else into the norm's.
     """
-    weight_vd = readout.unembedding["weight"]
-    map_dd = readout.translator["change.weight"].double()
+    weight_vd = parts["unembedding"]["weight"]
+    map_dd = parts["translator"]["change.weight"].double()
     map_dd = map_dd + torch.eye(len(map_dd), dtype=torch.float64)
-    change_d = readout.translator.get("change.bias", map_dd.new_zeros(len(map_dd))).double()
+    change_d = parts["translator"].get("change.bias", map_dd.new_zeros(len(map_dd))).double()
     kind = dtype or weight_vd.dtype
     rows = torch.split(weight_vd, _ROWS_AT_ONCE)
-    unembedding = {**readout.unembedding, "weight": torch.cat([(r.double() @ map_dd).to(kind) for r in rows])}
-    norm = dict(readout.norm)
+    folded_vd = torch.cat([(row.double() @ map_dd).to(kind) for row in rows])
+    unembedding = {**parts["unembedding"], "weight": folded_vd}
+    norm = dict(parts.get("norm", {}))
     if has_bias:
         bias_v = torch.cat([row.double() @ change_d for row in rows])
         unembedding["bias"] = (unembedding.get("bias", torch.zeros_like(bias_v)).double() + bias_v).to(kind)
@@ -205,4 +198,4 @@ def _fold(readout: _Readout, has_bias: bool, dtype: torch.dtype | None, name: st
             f"{name}: its translator has a bias, and neither norm nor unembedding of the model has one to "
             f"take it: {_FITTING}"
         )
-    return _Readout(norm, {}, unembedding)
+    return {"norm": norm, "unembedding": unembedding}

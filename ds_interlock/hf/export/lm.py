@@ -1,10 +1,6 @@
 """A language model of ``models/lm.py`` as a plain Hugging Face GPT-2 checkpoint.
 
-layer_00-model_states.pt  ...  layer_11-model_states.pt  [interlock_stage_03.pt]
-    │ read_layer_states
-{0: {"weight": ...}, 1: ...}
-    │ export_gpt2
-config.json  model.safetensors  generation_config.json  tokenizer files
+layer_00-model_states.pt ... ──read_layer_states──► {0: {"weight": ...}, 1: ...} ──export_gpt2──► a folder
 """
 
 from collections.abc import Mapping
@@ -15,7 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.hf.export.new_folder import new_folder
+from ds_interlock.hf.export.model_folder import new_folder
 from ds_interlock.hf.export.pipeline_checkpoint import PipelineCheckpoint
 from ds_interlock.models.lm import LMConfig
 
@@ -65,11 +61,10 @@ def export_gpt2(
 
 
 def read_layer_states(checkpoint_dir: str | Path) -> dict[int, dict[str, Tensor]]:
-    """State dict of every layer in a DeepSpeed pipeline checkpoint.
+    """State dict of every layer in a pipeline checkpoint; argument and errors as of ``PipelineCheckpoint``.
 
-    A tied unembedding has no file of its own. If the stages trained copies of their own
-    (``tied_weights: "untie"``), the last stage's copy comes as the layer after the last. The argument and
-    errors are those of ``PipelineCheckpoint``.
+    A tied unembedding has no file of its own. If it was trained apart (``tied_weights: "untie"``), it comes
+    as the layer after the last.
     """
     checkpoint = PipelineCheckpoint(checkpoint_dir)
     states = {number: dict(state) for number, state in checkpoint.layers.items()}
@@ -101,9 +96,8 @@ def _gpt2_tensors(layer_states: LayerStates, config: LMConfig) -> dict[str, Tens
     """The state dict of ``GPT2LMHeadModel``, in float32."""
     tensors: dict[str, Tensor] = {}
     last = config.num_layers - 1
-    needed = last if config.tie_embeddings else last + 1
-    missing = [layer for layer in range(needed) if layer not in layer_states]
-    if missing or max(layer_states) > last:
+    needed = set(range(last if config.tie_embeddings else last + 1))
+    if needed - set(layer_states) or max(layer_states) > last:
         raise ConfigError(
             f"the checkpoint has layers {sorted(layer_states)}: expected 0 to {last}, as the model's "
             f"configuration has num_blocks {config.num_blocks}"

@@ -5,8 +5,7 @@
         ▼                                 ▼
     tensors ──► [merge adapters] ──► [settle tied weights] ──► write_model
 
-A model with adapters becomes an adapter folder (``adapter.py``), unless they are merged. ``draft.py`` exports
-the first stages with one of their heads as a smaller model.
+A model with adapters becomes an adapter folder (``adapter.py``), unless they are merged.
 """
 
 from os import PathLike
@@ -64,37 +63,26 @@ def export_model(
         return export_adapter(checkpoint, output)
     tensors = merged_tensors(source) if merge_adapter else source.tensors()
     config = source.load_config()
-    notes = settle_tied_weights(source, tensors, config)
+    notes = _settle_tied_weights(source, tensors, config)
     model = empty_model(config, source.description.architecture)
-    form: Any = {"dtype": dtype, "max_shard_size": max_shard_size, "heads": heads}
-    return write_model(output, source, model, tensors, notes=notes, **form)
+    return write_model(
+        output, source, model, tensors, dtype=dtype, max_shard_size=max_shard_size, heads=heads, notes=notes
+    )
 
 
-def settle_tied_weights(source: FineTunedCheckpoint, tensors: dict[str, Tensor], config: Any) -> list[str]:
-    """Unties the embeddings in ``config`` if they were trained apart; else leaves one of them.
-
-    Args:
-        source: Has the last stage's own copy, if there is one.
-        tensors: The model's; the unembedding is added or taken out.
-        config: The model's; changed.
-
-    Returns:
-        A note if they are no longer tied.
-
-    Raises:
-        ConfigError: If the last stage's copies do not include the embedding.
-    """
+def _settle_tied_weights(source: FineTunedCheckpoint, tensors: dict[str, Tensor], config: Any) -> list[str]:
+    """Unties the embeddings in ``config`` if they were trained apart, and returns a note; else leaves one."""
     if source.description.unembedding is None:
         return []
     embedding = f"{source.description.embedding}.weight"
     unembedding = f"{source.description.unembedding}.weight"
     copies = source.untied_copies
-    if copies and embedding not in copies:
-        raise ConfigError(
-            f"{source.folder}: the last stage has its own copies of {', '.join(copies)}; "
-            f"expected {embedding} among them"
-        )
     if copies:
+        if embedding not in copies:
+            raise ConfigError(
+                f"{source.folder}: the last stage has its own copies of {', '.join(copies)}; "
+                f"expected {embedding} among them"
+            )
         tensors.setdefault(unembedding, copies[embedding])
     if not config.tie_word_embeddings or unembedding not in tensors:
         return []

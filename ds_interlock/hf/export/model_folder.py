@@ -3,9 +3,13 @@
 config ──► empty_model: the architecture, without weights
               │ check_tensors: exactly its names and shapes
 tensors ──► write_model: config.json, model*.safetensors, [heads.safetensors], tokenizer, ...
+
+The folder appears whole, replaces only a model, and is checked for room first.
 """
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from os import PathLike
@@ -13,35 +17,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_interlock.errors import ConfigError, list_faults
+from ds_interlock.files import unfinished_folder
 from ds_interlock.hf.export.finetuned import FineTunedCheckpoint
-from ds_interlock.hf.export.new_folder import new_folder
 
 HEADS_FILE = "heads.safetensors"
 MAX_SHARD_SIZE = "5GB"
 _NAMED = 5  # tensors that a message names before it only counts
+_OF_A_MODEL = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote.
-
-    Attributes:
-        output: The folder.
-        what: In words, as "LlamaForCausalLM".
-        num_parameters: Numbers in its tensors, heads aside.
-        num_bytes: Size of all tensors written.
-        notes: What a user may not expect, one sentence each.
-    """
+    """What an export wrote."""
 
     output: Path
-    what: str
-    num_parameters: int
-    num_bytes: int
-    notes: Sequence[str] = ()
+    what: str  # in words, as "LlamaForCausalLM"
+    num_parameters: int  # numbers in its tensors, heads aside
+    num_bytes: int  # size of all tensors written
+    notes: Sequence[str] = ()  # what a user may not expect, one sentence each
 
     def __str__(self) -> str:
         """Lines for a terminal."""
@@ -50,11 +48,7 @@ class ExportReport:
 
 
 def check_tensors(model: Any, tensors: Mapping[str, Tensor], subject: str) -> None:
-    """Makes sure that ``tensors`` are those of ``model``; a tied weight's other name may be missing.
-
-    Raises:
-        ConfigError: If names are missing, unknown, or have other shapes. It begins with ``subject``.
-    """
+    """Makes sure that ``tensors`` are those of ``model``; a tied weight's other name may be missing."""
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong_shape = [
@@ -90,30 +84,18 @@ def write_model(
     heads: bool = False,
     notes: Sequence[str] = (),
 ) -> ExportReport:
-    """Writes a folder that ``from_pretrained`` loads.
+    """Writes a folder that ``from_pretrained`` loads; for the options see ``export_model``.
 
-    Args:
-        output: The folder.
-        source: Where tokenizer, generation configuration and heads come from.
-        model: The architecture without weights, with the configuration to write.
-        tensors: Its weights.
-        dtype: Of the floating-point tensors written, heads aside; None leaves them as they are.
-        max_shard_size: Files larger than this are split, as "5GB".
-        heads: Write the auxiliary heads beside the model.
-        notes: For the report.
-
-    Returns:
-        What was written.
-
-    Raises:
-        ConfigError: If the tensors do not fit the model, or the folder cannot be written.
+    ``source`` has tokenizer, generation configuration and heads. ``model`` is the architecture without
+    weights, with the configuration to write. ``notes`` are for the report.
     """
     check_tensors(model, tensors, str(source.folder))
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     head_tensors, metadata = _heads(source) if heads else ({}, {})
     # save_pretrained writes the model's dtype to config.json, which from_pretrained then loads in.
-    model.to(_common_dtype(tensors))
+    dtypes = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    model.to(reduce(torch.promote_types, dtypes))
     num_bytes = sum(tensor.nbytes for some in (tensors, head_tensors) for tensor in some.values())
     with new_folder(output, num_bytes, source.hf_folder) as folder:
         model.save_pretrained(folder, state_dict=dict(tensors), max_shard_size=max_shard_size)
@@ -126,20 +108,52 @@ def write_model(
     return ExportReport(Path(output), type(model).__name__, num_parameters, num_bytes, tuple(notes))
 
 
-def _common_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    return reduce(torch.promote_types, (t.dtype for t in tensors.values() if t.is_floating_point()))
-
-
 def _heads(source: FineTunedCheckpoint) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The heads' tensors as ``heads.<loss>.<name>``, and each head's position as metadata."""
-    tensors = {
-        f"heads.{loss}.{name}": tensor.contiguous()
-        for loss, head in source.heads.items()
-        for name, tensor in head.items()
-    }
-    metadata = {"format": "pt"}
-    for loss in source.heads:
-        head = source.plan.heads[loss]
-        metadata[f"heads.{loss}.stage"] = str(head.stage)
-        metadata[f"heads.{loss}.after_layer"] = str(head.after_layer)
+    tensors, metadata = {}, {"format": "pt"}
+    for loss, state in source.heads.items():
+        position = source.plan.heads[loss]
+        tensors |= {f"heads.{loss}.{name}": tensor.contiguous() for name, tensor in state.items()}
+        metadata[f"heads.{loss}.stage"] = str(position.stage)
+        metadata[f"heads.{loss}.after_layer"] = str(position.after_layer)
     return tensors, metadata
+
+
+@contextmanager
+def new_folder(output: str | PathLike[str], num_bytes: int, source: Path | None = None) -> Iterator[Path]:
+    """Yields a hidden folder to write into, which becomes ``output`` at the end; after an error, nothing.
+
+    Args:
+        output: The folder to make. An existing one is replaced only if it holds a model.
+        num_bytes: Size of what will be written, compared with the free space first.
+        source: A folder that is read for it, and must not be replaced.
+    """
+    target = Path(output).resolve()
+    _check_replaceable(target, source)
+    nearest_existing = next(folder for folder in (target, *target.parents) if folder.is_dir())
+    free_bytes = shutil.disk_usage(nearest_existing).free
+    sizes = f"it takes {num_bytes:,} bytes, and {free_bytes:,} are free there"
+    advice = "make room, or give another folder"
+    if num_bytes > free_bytes:
+        raise ConfigError(f"{output} does not fit on its disk: {sizes}; {advice}")
+    try:
+        with unfinished_folder(target) as folder:
+            yield folder
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "I/O error" not in str(error):
+            raise
+        raise ConfigError(f"{output} cannot be written ({error}): {sizes}; {advice}") from error
+
+
+def _check_replaceable(target: Path, source: Path | None) -> None:
+    if source is not None and target in (source.resolve(), *source.resolve().parents):
+        raise ConfigError(f"{target} holds what is to be exported: give another folder")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ConfigError(f"{target} is a file: give a folder")
+    if any(target.iterdir()) and not any((target / name).is_file() for name in _OF_A_MODEL):
+        raise ConfigError(
+            f"{target} is not empty and holds no Hugging Face model that could be replaced (no "
+            f"{' or '.join(_OF_A_MODEL)}): give a new folder"
+        )

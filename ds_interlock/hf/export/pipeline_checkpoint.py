@@ -33,10 +33,6 @@ class PipelineCheckpoint:
     Args:
         path: The folder of one checkpoint (``.../global_step100``), or the one above it, whose ``latest``
             file names it.
-
-    Raises:
-        ConfigError: If there is no such checkpoint, or it was cut by tensor parallelism; later, if a file
-            cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -46,12 +42,11 @@ class PipelineCheckpoint:
             self.folder /= latest.read_text(encoding="utf-8").strip()
         self._layer_files: dict[int, Path] = {}
         for file in sorted(self.folder.glob("layer_*")):
-            match = _LAYER_FILE.fullmatch(file.name)
-            if match and match[2]:
-                raise ConfigError(
-                    f"{file} holds a slice of a layer: export of tensor-parallel models is not supported"
-                )
-            if match:
+            if match := _LAYER_FILE.fullmatch(file.name):
+                if match[2]:
+                    raise ConfigError(
+                        f"{file} holds a slice of a layer: export of tensor-parallel models is not supported"
+                    )
                 self._layer_files[int(match[1])] = file
         if not self._layer_files:
             raise ConfigError(
@@ -81,14 +76,12 @@ class PipelineCheckpoint:
         heads: dict[int, dict[str, Tensor]] = {}
         for stage in self._stages:
             # A run with a schedule has heads that its present plan does not use.
-            in_plan = stage["plan"]["heads"]
-            positions = [after_layer for _, after_layer, _ in stage["head_places"]]
-            losses = {after_layer: loss for loss, (_, after_layer, _) in enumerate(in_plan)}
+            losses = {after_layer: loss for loss, (_, after_layer, _) in enumerate(stage["plan"]["heads"])}
             for name, tensor in stage["heads"].items():
-                number, _, rest = name.partition(".")
-                loss = losses.get(positions[int(number)])
-                if loss is not None:
-                    heads.setdefault(loss, {})[rest] = tensor
+                number, _, name_in_head = name.partition(".")
+                _, after_layer, _ = stage["head_places"][int(number)]
+                if after_layer in losses:
+                    heads.setdefault(losses[after_layer], {})[name_in_head] = tensor
         return dict(sorted(heads.items()))
 
     @property

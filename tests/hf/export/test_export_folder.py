@@ -12,7 +12,7 @@ from families import tiny_model
 from finetuned_checkpoints import layers_of, write_checkpoint
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.hf.export import model_folder, new_folder
+from ds_interlock.hf.export import model_folder
 from ds_interlock.hf.export.model import export_model
 from ds_interlock.schedule.plan import GradientFlowPlan
 
@@ -42,7 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_too_little_room_is_found_before_anything_is_written(
     step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(new_folder.shutil, "disk_usage", lambda path: Usage(1000, 1, 999))
+    monkeypatch.setattr(model_folder.shutil, "disk_usage", lambda path: Usage(1000, 1, 999))
     with pytest.raises(ConfigError, match=r"new/out does not fit .* takes 157,568 bytes, and 999 are free"):
         export_model(step, tmp_path / "new" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["job"]

@@ -224,13 +224,15 @@ def test_what_is_missing_or_wrong_in_hf_is_said(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=match):
             export_model(step, tmp_path / "out")
 
-    description.write_text(text.replace('"num_blocks": 4', '"num_blocks": 0').replace('"blocks"', '"bricks"'))
-    raises(r"interlock\.json: 3 faults")
+    description.write_text(
+        text.replace('"num_blocks": 4', '"num_blocks": 0').replace('"embedding"', '"bedding"')
+    )
+    raises(r"interlock\.json is not a description of a fine-tuned model: 3 faults")
     description.write_text(text.replace("LlamaForCausalLM", "LamaForCausalLM"))
     raises("has no LamaForCausalLM")
     description.write_text(text)
     description.unlink()
-    raises(r"interlock\.json is missing: launcher/finetune\.py writes it")
+    raises(r"interlock\.json: cannot read .*; launcher/finetune\.py writes it")
     description.write_text(text)
     with pytest.raises(ConfigError, match="has no adapter"):
         export_model(step, tmp_path / "out", merge_adapter=True)

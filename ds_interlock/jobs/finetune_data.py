@@ -24,7 +24,8 @@ class Data(NamedTuple):
 
 def read_data(args: FinetuneArguments, *, has_data: bool) -> tuple[RecordData | None, tuple[str, ...]]:
     """The records, None on ranks without data; names of their classes by id. All ranks must call it."""
-    records, names = None, ()
+    records: RecordData | None = None
+    names: tuple[str, ...] = ()
     with propagate_errors():
         if has_data:
             files = args.train_file, args.validation_file
@@ -42,7 +43,6 @@ def encode(
 
     def fill_rows(some: Sequence[Record], what: str, most: int | None) -> Rows:
         tokenizer = pretrained.tokenizer
-        encoded: SampleSet
         kind: type[Rows] = PackedRows if args.packing else PaddedRows
         if args.task == "classification":
             assert records is not None, "there are records to encode"

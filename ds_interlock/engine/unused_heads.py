@@ -68,8 +68,8 @@ def check_unused_heads(module: InterlockPipelineModule, optimizer: Any, *, own: 
         return
     if own and isinstance(optimizer, ZeROOptimizer):
         raise ConfigError(
-            "interlock.schedule: with bf16 or ZeRO, heads that some phases do not use stay unchanged only "
-            "under the optimizer of the JSON config: leave out optimizer and model_parameters"
+            "interlock.schedule: some phases do not use all heads; with bf16 or ZeRO this needs the "
+            "optimizer of the JSON config: leave out optimizer and model_parameters"
         )
     if module.keeps_ties and zero:
         raise ConfigError(

@@ -53,16 +53,8 @@ def linear_cross_entropy(
     """``cross_entropy_sum(F.linear(hidden_nd, weight_vd, bias_v), labels_n)`` in bounded memory.
 
     The numbers are the same to rounding. What does not require a gradient gets none computed. Unless all
-    logits fit into one chunk, gradients can be taken once, and not differentiated again.
-
-    Args:
-        hidden_nd: Floating point, of the same type as ``weight_vd`` (unless under autocast).
-        weight_vd: The unembedding.
-        bias_v: Its bias, or None.
-        labels_n: int64.
-        label_smoothing: As for ``cross_entropy_sum``.
-        backend: What computes it; None for ``fastest_backend``.
-        chunk_bytes: Limit for the logits of one chunk.
+    logits fit into one chunk (of ``chunk_bytes``), gradients can be taken once, and not differentiated again.
+    Without ``backend`` the ``fastest_backend`` computes it.
     """
     device = hidden_nd.device.type
     if torch.is_autocast_enabled(device):  # which does not reach into an autograd function

@@ -26,14 +26,8 @@ def kl_divergence(
 ) -> Tensor:
     """Sum over positions of KL(softmax(unembed(base)) || softmax(unembed(hidden))).
 
-    Gradients reach ``hidden_nd`` alone, and can be taken once.
-
-    Args:
-        hidden_nd: Floating point.
-        base_nd: The same shape and type; a constant.
-        unembed: From ``[r, d]`` to ``[r, v]``, each position by itself; its weights are frozen.
-        num_outputs: v.
-        chunk_bytes: Limit for both sets of outputs of one chunk, in float32 at least.
+    Gradients reach ``hidden_nd`` alone, and can be taken once. ``unembed`` turns ``[r, d]`` into ``[r, v]``,
+    each position by itself, with frozen weights. ``chunk_bytes`` limits both sets of outputs of one chunk.
     """
     rows = max(1, chunk_bytes // (2 * num_outputs * wide(hidden_nd.dtype).itemsize))
     if not torch.is_grad_enabled():  # autograd functions ask tensors, not the mode, what needs a gradient
@@ -53,13 +47,12 @@ class _ChunkedDivergence(GradientsInForward):
         for start in range(0, len(hidden_nd), rows):
             chunk = slice(start, start + rows)
             log_p_rv = _log_probabilities(unembed(base_nd[chunk]))
-            if gradient_nd is None:
-                total += _sum(log_p_rv, _log_probabilities(unembed(hidden_nd[chunk])))
-                continue
-            with torch.enable_grad():
-                hidden_rd = hidden_nd[chunk].detach().requires_grad_()
-                loss = _sum(log_p_rv, _log_probabilities(unembed(hidden_rd)))
-            (gradient_nd[chunk],) = torch.autograd.grad(loss, hidden_rd)
+            with torch.set_grad_enabled(gradient_nd is not None):
+                hidden_rd = hidden_nd[chunk].detach().requires_grad_(gradient_nd is not None)
+                log_q_rv = _log_probabilities(unembed(hidden_rd))
+                loss = F.kl_div(log_q_rv, log_p_rv, reduction="sum", log_target=True)
+            if gradient_nd is not None:
+                (gradient_nd[chunk],) = torch.autograd.grad(loss, hidden_rd)
             total += loss.detach()
         ctx.gradients = (gradient_nd, None, None, None)
         return total
@@ -67,7 +60,3 @@ class _ChunkedDivergence(GradientsInForward):
 
 def _log_probabilities(outputs_rv: Tensor) -> Tensor:
     return F.log_softmax(outputs_rv, -1, dtype=wide(outputs_rv.dtype))
-
-
-def _sum(log_p_rv: Tensor, log_q_rv: Tensor) -> Tensor:
-    return F.kl_div(log_q_rv, log_p_rv, reduction="sum", log_target=True)

@@ -51,9 +51,6 @@ def head_factory(config: HeadConfig, layers: Sequence[Layer], pretrained: bool =
         layers: All layers of the model, as passed to ``PipelineModule``.
         pretrained: Whether the model's weights are those of a trained model: what type ``auto`` goes by.
 
-    Returns:
-        A function from a head's position to a new head.
-
     Raises:
         ConfigError: If the output layers are not found, or ``kl_weight`` finds no lens.
     """
@@ -101,12 +98,9 @@ class AuxiliaryHead(nn.Module):
 
         That is the model's loss, the divergence from the base model, or both, as ``config`` weights them.
 
-        Args:
-            hidden: As for ``forward``.
-            labels: As the model's loss function takes them; for ``token_fraction`` and ``kl_weight`` in a
-                form of ``ds_interlock.heads.labels``, with one label for each position.
-            loss_fn: The model's loss function. If positions are sampled, it must average over those
-                labelled other than -100.
+        For ``token_fraction`` and ``kl_weight`` the labels have a form of ``ds_interlock.heads.labels``, with
+        one label for each position. If positions are sampled, ``loss_fn`` must average over those labelled
+        other than -100.
 
         Raises:
             ConfigError: If ``labels`` lack what ``config`` asks for.

@@ -1,11 +1,7 @@
 """Finds the output layers of a model, which auxiliary heads repeat: norm, unembedding, what follows it.
 
-    layers of the model    ... ─► block ─► block ─► norm ─► unembedding ─► (a callable)
-                                                    └──────────┬────────────────┘
-                                                         OutputLayers
-
-The layers are looked at from the last one backwards. Those that are specifications are built on the meta
-device, so the look allocates nothing and draws no random number.
+The layers are looked at from the last one backwards (picture in ``factory.py``). Specifications are built on
+the meta device, so the look allocates nothing and draws no random number.
 """
 
 import copy
@@ -14,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
@@ -55,13 +51,10 @@ class OutputLayers:
 
 
 def find_output_layers(layers: Sequence[Layer]) -> OutputLayers:
-    """Looks for the unembedding and the norm before it, from the last layer backwards.
+    """Looks for the unembedding and the norm before it; ConfigError if there is no unembedding.
 
     The unembedding is the last ``nn.Linear``, or the weight of a ``TiedLayerSpec`` with a ``forward_fn``
     (an embedding used in reverse). The norm is the nearest one before it that is as wide.
-
-    Raises:
-        ConfigError: If no unembedding is found.
     """
     tail: list[Layer] = []
     pieces = _from_the_end(layers)
@@ -135,11 +128,7 @@ class Function(nn.Module):
 
 
 def look_at(layer: Layer, name: str) -> nn.Module:
-    """The module of ``layer``, built without memory if it does not exist yet.
-
-    Raises:
-        ConfigError: If a specification cannot be built on the meta device; ``name`` says which.
-    """
+    """The module of ``layer``, on the meta device if it has to be built; ``name`` is for a ConfigError."""
     if not isinstance(layer, LayerSpec):
         return layer if isinstance(layer, nn.Module) else Function(layer)
     try:
@@ -191,9 +180,7 @@ def _unembedding(last: _Part) -> _Unembedding:
 
 def _at(module: nn.Module, name: str) -> Tensor:
     owner, _, attribute = name.rpartition(".")
-    tensor = getattr(module.get_submodule(owner), attribute)
-    assert isinstance(tensor, Tensor), f"{name} is a {type(tensor).__name__}"
-    return tensor
+    return cast(Tensor, getattr(module.get_submodule(owner), attribute))
 
 
 def _is_norm(part: nn.Module, width: int) -> bool:
@@ -207,14 +194,13 @@ def _is_norm(part: nn.Module, width: int) -> bool:
 
 def _like(norm: nn.Module, width: int) -> nn.Module:
     """A new norm of the class, width and eps of ``norm``, initialised as its class does it."""
-    options: dict[str, Any] = {}
     takes = inspect.signature(type(norm)).parameters
-    if "eps" in takes:
-        options["eps"] = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
-    if "elementwise_affine" in takes:
-        options["elementwise_affine"] = getattr(norm, "weight", None) is not None
-    if "bias" in takes:
-        options["bias"] = getattr(norm, "bias", None) is not None
+    options = {
+        "eps": getattr(norm, "eps", getattr(norm, "variance_epsilon", None)),
+        "elementwise_affine": getattr(norm, "weight", None) is not None,
+        "bias": getattr(norm, "bias", None) is not None,
+    }
+    options = {name: value for name, value in options.items() if name in takes}
     try:
         return type(norm)(width, **options)
     except TypeError as error:
@@ -231,8 +217,7 @@ def _init_std(layer: Layer, weight: Tensor) -> float | None:
     return _DEFAULT_STD if weight.is_meta else float(weight.detach().float().std())
 
 
-# Copies by value. A specification is built once more: a layer that seeds itself then has the values that
-# it has in the model; one that draws from the global generator has others of the same kind.
+# Copies by value. A specification is built once more: a layer that seeds itself then has the model's values.
 
 
 def _with_values(layer: Layer) -> nn.Module:

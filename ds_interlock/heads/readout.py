@@ -82,11 +82,7 @@ def _another_weightless(layer: Layer) -> nn.Module:
 
 
 def another_like(layer: Layer, name: str) -> nn.Module:
-    """One more layer of the kind of ``layer``, with new weights.
-
-    Raises:
-        ConfigError: If ``layer`` is no block: a function, an embedding, a layer without weights.
-    """
+    """One more layer of the kind of ``layer``, with new weights; ConfigError if it is no block."""
     module = look_at(layer, name)
     parts = [part for part in module.modules() if has_weights(part, recurse=False)]
     if not parts or isinstance(parts[0], nn.Embedding):

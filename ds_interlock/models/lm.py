@@ -1,7 +1,7 @@
 """A small decoder-only Transformer language model, as a list of layers for ``PipelineModule``.
 
-The shape is GPT-2's, so that a trained model exports to a plain Hugging Face checkpoint
-(``ds_interlock.hf.export.lm``). Each line is one layer, hence one place where the pipeline can be cut:
+The shape is GPT-2's, so that a trained model exports to a plain Hugging Face checkpoint. Each line is one
+layer, hence one place where the pipeline can be cut:
 
     layer 0          TokenEmbedding      ids_bt     -> hidden_btd
     layer 1          PositionEmbedding   hidden_btd -> hidden_btd
@@ -9,8 +9,7 @@ The shape is GPT-2's, so that a trained model exports to a plain Hugging Face ch
     last but one     LayerNorm           hidden_btd -> hidden_btd
     last             Unembedding         hidden_btd -> logits_btv
 
-Tokens and positions are two layers because tied weights share the first one alone: a copy of it on
-the last stage holds nothing that is not used there.
+Tokens and positions are two layers because tied weights share the first one alone.
 
 Shape suffixes: b micro-batch, t position, d width, v vocabulary, h head, k width of a head.
 
@@ -33,8 +32,7 @@ from ds_interlock.heads.lm_loss import LMLoss, lm_loss
 
 __all__ = ["LMConfig", "LMLoss", "build_lm", "lm_layers", "lm_loss"]
 
-GPT2_INIT_STD = 0.02
-"""Of GPT-2's initial weights, at a width of 768."""
+GPT2_INIT_STD = 0.02  # at a width of 768
 _MAX_LAYERS = 2**16  # keeps the seeds of two runs apart: no layer of one starts as a layer of the other
 _TIED_KEY = "token_embedding"
 
@@ -50,12 +48,11 @@ class LMConfig:
         num_blocks: Number of Transformer blocks.
         num_heads: Attention heads of a block.
         dropout: Probability, on the embedding, the attention weights and both residual branches.
-        label_smoothing: Share of the target that is spread evenly over the vocabulary in training.
+        label_smoothing: Share of the target that is divided evenly among the vocabulary in training.
         tie_embeddings: Use the token embedding as unembedding (``TiedLayerSpec``).
-        init_std: Standard deviation of the initial matrices. A model much narrower than GPT-2 learns
-            faster from larger ones.
-        seed: With its number, what a layer draws its initial weights from. They are therefore the
-            same however the layers are cut into stages.
+        init_std: Standard deviation of the initial matrices; larger is better for narrow models.
+        seed: A layer draws its initial weights from this and its number, so that they are the same however
+            the layers are cut into stages.
 
     Raises:
         ConfigError: Listing every value that is impossible.
@@ -86,9 +83,7 @@ class LMConfig:
         if not self.init_std > 0:
             faults.append(f"init_std is {self.init_std}: expected a positive number")
         if self.num_heads >= 1 and self.width % self.num_heads:
-            faults.append(
-                f"width is {self.width}: expected a multiple of num_heads, which is {self.num_heads}"
-            )
+            faults.append(f"width is {self.width}: expected a multiple of num_heads, {self.num_heads}")
         if faults:
             raise ConfigError(list_faults("language model", faults))
 
@@ -99,20 +94,18 @@ class LMConfig:
 
 
 def lm_layers(config: LMConfig) -> list[LayerSpec]:
-    """The model as layer specifications; see the picture at the top of the file.
-
-    With ``tie_embeddings`` the first and the last are a ``TiedLayerSpec`` each, of one key.
-    """
+    """The model as layer specifications; see the picture at the top of the file."""
     seeds = [config.seed * _MAX_LAYERS + layer for layer in range(config.num_layers)]
     tokens = (config.vocab_size, config.width, seeds[0], config.init_std)
     tied = partial(TiedLayerSpec, _TIED_KEY, TokenEmbedding, *tokens, tied_weight_attr="weight")
-    unembedding = partial(LayerSpec, Unembedding, config.width, config.vocab_size, init_std=config.init_std)
+    weights = {"seed": seeds[-1], "init_std": config.init_std}
+    unembedding = LayerSpec(Unembedding, config.width, config.vocab_size, **weights)
     return [
         tied() if config.tie_embeddings else LayerSpec(TokenEmbedding, *tokens),
         LayerSpec(PositionEmbedding, config, seeds[1]),
         *(LayerSpec(Block, config, seed) for seed in seeds[2:-2]),
         LayerSpec(nn.LayerNorm, config.width),
-        tied(forward_fn=unembed) if config.tie_embeddings else unembedding(bias=False, seed=seeds[-1]),
+        tied(forward_fn=unembed) if config.tie_embeddings else unembedding,
     ]
 
 
@@ -123,7 +116,7 @@ def build_lm(config: LMConfig) -> nn.Sequential:
     """
     layers: list[nn.Module] = [spec.build() for spec in lm_layers(config)]
     if config.tie_embeddings:
-        layers[-1] = Unembedding(config.width, config.vocab_size, bias=False)
+        layers[-1] = Unembedding(config.width, config.vocab_size)
         layers[-1].weight = cast(nn.Embedding, layers[0]).weight
     return nn.Sequential(*layers)
 
@@ -131,7 +124,7 @@ def build_lm(config: LMConfig) -> nn.Sequential:
 class TokenEmbedding(nn.Embedding):
     """ids_bt (int64) -> hidden_btd."""
 
-    def __init__(self, vocab_size: int, width: int, seed: int, init_std: float = GPT2_INIT_STD) -> None:
+    def __init__(self, vocab_size: int, width: int, seed: int, init_std: float) -> None:
         super().__init__(vocab_size, width)
         _initialise(self, seed, init_std)
 
@@ -181,12 +174,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, hidden_btd: Tensor) -> Tensor:
         heads_bt3hk = self.qkv(hidden_btd).unflatten(-1, (3, self.num_heads, -1))
         query_bhtk, key_bhtk, value_bhtk = heads_bt3hk.permute(2, 0, 3, 1, 4).unbind(0)
+        dropout = self.dropout.p if self.training else 0.0
         mixed_bhtk = F.scaled_dot_product_attention(
-            query_bhtk,
-            key_bhtk,
-            value_bhtk,
-            is_causal=True,
-            dropout_p=self.dropout.p if self.training else 0.0,
+            query_bhtk, key_bhtk, value_bhtk, is_causal=True, dropout_p=dropout
         )
         mixed_btd = mixed_bhtk.transpose(1, 2).flatten(2)
         return cast(Tensor, self.dropout(self.out(mixed_btd)))
@@ -209,15 +199,9 @@ class Unembedding(nn.Linear):
     """hidden_btd -> logits_btv."""
 
     def __init__(
-        self,
-        width: int,
-        vocab_size: int,
-        bias: bool = False,
-        *,
-        seed: int = 0,
-        init_std: float = GPT2_INIT_STD,
+        self, width: int, vocab_size: int, *, seed: int = 0, init_std: float = GPT2_INIT_STD
     ) -> None:
-        super().__init__(width, vocab_size, bias=bias)
+        super().__init__(width, vocab_size, bias=False)
         _initialise(self, seed, init_std)
 
 

@@ -11,10 +11,9 @@ Each line is one layer, hence one place where the pipeline can be cut:
     BasicBlock         3x3, 3x3         depth 6n + 2: ResNet-20, 32, 56, 110
     BottleneckBlock    1x1, 3x3, 1x1    depth 9n + 2: ResNet-29, 164; its output is 4 times as wide
 
-Batch norm is local to the micro-batch: with more micro-batches per batch, each is normalised by fewer images,
-and the numbers differ. Its running statistics are buffers: the checkpoint of a layer has them, evaluation
-does not change them, and each data-parallel replica has its own. With ``activation_checkpoint_interval`` a
-recomputed layer takes the same images into them a second time.
+Batch norm is local to the micro-batch: with more micro-batches per batch the numbers differ. Its running
+statistics are buffers, of which each data-parallel replica has its own. With
+``activation_checkpoint_interval`` a recomputed layer takes the same images into them a second time.
 
 Shape suffixes: b micro-batch, c channel, h row, w column, v class.
 
@@ -52,17 +51,16 @@ class ResNetConfig:
     """Sizes and options of a ResNet.
 
     Attributes:
-        depth: Number of weighted layers from the first convolution to the classifier: 6n + 2 with basic
-            blocks, 9n + 2 with bottleneck blocks, n being the number of blocks in a group.
+        depth: Weighted layers from the first convolution to the classifier: 6n + 2 with basic blocks,
+            9n + 2 with bottleneck blocks, with n blocks in a group.
         num_classes: Number of outputs.
         in_channels: Channels of the images: 1 for grey, 3 for colours.
-        width: Channels of the stem and of the first group's 3x3 convolutions; twice, four times as many in
-            the second and third group.
+        width: Channels of the stem and of the first group's 3x3 convolutions.
         block: What a group is made of.
         shortcut: What adds a block's input to its output where their shapes differ. "A": every second
-            pixel, and zeros for the new channels; no parameters. "B": a 1x1 convolution and batch norm.
-        seed: With its number, what a layer draws its initial weights from. They are therefore the same
-            however the layers are cut into stages.
+            pixel, and zeros for the new channels. "B": a 1x1 convolution and batch norm.
+        seed: A layer draws its initial weights from this and its number, so that they are the same however
+            the layers are cut into stages.
 
     Raises:
         ConfigError: Listing every value that is impossible.
@@ -82,9 +80,9 @@ class ResNetConfig:
             for name in ("num_classes", "in_channels", "width")
             if getattr(self, name) < 1
         ]
-        for name, known in (("block", tuple(_CONVOLUTIONS)), ("shortcut", ("A", "B"))):
-            if getattr(self, name) not in known:
-                faults.append(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        for name, choices in (("block", _CONVOLUTIONS), ("shortcut", "AB")):
+            if getattr(self, name) not in tuple(choices):
+                faults.append(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
         if self.block in _CONVOLUTIONS:
             step = _NUM_GROUPS * _CONVOLUTIONS[self.block]
             if self.depth < step + 2 or (self.depth - 2) % step:
@@ -125,25 +123,14 @@ def resnet_layers(config: ResNetConfig) -> list[LayerSpec]:
     """The model as layer specifications; see the picture at the top of the file."""
     seeds = [config.seed * _MAX_LAYERS + layer for layer in range(config.num_layers)]
     block = BasicBlock if config.block == "basic" else BottleneckBlock
-    blocks = []
-    for number in range(config.num_blocks):
-        group, place = divmod(number, config.blocks_per_group)
-        blocks.append(
-            LayerSpec(
-                block,
-                config.channels_after(number + 1),
-                config.width * 2**group,
-                stride=2 if group > 0 and place == 0 else 1,
-                shortcut=config.shortcut,
-                seed=seeds[number + 1],
-            )
-        )
+    layers = [LayerSpec(Stem, config.in_channels, config.width, seed=seeds[0])]
+    for number in range(1, config.num_blocks + 1):
+        group, index = divmod(number - 1, config.blocks_per_group)
+        options = {"stride": 2 if group > 0 and index == 0 else 1, "shortcut": config.shortcut}
+        sizes = (config.channels_after(number), config.width * 2**group)
+        layers.append(LayerSpec(block, *sizes, **options, seed=seeds[number]))
     last_width = config.channels_after(config.num_blocks + 1)
-    return [
-        LayerSpec(Stem, config.in_channels, config.width, seed=seeds[0]),
-        *blocks,
-        LayerSpec(Classifier, last_width, config.num_classes, seed=seeds[-1]),
-    ]
+    return [*layers, LayerSpec(Classifier, last_width, config.num_classes, seed=seeds[-1])]
 
 
 def build_resnet(config: ResNetConfig) -> nn.Sequential:
@@ -162,7 +149,7 @@ def resnet_heads(
     Args:
         config: The model they are for.
         channels: Of each 3x3 convolution of a head, which batch norm and ReLU follow. Without any, a head
-            is a classifier like the model's own: global average pooling and a linear layer.
+            is a classifier like the model's own.
 
     Returns:
         A function from a head position to a new head, with weights from the global generator.
@@ -171,9 +158,7 @@ def resnet_heads(
         ConfigError: If a convolution has no channels; from the function, if the position has no images.
     """
     if any(number < 1 for number in channels):
-        raise ConfigError(
-            f"the convolutions of a head have {list(channels)} channels: expected at least 1 each"
-        )
+        raise ConfigError(f"convolutions of a head have {list(channels)} channels: expected at least 1 each")
 
     def make_head(head: LossHead) -> nn.Module:
         sizes = (config.channels_after(head.after_layer), *channels)
@@ -184,12 +169,7 @@ def resnet_heads(
 
 
 def classification_loss(logits_bv: Tensor, labels_b: Tensor) -> Tensor:
-    """Mean cross-entropy, in float32 at least; the loss function for ``PipelineModule(loss_fn=...)``.
-
-    Args:
-        logits_bv: Floating point.
-        labels_b: int64, the class of each image.
-    """
+    """Mean cross-entropy in float32 at least, of int64 labels: for ``PipelineModule(loss_fn=...)``."""
     return F.cross_entropy(logits_bv.to(torch.promote_types(logits_bv.dtype, torch.float32)), labels_b)
 
 
@@ -284,15 +264,12 @@ class BatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, hidden_bchw: Tensor) -> Tensor:
-        mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
-        assert mean is not None and count is not None, "statistics are tracked"  # noqa: PT018
-        share = self.momentum
+        mean, variance = cast(Tensor, self.running_mean), self.running_var
         if self.training:
-            count.add_(1)
-        if share is None:  # the running statistics are the mean over all batches
-            share = 1 / count.item() if self.training else 0.0
+            cast(Tensor, self.num_batches_tracked).add_(1)
         weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
-        return F.batch_norm(hidden_bchw, mean, variance, weight, bias, self.training, share, self.eps)
+        momentum = cast(float, self.momentum)
+        return F.batch_norm(hidden_bchw, mean, variance, weight, bias, self.training, momentum, self.eps)
 
 
 def _convolution(in_channels: int, out_channels: int, *, size: int = 3, stride: int = 1) -> nn.Conv2d:

@@ -84,8 +84,8 @@ class _Layer:
         self.call = call
         self.inputs = tuple(_as_leaf(value) for value in call.inputs)
         self.options = {name: _as_leaf(value) for name, value in call.options.items()}
-        tensors = [v for v in (*self.inputs, *self.options.values()) if isinstance(v, Tensor)]
-        self.hidden = [tensor for tensor in tensors if tensor.requires_grad]
+        values = (*self.inputs, *self.options.values())
+        self.hidden = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
         self.parameters = [p for p in call.module.parameters() if p.requires_grad]
         self.seconds: dict[str, list[float]] = {"forward": [], "relay": [], "backward": [], "step": []}
         self.kept_bytes = 0

@@ -132,11 +132,9 @@ def _head_loss(
 
 def _products_of_head(head: nn.Module, config: HeadConfig, chosen: int, hidden_btd: Tensor) -> Tensor:
     """The matrix products of a head's loss: those of each objective, and of the base model's outputs."""
-    outputs = []
-    if config.cross_entropy_weight > 0:
-        outputs.append(head(hidden_btd[:, :chosen]).sum())
+    objectives = [weight for weight in (config.cross_entropy_weight, config.kl_weight) if weight > 0]
+    outputs = [head(hidden_btd[:, :chosen]).sum() for _ in objectives]
     if config.kl_weight > 0:
-        outputs.append(head(hidden_btd[:, :chosen]).sum())
         with torch.no_grad():
             head(hidden_btd.detach()[:, :chosen])
     return torch.stack(outputs).sum()

@@ -9,11 +9,7 @@ from ds_interlock.errors import ConfigError, list_faults
 
 
 def agree(about: Mapping[str, Any]) -> None:
-    """Compares ``about`` (names and nested values) between all ranks, in a collective call.
-
-    Raises:
-        ConfigError: On every rank, naming what differs and on which ranks, if anything does.
-    """
+    """Compares ``about`` (names and nested values) between all ranks; ConfigError on all if it differs."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     gathered: list[Any] = [None] * dist.get_world_size()

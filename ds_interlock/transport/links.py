@@ -91,11 +91,7 @@ class Sender:
         self._under_way: deque[tuple[list[Any], list[Tensor]]] = deque()
 
     def send(self, receive: Action, batch: int, *structures: Any) -> None:
-        """Starts to send tensors (alone, in a tuple, or None) as what the action ``receive`` expects.
-
-        Raises:
-            PeerError: If the neighbour is gone, or has not taken an earlier message in time.
-        """
+        """Starts to send tensors (alone, in a tuple, or None) as what the action ``receive`` expects."""
         frame, tensors = encode(receive, batch, structures, inline=self.group.is_one)
         with _named(self.peer, "sending to"):
             works = [dist.isend(frame, self.peer.rank, group=self.group.frame)]
@@ -163,11 +159,7 @@ class Receiver:
             self._listen_for(expected)
 
     def take(self, receive: Action) -> list[Any]:
-        """The structures sent for ``receive``; waits for them.
-
-        Raises:
-            PeerError: If the neighbour is gone, sends something else, or nothing in time.
-        """
+        """Waits for what is sent for ``receive``; PeerError if something else is, or nothing in time."""
         while receive not in self._held:
             expected = self._order[0]
             self._held[expected.receive] = self._wait_for(expected)
@@ -252,15 +244,15 @@ class Links:
             self._receivers[Kind.RECV_GRADIENT] = Receiver(gradient, next_peer, device, timeout_seconds)
 
     def send(self, send: Action, batch: int, *structures: Any) -> None:
-        """Starts the send action ``send``; see ``Sender.send``."""
+        """See ``Sender.send``."""
         self._senders[send.kind].send(receive_of(send), batch, *structures)
 
     def post(self, receive: Action, batch: int) -> None:
-        """Expects the message of ``receive`` next on its link."""
+        """See ``Receiver.post``."""
         self._receivers[receive.kind].post(receive, batch)
 
     def take(self, receive: Action) -> list[Any]:
-        """The structures sent for ``receive``; see ``Receiver.take``."""
+        """See ``Receiver.take``."""
         return self._receivers[receive.kind].take(receive)
 
     def flush(self) -> None:

@@ -78,9 +78,6 @@ def run_local_ranks(
         timeout_seconds: Limit for everything together.
         on_report: Called with what ranks pass to ``report``.
 
-    Returns:
-        What it returned, by rank.
-
     Raises:
         RankError: If it failed on some rank.
         TimeoutError: If the time is up; with the end of each unfinished rank's log, and its stacks.

@@ -7,11 +7,7 @@
                       └─► autograd on truncated graphs, float64 ──┘
                           (reference.py: no schedule, no relays, no messages)
 
-The processes also run the same samples in other numbers of micro-batches, with streaming switched
-over, and with a window as long as the pipeline beside ordinary backpropagation. The first must agree
-to rounding; the others bit for bit.
-
-    reference.py   the small model, its data, and the gradients it should have
-    job.py         the K processes, and what each of them runs
-    checks.py      what is compared with what, and how closely
+The processes also run the same samples in other numbers of micro-batches, which must agree to rounding; and
+with streaming switched, and with a window as long as the pipeline beside ordinary backpropagation, which must
+agree bit for bit.
 """

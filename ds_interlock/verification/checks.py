@@ -91,14 +91,9 @@ def verify(
     timeout_seconds: float,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Runs a plan on a small model and compares the results.
+    """Runs ``plan``, that of ``interlock``, on a small model, each stage a process, and compares the results.
 
-    Args:
-        interlock: What to verify.
-        plan: Its plan, for as many layers as the small model is to have; each stage is a process.
-        seed: Of the model's weights and data.
-        timeout_seconds: Limit for the processes.
-        progress: Called with a few words on what is done.
+    ``seed`` is that of weights and data. ``progress`` is called with a few words on what is done.
 
     Raises:
         ConfigError: If no heads can be built where the plan has them.
@@ -151,20 +146,14 @@ def gradients_in_process(
 def _repeatable(interlock: InterlockConfig, timeout_seconds: float) -> tuple[InterlockConfig, list[str]]:
     """The configuration without what makes losses random, and what was changed for that."""
     notes = []
-    if interlock.head.token_fraction < 1:
-        notes.append(
-            f"interlock.head.token_fraction {interlock.head.token_fraction:g} makes the losses random: "
-            "verified with 1"
-        )
+    fraction = interlock.head.token_fraction
+    if fraction < 1:
+        notes.append(f"interlock.head.token_fraction {fraction:g} makes the losses random: verified with 1")
     if interlock.head.kl_weight > 0:
         notes.append("interlock.head.kl_weight needs a base model: verified with the cross-entropy alone")
     plain = {"token_fraction": 1.0, "kl_weight": 0.0, "cross_entropy_weight": 1.0, "warmup_steps": 0}
-    interlock = _changed(
-        interlock,
-        head=interlock.head.model_dump() | plain,
-        timeout_seconds=min(interlock.timeout_seconds, timeout_seconds),
-    )
-    return interlock, notes
+    limit = min(interlock.timeout_seconds, timeout_seconds)
+    return _changed(interlock, head=interlock.head.model_dump() | plain, timeout_seconds=limit), notes
 
 
 def _changed(interlock: InterlockConfig, **keys: Any) -> InterlockConfig:
@@ -196,15 +185,11 @@ def _comparisons(configured: Run, plan: GradientFlowPlan) -> list[_Comparison]:
     def changed(**keys: Any) -> Run:
         return replace(configured, interlock=_changed(configured.interlock, **keys))
 
-    comparisons = [
-        _Comparison(
-            f"gradients from {num} == from {NUM_MICRO_BATCHES} micro-batches",
-            Run(configured.interlock, num, num_batches=1),
-            configured,
-            bit_for_bit=False,
-        )
-        for num in OTHER_NUM_MICRO_BATCHES
-    ]
+    comparisons = []
+    for num in OTHER_NUM_MICRO_BATCHES:
+        name = f"gradients from {num} == from {NUM_MICRO_BATCHES} micro-batches"
+        run = Run(configured.interlock, num, num_batches=1)
+        comparisons.append(_Comparison(name, run, configured, bit_for_bit=False))
     if not plan.is_end_to_end:
         switched = changed(streaming=not configured.interlock.streaming)
         comparisons.append(_Comparison("streaming on == off", switched, configured, bit_for_bit=True))
@@ -220,13 +205,9 @@ def _checks_by_stage(
     def part(gradients: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
         return {name: value for name, value in gradients.items() if stage_of(plan, name) == stage}
 
+    name = "processes, float32, stage {}: gradients == autograd"
     return [
-        _compare(
-            f"processes, float32, stage {stage}: gradients == autograd",
-            part(actual, stage),
-            part(expected, stage),
-            FLOAT32_LIMIT,
-        )
+        _compare(name.format(stage), part(actual, stage), part(expected, stage), FLOAT32_LIMIT)
         for stage in range(plan.num_stages)
     ]
 

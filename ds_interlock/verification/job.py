@@ -57,11 +57,7 @@ def run_job(
     timeout_seconds: float,
     progress: Callable[[str], None],
 ) -> dict[Run, Outcome]:
-    """Trains the small model in as many processes as there are stages, one run after the other.
-
-    Raises:
-        PeerError: If a process fails, saying why, or the time is up.
-    """
+    """Trains the small model in as many processes as there are stages, one run after the other."""
     num_stages, num_done = len(stage_bounds) - 1, 0
 
     def on_report(number: int) -> None:
@@ -114,8 +110,7 @@ def _train(run: Run, stage_bounds: tuple[int, ...], seed: int) -> Outcome:
         num_stages=len(stage_bounds) - 1,
         stage_bounds=stage_bounds,
     )
-    # Plain SGD: weights then differ wherever gradients do, however small they are. DeepSpeed clips by
-    # default, and before the hook below sees the gradients.
+    # Plain SGD: weights then differ wherever gradients do. DeepSpeed clips by default, before the hook below.
     config = {
         "train_micro_batch_size_per_gpu": NUM_SAMPLES // run.num_micro_batches,
         "gradient_accumulation_steps": run.num_micro_batches,

@@ -150,10 +150,10 @@ def test_whole_sequences_can_be_classified():
 @pytest.mark.parametrize(
     ("labels", "got"),
     [
-        ((torch.zeros(2, 3), torch.ones(2)), r"\(a tensor \[2, 3\], a tensor \[2\]\)"),
-        ((torch.zeros(2, 3), 4.0), r"\(a tensor \[2, 3\], float\)"),
-        ((), r"\(\)"),
-        (None, "NoneType"),
+        ((torch.zeros(2, 3), torch.ones(2)), r"\[\[2, 3\], \[2\]\]"),
+        ((torch.zeros(2, 3), 4.0), r"\[\[2, 3\], 'float'\]"),
+        ((), r"\[\]"),
+        (None, r"\['NoneType'\]"),
     ],
 )
 def test_labels_in_another_form_are_refused(labels: Any, got: str):

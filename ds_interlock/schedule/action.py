@@ -21,6 +21,7 @@ Lowering adds what surrounds the work:
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Self
 
 from ds_interlock.errors import ScheduleError
 
@@ -74,7 +75,7 @@ class Action:
         return f"{self.stage}{self.kind.value}{self.micro_batch}{losses}"
 
     @classmethod
-    def parse(cls, text: str) -> "Action":
+    def parse(cls, text: str) -> Self:
         """The action that prints as ``text``, or a ScheduleError if nothing does."""
         match = _TEXT.fullmatch(text)
         if match is None:

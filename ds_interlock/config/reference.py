@@ -60,8 +60,9 @@ def _table(model: type[BaseModel]) -> str:
     lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
         default = "{}" if isinstance(field.default, BaseModel) else shown_as_json(field.default)
+        description = " ".join((field.description or "").split())
         cell = "needed" if field.is_required() else f"`{default}`"
-        lines.append(f"| `{name}` | {_values(field)} | {cell} | {field.description} |")
+        lines.append(f"| `{name}` | {_values(field)} | {cell} | {description} |")
     return "\n".join(lines) + "\n"
 
 

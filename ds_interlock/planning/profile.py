@@ -31,16 +31,12 @@ class LayerProfile(_Record):
 
     name: str
     forward_seconds: float = Field(ge=0)
-    input_gradient_seconds: float = Field(ge=0)
-    """Of a relay through this layer."""
-    weight_gradient_seconds: float = Field(ge=0)
-    """What a backward pass for the weights costs on top of the input gradient."""
+    input_gradient_seconds: float = Field(ge=0)  # of a relay through this layer
+    weight_gradient_seconds: float = Field(ge=0)  # of a backward pass on top of the input gradient
     optimizer_seconds: float = Field(0.0, ge=0)
     num_parameters: int = Field(0, ge=0)
-    activation_bytes: float = Field(0.0, ge=0)
-    """Kept until the last backward pass."""
-    output_bytes: float = Field(0.0, ge=0)
-    """Of the hidden state after it."""
+    activation_bytes: float = Field(0.0, ge=0)  # kept until the last backward pass
+    output_bytes: float = Field(0.0, ge=0)  # of the hidden state after it
 
 
 class HeadProfile(_Record):
@@ -58,21 +54,17 @@ class Profile(_Record):
     format: Literal[1] = 1
     model: str
     device: str
-    source: str
-    """"measured", or the assumptions it was estimated under."""
+    source: str  # "measured", or the assumptions it was estimated under
     dtype: str = "float32"
     micro_batch_size: int = Field(1, ge=1)
     seq_length: int | None = None
     layers: tuple[LayerProfile, ...] = Field(min_length=1)
     head: HeadProfile
-    loss_seconds: float = Field(0.0, ge=0)
-    """The model's own loss, both passes."""
+    loss_seconds: float = Field(0.0, ge=0)  # of the model's own loss, both passes
     label_bytes: float = Field(0.0, ge=0)
-    tied_layers: tuple[int, ...] = ()
-    """Layers that share a weight, by number."""
+    tied_layers: tuple[int, ...] = ()  # numbers of the layers that share a weight
     latency_seconds: float = Field(0.0, ge=0)
-    bandwidth_bytes_per_second: float | None = Field(None, gt=0)
-    """None: not known; no limit."""
+    bandwidth_bytes_per_second: float | None = Field(None, gt=0)  # None: no limit
     versions: dict[str, str] = Field(default_factory=dict)
 
     @classmethod

@@ -59,11 +59,7 @@ def micro_batch_starts(actions: Iterable[Action]) -> Iterator[tuple[Action, tupl
 
 @lru_cache(maxsize=128)  # called at every batch
 def training_program(plan: GradientFlowPlan, num_micro_batches: int, *, extra_in_flight: int = 0) -> Program:
-    """The program of one training batch: ordered, lowered, ready to run.
-
-    Raises:
-        ScheduleError: If ``num_micro_batches`` or ``extra_in_flight`` is out of range.
-    """
+    """The program of one training batch: ordered, lowered, ready to run."""
     order = compute_order(plan, num_micro_batches, extra_in_flight=extra_in_flight)
     slots = tuple(plan.in_flight(stage) + extra_in_flight for stage in range(plan.num_stages))
     work = [(*actions, *batch_end(stage, num_micro_batches)) for stage, actions in enumerate(order)]

@@ -80,22 +80,14 @@ class EpochIterator(ResumableIterator[Item]):
 
     In every epoch all replicas go through the same permutation of the items, each taking its own share. The
     few items that do not fill a micro-batch for every replica are left out, others in each epoch.
-
-    Args:
-        num_items: At least ``micro_batch_size * num_replicas``.
-        micro_batch_size: Items in a micro-batch.
-        replica: Index of this data-parallel replica.
-        num_replicas: Number of replicas.
-        seed: Decides the order.
-        shuffle: False keeps the items' own order, the same in every epoch.
     """
 
-    num_items: int
+    num_items: int  # at least micro_batch_size * num_replicas
     micro_batch_size: int
-    replica: int = field(default=0, kw_only=True)
+    replica: int = field(default=0, kw_only=True)  # index of this data-parallel replica
     num_replicas: int = field(default=1, kw_only=True)
-    seed: int = field(default=0, kw_only=True)
-    shuffle: bool = field(default=True, kw_only=True)
+    seed: int = field(default=0, kw_only=True)  # decides the order
+    shuffle: bool = field(default=True, kw_only=True)  # False keeps the items' own order
     _epoch: int = field(default=-1, init=False)
 
     @property

@@ -25,19 +25,12 @@ RECEIVE_AHEAD = 2
 
 @dataclass(frozen=True)
 class Program:
-    """Everything every stage does for one batch.
-
-    Attributes:
-        plan: Its gradient flow.
-        num_micro_batches: Micro-batches in the batch.
-        slots: For each stage the number of micro-batches it may hold the activations of.
-        stages: For each stage its actions in order, communication included.
-    """
+    """Everything every stage does for one batch."""
 
     plan: GradientFlowPlan
     num_micro_batches: int
-    slots: tuple[int, ...]
-    stages: tuple[tuple[Action, ...], ...]
+    slots: tuple[int, ...]  # by stage: micro-batches it may hold the activations of
+    stages: tuple[tuple[Action, ...], ...]  # by stage: its actions in order, communication included
 
     def buffer(self, action: Action) -> int:
         """The activation buffer ``action`` works on: a micro-batch keeps it until its last pass."""

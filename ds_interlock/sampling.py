@@ -20,13 +20,10 @@ def epoch_order(num_items: int, seed: int, epoch: int) -> Tensor:
 
 
 def set_aside(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Splits off a random ``share`` (0 to 1) of the items: at least one, at most all but one.
+    """Splits off a random ``share`` (0 to 1) of at least two items: at least one, at most all but one.
 
     Returns:
         The others, and those split off, both in their original order.
-
-    Raises:
-        DataError: If there are fewer than two.
     """
     if len(items) < 2:
         raise DataError(
@@ -59,11 +56,7 @@ class ResumableIterator(Iterator[Item], ABC):
         return {"position": self.position, **self.fingerprint()}
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
-        """Continues where ``state`` was taken.
-
-        Raises:
-            DataError: If it was taken from other data, or with other settings.
-        """
+        """Continues where ``state`` was taken; a DataError if it is of other data, or other settings."""
         differing = [
             f"{name} was {state.get(name)} and is {value}"
             for name, value in self.fingerprint().items()

@@ -206,11 +206,7 @@ class InterlockConfig(Section):
         return self.streaming and self.steps_alone(plan, tied=tied)
 
     def plan_schedule(self, stage_bounds: Sequence[int]) -> PlanSchedule:
-        """The gradient-flow plans of all phases; see ``plan``.
-
-        Raises:
-            ConfigError: Naming the phase that does not fit ``stage_bounds``.
-        """
+        """The gradient-flow plans of all phases; a ConfigError names the phase that does not fit."""
         plans = []
         for number, (step, section) in enumerate(self.phases):
             try:

@@ -69,11 +69,7 @@ class Profile(_Record):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Profile":
-        """Reads a profile.
-
-        Raises:
-            ConfigError: If ``path`` holds none, saying what is wrong with the file.
-        """
+        """Reads a profile, or raises a ConfigError that says what is wrong with the file."""
         return read_record(path, cls, what="profile", hint="make one with `ds-interlock profile`")
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -94,13 +90,10 @@ class Profile(_Record):
         ]
 
     def balanced_bounds(self, num_stages: int) -> list[int]:
-        """Stage bounds under which the slowest stage is fastest.
+        """Stage bounds under which the slowest stage is fastest; a ConfigError if there are too few layers.
 
         Layers without weights at the end stay with the last one that has some: they take its outputs,
         not a hidden state that a stage could receive.
-
-        Raises:
-            ConfigError: If there are fewer layers than stages.
         """
         seconds = self.layer_seconds
         with_weights = [number for number, layer in enumerate(self.layers) if layer.num_parameters]

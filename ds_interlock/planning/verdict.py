@@ -57,8 +57,8 @@ def _named(each: Forecast) -> str:
 
 def _about_zero_bubble(comparison: Comparison, best: Forecast | None) -> str:
     """Global gradients without most of the bubble are the better bargain where they are as fast."""
-    line = next((each for each in comparison.others if each.name == ZERO_BUBBLE), None)
-    if line is None or best is None or line.speed < best.speed:
+    line = next(each for each in comparison.others if each.name == ZERO_BUBBLE)
+    if best is None or line.speed < best.speed:
         return ""
     return f". A zero-bubble schedule (ZB-H1, which DeepSpeed does not have) would do {line.speed:.2f} times"
 

@@ -27,9 +27,6 @@ def compute_order(
     """The compute actions of one batch for every stage, in an order that is valid for any ``costs``.
 
     A stage may hold ``extra_in_flight`` micro-batches beyond ``plan.in_flight``.
-
-    Raises:
-        ScheduleError: If ``num_micro_batches`` is below 1 or ``extra_in_flight`` below 0.
     """
     if num_micro_batches < 1:
         raise ScheduleError(f"a batch needs at least 1 micro-batch, got {num_micro_batches}")

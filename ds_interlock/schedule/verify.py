@@ -33,11 +33,7 @@ def verify(program: Program, *, extra_in_flight: int = 0) -> None:
 
 
 def verify_evaluation(program: Program, *, all_heads: bool) -> None:
-    """Checks that ``program`` is one evaluation batch: forward only, with the final loss or all losses.
-
-    Raises:
-        ScheduleError: Like ``verify``.
-    """
+    """Checks, as ``verify``, that ``program`` is one evaluation batch, with the final loss or all losses."""
     _verify(program, partial(evaluation_actions, all_heads=all_heads), [()] * program.plan.num_stages, 0)
 
 

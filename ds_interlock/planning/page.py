@@ -62,7 +62,7 @@ def render_page(
     Args:
         interlock: The configured setting; its timeline comes first.
         profile: What the layers cost.
-        num_stages: Where the slider for K is at first; not offered are those the setting does not exist for.
+        num_stages: Where the slider for K is at first.
         num_micro_batches: Where the slider for M is at first.
         stage_bounds: Where to cut the layers into ``num_stages``; by default as evenly as can be.
         progress: Called after every view with the work done and all work, in micro-batches on stages.

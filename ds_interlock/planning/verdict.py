@@ -41,9 +41,8 @@ def verdict(comparison: Comparison) -> str:
         if fastest is not best:
             text += f"; only {_named(fastest)} is faster, with gradients that stop at every border"
     elif best.speed >= 1:
-        text = (
-            f"Interlocking hardly pays with {where}: {_named(best)}, too small a gain for inexact gradients"
-        )
+        text = f"Interlocking hardly pays with {where}: {_named(best)}"
+        text += ", too small a gain for inexact gradients"
     else:
         text = f"Interlocking does not pay with {where}: its fastest setting, {_named(best)}, is slower"
         text += " than global, whose gradients are exact besides"

@@ -26,23 +26,18 @@ if TYPE_CHECKING:
     from ds_interlock.stage.in_process import InProcessPipeline
     from ds_interlock.transport.start import init_distributed
 
-_HOME = {
-    "HeadConfig": "config",
-    "InterlockConfig": "config",
-    "ConfigError": "errors",
-    "DataError": "errors",
-    "PeerError": "errors",
-    "PlanError": "errors",
-    "ScheduleError": "errors",
-    "InterlockEngine": "engine.engine",
-    "InProcessPipeline": "stage.in_process",
-    "init_distributed": "transport.start",
-    "initialize": "engine.initialize",
-    "InterlockPipelineModule": "engine.module",
-    "PlanSchedule": "schedule.phases",
-    "GradientFlowPlan": "schedule.plan",
-    "LossHead": "schedule.plan",
+_NAMES = {
+    "config": ("HeadConfig", "InterlockConfig"),
+    "errors": ("ConfigError", "DataError", "PeerError", "PlanError", "ScheduleError"),
+    "engine.engine": ("InterlockEngine",),
+    "engine.initialize": ("initialize",),
+    "engine.module": ("InterlockPipelineModule",),
+    "schedule.phases": ("PlanSchedule",),
+    "schedule.plan": ("GradientFlowPlan", "LossHead"),
+    "stage.in_process": ("InProcessPipeline",),
+    "transport.start": ("init_distributed",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "ConfigError",

@@ -20,13 +20,10 @@ def epoch_order(num_items: int, seed: int, epoch: int) -> Tensor:
 
 
 def set_aside(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Splits off a random ``share`` (0 to 1) of the items: at least one, at most all but one.
+    """Splits off a random ``share`` (0 to 1) of at least two items: at least one, at most all but one.
 
     Returns:
         The others, and those split off, both in their original order.
-
-    Raises:
-        DataError: If there are fewer than two.
     """
     if len(items) < 2:
         raise DataError(
@@ -59,11 +56,7 @@ class ResumableIterator(Iterator[Item], ABC):
         return {"position": self.position, **self.fingerprint()}
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
-        """Continues where ``state`` was taken.
-
-        Raises:
-            DataError: If it was taken from other data, or with other settings.
-        """
+        """Continues where ``state`` was taken; a DataError if it is of other data, or other settings."""
         differing = [
             f"{name} was {state.get(name)} and is {value}"
             for name, value in self.fingerprint().items()
@@ -80,22 +73,14 @@ class EpochIterator(ResumableIterator[Item]):
 
     In every epoch all replicas go through the same permutation of the items, each taking its own share. The
     few items that do not fill a micro-batch for every replica are left out, others in each epoch.
-
-    Args:
-        num_items: At least ``micro_batch_size * num_replicas``.
-        micro_batch_size: Items in a micro-batch.
-        replica: Index of this data-parallel replica.
-        num_replicas: Number of replicas.
-        seed: Decides the order.
-        shuffle: False keeps the items' own order, the same in every epoch.
     """
 
-    num_items: int
+    num_items: int  # at least micro_batch_size * num_replicas
     micro_batch_size: int
-    replica: int = field(default=0, kw_only=True)
+    replica: int = field(default=0, kw_only=True)  # index of this data-parallel replica
     num_replicas: int = field(default=1, kw_only=True)
-    seed: int = field(default=0, kw_only=True)
-    shuffle: bool = field(default=True, kw_only=True)
+    seed: int = field(default=0, kw_only=True)  # decides the order
+    shuffle: bool = field(default=True, kw_only=True)  # False keeps the items' own order
     _epoch: int = field(default=-1, init=False)
 
     @property

@@ -77,7 +77,9 @@ def run(options: argparse.Namespace) -> int:
         comparison = compare(
             section, profile, num_micro_batches, num_stages=num_stages, stage_bounds=options.bounds
         )
-        forecasts = comparison.all if options.compare else _without_others(comparison)
+        forecasts = comparison.all
+        if not options.compare:  # the configured setting and global, once if they are the same
+            forecasts = tuple(each for each in forecasts if each in (forecasts[0], comparison.reference))
         reports.append(as_json(comparison, forecasts))
         if not options.json:
             if interlock.schedule is not None:
@@ -126,12 +128,6 @@ def _print(interlock: InterlockConfig, comparison: Comparison, forecasts: Sequen
     print(draw_plan(interlock.plan(comparison.reference.stage_bounds)), end="\n\n")
     width = None if sys.stdout.isatty() else _WIDTH
     print_report(comparison, forecasts, Console(width=width, highlight=False))
-
-
-def _without_others(comparison: Comparison) -> tuple[Forecast, ...]:
-    """The configured setting and global, once if they are the same."""
-    configured, reference = comparison.configured, comparison.reference
-    return (configured,) if configured.name == reference.name else (configured, reference)
 
 
 def _profile(

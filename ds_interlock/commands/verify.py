@@ -17,8 +17,6 @@ from ds_interlock.schedule.picture import draw_plan
 if TYPE_CHECKING:
     from ds_interlock.verification.checks import Report
 
-_DEFAULT_STAGES = 4
-_DEFAULT_TIMEOUT_SECONDS = 300.0
 _WIDTH = 100  # of tables that do not go to a terminal
 
 _VERIFY = """\
@@ -42,12 +40,12 @@ def add_parser(commands: Any) -> None:
     add = add_command(commands, "verify", run, summary=summary, description=_VERIFY).add_argument
     add("config", metavar="CONFIG", help="DeepSpeed JSON config")
     stages = "stages, and processes (default: %(default)s)"
-    add("--stages", type=at_least_one, default=_DEFAULT_STAGES, metavar="K", help=stages)
+    add("--stages", type=at_least_one, default=4, metavar="K", help=stages)
     layers = "layers of the small model (default: 2 K + 1, room for a head within every stage)"
     add("--layers", type=at_least_one, metavar="L", help=layers)
     add("--seed", type=int, default=0, metavar="S", help="of weights and data (default: %(default)s)")
     timeout = "give up after this long (default: %(default)g)"
-    add("--timeout", type=positive, default=_DEFAULT_TIMEOUT_SECONDS, metavar="SECONDS", help=timeout)
+    add("--timeout", type=positive, default=300.0, metavar="SECONDS", help=timeout)
     add("--json", action="store_true", help="print JSON instead of a picture and a table")
 
 

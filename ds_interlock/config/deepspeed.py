@@ -58,11 +58,7 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
 
 
 def read_deepspeed(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a DeepSpeed config file as DeepSpeed does: JSON in which comments are allowed.
-
-    Raises:
-        ConfigError: If there is no such file, it is no JSON object, or has a key twice.
-    """
+    """Reads a DeepSpeed config file as DeepSpeed does: as JSON with comments, but without a key twice."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

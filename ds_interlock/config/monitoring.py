@@ -9,14 +9,11 @@ from ds_interlock.config.strict import Section
 class TraceConfig(Section):
     """Which training batches to record, and where to: what every stage did, and when."""
 
-    path: str = Field(
-        min_length=1,
-        description="Where to write, without an ending: `path.json` is a trace for https://ui.perfetto.dev, "
-        "`path.svg` a picture, both with the measured batches above the same batches as simulated.",
-    )
-    batches: list[int] = Field(
-        [10, 12], description="The first and the last training batch to record, counted from 1 in this run."
-    )
+    path: str = Field(min_length=1)
+    """Where to write, without an ending: `path.json` is a trace for https://ui.perfetto.dev, `path.svg` a
+    picture, both with the measured batches above the same batches as simulated."""
+    batches: list[int] = Field([10, 12])
+    """The first and the last training batch to record, counted from 1 in this run."""
 
     @field_validator("batches", mode="after")
     @classmethod
@@ -32,9 +29,7 @@ class MyopiaConfig(Section):
     Training is the same with it and without, bit for bit.
     """
 
-    every: int = Field(
-        ge=1,
-        description="Measure before every n-th training batch, the first one included, on its first "
-        "micro-batch, which goes through the plan and through ordinary backpropagation once more. Reported "
-        "as `Train/stage_K/gradient_cosine`. A phase that is `global` measures nothing.",
-    )
+    every: int = Field(ge=1)
+    """Measure before every n-th training batch, the first one included, on its first micro-batch, which goes
+    through the plan and through ordinary backpropagation once more. Reported as
+    `Train/stage_K/gradient_cosine`. A phase that is `global` measures nothing."""

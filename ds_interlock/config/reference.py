@@ -44,7 +44,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
 
 def reference() -> str:
     """The text of ``docs/config.md``."""
-    tables = [f"## `{name}`\n\n{_doc(model)}\n\n{_table(model)}" for name, model in _SECTIONS]
+    tables = [f"## `{name}`\n\n{_table(model)}" for name, model in _SECTIONS]
     refusals = "".join(
         f"- `{refusal.key}` {' or '.join(map(shown_as_json, refusal.values))}: {refusal.reason}.\n"
         for refusal in REFUSALS
@@ -52,16 +52,14 @@ def reference() -> str:
     return "\n".join([_TOP, *tables, "## DeepSpeed settings that are refused\n\n" + refusals])
 
 
-def _doc(model: type[BaseModel]) -> str:
-    return inspect.cleandoc(model.__doc__ or "").replace("``", "`")
-
-
 def _table(model: type[BaseModel]) -> str:
-    lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    about = inspect.cleandoc(model.__doc__ or "").replace("``", "`")
+    lines = [about, "", "| key | value | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
         default = "{}" if isinstance(field.default, BaseModel) else shown_as_json(field.default)
+        description = " ".join((field.description or "").split())
         cell = "needed" if field.is_required() else f"`{default}`"
-        lines.append(f"| `{name}` | {_values(field)} | {cell} | {field.description} |")
+        lines.append(f"| `{name}` | {_values(field)} | {cell} | {description} |")
     return "\n".join(lines) + "\n"
 
 

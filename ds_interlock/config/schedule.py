@@ -12,20 +12,18 @@ class PhaseConfig(Section):
     All other keys of the section hold for the whole run.
     """
 
-    from_step: int = Field(
-        ge=0,
-        description="Optimizer steps after which the phase begins: 0 for the first, then rising.",
-    )
-    mode: Mode | None = Field(
-        None, description="As the section's; `interlock` if there is a `window`, otherwise needed."
-    )
+    from_step: int = Field(ge=0)
+    """Optimizer steps after which the phase begins: 0 for the first, then rising."""
+    mode: Mode | None = None
+    """As the section's; `interlock` if there is a `window`, otherwise needed."""
     window: float | None = Field(
         None,
         ge=1,
         validate_default=True,
         description=f"As the section's; {DEFAULT_WINDOW} if `mode` is `interlock` and this is not given.",
     )
-    combine: Combine | None = Field(None, description="As the section's, whose value it is if not given.")
+    combine: Combine | None = None
+    """As the section's, whose value it is if not given."""
 
     @field_validator("window", mode="after")
     @classmethod

@@ -32,63 +32,43 @@ HeadType = Literal["auto", "linear", "norm_linear", "low_rank", "block_linear", 
 class HeadConfig(Section):
     """How the auxiliary heads are built and weighted. The final loss is the model's own."""
 
-    type: HeadType = Field(
-        "auto",
-        description="What a head is, if the module is given no `head` of its own. `auto`: `lens` for a "
-        "pretrained model, otherwise `norm_linear`. `linear`: an unembedding. `norm_linear`: a norm of the "
-        "model's kind, then an unembedding. `low_rank`: a norm, then an unembedding of rank `rank`. "
-        "`block_linear`: one more layer, then a norm and an unembedding. `lens`: a trainable affine "
-        "translator, then a frozen copy of the model's own norm and unembedding. See docs/heads.md.",
-    )
-    translator: Literal["after_norm", "before_norm"] = Field(
-        "after_norm",
-        description="Where the translator of a `lens` is. `after_norm`: it folds into the unembedding, so "
-        "that stages and head make a smaller model of the same architecture (it has a bias only if the model "
-        "has one to fold it into). `before_norm`: as in the tuned lens.",
-    )
-    cross_entropy_weight: float = Field(
-        1.0, ge=0, description="Factor of the cross-entropy with the labels in a head's loss."
-    )
-    kl_weight: float = Field(
-        0.0,
-        ge=0,
-        validate_default=True,
-        description="Factor of KL(base || head) in a head's loss: the divergence of its outputs from those "
-        "of the frozen base model. Needs a `lens`, and labels that bring the base model's hidden states "
-        "along (docs/heads.md). In evaluation a head's loss is the cross-entropy alone.",
-    )
-    fused: bool = Field(
-        True,
-        description="Compute unembedding and loss of a head in one, never holding all its logits, where the "
-        "loss function has a method `fused_linear` and nothing follows the unembedding. The numbers are the "
-        "same to rounding.",
-    )
-    token_fraction: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Share of the labelled positions, drawn at random in every micro-batch, on which a head "
-        "computes its loss in training. Needs one label for each position, and a loss function that averages "
-        "over positions without shifting the labels (shift them in the data). The final loss uses all.",
-    )
-    learning_rate_scale: float = Field(
-        1.0, gt=0, description="Learning rate of the heads' own parameters, as a multiple of the model's."
-    )
-    weight: float = Field(
-        1.0,
-        gt=0,
-        description="Factor of every auxiliary loss in the gradients it takes part in; the final loss has 1.",
-    )
-    rank: int = Field(64, ge=1, description="Rank of the unembedding of a `low_rank` head.")
+    type: HeadType = "auto"
+    """What a head is, if the module is given no `head` of its own. `auto`: `lens` for a pretrained model,
+    otherwise `norm_linear`. `linear`: an unembedding. `norm_linear`: a norm of the model's kind, then an
+    unembedding. `low_rank`: a norm, then an unembedding of rank `rank`. `block_linear`: one more layer, then
+    a norm and an unembedding. `lens`: a trainable affine translator, then a frozen copy of the model's own
+    norm and unembedding. See docs/heads.md."""
+    translator: Literal["after_norm", "before_norm"] = "after_norm"
+    """Where the translator of a `lens` is. `after_norm`: it folds into the unembedding, so that stages and
+    head make a smaller model of the same architecture (it has a bias only if the model has one to fold it
+    into). `before_norm`: as in the tuned lens."""
+    cross_entropy_weight: float = Field(1.0, ge=0)
+    """Factor of the cross-entropy with the labels in a head's loss."""
+    kl_weight: float = Field(0.0, ge=0, validate_default=True)
+    """Factor of KL(base || head) in a head's loss: the divergence of its outputs from those of the frozen
+    base model. Needs a `lens`, and labels that bring the base model's hidden states along (docs/heads.md). In
+    evaluation a head's loss is the cross-entropy alone."""
+    fused: bool = True
+    """Compute unembedding and loss of a head in one, never holding all its logits, where the loss function
+    has a method `fused_linear` and nothing follows the unembedding. The numbers are the same to rounding."""
+    token_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the labelled positions, drawn at random in every micro-batch, on which a head computes its
+    loss in training. Needs one label for each position, and a loss function that averages over positions
+    without shifting the labels (shift them in the data). The final loss uses all."""
+    learning_rate_scale: float = Field(1.0, gt=0)
+    """Learning rate of the heads' own parameters, as a multiple of the model's."""
+    weight: float = Field(1.0, gt=0)
+    """Factor of every auxiliary loss in the gradients it takes part in; the final loss has 1."""
+    rank: int = Field(64, ge=1)
+    """Rank of the unembedding of a `low_rank` head."""
     warmup_steps: int | None = Field(
         None,
         ge=0,
         description="Batches for which the heads alone are fitted before the first training batch of a new "
         f"run. If not given, {_LENS_WARMUP_STEPS} for a lens into a pretrained model, otherwise 0.",
     )
-    warmup_learning_rate: float = Field(
-        1e-3, gt=0, description="Learning rate of these batches; their optimizer is AdamW without decay."
-    )
+    warmup_learning_rate: float = Field(1e-3, gt=0)
+    """Learning rate of these batches; their optimizer is AdamW without decay."""
 
     @field_validator("kl_weight", mode="after")
     @classmethod
@@ -116,12 +96,9 @@ class HeadConfig(Section):
 class InterlockConfig(Section):
     """The whole ``"interlock"`` section. Without arguments: ordinary backpropagation."""
 
-    mode: Mode = Field(
-        "global",
-        description="`global`: ordinary backpropagation, DeepSpeed's own schedule and numbers. `local`: "
-        "every stage is trained by the loss at its end. `interlock`: every loss reaches back over `window` "
-        "stages.",
-    )
+    mode: Mode = "global"
+    """`global`: ordinary backpropagation, DeepSpeed's own schedule and numbers. `local`: every stage is
+    trained by the loss at its end. `interlock`: every loss reaches back over `window` stages."""
     window: float | None = Field(
         None,
         ge=1,
@@ -130,48 +107,32 @@ class InterlockConfig(Section):
         f"`local`) to all (as `global`); {DEFAULT_WINDOW} if not given. A fraction moves the heads into the "
         "next stage: 1.25 puts them after a quarter of its layers.",
     )
-    schedule: list[PhaseConfig] | None = Field(
-        None,
-        description="In place of `mode` and `window`: a list of phases, as "
-        '`[{"from_step": 0, "window": 1}, {"from_step": 2000, "mode": "global"}]`; see below. The heads of '
-        "all phases are built at the beginning; one that a phase does not use stays as it is.",
-    )
-    combine: Combine = Field(
-        "sum",
-        description="Which losses in reach train a stage. `sum`: all that reach back a full window. "
-        "`farthest`: the last one only, as in the code released with the paper; weaker on Transformers.",
-    )
-    head_stride: int = Field(
-        1,
-        ge=1,
-        description="Build a head only at every n-th stage, counted back from the last; at most `window`.",
-    )
-    streaming: bool = Field(
-        True,
-        description="Let a stage start the next batch once its own work on this one is done. The numbers are "
-        "the same without; `train_batch` then returns the exact loss of its batch.",
-    )
-    tied_weights: Literal["untie", "sync", "error"] = Field(
-        "untie",
-        description="What happens to weights tied between stages outside mode `global`. `untie`: each stage "
-        "trains its own copy. `sync`: an all-reduce in every batch keeps them equal; no stage then streams. "
-        "`error`: refuse the model.",
-    )
-    timeout_seconds: float = Field(
-        300, gt=0, description="How long a stage waits for a neighbour before it gives up with an error."
-    )
-    extra_in_flight: int = Field(
-        0,
-        ge=0,
-        description="Micro-batches a stage may hold beyond what the plan needs, to hide a slow network.",
-    )
-    head: HeadConfig = Field(HeadConfig(), description="The auxiliary heads; see below.")
-    trace: TraceConfig | None = Field(
-        None, description="Record some batches as a trace and a picture; see below."
-    )
-    myopia: MyopiaConfig | None = Field(
-        None, description="Measure how far each stage's gradient is from the global one; see below."
-    )
+    schedule: list[PhaseConfig] | None = None
+    """In place of `mode` and `window`: a list of phases, as `[{"from_step": 0, "window": 1}, {"from_step":
+    2000, "mode": "global"}]`; see below. The heads of all phases are built at the beginning; one that a phase
+    does not use stays as it is."""
+    combine: Combine = "sum"
+    """Which losses in reach train a stage. `sum`: all that reach back a full window. `farthest`: the last one
+    only, as in the code released with the paper; weaker on Transformers."""
+    head_stride: int = Field(1, ge=1)
+    """Build a head only at every n-th stage, counted back from the last; at most `window`."""
+    streaming: bool = True
+    """Let a stage start the next batch once its own work on this one is done. The numbers are the same
+    without; `train_batch` then returns the exact loss of its batch."""
+    tied_weights: Literal["untie", "sync", "error"] = "untie"
+    """What happens to weights tied between stages outside mode `global`. `untie`: each stage trains its own
+    copy. `sync`: an all-reduce in every batch keeps them equal; no stage then streams. `error`: refuse the
+    model."""
+    timeout_seconds: float = Field(300, gt=0)
+    """How long a stage waits for a neighbour before it gives up with an error."""
+    extra_in_flight: int = Field(0, ge=0)
+    """Micro-batches a stage may hold beyond what the plan needs, to hide a slow network."""
+    head: HeadConfig = HeadConfig()
+    """The auxiliary heads; see below."""
+    trace: TraceConfig | None = None
+    """Record some batches as a trace and a picture; see below."""
+    myopia: MyopiaConfig | None = None
+    """Measure how far each stage's gradient is from the global one; see below."""
 
     @field_validator("window", mode="after")
     @classmethod
@@ -245,11 +206,7 @@ class InterlockConfig(Section):
         return self.streaming and self.steps_alone(plan, tied=tied)
 
     def plan_schedule(self, stage_bounds: Sequence[int]) -> PlanSchedule:
-        """The gradient-flow plans of all phases; see ``plan``.
-
-        Raises:
-            ConfigError: Naming the phase that does not fit ``stage_bounds``.
-        """
+        """The gradient-flow plans of all phases; a ConfigError names the phase that does not fit."""
         plans = []
         for number, (step, section) in enumerate(self.phases):
             try:

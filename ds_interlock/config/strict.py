@@ -15,7 +15,9 @@ Mode = Literal["global", "local", "interlock"]
 class Section(BaseModel):
     """A JSON object whose values are taken as they are: ``"2"`` is not 2, and ``1`` is not ``true``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def window_of(mode: Mode | None, window: float | None) -> float | None:

@@ -39,37 +39,21 @@ _COMPARED: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one setting would do. Times are in seconds (or, of a unit profile, in forwards of a stage).
+    """What one setting would do. Times are in seconds (of a unit profile: in forwards of a stage)."""
 
-    Attributes:
-        name: Of the setting, for tables: "window 1.25, stride 2".
-        window: Stages one loss reaches back over; the number of stages for global, 1 for local.
-        stage_bounds: Layers of the stages.
-        num_micro_batches: Micro-batches in a batch.
-        batch_seconds: Time a batch takes once the pipeline is running.
-        bubble_fraction: Share of the stages' time in which they wait.
-        in_flight: For each stage the most micro-batches it holds activations of at once.
-        activation_bytes: For each stage the bytes of those activations.
-        relay_bytes: For each stage the bytes of gradients it sends upstream for one batch.
-        head_share: Share of the work, over all stages, that auxiliary heads are.
-        speed: How many times as fast as global (1F1B).
-        rows: Spans of some batches.
-        is_reference: True for a schedule that is here to compare with and cannot be run.
-    """
-
-    name: str
-    window: float
+    name: str  # for tables: "window 1.25, stride 2"
+    window: float  # stages one loss reaches back over; all for global, 1 for local
     stage_bounds: tuple[int, ...]
     num_micro_batches: int
-    batch_seconds: float
-    bubble_fraction: float
-    in_flight: tuple[int, ...]
-    activation_bytes: tuple[float, ...]
-    relay_bytes: tuple[float, ...]
-    head_share: float
-    speed: float
-    rows: Rows
-    is_reference: bool = False
+    batch_seconds: float  # once the pipeline is running
+    bubble_fraction: float  # share of the stages' time in which they wait
+    in_flight: tuple[int, ...]  # by stage: most micro-batches it holds activations of
+    activation_bytes: tuple[float, ...]  # by stage: of those
+    relay_bytes: tuple[float, ...]  # by stage: sent upstream in one batch
+    head_share: float  # share of all work that is auxiliary heads
+    speed: float  # times as fast as global (1F1B)
+    rows: Rows  # of some batches
+    is_reference: bool = False  # it is here to compare with and cannot be run
 
     @property
     def num_stages(self) -> int:
@@ -79,21 +63,13 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Forecasts of one model on one pipeline.
-
-    Attributes:
-        profile: The costs.
-        configured: The setting of the configuration.
-        others: Those it is compared with; global (1F1B) is the first.
-        skipped: Settings that do not exist here, each with the reason.
-        syncs_ties: True if stages share weights that are kept equal, so that no setting streams.
-    """
+    """Forecasts of one model on one pipeline."""
 
     profile: Profile
     configured: Forecast
-    others: tuple[Forecast, ...]
-    skipped: tuple[str, ...] = ()
-    syncs_ties: bool = False
+    others: tuple[Forecast, ...]  # global (1F1B) first
+    skipped: tuple[str, ...] = ()  # settings that do not exist here, each with the reason
+    syncs_ties: bool = False  # stages share weights that are kept equal: no setting streams
 
     @property
     def reference(self) -> Forecast:
@@ -138,12 +114,7 @@ def compare(
 ) -> Comparison:
     """Plays ``interlock`` through, and what else one might choose.
 
-    Args:
-        interlock: The configured setting.
-        profile: What the layers cost.
-        num_micro_batches: Micro-batches in a batch.
-        num_stages: Stages, cut as evenly as can be; or give ``stage_bounds``.
-        stage_bounds: ``num_stages + 1`` rising layer numbers, from 0 to the number of layers.
+    The layers are cut at ``stage_bounds``, or into ``num_stages`` as evenly as can be.
 
     Raises:
         ConfigError: If the configured setting, the stages and the profile do not fit together.

@@ -62,9 +62,8 @@ def render_page(
     Args:
         interlock: The configured setting; its timeline comes first.
         profile: What the layers cost.
-        num_stages: Where the slider for K stands at first. Others are 2, 4, 8, 16, as far as there are
-            layers and the configured setting exists.
-        num_micro_batches: Where the slider for M stands at first. Others are 1, 2, 4, 8, 16.
+        num_stages: Where the slider for K is at first.
+        num_micro_batches: Where the slider for M is at first.
         stage_bounds: Where to cut the layers into ``num_stages``; by default as evenly as can be.
         progress: Called after every view with the work done and all work, in micro-batches on stages.
 

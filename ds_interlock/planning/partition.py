@@ -8,10 +8,6 @@ from ds_interlock.errors import ConfigError
 def balanced_bounds(seconds: Sequence[float], num_stages: int) -> list[int]:
     """Stage bounds under which the slowest stage is fastest; ties go to the evener cut.
 
-    Args:
-        seconds: What each layer takes.
-        num_stages: Stages to cut into, at most one for each layer.
-
     Raises:
         ConfigError: If there are fewer layers than stages.
     """

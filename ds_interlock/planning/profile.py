@@ -31,14 +31,12 @@ class LayerProfile(_Record):
 
     name: str
     forward_seconds: float = Field(ge=0)
-    input_gradient_seconds: float = Field(ge=0, description="Of a relay through this layer.")
-    weight_gradient_seconds: float = Field(
-        ge=0, description="What a backward pass for the weights costs on top of the input gradient."
-    )
+    input_gradient_seconds: float = Field(ge=0)  # of a relay through this layer
+    weight_gradient_seconds: float = Field(ge=0)  # of a backward pass on top of the input gradient
     optimizer_seconds: float = Field(0.0, ge=0)
     num_parameters: int = Field(0, ge=0)
-    activation_bytes: float = Field(0.0, ge=0, description="Kept until the last backward pass.")
-    output_bytes: float = Field(0.0, ge=0, description="Of the hidden state after it.")
+    activation_bytes: float = Field(0.0, ge=0)  # kept until the last backward pass
+    output_bytes: float = Field(0.0, ge=0)  # of the hidden state after it
 
 
 class HeadProfile(_Record):
@@ -56,26 +54,22 @@ class Profile(_Record):
     format: Literal[1] = 1
     model: str
     device: str
-    source: str = Field(description='"measured", or the assumptions it was estimated under.')
+    source: str  # "measured", or the assumptions it was estimated under
     dtype: str = "float32"
     micro_batch_size: int = Field(1, ge=1)
     seq_length: int | None = None
     layers: tuple[LayerProfile, ...] = Field(min_length=1)
     head: HeadProfile
-    loss_seconds: float = Field(0.0, ge=0, description="The model's own loss, both passes.")
+    loss_seconds: float = Field(0.0, ge=0)  # of the model's own loss, both passes
     label_bytes: float = Field(0.0, ge=0)
-    tied_layers: tuple[int, ...] = Field((), description="Layers that share a weight, by number.")
+    tied_layers: tuple[int, ...] = ()  # numbers of the layers that share a weight
     latency_seconds: float = Field(0.0, ge=0)
-    bandwidth_bytes_per_second: float | None = Field(None, gt=0, description="None: not known; no limit.")
+    bandwidth_bytes_per_second: float | None = Field(None, gt=0)  # None: no limit
     versions: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Profile":
-        """Reads a profile.
-
-        Raises:
-            ConfigError: If ``path`` holds none, saying what is wrong with the file.
-        """
+        """Reads a profile, or raises a ConfigError that says what is wrong with the file."""
         return read_record(path, cls, what="profile", hint="make one with `ds-interlock profile`")
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -96,13 +90,10 @@ class Profile(_Record):
         ]
 
     def balanced_bounds(self, num_stages: int) -> list[int]:
-        """Stage bounds under which the slowest stage is fastest.
+        """Stage bounds under which the slowest stage is fastest; a ConfigError if there are too few layers.
 
         Layers without weights at the end stay with the last one that has some: they take its outputs,
         not a hidden state that a stage could receive.
-
-        Raises:
-            ConfigError: If there are fewer layers than stages.
         """
         seconds = self.layer_seconds
         with_weights = [number for number, layer in enumerate(self.layers) if layer.num_parameters]

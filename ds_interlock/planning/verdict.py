@@ -41,9 +41,8 @@ def verdict(comparison: Comparison) -> str:
         if fastest is not best:
             text += f"; only {_named(fastest)} is faster, with gradients that stop at every border"
     elif best.speed >= 1:
-        text = (
-            f"Interlocking hardly pays with {where}: {_named(best)}, too small a gain for inexact gradients"
-        )
+        text = f"Interlocking hardly pays with {where}: {_named(best)}"
+        text += ", too small a gain for inexact gradients"
     else:
         text = f"Interlocking does not pay with {where}: its fastest setting, {_named(best)}, is slower"
         text += " than global, whose gradients are exact besides"
@@ -57,8 +56,8 @@ def _named(each: Forecast) -> str:
 
 def _about_zero_bubble(comparison: Comparison, best: Forecast | None) -> str:
     """Global gradients without most of the bubble are the better bargain where they are as fast."""
-    line = next((each for each in comparison.others if each.name == ZERO_BUBBLE), None)
-    if line is None or best is None or line.speed < best.speed:
+    line = next(each for each in comparison.others if each.name == ZERO_BUBBLE)
+    if best is None or line.speed < best.speed:
         return ""
     return f". A zero-bubble schedule (ZB-H1, which DeepSpeed does not have) would do {line.speed:.2f} times"
 

@@ -60,7 +60,11 @@ def zero_bubble_batches(
     relays = [Action(stage, Kind.SEND_GRADIENT, 0) for stage in range(plan.num_stages)]
     return Simulation(
         spans=tuple(
-            tuple(_moved(span, number, seconds) for number in range(num_batches) for span in row)
+            tuple(
+                Span(span.action, batch, span.start + batch * seconds, span.end + batch * seconds)
+                for batch in range(num_batches)
+                for span in row
+            )
             for row in rows
         ),
         batch_seconds=seconds,
@@ -68,11 +72,6 @@ def zero_bubble_batches(
         peak_in_flight=(min(plan.num_stages, num_micro_batches),) * plan.num_stages,
         relay_bytes=tuple(num_micro_batches * costs.message_bytes(relay) for relay in relays),
     )
-
-
-def _moved(span: Span, batch: int, batch_seconds: float) -> Span:
-    offset = batch * batch_seconds
-    return replace(span, batch=batch, start=span.start + offset, end=span.end + offset)
 
 
 def _order(plan: GradientFlowPlan, stage: int, num_micro_batches: int) -> list[Action]:

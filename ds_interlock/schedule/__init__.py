@@ -8,23 +8,18 @@ from ds_interlock.schedule.cost import CostModel
 from ds_interlock.schedule.dependency import dependencies, stage_actions
 from ds_interlock.schedule.lower import Program, evaluation_program, training_program
 from ds_interlock.schedule.order import compute_order
-from ds_interlock.schedule.phases import Phase, PlanSchedule
-from ds_interlock.schedule.plan import Combine, GradientFlowPlan, LossHead
+from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
 from ds_interlock.schedule.render import Timeline, render_svg, render_text
-from ds_interlock.schedule.simulate import Simulation, Span, StandstillError, simulate
+from ds_interlock.schedule.simulate import Span, StandstillError, simulate
 from ds_interlock.schedule.verify import verify, verify_evaluation
 
 __all__ = [
     "Action",
-    "Combine",
     "CostModel",
     "GradientFlowPlan",
     "Kind",
     "LossHead",
-    "Phase",
-    "PlanSchedule",
     "Program",
-    "Simulation",
     "Span",
     "StandstillError",
     "Timeline",

@@ -21,6 +21,7 @@ Lowering adds what surrounds the work:
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Self
 
 from ds_interlock.errors import ScheduleError
 
@@ -53,28 +54,19 @@ _TEXT = re.compile(rf"(\d+)({'|'.join(sorted(Kind, key=len, reverse=True))})(\d+
 
 @dataclass(frozen=True, order=True)
 class Action:
-    """One thing one stage does.
-
-    Attributes:
-        stage: Who does it.
-        kind: What it is.
-        micro_batch: For which micro-batch of the batch; for ``STEP`` and ``REDUCE`` the number of
-            micro-batches accumulated before it.
-        losses: For which losses (indices into ``GradientFlowPlan.heads``), rising; empty where the
-            plan leaves no choice.
-    """
+    """One thing one stage does."""
 
     stage: int
     kind: Kind
-    micro_batch: int
-    losses: tuple[int, ...] = ()
+    micro_batch: int  # of the batch; for STEP and REDUCE: how many are accumulated before it
+    losses: tuple[int, ...] = ()  # indices into plan.heads, rising; empty where there is no choice
 
     def __str__(self) -> str:
         losses = "@" + "+".join(map(str, self.losses)) if self.losses else ""
         return f"{self.stage}{self.kind.value}{self.micro_batch}{losses}"
 
     @classmethod
-    def parse(cls, text: str) -> "Action":
+    def parse(cls, text: str) -> Self:
         """The action that prints as ``text``, or a ScheduleError if nothing does."""
         match = _TEXT.fullmatch(text)
         if match is None:

@@ -62,13 +62,10 @@ def received_bundles(
 
 
 def dependencies(plan: GradientFlowPlan, action: Action) -> tuple[Action, ...]:
-    """The actions that must be done before ``action`` may start.
+    """The actions that must be done before ``action`` may start; a ScheduleError if it is not in ``plan``.
 
     Within a stage, micro-batches go forward, and gradients accumulate, in their own order: results
     then never depend on timing.
-
-    Raises:
-        ScheduleError: If ``action`` is not work that ``plan`` asks for.
     """
     if not 0 <= action.stage < plan.num_stages:
         raise ScheduleError(f"{action}: the plan has no stage {action.stage}")

@@ -25,19 +25,12 @@ RECEIVE_AHEAD = 2
 
 @dataclass(frozen=True)
 class Program:
-    """Everything every stage does for one batch.
-
-    Attributes:
-        plan: Its gradient flow.
-        num_micro_batches: Micro-batches in the batch.
-        slots: For each stage the number of micro-batches it may hold the activations of.
-        stages: For each stage its actions in order, communication included.
-    """
+    """Everything every stage does for one batch."""
 
     plan: GradientFlowPlan
     num_micro_batches: int
-    slots: tuple[int, ...]
-    stages: tuple[tuple[Action, ...], ...]
+    slots: tuple[int, ...]  # by stage: micro-batches it may hold the activations of
+    stages: tuple[tuple[Action, ...], ...]  # by stage: its actions in order, communication included
 
     def buffer(self, action: Action) -> int:
         """The activation buffer ``action`` works on: a micro-batch keeps it until its last pass."""
@@ -59,11 +52,7 @@ def micro_batch_starts(actions: Iterable[Action]) -> Iterator[tuple[Action, tupl
 
 @lru_cache(maxsize=128)  # called at every batch
 def training_program(plan: GradientFlowPlan, num_micro_batches: int, *, extra_in_flight: int = 0) -> Program:
-    """The program of one training batch: ordered, lowered, ready to run.
-
-    Raises:
-        ScheduleError: If ``num_micro_batches`` or ``extra_in_flight`` is out of range.
-    """
+    """The program of one training batch: ordered, lowered, ready to run."""
     order = compute_order(plan, num_micro_batches, extra_in_flight=extra_in_flight)
     slots = tuple(plan.in_flight(stage) + extra_in_flight for stage in range(plan.num_stages))
     work = [(*actions, *batch_end(stage, num_micro_batches)) for stage, actions in enumerate(order)]

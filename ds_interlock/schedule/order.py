@@ -24,16 +24,9 @@ def compute_order(
     extra_in_flight: int = 0,
     costs: CostModel | None = None,
 ) -> tuple[tuple[Action, ...], ...]:
-    """The compute actions of one batch for every stage, in order.
+    """The compute actions of one batch for every stage, in an order that is valid for any ``costs``.
 
-    Args:
-        plan: The gradient flow.
-        num_micro_batches: At least 1.
-        extra_in_flight: Micro-batches a stage may hold beyond ``plan.in_flight``.
-        costs: Proportions by which ties of readiness are decided; the order is valid for any.
-
-    Raises:
-        ScheduleError: If ``num_micro_batches`` is below 1 or ``extra_in_flight`` below 0.
+    A stage may hold ``extra_in_flight`` micro-batches beyond ``plan.in_flight``.
     """
     if num_micro_batches < 1:
         raise ScheduleError(f"a batch needs at least 1 micro-batch, got {num_micro_batches}")

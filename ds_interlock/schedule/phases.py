@@ -10,6 +10,7 @@ A run with one plan is a schedule of one phase; whatever differs between phases 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 from ds_interlock.errors import PlanError, list_faults
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead, rises
@@ -37,12 +38,12 @@ class PlanSchedule:
     phases: tuple[Phase, ...]
 
     @classmethod
-    def of(cls, *phases: tuple[int, GradientFlowPlan]) -> "PlanSchedule":
+    def of(cls, *phases: tuple[int, GradientFlowPlan]) -> Self:
         """A schedule of ``(from_step, plan)`` pairs."""
         return cls(tuple(Phase(from_step, plan) for from_step, plan in phases))
 
     @classmethod
-    def constant(cls, plan: GradientFlowPlan) -> "PlanSchedule":
+    def constant(cls, plan: GradientFlowPlan) -> Self:
         """The same plan from beginning to end."""
         return cls.of((0, plan))
 

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from ds_interlock.errors import PlanError, list_faults
 from ds_interlock.schedule.action import Kind
@@ -79,16 +79,12 @@ class GradientFlowPlan:
     # Constructors. Each takes `num_stages` (one layer a stage) or `stage_bounds`.
 
     @classmethod
-    def local(
-        cls, num_stages: int | None = None, *, stage_bounds: Sequence[int] | None = None
-    ) -> "GradientFlowPlan":
+    def local(cls, num_stages: int | None = None, *, stage_bounds: Sequence[int] | None = None) -> Self:
         """Every stage is trained by the loss at its end: no stage waits for another."""
         return cls.n_wise(num_stages, 1, stage_bounds=stage_bounds)
 
     @classmethod
-    def end_to_end(
-        cls, num_stages: int | None = None, *, stage_bounds: Sequence[int] | None = None
-    ) -> "GradientFlowPlan":
+    def end_to_end(cls, num_stages: int | None = None, *, stage_bounds: Sequence[int] | None = None) -> Self:
         """Ordinary backpropagation: the final loss trains every stage."""
         bounds = _bounds(num_stages, stage_bounds)
         return cls(bounds, (_final_head(bounds),), (frozenset({0}),) * (len(bounds) - 1))
@@ -100,14 +96,13 @@ class GradientFlowPlan:
         *,
         stage_bounds: Sequence[int] | None = None,
         head_weight: float = 1.0,
-    ) -> "GradientFlowPlan":
+    ) -> Self:
         """A loss at the end of every stage, each reaching back to the first layer."""
         bounds = _bounds(num_stages, stage_bounds)
         num = len(bounds) - 1
         heads = [LossHead(stage, bounds[stage + 1], head_weight) for stage in range(num - 1)]
-        return cls(
-            bounds, (*heads, _final_head(bounds)), tuple(frozenset(range(stage, num)) for stage in range(num))
-        )
+        trained_by = tuple(frozenset(range(stage, num)) for stage in range(num))
+        return cls(bounds, (*heads, _final_head(bounds)), trained_by)
 
     @classmethod
     def n_wise(
@@ -119,7 +114,7 @@ class GradientFlowPlan:
         head_stride: int = 1,
         stage_bounds: Sequence[int] | None = None,
         head_weight: float = 1.0,
-    ) -> "GradientFlowPlan":
+    ) -> Self:
         """Every loss reaches back over ``window`` stages; windows of neighbouring losses overlap.
 
         Losses sit at *slots* 1..K: slot j where stage j begins or, for a window N + f with 0 < f < 1, the
@@ -142,11 +137,7 @@ class GradientFlowPlan:
         _check_window(window, combine, head_stride, num)
         span = math.floor(window)
         fraction = window - span
-        slots = [
-            slot
-            for slot in range(1, num + 1)
-            if slot == num or (num - slot - (fraction > 0)) % head_stride == 0
-        ]
+        slots = [slot for slot in range(1, num) if (num - slot - (fraction > 0)) % head_stride == 0] + [num]
         chosen, faults = [], []
         for stage in range(num):
             in_reach = [slot for slot in slots if stage < slot <= stage + span]

@@ -32,16 +32,10 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class Timeline:
-    """When the stages did what.
-
-    Attributes:
-        name: What to call it, for example "measured".
-        unit: Unit of the spans' times: "s", or for example "forwards".
-        rows: For each stage its spans.
-    """
+    """When the stages did what."""
 
     name: str
-    unit: str
+    unit: str  # of the spans' times: "s", or for example "forwards"
     rows: Rows
 
 

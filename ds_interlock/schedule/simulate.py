@@ -54,21 +54,13 @@ def from_zero(rows: Sequence[Sequence[Span]]) -> Rows:
 
 @dataclass(frozen=True)
 class Simulation:
-    """What came out.
+    """What came out."""
 
-    Attributes:
-        spans: Of the compute actions, over all batches.
-        batch_seconds: Time a batch takes once the pipeline is running.
-        bubble_fraction: Share of the stages' time, over those batches, in which they wait.
-        peak_in_flight: For each stage the most micro-batches it held activations of at once.
-        relay_bytes: For each stage the bytes of gradients it sends upstream for one batch.
-    """
-
-    spans: Rows
-    batch_seconds: float
-    bubble_fraction: float
-    peak_in_flight: tuple[int, ...]
-    relay_bytes: tuple[float, ...]
+    spans: Rows  # of the compute actions, over all batches
+    batch_seconds: float  # once the pipeline is running
+    bubble_fraction: float  # share of the stages' time, over those batches, in which they wait
+    peak_in_flight: tuple[int, ...]  # by stage: most micro-batches it held activations of at once
+    relay_bytes: tuple[float, ...]  # by stage: gradients it sends upstream in one batch
 
 
 def simulate(

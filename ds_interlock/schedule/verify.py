@@ -33,11 +33,7 @@ def verify(program: Program, *, extra_in_flight: int = 0) -> None:
 
 
 def verify_evaluation(program: Program, *, all_heads: bool) -> None:
-    """Checks that ``program`` is one evaluation batch: forward only, with the final loss or all losses.
-
-    Raises:
-        ScheduleError: Like ``verify``.
-    """
+    """Checks, as ``verify``, that ``program`` is one evaluation batch, with the final loss or all losses."""
     _verify(program, partial(evaluation_actions, all_heads=all_heads), [()] * program.plan.num_stages, 0)
 
 
@@ -65,7 +61,7 @@ class _Verifier:
     """Collects the faults of one program.
 
     Attributes:
-        expected: For each stage all actions it must run, communication included.
+        expected: All actions that must run, communication included.
         made_by: For each send the action that makes its message.
         at: Where every expected action is that is on its own stage (the first, if several).
         order: For each stage those actions in the order of its list.
@@ -84,22 +80,21 @@ class _Verifier:
             action: (stage, position)
             for stage, actions in enumerate(program.stages)
             for position, action in reversed(list(enumerate(actions)))
-            if action in self.expected[stage]
+            if action.stage == stage and action in self.expected
         }
         self.order = [
             sorted((a for a in self.at if a.stage == stage), key=self.at.__getitem__)
             for stage in range(len(work))
         ]
 
-    def _with_communication(self, work: Sequence[Sequence[Action]]) -> list[set[Action]]:
-        expected = [{*actions, *end} for actions, end in zip(work, self.ends, strict=True)]
-        expected[0].update(Action(0, Kind.LOAD, number) for number in range(self.program.num_micro_batches))
+    def _with_communication(self, work: Sequence[Sequence[Action]]) -> set[Action]:
+        expected = {action for actions in (*work, *self.ends) for action in actions}
+        expected.update(Action(0, Kind.LOAD, number) for number in range(self.program.num_micro_batches))
         for action in (action for actions in work for action in actions):
             send = send_of(self.plan, action)
             if send is not None:
                 self.made_by[send] = action
-                expected[send.stage].add(send)
-                expected[receive_of(send).stage].add(receive_of(send))
+                expected |= {send, receive_of(send)}
         return expected
 
     def check(self, extra_in_flight: int) -> None:
@@ -135,16 +130,15 @@ class _Verifier:
         for stage, actions in enumerate(self.program.stages):
             for position, action in enumerate(actions):
                 places.setdefault(action, []).append((stage, position))
-        expected = set().union(*self.expected)
         for action, of_action in places.items():
             astray = [place for place in of_action if place[0] != action.stage]
-            if action not in expected:
+            if action not in self.expected:
                 self._fault(f"{action} is not work of the plan; leave it out", of_action)
             elif astray:
                 self._fault(f"{action} is in the list of stage {astray[0][0]}, not of its own stage", astray)
             elif len(of_action) > 1:
                 self._fault(f"{action} appears {len(of_action)} times, expected once", of_action)
-        for action in sorted(expected - places.keys()):
+        for action in sorted(self.expected - places.keys()):
             self._fault(f"{action} is missing", [])
             self.missing.append(action)
 

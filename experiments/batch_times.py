@@ -7,13 +7,11 @@
     one thread                         sleep in these proportions            mode and number of micro-batches
     (stage_profile.py)                 (sleeping_pipeline.py)                (this file)
 
-Whatever the number M of micro-batches, a batch is the same work: a micro-batch is taken to be 1/M of it, and
-to need 1/M of its time. The model's optimizer step and the size of its messages are left out; the time of the
-engine itself is included, in proportion to ``--milliseconds``.
+Whatever the number M of micro-batches, a batch is the same work: a micro-batch takes 1/M of its time. The
+model's optimizer step and the size of its messages are left out; the engine's own time is included.
 
-A mode whose gradient reach changes ("schedule") has a time for each phase. Sections that differ only in how
-heads learn share a measurement. Modes with a model of their own (``modes.NAME.model``) are not timed.
-To be run on a machine that does nothing else.
+A mode with a schedule has a time for each phase. Sections that differ only in how heads learn share a
+measurement. Modes with a model of their own are not timed. To be run on a machine that does nothing else.
 """
 
 import argparse
@@ -68,7 +66,6 @@ class Row(_Record):
     phase: int | None
     """The step that the phase begins at; None if the mode has one phase only."""
     interlock: Section
-    """The section that is in force."""
     micro_batches: int
     seconds: float
     """What a batch of sleeping stages took: M micro-batches with a mean forward of ``milliseconds``."""
@@ -109,19 +106,14 @@ def read(path: Path) -> BatchTimes:
 def batch_seconds(times: BatchTimes, section: Mapping[str, Any], micro_batches: int) -> float:
     """What a batch of the experiment takes with one device per stage, at the speed that was profiled.
 
-    Args:
-        times: From ``read``.
-        section: The "interlock" section of a mode with one phase, or of a phase (``phase_sections``).
-        micro_batches: How many the batch is split into, M.
-
     Raises:
-        ConfigError: If the section has phases.
+        ConfigError: If ``section`` has phases (``phase_sections`` has a section for each).
         DataError: If this was not measured.
     """
     bounds = times.profile.stage_bounds
-    wanted = _what_counts(section, bounds)
+    key = _what_counts(section, bounds)
     for row in times.rows:
-        if row.micro_batches == micro_batches and wanted == _what_counts(row.interlock, bounds):
+        if row.micro_batches == micro_batches and key == _what_counts(row.interlock, bounds):
             return row.relative_seconds * times.profile.unit_seconds
     raise DataError(
         f"no batch time of {json.dumps(dict(section))} with {micro_batches} micro-batches: measure it with "
@@ -156,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     replace_text(args.output, times.model_dump_json(indent=1) + "\n")
-    print(table(times))
+    print(_table(times))
     return 0
 
 
@@ -174,10 +166,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", metavar="MODE", help="only these modes, and global (all)")
     parser.add_argument("--output", type=Path, help=f"the file ({RESULTS}/NAME_batch_times.json)")
     args = parser.parse_args(argv)
-    if min(args.micro_batches) < 1:
-        parser.error(f"--micro_batches: got {min(args.micro_batches)}, expected at least 1")
-    if not args.milliseconds > 0:
-        parser.error(f"--milliseconds: got {args.milliseconds:g}, expected more than 0")
+    for name, value in (("micro_batches", min(args.micro_batches)), ("milliseconds", args.milliseconds)):
+        if not value > 0:
+            parser.error(f"--{name}: got {value:g}, expected more than 0")
     args.output = args.output or RESULTS / f"{args.name}_batch_times.json"
     return args
 
@@ -266,8 +257,7 @@ def _stages(profile: TaskProfile) -> tuple[dict[str, Any], ...]:
     )
 
 
-def table(times: BatchTimes) -> str:
-    """The rows, as Markdown."""
+def _table(times: BatchTimes) -> str:
     columns = {
         "mode": "mode",
         "from step": "phase",

@@ -22,6 +22,9 @@ from experiments.definition import GLOBAL, LOCAL, Run
 from measuring import results_file
 from measuring.results_file import Record
 
+NOTHING = "–"
+"""In a table."""
+
 _SCORES: dict[str, Callable[[dict[str, float]], float]] = {
     "error": lambda final: 100 * final["error"],  # %
     "loss": lambda final: final["loss"],  # nats
@@ -37,10 +40,7 @@ class Curve:
     losses: tuple[float, ...]
 
     def first_crossing(self, target: float) -> float | None:
-        """Steps after which the loss is at most ``target`` for the first time, linear between points.
-
-        The first point if that is below already; None if the curve does not get there.
-        """
+        """Steps until the loss is at most ``target``, linear between points; None if it never is."""
         if self.losses[0] <= target:
             return float(self.steps[0])
         points = zip(self.steps, self.losses, strict=True)
@@ -55,8 +55,8 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A number for each of some seeds."""
+class PerSeed:
+    """A number for each seed."""
 
     values: tuple[float, ...]
 
@@ -70,11 +70,24 @@ class Spread:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @classmethod
-    def of(cls, values: Iterable[float | None]) -> "Spread | None":
+    def of(cls, values: Iterable[float | None]) -> "PerSeed | None":
         """None without any value, or if one of them is None."""
         all_values = tuple(values)
         known = tuple(value for value in all_values if value is not None)
         return cls(known) if known and len(known) == len(all_values) else None
+
+
+def cell(numbers: PerSeed | None, digits: int, *, signed: bool = False) -> str:
+    """``1.23 ± 0.04``; of a single seed the number alone; a dash for nothing."""
+    if numbers is None:
+        return NOTHING
+    deviation = "" if numbers.deviation is None else f" ± {numbers.deviation:.{digits}f}"
+    return f"{numbers.mean:{'+' if signed else ''}.{digits}f}{deviation}"
+
+
+def percent(numbers: PerSeed | None) -> str:
+    """A share as ``75 ± 4 %``."""
+    return f"{cell(PerSeed(tuple(100 * value for value in numbers.values)), 0)} %" if numbers else NOTHING
 
 
 @dataclass(frozen=True)
@@ -139,19 +152,16 @@ class Comparison:
         """Batches after which quality is compared."""
         return self.reference.run.training.num_steps
 
-    def score(self, mode: str, name: str) -> Spread | None:
+    def score(self, mode: str, name: str) -> PerSeed | None:
         """At the end of the budget: "error" (images only, %), "loss" (nats) or "perplexity"."""
-        return Spread.of(_SCORES[name](one.record["final"]) for one in self.results[mode].values())
+        return PerSeed.of(_SCORES[name](one.record["final"]) for one in self.results[mode].values())
 
-    def gain_over_local(self, mode: str) -> Spread | None:
+    def gain_over_local(self, mode: str) -> PerSeed | None:
         """Quality less that of local, seed by seed: below 0 the mode is better."""
         return self.paired([mode, LOCAL], lambda one, local: self._quality(one) - self._quality(local))
 
-    def recovered(self, mode: str) -> Spread | None:
-        """Share of the gap between local and global that the mode closes, seed by seed.
-
-        None also if local is not worse than global in one of the seeds: there is no gap then.
-        """
+    def recovered(self, mode: str) -> PerSeed | None:
+        """Share of local's gap to global that the mode closes, by seed; None if a seed has no gap."""
 
         def share(one: Result, local: Result, end_to_end: Result) -> float | None:
             gap = self._quality(local) - self._quality(end_to_end)
@@ -159,11 +169,11 @@ class Comparison:
 
         return self.paired([mode, LOCAL, GLOBAL], share)
 
-    def first_rms(self, mode: str) -> Spread | None:
+    def first_rms(self, mode: str) -> PerSeed | None:
         """Root mean square of the first stage's output at the end of the budget."""
-        return Spread.of(one.at_the_end("stage_rms")[0] for one in self.results[mode].values())
+        return PerSeed.of(one.at_the_end("stage_rms")[0] for one in self.results[mode].values())
 
-    def growth(self, mode: str) -> tuple[int, Spread] | None:
+    def growth(self, mode: str) -> tuple[int, PerSeed] | None:
         """The stage whose output grows most, and the RMS of its output over that under global.
 
         The ratio is the largest on average over the seeds, so that the deviation is that of one stage.
@@ -174,22 +184,19 @@ class Comparison:
 
         stages = range(self.reference.run.num_stages - 1)
         ratios = {stage: self.paired([mode, GLOBAL], partial(ratio, stage)) for stage in stages}
-        known = {stage: spread for stage, spread in ratios.items() if spread}
+        known = {stage: numbers for stage, numbers in ratios.items() if numbers}
         return max(known.items(), key=lambda item: item[1].mean) if len(known) == len(ratios) else None
 
-    def cosines(self, mode: str) -> list[Spread | None]:
+    def cosines(self, mode: str) -> list[PerSeed | None]:
         """Of each stage with the global gradient, last measured within the budget; empty if not measured."""
         by_seed = [result.at_the_end("cosine") for result in self.results[mode].values()]
-        return [] if None in by_seed else [Spread.of(of_stage) for of_stage in zip(*by_seed, strict=True)]
+        return [] if None in by_seed else [PerSeed.of(of_stage) for of_stage in zip(*by_seed, strict=True)]
 
-    def paired(self, modes: Sequence[str], measure: Callable[..., float | None]) -> Spread | None:
-        """``measure`` of the runs of ``modes`` with one seed, for each seed that all of them have.
-
-        None if there is no such seed, or no number for one of them.
-        """
+    def paired(self, modes: Sequence[str], measure: Callable[..., float | None]) -> PerSeed | None:
+        """``measure`` of the runs of ``modes`` with one seed, for each seed that all of them have."""
         runs = [self.results.get(mode, {}) for mode in modes]
         seeds = [seed for seed in runs[0] if all(seed in of_mode for of_mode in runs)]
-        return Spread.of(measure(*(of_mode[seed] for of_mode in runs)) for seed in seeds)
+        return PerSeed.of(measure(*(of_mode[seed] for of_mode in runs)) for seed in seeds)
 
     def _quality(self, result: Result) -> float:
         """Test error in %, or validation loss in nats; less is better."""
@@ -197,11 +204,7 @@ class Comparison:
 
 
 def read(path: Path, order: Sequence[str]) -> Comparison:
-    """The comparison of all runs in a results file.
-
-    Args:
-        path: The file, named after the experiment.
-        order: Modes in the order that they are to have; others follow.
+    """The comparison of all runs in a results file, first of the modes in ``order``, then of others.
 
     Raises:
         DataError: If a line is no run, no run is global, or two runs cannot be compared.

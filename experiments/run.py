@@ -14,7 +14,6 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from ds_interlock.errors import ConfigError, DataError
 from experiments import definition, finetune
 from experiments.definition import Run
-from experiments.training import Progress, train
+from experiments.training import train
 from measuring import results_file
 from measuring.results_file import RESULTS
 
@@ -89,7 +88,7 @@ def _missing(args: argparse.Namespace) -> list[AnyRun]:
 
 
 def _finished(runs: list[AnyRun], args: argparse.Namespace) -> Iterator[str]:
-    """Does the runs; a line about each as it ends."""
+    """Does the runs; says a line about each as it ends."""
     do = partial(_do, output=args.output, device=args.device)
     if args.jobs == 1:
         yield from map(do, runs)
@@ -109,25 +108,12 @@ def _do(run: AnyRun, output: Path, device: str) -> str:
     file_name = re.sub(r"[^a-z0-9.]+", "-", run.mode.lower())
     checkpoint = CHECKPOINTS / run.experiment / f"{file_name}-{run.seed}.pt"
     torch.set_num_threads(1)
-    with _progress(run) as progress:
-        record = train(run, checkpoint, device, progress)
+    record = train(run, checkpoint, device)
     results_file.append(output, record)
     checkpoint.unlink()
     score = ", ".join(f"{name} {value:.4f}" for name, value in record["final"].items())
     steps = f"{run.training.num_steps} of {run.num_steps} steps"
     return f"{run.mode}, seed {run.seed}: {score} after {steps}, {record['seconds']:.0f} s"
-
-
-@contextmanager
-def _progress(run: Run) -> Iterator[Progress]:
-    name = f"{run.mode}, seed {run.seed}"
-    with tqdm(total=run.num_steps, desc=name, unit="step", leave=False, disable=None) as bar:
-
-        def show(step: int, line: str) -> None:
-            bar.update(step - bar.n)
-            bar.set_postfix_str(line)
-
-        yield show
 
 
 if __name__ == "__main__":

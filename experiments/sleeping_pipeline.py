@@ -31,12 +31,7 @@ class Pipeline:
     heads: dict[int, float]
 
     def seconds(self, micro_batches: Sequence[int], unit_seconds: float) -> dict[int, float]:
-        """Measured seconds of a batch, by its number of micro-batches; its work grows with them.
-
-        Args:
-            micro_batches: The numbers to measure with, M.
-            unit_seconds: How long a unit is slept for.
-        """
+        """Measured seconds of a batch by its number of micro-batches; units sleep ``unit_seconds``."""
         # 16 micro-batches, as far as 3 to 8 batches make them.
         num_batches = {num: min(max(16 // num, 3), 8) for num in micro_batches}
         num_stages = len(self.model.stage_bounds) - 1
@@ -52,12 +47,17 @@ class Pipeline:
 
     def workload(self, unit_seconds: float) -> Workload:
         """The layers, heads and final loss, each of which sleeps."""
+
+        def final_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+            sleep(unit_seconds * self.model.loss)
+            return sleeping_loss(outputs, labels)
+
         names = ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds")
         seconds = [[unit_seconds * getattr(layer, name) for name in names] for layer in self.model.layers]
         return Workload(
             layers=[LayerSpec(SleepingLayer, _WIDTH, *passes) for passes in seconds],
             layer_seconds=[sum(passes) for passes in seconds],
-            loss_fn=_FinalLoss(unit_seconds * self.model.loss),
+            loss_fn=final_loss,
             micro_batch=(torch.ones(1, _WIDTH), torch.zeros(1, _WIDTH)),
             head=lambda position: _Head(unit_seconds * self.heads[position.after_layer]),
             stage_bounds=self.model.stage_bounds,
@@ -72,17 +72,6 @@ def measure(pipeline: Pipeline, unit_seconds: float, num_batches: dict[int, int]
     section = pipeline.interlock.model_dump(exclude={"head", "trace", "myopia"}, exclude_defaults=True)
     engine = make_engine(work, section)
     return {m: seconds_of_a_batch(engine, work, m, num) for m, num in num_batches.items()}
-
-
-class _FinalLoss:
-    """A loss whose forward and backward together take ``seconds``."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        sleep(self.seconds)
-        return sleeping_loss(outputs, labels)
 
 
 class _Head(SleepingHead):

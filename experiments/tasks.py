@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ds_interlock import InterlockConfig
 from ds_interlock.heads.factory import HeadFactory, head_factory
 from ds_interlock.images.batches import ImageIterator, evaluation_batches
-from ds_interlock.images.data import ImageData, Normalisation, Score
+from ds_interlock.images.data import Normalisation, Score
 from ds_interlock.images.sources import load_fashion_mnist
-from ds_interlock.models.lm import Block, LMConfig, lm_layers, lm_loss
+from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
 from ds_interlock.models.resnet import ResNetConfig, classification_loss, resnet_heads, resnet_layers
 from ds_interlock.stage.in_process import MicroBatch
 from experiments.definition import ImageModel, ProseModel, Run
@@ -50,12 +50,7 @@ class Task(Protocol):
 
 
 def make_task(run: Run) -> Task:
-    """The task of a run.
-
-    Raises:
-        DataError: If its data is missing or damaged.
-        ConfigError: If its model is impossible.
-    """
+    """The task of a run; DataError if its data is missing, ConfigError if its model is impossible."""
     return Prose(run, run.model) if isinstance(run.model, ProseModel) else Pictures(run, run.model)
 
 
@@ -77,15 +72,8 @@ class Prose:
     def __init__(self, run: Run, model: ProseModel) -> None:
         self.run, self.seq_length = run, model.seq_length
         self.train, self.validation = prose()
-        config = LMConfig(
-            vocab_size=VOCAB_SIZE,
-            seq_length=model.seq_length,
-            width=model.width,
-            num_blocks=model.num_blocks,
-            num_heads=model.num_heads,
-            init_std=model.init_std,
-            seed=run.seed,
-        )
+        sizes = model.model_dump(exclude={"kind", "border_norm"})
+        config = LMConfig(vocab_size=VOCAB_SIZE, seed=run.seed, **sizes)
         self.layers, self.stage_bounds = _cut_into_halves(config, run.num_stages, model.border_norm)
         self.loss_fn = lm_loss()
 
@@ -120,8 +108,7 @@ class Pictures:
     """Fashion-MNIST, with crops and flips."""
 
     def __init__(self, run: Run, model: ImageModel) -> None:
-        self.run, self.model = run, model
-        data = pictures()
+        self.run, self.model, data = run, model, pictures()
         self.test = data.test
         train = data.train.first(model.num_train_images or len(data.train))
         self.normalisation = Normalisation.of(train)
@@ -129,11 +116,7 @@ class Pictures:
             train, self.normalisation, run.training.micro_batch_size, seed=run.seed, augment=True
         )
         self.config = ResNetConfig(
-            depth=model.depth,
-            num_classes=data.num_classes,
-            in_channels=data.in_channels,
-            width=model.width,
-            seed=run.seed,
+            model.depth, data.num_classes, in_channels=data.in_channels, width=model.width, seed=run.seed
         )
         self.layers = [spec.build() for spec in resnet_layers(self.config)]
         first_blocks = _first_blocks(self.config.num_blocks, run.num_stages)
@@ -150,26 +133,19 @@ class Pictures:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, num_samples: int, batch_size: int, device: str) -> dict[str, float]:
-        score = Score()
         images = self.test.first(num_samples)
-        for pixels, labels in evaluation_batches(images, self.normalisation, batch_size):
-            score += Score.of(model(pixels.to(device)), labels.to(device))
+        batches = evaluation_batches(images, self.normalisation, batch_size)
+        scores = (Score.of(model(pixels.to(device)), labels.to(device)) for pixels, labels in batches)
+        score = sum(scores, Score())
         return {"loss": score.loss, "error": score.error}
 
     def probe(self) -> Tensor:
         return self.normalisation(self.test.pixels_nchw[:64])
 
 
-@cache
-def prose() -> tuple[Tensor, Tensor]:
-    """The text, read once in a process."""
-    return load_prose()
-
-
-@cache
-def pictures() -> ImageData:
-    """The images, read once in a process."""
-    return load_fashion_mnist(None)
+# Data is read once in a process.
+prose = cache(load_prose)
+pictures = cache(load_fashion_mnist)
 
 
 def _first_blocks(num_blocks: int, num_stages: int) -> list[int]:
@@ -186,7 +162,6 @@ def _cut_into_halves(
     bounds = [0]
     for start, stop in pairwise(_first_blocks(config.num_blocks, num_stages)):
         for block in blocks[start:stop]:
-            assert isinstance(block, Block)
             layers.append(ResidualBranch(block.norm_1, block.attention))
             layers.append(ResidualBranch(block.norm_2, block.mlp))
         if border_norm and stop < config.num_blocks:

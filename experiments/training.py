@@ -11,7 +11,6 @@ Optimal Averaging Schemes, 2013, section 4 (polynomial-decay averaging).
 
 import math
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
+from tqdm import tqdm
 
 from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.files import unfinished_file
@@ -28,30 +28,17 @@ from ds_interlock.stage.myopia import gradient_cosines
 from experiments.definition import Run
 from experiments.tasks import Task, make_task
 from measuring.results import machine, versions
-
-Progress = Callable[[int, str], None]
-"""Called with the steps done and a line about the evaluation."""
+from measuring.results_file import Record
 
 _ETA = 8
-"""Of the average: the power that weights rise with."""
+"""The power that weights in the average rise with."""
 
 _NUM_BATCH_NORM_STEPS = 20
-"""Of training, whose batches give batch norm its statistics in an evaluation."""
+"""The last steps before an evaluation, whose batches give batch norm its statistics."""
 
 
-def train(
-    run: Run, checkpoint: Path, device: str = "cpu", progress: Progress | None = None
-) -> dict[str, Any]:
-    """Trains, or resumes from ``checkpoint`` if it exists.
-
-    Args:
-        run: Everything that decides what to do.
-        checkpoint: File for the state of the run at every evaluation; removed by the caller.
-        device: Where to compute.
-        progress: Called after every evaluation.
-
-    Returns:
-        A record for the results file.
+def train(run: Run, checkpoint: Path, device: str = "cpu") -> Record:
+    """Trains, or resumes from ``checkpoint``, a file that the caller removes; a line for the results file.
 
     Raises:
         DataError: If data is missing, or the checkpoint belongs to another run.
@@ -61,13 +48,15 @@ def train(
     training = Training(run, device)
     if checkpoint.exists():
         training.load(checkpoint)
-    while training.step < run.num_steps:
-        training.do_step()
-        if training.evaluation_is_due():
-            line = training.evaluate()
-            training.save(checkpoint)
-            if progress:
-                progress(training.step, line)
+    name = f"{run.mode}, seed {run.seed}"
+    with tqdm(total=run.num_steps, desc=name, unit="step", leave=False, disable=None) as bar:
+        while training.step < run.num_steps:
+            training.do_step()
+            if training.evaluation_is_due():
+                line = training.evaluate()
+                training.save(checkpoint)
+                bar.update(training.step - bar.n)
+                bar.set_postfix_str(line)
     return training.record()
 
 
@@ -78,13 +67,11 @@ class Training:
         self.run, self.device = run, device
         self.task: Task = make_task(run)
         section = run.section
-        for layer in self.task.layers:
-            layer.to(device)
+        self.model = nn.Sequential(*self.task.layers).to(device)
         schedule = section.plan_schedule(self.task.stage_bounds)
         net = InProcessPipeline(self.task.layers, self.task.loss_fn, schedule, self.task.heads(section))
         self.net = net.to(device)
         self.optimizer = _optimizer(run, self.net)
-        self.model = nn.Sequential(*self.task.layers)
         self.average = AveragedModel(self.model, multi_avg_fn=_average)
         self.step = 0
         self.seconds = 0.0
@@ -107,7 +94,7 @@ class Training:
         self.seconds += time.perf_counter() - started
 
     def evaluation_is_due(self) -> bool:
-        """Every so many steps, at the end of the budget and at the end."""
+        """Also at the end of the budget and at the end."""
         ends = (self.run.training.num_steps, self.run.num_steps)
         return self.step % self.run.measurements.evaluate_every == 0 or self.step in ends
 
@@ -120,9 +107,12 @@ class Training:
         if measure.cosines_every and self.step % measure.cosines_every == 0:
             cosines = gradient_cosines(self.net, self._batch(self.step))
             point["cosine"] = [None if math.isnan(cosine) else cosine for cosine in cosines]
-        self._measure_batch_norms()
+        # Averaged weights have batch norm statistics of their own.
+        last_steps = range(max(0, self.step - _NUM_BATCH_NORM_STEPS), self.step)
+        update_bn((x for step in last_steps for x, _ in self._batch(step)), self.average.module)
+        self.average.eval()
         score = self._score(measure.num_samples)
-        point |= {**score, "stage_rms": self.stage_rms()}
+        point |= {**score, "stage_rms": self._stage_rms()}
         if self.step == self.run.training.num_steps:
             self.final = self._score(measure.num_final_samples)
         if any(math.isnan(value) for value in score.values()):
@@ -136,18 +126,12 @@ class Training:
     def _batch(self, step: int) -> list[MicroBatch]:
         return [(x.to(self.device), y.to(self.device)) for x, y in self.task.batch(step)]
 
-    def _measure_batch_norms(self) -> None:
-        """Gives batch norms of the averaged weights statistics of their own, from the last batches."""
-        steps = range(max(0, self.step - _NUM_BATCH_NORM_STEPS), self.step)
-        update_bn((x for step in steps for x, _ in self._batch(step)), self.average.module)
-        self.average.eval()
-
     def _score(self, num_samples: int) -> dict[str, float]:
         batch_size = self.run.measurements.evaluation_batch_size
         return self.task.evaluate(self.average.module, num_samples, batch_size, self.device)
 
     @torch.no_grad()
-    def stage_rms(self) -> list[float]:
+    def _stage_rms(self) -> list[float]:
         """Root mean square of each stage's output but the last's, on some validation inputs."""
         hidden = self.task.probe().to(self.device)
         values = []
@@ -157,13 +141,10 @@ class Training:
                 values.append(hidden.square().mean().sqrt().item())
         return values
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """A line of the results file."""
         return {
-            "run": self.run.model_dump(mode="json"),
-            "final": self.final,
-            "curve": self.curve,
-            "seconds": self.seconds,
+            **self._numbers(),
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": self.device,
             "machine": machine(),
@@ -173,15 +154,12 @@ class Training:
     def save(self, path: Path) -> None:
         """Writes everything that the rest of the run depends on."""
         state = {
-            "run": self.run.model_dump(mode="json"),
+            **self._numbers(),
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),
             "random": torch.get_rng_state(),
             "step": self.step,
-            "seconds": self.seconds,
-            "curve": self.curve,
-            "final": self.final,
         }
         with unfinished_file(path) as draft:
             torch.save(state, draft)
@@ -189,10 +167,10 @@ class Training:
     def load(self, path: Path) -> None:
         """Restores the state at which ``save`` was called."""
         state = torch.load(path, weights_only=True, map_location=self.device)
-        if state["run"] != self.run.model_dump(mode="json"):
+        if state["run"] != self._numbers()["run"]:
             raise DataError(
-                f"{path} is the checkpoint of another run of mode {self.run.mode}, seed {self.run.seed}: the "
-                "experiment's file has changed since; remove the checkpoint to begin again"
+                f"{path} is of another run of mode {self.run.mode}, seed {self.run.seed}: the experiment's "
+                "file has changed since; remove the checkpoint to begin again"
             )
         self.net.change_plan(self.net.schedule.plan_at(max(state["step"] - 1, 0)))
         self.net.load_state_dict(state["net"])
@@ -201,6 +179,11 @@ class Training:
         torch.set_rng_state(state["random"].cpu())
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve, self.final = state["curve"], state["final"]
+
+    def _numbers(self) -> dict[str, Any]:
+        """The run and its measurements, in JSON's types."""
+        run = self.run.model_dump(mode="json")
+        return {"run": run, "final": self.final, "curve": self.curve, "seconds": self.seconds}
 
     def _set_learning_rate(self) -> None:
         warmup = self.run.training.warmup_steps
@@ -213,7 +196,10 @@ class Training:
         limit = self.run.training.max_gradient_norm
         if limit is None:
             return
-        parameters = [[*work.parameters, *_parameters(work.heads.values())] for work in self.net.stages]
+        parameters = [
+            [*work.parameters, *(p for head in work.heads.values() for p in head.parameters())]
+            for work in self.net.stages
+        ]
         if self.net.plan.is_end_to_end:
             parameters = [list(chain.from_iterable(parameters))]
         for of_stage in parameters:
@@ -228,15 +214,10 @@ def _average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor
 def _optimizer(run: Run, net: InProcessPipeline) -> torch.optim.Optimizer:
     rate, decay = run.training.learning_rate, run.training.weight_decay
     of_heads = list(net.heads.parameters())
-    ids = {id(parameter) for parameter in of_heads}
-    of_layers = [parameter for parameter in net.parameters() if id(parameter) not in ids]
+    of_layers = [p for p in net.parameters() if not any(p is of_head for of_head in of_heads)]
     scale = run.section.head.learning_rate_scale
     groups = [{"params": of_layers, "peak": rate}, {"params": of_heads, "peak": scale * rate}]
     groups = [group for group in groups if group["params"]]
     if run.training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=decay, foreach=True)
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=decay, foreach=True)
-
-
-def _parameters(modules: Any) -> list[nn.Parameter]:
-    return [parameter for module in modules for parameter in module.parameters()]

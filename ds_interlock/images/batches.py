@@ -14,7 +14,7 @@ from torch import Tensor
 from ds_interlock.errors import DataError
 from ds_interlock.heads.labels import IGNORED_LABEL
 from ds_interlock.images.data import Images, Normalisation
-from ds_interlock.sampling import ResumableIterator, epoch_order
+from ds_interlock.sampling import EpochIterator
 
 PADDING = 4
 """Pixels of zeros around an image before it is cropped to its size."""
@@ -27,19 +27,15 @@ MicroBatch = tuple[Tensor, Tensor]
 class CropsAndFlips:
     """How every image looks in one epoch: a window of the padded image, every second one mirrored.
 
-    The draws depend on seed, epoch and image index alone, so that an image looks the same in whatever
-    micro-batch and replica it is, and a resumed run sees what an undisturbed one would have.
+    The draws depend on seed, epoch and image index alone: an image looks the same in every micro-batch and
+    replica, also after a resume.
 
     Source: He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, 2016, section 4.2.
-
-    Attributes:
-        top_n, left_n: int64, rows and columns that the window is moved by, 0 to 2 * ``PADDING``.
-        flip_n: bool, whether left and right are exchanged.
     """
 
-    top_n: Tensor
-    left_n: Tensor
-    flip_n: Tensor
+    top_n: Tensor  # int64, rows that the window is moved by, 0 to 2 * PADDING
+    left_n: Tensor  # the same for columns
+    flip_n: Tensor  # bool
 
     @classmethod
     def draw(cls, num_images: int, seed: int, epoch: int) -> Self:
@@ -54,7 +50,7 @@ class CropsAndFlips:
         num_images, num_channels, num_rows, num_columns = pixels_bchw.shape
         rows_bh = self.top_n[indices_b, None] + torch.arange(num_rows)
         columns_bw = self.left_n[indices_b, None] + torch.arange(num_columns)
-        columns_bw = torch.where(self.flip_n[indices_b, None], columns_bw.flip(1), columns_bw)
+        columns_bw = columns_bw.flip(1).where(self.flip_n[indices_b, None], columns_bw)
         device = pixels_bchw.device
         return F.pad(pixels_bchw, (PADDING,) * 4)[
             torch.arange(num_images, device=device)[:, None, None, None],
@@ -64,11 +60,8 @@ class CropsAndFlips:
         ]
 
 
-class ImageIterator(ResumableIterator[MicroBatch]):
+class ImageIterator(EpochIterator[MicroBatch]):
     """Endless shuffled micro-batches for one data-parallel replica; order, crops and flips by the seed.
-
-    In every epoch all replicas go through the same permutation of the images, each taking its own share;
-    the few that do not fill a micro-batch for every replica are left out, others in each epoch.
 
     Raises:
         DataError: If there are too few images for one micro-batch of every replica.
@@ -85,47 +78,32 @@ class ImageIterator(ResumableIterator[MicroBatch]):
         seed: int = 0,
         augment: bool = True,
     ) -> None:
-        if len(images) < micro_batch_size * num_replicas:
+        super().__init__(len(images), micro_batch_size, replica=replica, num_replicas=num_replicas, seed=seed)
+        if not self.num_micro_batches:
             raise DataError(
                 f"there are {len(images)} training images, fewer than a micro-batch of {micro_batch_size} "
-                f"for each of {num_replicas} replicas takes: use more images, or a smaller "
-                "train_micro_batch_size_per_gpu in the DeepSpeed config"
+                f"for each of {num_replicas} replicas takes: lower train_micro_batch_size_per_gpu in the "
+                "DeepSpeed config"
             )
-        self.images, self.normalisation, self.micro_batch_size = images, normalisation, micro_batch_size
-        self.replica, self.num_replicas = replica, num_replicas
-        self.seed, self.augment = seed, augment
-        self._epoch = -1
+        self.images, self.normalisation, self.augment = images, normalisation, augment
         self._pixel_sum = int(images.pixels_nchw.sum(dtype=torch.int64))
 
-    @property
-    def num_micro_batches(self) -> int:
-        """Micro-batches that this replica gets in an epoch."""
-        return len(self.images) // (self.micro_batch_size * self.num_replicas)
-
     def __next__(self) -> MicroBatch:
-        epoch, number = divmod(self.position, self.num_micro_batches)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = epoch_order(len(self.images), self.seed, epoch)
-            self._draws = CropsAndFlips.draw(len(self.images), self.seed, epoch)
-        start = (number * self.num_replicas + self.replica) * self.micro_batch_size
-        chosen_b = self._order[start : start + self.micro_batch_size]
+        chosen_b = self.next_indices()
         at = chosen_b.to(self.images.labels_n.device)
         pixels_bchw = self.images.pixels_nchw[at]
         if self.augment:
             pixels_bchw = self._draws.apply(pixels_bchw, chosen_b)
-        self.position += 1
         return self.normalisation(pixels_bchw), self.images.labels_n[at]
 
     def fingerprint(self) -> dict[str, int | str]:
-        return {
-            "num_images": len(self.images),
-            "pixel_sum": self._pixel_sum,  # differs between data sets of one size
-            "micro_batch_size": self.micro_batch_size,
-            "num_replicas": self.num_replicas,
-            "seed": self.seed,
-            "augment": int(self.augment),
-        }
+        # The sum of the pixels differs between data sets of one size.
+        images = {"num_images": len(self.images), "pixel_sum": self._pixel_sum}
+        return {**images, **super().fingerprint(), "augment": int(self.augment)}
+
+    def _begin_epoch(self, epoch: int) -> None:
+        super()._begin_epoch(epoch)
+        self._draws = CropsAndFlips.draw(len(self.images), self.seed, epoch)
 
 
 def num_evaluation_batches(num_images: int, micro_batch_size: int, num_replicas: int = 1) -> int:

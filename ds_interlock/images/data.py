@@ -3,7 +3,8 @@
 Shape suffixes: n image, b micro-batch, c channel, h row, w column, v class.
 """
 
-from dataclasses import dataclass
+import operator
+from dataclasses import astuple, dataclass
 from typing import NamedTuple, Self
 
 import torch
@@ -40,7 +41,7 @@ class Images:
         return len(self.labels_n)
 
     def first(self, num_images: int) -> Self:
-        """The first ``num_images`` of them, or all if there are fewer."""
+        """All if there are fewer."""
         return type(self)(self.pixels_nchw[:num_images], self.labels_n[:num_images])
 
     def to(self, device: torch.device | str) -> Self:
@@ -76,7 +77,6 @@ class ImageData:
 
     @property
     def in_channels(self) -> int:
-        """Channels of the images."""
         return self.train.pixels_nchw.shape[1]
 
 
@@ -94,9 +94,8 @@ class Normalisation(NamedTuple):
         for channel in images.pixels_nchw.unbind(1):
             # A histogram is exact, and the pixels in float64 would fill the memory.
             shares = torch.bincount(channel.flatten(), minlength=_NUM_VALUES).cpu().double() / channel.numel()
-            mean = (shares * values).sum()
-            means.append(mean)
-            stds.append((shares * (values - mean).square()).sum().sqrt())
+            means.append((shares * values).sum())
+            stds.append((shares * (values - means[-1]).square()).sum().sqrt())
         # A channel of one value keeps it: there is nothing to scale.
         return cls(torch.stack(means).float(), torch.stack(stds).clamp(min=1).float())
 
@@ -123,8 +122,7 @@ class Score:
         return cls(len(labels_b), num_errors, F.cross_entropy(logits_bv, labels_b, reduction="sum").item())
 
     def __add__(self, other: "Score") -> "Score":
-        num_errors, loss_sum = self.num_errors + other.num_errors, self.loss_sum + other.loss_sum
-        return Score(self.num_images + other.num_images, num_errors, loss_sum)
+        return Score(*map(operator.add, astuple(self), astuple(other)))
 
     @property
     def error(self) -> float:

@@ -24,7 +24,7 @@ from ds_interlock.images.data import ImageData, Images
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _UNSIGNED_BYTES = 8
-_COLUMNS = {"image": ("image", "img"), "label": ("label", "fine_label")}
+_COLUMNS = (("image", "img"), ("label", "fine_label"))
 
 
 def load_images(
@@ -34,11 +34,11 @@ def load_images(
 
     Args:
         dataset: See the top of the file.
-        folder: The folder of its files; for fashion-mnist, cifar10 and cifar100.
+        folder: Of its files; for fashion-mnist, cifar10 and cifar100.
         config: Name of the configuration of a data set that ``datasets`` loads.
 
     Raises:
-        DataError: If there is no such data set, or something is wrong with it.
+        DataError: If the data set is missing or faulty.
     """
     if dataset == "fashion-mnist":
         return load_fashion_mnist(folder)
@@ -50,9 +50,8 @@ def load_images(
 def load_fashion_mnist(folder: Path | None = None) -> ImageData:
     """Fashion-MNIST, or any data set of ten classes in files of the same names (MNIST).
 
-    Args:
-        folder: The folder of ``train-images-idx3-ubyte`` and the others, with or without ``.gz``; None for
-            that of the Debian package.
+    ``folder`` has ``train-images-idx3-ubyte`` and the others, with or without ``.gz``; by default it is the
+    Debian package's.
 
     Raises:
         DataError: If a file is missing or damaged.
@@ -104,17 +103,14 @@ def _load_hub(name: str, config: str | None) -> ImageData:
 
 
 def _from_rows(split: Any, name: str) -> Images:
-    columns = {
-        kind: next((column for column in names if column in split.column_names), None)
-        for kind, names in _COLUMNS.items()
-    }
-    if None in columns.values():
-        expected = ", and one of ".join(", ".join(names) for names in _COLUMNS.values())
+    image, label = (next((n for n in names if n in split.column_names), None) for names in _COLUMNS)
+    if image is None or label is None:
+        expected = ", and one of ".join(", ".join(names) for names in _COLUMNS)
         raise DataError(f"data set {name!r} has the columns {split.column_names}: expected one of {expected}")
-    labels = list(split[columns["label"]])
+    labels = list(split[label])
     if not all(isinstance(label, int) for label in labels):
         raise DataError(f"data set {name!r} has labels that are not class numbers, as {labels[0]!r}")
-    pixels = [_as_pixels(picture, name) for picture in split[columns["image"]]]
+    pixels = [_as_pixels(picture, name) for picture in split[image]]
     sizes = sorted({tuple(each.shape) for each in pixels})
     if len(sizes) != 1:
         raise DataError(f"data set {name!r} has images of {len(sizes)} sizes, as {sizes[:2]}: expected one")

@@ -118,26 +118,26 @@ def test_every_plan_is_measured_on_a_pipeline(folder: Path, capsys: pytest.Captu
     options = ["--micro_batches", "1", "--milliseconds", "20", "--output", str(output)]
     modes = ["local", "window 2", "window 2, eager heads", "growing"]
     assert batch_times.main(["tiny", "--modes", *modes, *options]) == 0
-    found = batch_times.read(output)
-    of_mode = {one.mode: one for one in found.rows if one.phase is None}
+    times = batch_times.read(output)
+    of_mode = {one.mode: one for one in times.rows if one.phase is None}
     assert list(of_mode) == ["global", *modes[:-1]]  # global is measured whatever the modes
     # What is measured on a busy machine can be late in any order; it is compared with what must be slept.
     predicted = [of_mode[mode].predicted for mode in ("global", "window 2", "local")]
     assert predicted == sorted(predicted, reverse=True)
     assert of_mode["global"].times_global == 1
     assert of_mode["local"].times_global == of_mode["global"].seconds / of_mode["local"].seconds
-    for one in found.rows:
+    for one in times.rows:
         assert one.relative_seconds == pytest.approx(one.seconds / 0.02)
         assert one.relative_seconds > 0.98 * one.predicted  # no stage sleeps too short
         assert one.predicted >= 0.999 * one.floor
     # Sections that differ in how heads learn share a pipeline.
     assert of_mode["window 2, eager heads"].seconds == of_mode["window 2"].seconds
-    growing = {one.phase: one.seconds for one in found.rows if one.mode == "growing"}
+    growing = {one.phase: one.seconds for one in times.rows if one.mode == "growing"}
     assert growing == {0: of_mode["local"].seconds, 2: of_mode["window 2"].seconds}
     # A unit is for the batch of the experiment, of two micro-batches; and the mean of a stage's forward.
-    assert sum(stage["forward"] for stage in found.profile.stages) == pytest.approx(3)
-    taken = batch_seconds(found, WINDOW_2, 1)
-    assert taken == of_mode["window 2"].relative_seconds * found.profile.unit_seconds
+    assert sum(stage["forward"] for stage in times.profile.stages) == pytest.approx(3)
+    taken = batch_seconds(times, WINDOW_2, 1)
+    assert taken == of_mode["window 2"].relative_seconds * times.profile.unit_seconds
     assert "| window 2 |  | 1 |" in capsys.readouterr().out
 
 
@@ -242,8 +242,8 @@ def test_a_time_is_found_by_what_it_depends_on() -> None:
 
 def test_a_schedule_has_a_time_for_every_phase() -> None:
     times = times_of(row({"mode": "local"}, 1, 3.5), row(WINDOW_2, 1, 5.5))
-    found = {step: batch_seconds(times, section, 1) for step, section in phase_sections(GROWING)}
-    assert found == {0: pytest.approx(3.5 * 0.002), 7: pytest.approx(5.5 * 0.002)}
+    seconds = {step: batch_seconds(times, section, 1) for step, section in phase_sections(GROWING)}
+    assert seconds == {0: pytest.approx(3.5 * 0.002), 7: pytest.approx(5.5 * 0.002)}
     with pytest.raises(ConfigError, match="ask for one of phase_sections"):
         batch_seconds(times, GROWING, 1)
 

@@ -3,10 +3,9 @@
 import pytest
 from made_up_results import LOSSES, SECONDS, compared, mode_of, record, records
 
-from experiments.comparison import Spread
+from experiments.comparison import PerSeed, cell, percent
 from experiments.efficiency import Efficiency
 from experiments.report import ENVIRONMENT
-from experiments.tables import cell, percent
 
 TABLES = ENVIRONMENT.get_template("tables.md.jinja").module
 
@@ -27,8 +26,8 @@ def test_images_are_judged_by_their_error() -> None:
 
 def test_modes_are_compared_on_the_seeds_that_they_share() -> None:
     runs = compared(line for line in records() if line["run"]["mode"] != "local" or line["run"]["seed"] == 1)
-    assert runs.gain_over_local("window 2") == Spread((pytest.approx(-0.36),))
-    assert runs.recovered("window 2") == Spread((pytest.approx(0.9),))
+    assert runs.gain_over_local("window 2") == PerSeed((pytest.approx(-0.36),))
+    assert runs.recovered("window 2") == PerSeed((pytest.approx(0.9),))
     assert "| window 2 | 8.762 ± 0.372 | 2.170 ± 0.042 | -0.360 | 90 % | 2 |" in TABLES.quality(runs)
 
 
@@ -46,11 +45,13 @@ def test_without_a_gap_no_share_of_it() -> None:
 def test_a_target_that_some_seeds_miss_has_no_speed_up() -> None:
     lines = [line for line in records() if line["run"]["mode"] != "local"]
     lines[-1]["curve"][-1]["loss"] = 2.11  # of window 2, seed 1; its target is 2.1
-    found = Efficiency.of(compared(lines), [4, 1], lambda section, m: SECONDS[mode_of(section)][m])
-    assert found.micro_batches == (1, 4)
-    assert found.steps("window 2") == [pytest.approx(125), None]
-    assert found.speed_up("window 2", 1) is None
-    assert "| window 2 | not in 150 steps (1 of 2 seeds do) | 4.00 | 1.25 | – | – |" in TABLES.speed_up(found)
+    efficiency = Efficiency.of(compared(lines), [4, 1], lambda section, m: SECONDS[mode_of(section)][m])
+    assert efficiency.micro_batches == (1, 4)
+    assert efficiency.steps("window 2") == {0: pytest.approx(125), 1: None}
+    assert efficiency.speed_up("window 2", 1) is None
+    assert "| window 2 | not in 150 steps (1 of 2 seeds do) | 4.00 | 1.25 | – | – |" in TABLES.speed_up(
+        efficiency
+    )
 
 
 def test_global_is_held_to_the_rule_of_the_others() -> None:
@@ -58,20 +59,20 @@ def test_global_is_held_to_the_rule_of_the_others() -> None:
     dips["run"]["training"]["num_steps"] = 150
     other = record("window 2", 0, [3.0, 2.0, 1.8])
     other["run"]["training"]["num_steps"] = 150
-    found = Efficiency.of(compared([dips, other]), [1], lambda section, m: SECONDS[mode_of(section)][m])
-    assert found.speed_up("global", 1) == Spread((1.0,))
-    assert found.speed_up("window 2", 1) == Spread((pytest.approx(8 * (50 + 50 / 1.2) / (2 * 100)),))
+    efficiency = Efficiency.of(compared([dips, other]), [1], lambda section, m: SECONDS[mode_of(section)][m])
+    assert efficiency.speed_up("global", 1) == PerSeed((1.0,))
+    assert efficiency.speed_up("window 2", 1) == PerSeed((pytest.approx(8 * (50 + 50 / 1.2) / (2 * 100)),))
 
 
 def test_phases_of_a_schedule_add_up() -> None:
     section = {"schedule": [{"from_step": 0, "window": 1}, {"from_step": 100, "mode": "global"}]}
     line = record("growing", 0, [3.2, 2.4, 1.6], section=section)  # at 2.0 after 125 steps
     runs = compared([record("global", 0, LOSSES["global"][0]), line])
-    found = Efficiency.of(runs, [1], lambda section, m: 1.0 if section.get("window") == 1 else 8.0)
-    assert found.speed_up("growing", 1) == Spread((pytest.approx(800 / (100 * 1 + 25 * 8)),))
-    assert "| growing | 125 | 8.00 → 1.00 | 2.67 |" in TABLES.speed_up(found)
+    efficiency = Efficiency.of(runs, [1], lambda section, m: 1.0 if section.get("window") == 1 else 8.0)
+    assert efficiency.speed_up("growing", 1) == PerSeed((pytest.approx(800 / (100 * 1 + 25 * 8)),))
+    assert "| growing | 125 | 8.00 → 1.00 | 2.67 |" in TABLES.speed_up(efficiency)
     # 800 s are 100 steps of 1 s and 87.5 of 8 s: beyond the curve.
-    assert found.at_equal_time("growing", 1) == (Spread((1.6,)), True)
+    assert efficiency.at_equal_time("growing", 1) == (PerSeed((1.6,)), True)
 
 
 def test_a_model_of_its_own_has_no_time() -> None:
@@ -79,13 +80,13 @@ def test_a_model_of_its_own_has_no_time() -> None:
     own = record("local", 0, [3.2, 2.4], model={"kind": "prose", "num_blocks": 3, "border_norm": True})
     own["run"]["mode"] = "local, border norm"
     lines = [*records(), own]
-    found = Efficiency.of(compared(lines), [1], lambda section, m: SECONDS[mode_of(section)][m])
-    assert list(found.phases) == ["global", "local", "window 2"]
+    efficiency = Efficiency.of(compared(lines), [1], lambda section, m: SECONDS[mode_of(section)][m])
+    assert list(efficiency.phases) == ["global", "local", "window 2"]
 
 
 def test_cells() -> None:
-    assert cell(Spread((1.0, 2.0, 4.5)), 2) == "2.50 ± 1.80"
-    assert cell(Spread((1.25,)), 1, signed=True) == "+1.2"
-    assert percent(Spread((0.5, 1.0))) == "75 ± 35 %"
-    assert Spread.of([1.0, None]) is None
-    assert Spread.of([]) is None
+    assert cell(PerSeed((1.0, 2.0, 4.5)), 2) == "2.50 ± 1.80"
+    assert cell(PerSeed((1.25,)), 1, signed=True) == "+1.2"
+    assert percent(PerSeed((0.5, 1.0))) == "75 ± 35 %"
+    assert PerSeed.of([1.0, None]) is None
+    assert PerSeed.of([]) is None

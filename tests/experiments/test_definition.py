@@ -59,14 +59,14 @@ def write(folder: Path, text: str) -> None:
 
 def test_the_experiments_of_the_project_are_sound() -> None:
     for name in definition.names():
-        found = definition.load(name)
-        runs = found.runs(name)
+        loaded = definition.load(name)
+        runs = loaded.runs(name)
         assert len({(run.mode, run.seed) for run in runs}) == len(runs)
         for run in runs:
             if "schedule" not in run.interlock:
                 plan = run.section.plan([4 * stage for stage in range(run.num_stages + 1)])
                 assert plan.num_stages == run.num_stages
-        assert {"global", "local", "window 2"} <= set(found.modes), f"{name}: the summary's modes"
+        assert {"global", "local", "window 2"} <= set(loaded.modes), f"{name}: the summary's modes"
 
 
 def test_runs_are_made_seed_by_seed(folder: Path) -> None:

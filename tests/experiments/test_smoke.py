@@ -7,22 +7,31 @@ import pytest
 
 from experiments import definition, smoke
 from experiments.definition import Definition
+from experiments.sleeping_pipeline import Pipeline
 from experiments.stage_profile import TaskProfile
 from experiments.training import Training
 
 FEW_MODES = ("global", "local", "window 2")
 
 
+def predicted_seconds(pipeline: Pipeline, micro_batches: list[int], unit_seconds: float) -> dict[int, float]:
+    return {num: unit_seconds * pipeline.predicted(num) for num in micro_batches}
+
+
 @pytest.fixture
 def few_modes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves the definitions with the modes of the summary and one seed; times layers twice only."""
+    """Leaves the definitions with the modes of the summary and one seed; times layers twice only.
+
+    Pipelines are not started: test_batch_times.py does.
+    """
     monkeypatch.setattr(TaskProfile, "measure", partial(TaskProfile.measure, num_rounds=2))
+    monkeypatch.setattr(Pipeline, "seconds", predicted_seconds)
     whole = definition.load
 
     def load(name: str) -> Definition:
-        found = whole(name)
-        modes = {mode: found.modes[mode] for mode in FEW_MODES}
-        return found.model_copy(update={"modes": modes, "seeds": found.seeds[:1]})
+        loaded = whole(name)
+        modes = {mode: loaded.modes[mode] for mode in FEW_MODES}
+        return loaded.model_copy(update={"modes": modes, "seeds": loaded.seeds[:1]})
 
     monkeypatch.setattr(definition, "load", load)
 
@@ -32,9 +41,9 @@ def test_the_whole_chain_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, f
     assert smoke.main(["transformer", "resnet_convolutions"]) == 0
     page = (smoke.FOLDER / "results.md").read_text(encoding="utf-8")
     for name in ("transformer", "resnet_convolutions"):
-        found = definition.load(name)
-        section = page.split(f"## {found.title}")[1].split("\n## ")[0]
-        assert all(f"| {mode} |" in section for mode in found.modes)
+        loaded = definition.load(name)
+        section = page.split(f"## {loaded.title}")[1].split("\n## ")[0]
+        assert all(f"| {mode} |" in section for mode in loaded.modes)
         assert "Not run yet" not in section
         assert (smoke.FOLDER / "results" / f"smoke-{name}_curves.svg").stat().st_size > 0
 

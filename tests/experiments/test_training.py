@@ -57,16 +57,23 @@ def without_time(record: dict) -> dict:
 
 
 @pytest.mark.parametrize("model", [TINY["model"], IMAGES], ids=["prose", "images"])
-def test_an_interrupted_run_ends_as_if_undisturbed(model: dict, tmp_path: Path) -> None:
+def test_an_interrupted_run_ends_as_if_undisturbed(
+    model: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one_run = tiny_run(model=model)
     undisturbed = train(one_run, tmp_path / "a.pt")
 
-    def interrupt(step: int, said: str) -> None:
-        if step == 4:
+    save = Training.save
+
+    def save_until_interrupted(training: Training, path: Path) -> None:
+        save(training, path)
+        if training.step == 4:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(Training, "save", save_until_interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(one_run, tmp_path / "b.pt", progress=interrupt)
+        train(one_run, tmp_path / "b.pt")
+    monkeypatch.undo()
     resumed = train(one_run, tmp_path / "b.pt")
     assert without_time(resumed) == without_time(undisturbed)
     assert [point["step"] for point in resumed["curve"]] == [2, 4, 6]

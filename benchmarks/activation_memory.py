@@ -50,10 +50,11 @@ class LiveBytes:
 
     def counting(self) -> saved_tensors_hooks:
         """Counts what is saved within this context, until it is released, within it or later."""
-        return saved_tensors_hooks(self._save, lambda saved: saved.tensor)
+        return saved_tensors_hooks(self._save, lambda saved: saved)
 
-    def _save(self, tensor: Tensor) -> "_Saved":
-        saved = _Saved(tensor)
+    def _save(self, tensor: Tensor) -> Tensor:
+        # An operator's own result, kept with its history, would keep the operator, which keeps the result.
+        saved = tensor.detach()
         storage = tensor.untyped_storage()
         address, num_bytes = storage.data_ptr(), storage.nbytes()
         if address not in self._excluded:
@@ -70,16 +71,8 @@ class LiveBytes:
             self._now -= num_bytes
 
 
-class _Saved:
-    """What autograd holds in place of a tensor; it is released with the graph."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        # An operator's own result, kept with its history, would keep the operator, which keeps the result.
-        self.tensor = tensor.detach()
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the table and returns the results."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and publishes."""
     args = results.parse(__doc__, OPTIONS, argv)
     torch.set_num_threads(1)
     rows = [
@@ -88,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for num_stages in args.stages
         if window is None or window <= num_stages
     ]
-    return results.publish("activation_memory", args, rows, argv)
+    results.publish("activation_memory", args, rows, argv)
 
 
 def measure(window: float | None, num_stages: int, args: Namespace) -> results.Row:

@@ -54,22 +54,20 @@ OPTIONS: results.Options = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> None:
     """Trains, and publishes after every run."""
     args = results.parse(__doc__, OPTIONS, argv)
     torch.set_num_threads(1)
     data = load_data(args)
     runs = [(GLOBAL, args.stages), *((setting, w) for w in args.windows for setting in args.settings)]
     rows: list[results.Row] = []
-    published: dict[str, Any] = {}
     for seed in args.seeds:
         for setting, window in runs:
             started = time.perf_counter()
             loss = train_one(args, data, setting, window, seed)
             row = {"setting": setting, "window": window, "seed": seed, "validation_loss": loss}
             rows.append({**row, "seconds": time.perf_counter() - started})
-            published = results.publish("head_quality", args, rows, argv)
-    return published
+            results.publish("head_quality", args, rows, argv)
 
 
 class Data(NamedTuple):

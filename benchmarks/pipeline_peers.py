@@ -36,8 +36,8 @@ OPTIONS: results.Options = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the table and returns the results."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and publishes."""
     args = results.parse(__doc__, OPTIONS, argv)
     floor = {m: 3 * args.milliseconds / 1000 * m for m in args.micro_batches}
     num_batches = {m: min(max(round(args.seconds / seconds), 2), 8) for m, seconds in floor.items()}
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     row["predicted_seconds"] = predicted
                     row["share_of_predicted_speed"] = predicted / row["seconds"]
                 rows.append(row)
-    return results.publish("pipeline_peers", args, rows, argv)
+    results.publish("pipeline_peers", args, rows, argv)
 
 
 def measure(

@@ -5,7 +5,6 @@ then that of the schedule and the engine.
 """
 
 import ctypes
-import sys
 import time
 from typing import Any
 
@@ -41,8 +40,7 @@ def sleep(seconds: float) -> None:
 
 def use_exact_timers() -> None:
     """Asks Linux not to let this thread's sleeps, and those of threads it starts, end 50 us late."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
 
 
 class _Sleep(torch.autograd.Function):

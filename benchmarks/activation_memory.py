@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks import results
-from benchmarks.language_models import GLOBAL, plan_of, stage_bounds
+from benchmarks.language_models import GLOBAL, plan_of
 from ds_interlock import InProcessPipeline
 from ds_interlock.models.lm import LMConfig, Unembedding, build_lm, lm_loss
 from ds_interlock.schedule.action import Action, Kind
@@ -91,7 +91,7 @@ def measure(window: float | None, num_stages: int, args: Namespace) -> results.R
     net = InProcessPipeline(
         build_lm(config),
         lm_loss(),
-        plan_of(window, stage_bounds(config, num_stages)),
+        plan_of(window, config, num_stages),
         head=lambda place: nn.Sequential(nn.LayerNorm(args.width), Unembedding(args.width, args.vocab_size)),
     )
     ids_mbt = torch.randint(args.vocab_size, (2 * num_stages, 1, args.seq_length + 1))

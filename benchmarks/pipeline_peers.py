@@ -96,10 +96,8 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
     worst = max(predicted, key=lambda row: abs(row["share_of_predicted_speed"] - 1))
     share = 100 * worst["share_of_predicted_speed"]
     where = f"{worst['engine']}, K={worst['stages']}, M={worst['micro_batches']}"
-    return (
-        f"{len(predicted) - len(outside)} of {len(predicted)} figures are within {TOLERANCE:.0%} of their "
-        f"prediction; the farthest is {where} with {share:.1f} % of the predicted speed."
-    )
+    within = f"{len(predicted) - len(outside)} of {len(predicted)} figures are within {TOLERANCE:.0%}"
+    return f"{within} of their prediction; the farthest is {where} with {share:.1f} % of the predicted speed."
 
 
 def draw(found: dict[str, Any]) -> Any:

@@ -35,17 +35,13 @@ from measuring.sleeping import SleepingLayer
 MakePlan = Callable[[list[int]], GradientFlowPlan]
 
 
-def _ordinary(plan: GradientFlowPlan) -> list[float]:
-    return [1.0] * plan.num_stages
-
-
 @dataclass(frozen=True)
 class Side:
     """A plan that is run with or without a measure; what its gradients cost each stage, in forwards."""
 
     plan: MakePlan
     input_gradient: float = 1.0
-    weight_gradient: Callable[[GradientFlowPlan], list[float]] = _ordinary
+    weight_gradient: Callable[[GradientFlowPlan], list[float]] = lambda plan: [1.0] * plan.num_stages
 
 
 class _LossesApart(GradientFlowPlan):

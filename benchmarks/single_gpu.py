@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from benchmarks.language_models import GLOBAL, plan_of, stage_bounds
+from benchmarks.language_models import GLOBAL, plan_of
 from ds_interlock import HeadConfig, InProcessPipeline
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
@@ -65,7 +65,7 @@ def measure(mode: str, args: Namespace) -> results.Row:
     torch.manual_seed(0)
     lm = LMConfig(**MODEL_SIZES[args.model_size], seq_length=args.seq_length)
     on_gpu = torch.device(args.device).type == "cuda"
-    plan = plan_of(WINDOWS.get(mode), stage_bounds(lm, args.stages))
+    plan = plan_of(WINDOWS.get(mode), lm, args.stages)
     heads = head_factory(HeadConfig(token_fraction=args.token_fraction), lm_layers(lm))
     net = InProcessPipeline(build_lm(lm), lm_loss(), plan, heads)
     net.to(args.device, torch.bfloat16 if on_gpu else torch.float32)

@@ -25,8 +25,7 @@ _owed_seconds = 0.0
 def sleep(seconds: float) -> None:
     """Sleeps ``seconds``; if it takes longer, the next sleep of this process is shorter by as much.
 
-    So the layers of a stage together sleep as long as asked for, at little CPU time: where eight stages
-    share two cores, waiting awake until the end of every sleep would cost others theirs.
+    Waiting awake until the end of every sleep would cost the stages that share a core theirs.
     """
     global _owed_seconds
     seconds -= _owed_seconds

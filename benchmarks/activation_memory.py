@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks import results
-from benchmarks.language_models import GLOBAL, plan_of, stage_bounds
+from benchmarks.language_models import GLOBAL, plan_of
 from ds_interlock import InProcessPipeline
 from ds_interlock.models.lm import LMConfig, Unembedding, build_lm, lm_loss
 from ds_interlock.schedule.action import Action, Kind
@@ -50,10 +50,11 @@ class LiveBytes:
 
     def counting(self) -> saved_tensors_hooks:
         """Counts what is saved within this context, until it is released, within it or later."""
-        return saved_tensors_hooks(self._save, lambda saved: saved.tensor)
+        return saved_tensors_hooks(self._save, lambda saved: saved)
 
-    def _save(self, tensor: Tensor) -> "_Saved":
-        saved = _Saved(tensor)
+    def _save(self, tensor: Tensor) -> Tensor:
+        # An operator's own result, kept with its history, would keep the operator, which keeps the result.
+        saved = tensor.detach()
         storage = tensor.untyped_storage()
         address, num_bytes = storage.data_ptr(), storage.nbytes()
         if address not in self._excluded:
@@ -70,16 +71,8 @@ class LiveBytes:
             self._now -= num_bytes
 
 
-class _Saved:
-    """What autograd holds in place of a tensor; it is released with the graph."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        # An operator's own result, kept with its history, would keep the operator, which keeps the result.
-        self.tensor = tensor.detach()
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the table and returns the results."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and publishes."""
     args = results.parse(__doc__, OPTIONS, argv)
     torch.set_num_threads(1)
     rows = [
@@ -88,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for num_stages in args.stages
         if window is None or window <= num_stages
     ]
-    return results.publish("activation_memory", args, rows, argv)
+    results.publish("activation_memory", args, rows, argv)
 
 
 def measure(window: float | None, num_stages: int, args: Namespace) -> results.Row:
@@ -98,7 +91,7 @@ def measure(window: float | None, num_stages: int, args: Namespace) -> results.R
     net = InProcessPipeline(
         build_lm(config),
         lm_loss(),
-        plan_of(window, stage_bounds(config, num_stages)),
+        plan_of(window, config, num_stages),
         head=lambda place: nn.Sequential(nn.LayerNorm(args.width), Unembedding(args.width, args.vocab_size)),
     )
     ids_mbt = torch.randint(args.vocab_size, (2 * num_stages, 1, args.seq_length + 1))

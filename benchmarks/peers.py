@@ -9,9 +9,8 @@ rank: the model is then cut into twice as many stages of half the work each.
             ZBV           rank 0: stages 0, 3   rank 1: stages 1, 2
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,24 +30,18 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """A schedule, and which stages it puts on which rank."""
-
+class _Layout(NamedTuple):
     schedule: type
-    stages_per_rank: int = 1
-    v_shaped: bool = False
-
-    def stages(self, rank: int, num_ranks: int) -> list[int]:
-        if self.v_shaped:
-            return [rank, 2 * num_ranks - 1 - rank]
-        return [rank + turn * num_ranks for turn in range(self.stages_per_rank)]
+    stages: Callable[[int, int], list[int]]
+    """From a rank and the number of ranks to the stages on that rank."""
 
 
 TORCH_SCHEDULES = {
-    "torch 1F1B": _Layout(pipelining.Schedule1F1B),
-    "torch interleaved 1F1B": _Layout(pipelining.ScheduleInterleaved1F1B, 2),
-    "torch ZBV": _Layout(pipelining.ScheduleZBVZeroBubble, 2, v_shaped=True),
+    "torch 1F1B": _Layout(pipelining.Schedule1F1B, lambda rank, num: [rank]),
+    "torch interleaved 1F1B": _Layout(
+        pipelining.ScheduleInterleaved1F1B, lambda rank, num: [rank, rank + num]
+    ),
+    "torch ZBV": _Layout(pipelining.ScheduleZBVZeroBubble, lambda rank, num: [rank, 2 * num - 1 - rank]),
 }
 
 
@@ -58,11 +51,12 @@ class TorchPipeline:
     def __init__(self, layout: _Layout, work: Workload) -> None:
         torch.manual_seed(0)
         self.layout, self.work = layout, work
-        self.num_stages = layout.stages_per_rank * dist.get_world_size()
+        of_rank = layout.stages(dist.get_rank(), dist.get_world_size())
+        self.num_stages = len(of_rank) * dist.get_world_size()
         bounds = work.bounds(self.num_stages)
         self.parts = {
             stage: nn.Sequential(*(spec.build() for spec in work.layers[bounds[stage] : bounds[stage + 1]]))
-            for stage in layout.stages(dist.get_rank(), dist.get_world_size())
+            for stage in of_rank
         }
         parameters = [parameter for part in self.parts.values() for parameter in part.parameters()]
         self.optimizer = torch.optim.SGD(parameters, LEARNING_RATE)
@@ -74,7 +68,7 @@ class TorchPipeline:
             pipelining.PipelineStage(part, number, self.num_stages, torch.device("cpu"))
             for number, part in self.parts.items()
         ]
-        of_rank = stages if self.layout.stages_per_rank > 1 else stages[0]
+        of_rank = stages if len(stages) > 1 else stages[0]
         self.schedule = self.layout.schedule(of_rank, self.num_micro_batches, loss_fn=self.work.loss_fn)
 
     def train_batch(self, data_iter: Iterator[tuple[Tensor, Tensor]]) -> None:

@@ -36,8 +36,8 @@ OPTIONS: results.Options = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the table and returns the results."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and publishes."""
     args = results.parse(__doc__, OPTIONS, argv)
     floor = {m: 3 * args.milliseconds / 1000 * m for m in args.micro_batches}
     num_batches = {m: min(max(round(args.seconds / seconds), 2), 8) for m, seconds in floor.items()}
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     row["predicted_seconds"] = predicted
                     row["share_of_predicted_speed"] = predicted / row["seconds"]
                 rows.append(row)
-    return results.publish("pipeline_peers", args, rows, argv)
+    results.publish("pipeline_peers", args, rows, argv)
 
 
 def measure(
@@ -96,10 +96,8 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
     worst = max(predicted, key=lambda row: abs(row["share_of_predicted_speed"] - 1))
     share = 100 * worst["share_of_predicted_speed"]
     where = f"{worst['engine']}, K={worst['stages']}, M={worst['micro_batches']}"
-    return (
-        f"{len(predicted) - len(outside)} of {len(predicted)} figures are within {TOLERANCE:.0%} of their "
-        f"prediction; the farthest is {where} with {share:.1f} % of the predicted speed."
-    )
+    within = f"{len(predicted) - len(outside)} of {len(predicted)} figures are within {TOLERANCE:.0%}"
+    return f"{within} of their prediction; the farthest is {where} with {share:.1f} % of the predicted speed."
 
 
 def draw(found: dict[str, Any]) -> Any:

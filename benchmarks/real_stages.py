@@ -48,8 +48,8 @@ OPTIONS: results.Options = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the table and returns the results."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and publishes."""
     args = results.parse(__doc__, OPTIONS, argv)
     sizes = {name: getattr(args, name) for name in ("width", "num_blocks", "vocab_size", "seq_length")}
     head = {"type": "norm_linear", "token_fraction": args.token_fraction}
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 predicted = forecast(interlock, profile, bounds, m).batch_seconds
                 row |= {"predicted_seconds": predicted, "of_predicted_speed": predicted / row["seconds"]}
             rows.append(row)
-    return results.publish("real_stages", args, rows, argv, profile=profile.model_dump())
+    results.publish("real_stages", args, rows, argv, profile=profile.model_dump())
 
 
 def _median(seconds: list[Any]) -> Any:

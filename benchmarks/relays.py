@@ -35,41 +35,29 @@ from measuring.sleeping import SleepingLayer
 MakePlan = Callable[[list[int]], GradientFlowPlan]
 
 
-def _ordinary(plan: GradientFlowPlan) -> list[float]:
-    return [1.0] * plan.num_stages
-
-
 @dataclass(frozen=True)
 class Side:
     """A plan that is run with or without a measure; what its gradients cost each stage, in forwards."""
 
     plan: MakePlan
     input_gradient: float = 1.0
-    weight_gradient: Callable[[GradientFlowPlan], list[float]] = _ordinary
+    weight_gradient: Callable[[GradientFlowPlan], list[float]] = lambda plan: [1.0] * plan.num_stages
 
 
-class _EachAlone(GradientFlowPlan):
-    """A plan in which no losses travel summed."""
-
+class _LossesApart(GradientFlowPlan):
     def bundles(self, stage: int) -> tuple[tuple[int, ...], ...]:
         return tuple((loss,) for bundle in super().bundles(stage) for loss in bundle)
 
 
 class _RelaysLast(GradientFlowPlan):
-    """A plan whose stages do all other work before a relay."""
-
     urgency = (*GradientFlowPlan.urgency[1:], Kind.INPUT_GRADIENT)
 
 
 class _TwoPasses(GradientFlowPlan):
-    """A plan whose stages compute input and weight gradients apart."""
-
     merges_passes = False
 
 
 class _HeadsLast(GradientFlowPlan):
-    """A plan in which a head within a stage waits for the end of the stage."""
-
     def forward_part(self, loss: int) -> tuple[int, ...]:
         return ()
 
@@ -95,14 +83,10 @@ MEASURES: dict[str, tuple[str, Side, Side]] = {
         _TWO,
         replace(_TWO, input_gradient=2.0, weight_gradient=lambda plan: [0.0] * plan.num_stages),
     ),
-    "summed losses": ("deep supervision, two passes", _DEEP_IN_TWO, Side(_deep(_EachAlone))),
+    "summed losses": ("deep supervision, two passes", _DEEP_IN_TWO, Side(_deep(_LossesApart))),
     "one backward pass": ("deep supervision", Side(_deep()), _DEEP_IN_TWO),
     "relays first": ("window 2", _TWO, Side(_window(2, _RelaysLast))),
-    "heads inside a stage": (
-        "window 1.25",
-        Side(_window(1.25)),
-        Side(_window(1.25, _HeadsLast)),
-    ),
+    "heads inside a stage": ("window 1.25", Side(_window(1.25)), Side(_window(1.25, _HeadsLast))),
     "skipped relays": ("window 2", _TWO, replace(_TWO, weight_gradient=_with_needless_relays)),
 }
 """For each measure the plan it is shown on, and that plan with it and without."""
@@ -116,14 +100,11 @@ OPTIONS: results.Options = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the table and returns the results."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and publishes."""
     args = results.parse(__doc__, OPTIONS, argv)
-    how = {
-        "seconds": args.milliseconds / 1000,
-        "micro_batches": args.micro_batches,
-        "num_batches": args.batches,
-    }
+    seconds = args.milliseconds / 1000
+    how = {"seconds": seconds, "micro_batches": args.micro_batches, "num_batches": args.batches}
     rows = []
     for name in args.measures:
         plan_name, *sides = MEASURES[name]
@@ -134,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             simulated = [simulated_forwards(side, args.stages, m) for side in sides]
             row |= {"simulated_with": simulated[0], "simulated_without": simulated[1]}
             rows.append(row | {"measured_with": measured[0][m], "measured_without": measured[1][m]})
-    return results.publish("relays", args, rows, argv)
+    results.publish("relays", args, rows, argv)
 
 
 def simulated_forwards(side: Side, num_stages: int, num_micro_batches: int) -> float:

@@ -46,37 +46,27 @@ def parse(description: str | None, options: Options, argv: Sequence[str] | None)
 
 
 def publish(
-    benchmark: str, arguments: argparse.Namespace, rows: list[Row], argv: Sequence[str] | None, **more: Any
-) -> dict[str, Any]:
-    """Prints the table of a run; with ``--output`` writes the JSON file, and beside it the plot.
+    benchmark: str, args: argparse.Namespace, rows: list[Row], argv: Sequence[str] | None, **more: Any
+) -> None:
+    """Prints the table of ``rows``; with ``--output`` writes the JSON file, and beside it the plot.
 
-    Args:
-        benchmark: Name of the module in ``benchmarks``.
-        arguments: Its command line as parsed, defaults included.
-        rows: One dictionary for each line of the table, of what JSON can hold.
-        argv: Its command line as given; None for that of this process.
-        more: What else to write.
-
-    Returns:
-        The results as they are read from the file: keys are strings, tuples lists.
+    ``argv`` is what ``args`` was parsed from; ``more`` goes into the file too.
     """
     words = ["python", "-m", f"benchmarks.{benchmark}", *(sys.argv[1:] if argv is None else argv)]
     results = {
         "benchmark": benchmark,
         "command": shlex.join(words),
-        "arguments": {name: value for name, value in vars(arguments).items() if name != "output"},
+        "arguments": {name: value for name, value in vars(args).items() if name != "output"},
         "machine": machine(),
         "versions": versions(),
         "rows": rows,
         **more,
     }
     text = json.dumps(results, indent=1) + "\n"
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text, encoding="utf-8")
-    as_read: dict[str, Any] = json.loads(text)
-    show(as_read, arguments.output)
-    return as_read
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(text, encoding="utf-8")
+    show(json.loads(text), args.output)
 
 
 def show(results: dict[str, Any], output: Path | None) -> None:

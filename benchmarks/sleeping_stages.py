@@ -24,10 +24,7 @@ HEAD_SHARE = 0.3
 
 
 def sleeping_workload(num_stages: int, seconds: float) -> Workload:
-    """Stages that sleep ``seconds`` in the forward, for the input and for the weight gradient.
-
-    This process's timers are made exact for it.
-    """
+    """Stages that sleep ``seconds`` in the forward, for the input and for the weight gradient."""
     use_exact_timers()
     of_layer, num_layers = seconds / LAYERS_PER_STAGE, LAYERS_PER_STAGE * num_stages
     return Workload(
@@ -45,10 +42,6 @@ def stage_costs(engine: Any, work: Workload, head_seconds: float) -> dict[str, f
     The passes are run by themselves, outside of the engine; the optimizer step is the engine's own. All
     ranks call it.
     """
-    return {**_passes(engine, head_seconds), "optimizer": _optimizer_seconds(engine, work)}
-
-
-def _passes(engine: Any, head_seconds: float, repeats: int = 5) -> dict[str, float]:
     layers = torch.nn.Sequential(*engine.module.forward_funcs)
     parameters, head = list(layers.parameters()), SleepingHead(head_seconds)
     seconds: dict[str, list[float]] = {"forward": [], "input_gradient": [], "backward": [], "head": []}
@@ -64,7 +57,7 @@ def _passes(engine: Any, head_seconds: float, repeats: int = 5) -> dict[str, flo
         sleeping_loss(head(hidden), hidden.detach()).backward()  # type: ignore[no-untyped-call]
 
     dist.barrier()
-    for _ in range(repeats):
+    for _ in range(5):
         x = torch.ones(1, WIDTH, requires_grad=True)
         y = timed("forward", lambda x=x: layers(x))
         g = torch.ones_like(y)
@@ -74,13 +67,13 @@ def _passes(engine: Any, head_seconds: float, repeats: int = 5) -> dict[str, flo
     engine.module.zero_grad()
     median = {name: statistics.median(values) for name, values in seconds.items()}
     median["weight_gradient"] = median.pop("backward") - median["input_gradient"]
-    return median
+    return median | {"optimizer": _optimizer_seconds(engine, work)}
 
 
-def _optimizer_seconds(engine: Any, work: Workload, num_batches: int = 3) -> float:
+def _optimizer_seconds(engine: Any, work: Workload) -> float:
     engine.set_train_batch_size(1)
     engine.record_timeline()
-    for _ in range(num_batches):
+    for _ in range(3):
         engine.train_batch(repeat(work.micro_batch))
     spans = engine.timeline()[dist.get_rank()]
     engine.drain()

@@ -22,22 +22,12 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained.
-
-    Attributes:
-        layers: Specifications of all layers.
-        layer_seconds: What each layer takes, in any unit; stages are cut to take the same.
-        loss_fn: ``loss_fn(outputs, labels)``, a scalar.
-        micro_batch: ``(inputs, labels)``; every micro-batch is this one.
-        head: Builds an auxiliary head; None: as ``interlock.head`` says.
-        plan: Makes the plan in place of the configuration's; see ``InterlockPipelineModule``.
-        stage_bounds: Where our engines cut, in place of stages that take the same.
-    """
+    """What is trained; ``head`` and ``plan`` are those of ``InterlockPipelineModule``."""
 
     layers: list[LayerSpec]
-    layer_seconds: list[float]
+    layer_seconds: list[float]  # in any unit: stages are cut to take the same, if they have no bounds
     loss_fn: Callable[[Tensor, Tensor], Tensor]
-    micro_batch: tuple[Tensor, Tensor]
+    micro_batch: tuple[Tensor, Tensor]  # inputs and labels of every micro-batch
     head: Callable[[LossHead], torch.nn.Module] | None = None
     plan: Callable[[list[int]], GradientFlowPlan] | None = None
     stage_bounds: Sequence[int] | None = None
@@ -91,11 +81,8 @@ def make_engine(work: Workload, section: Mapping[str, Any] | None) -> Any:
 def seconds_of_a_batch(engine: Any, work: Workload, num_micro_batches: int, num_batches: int) -> float:
     """Seconds that a batch takes on the slowest stage, once the pipeline is running. All ranks call it.
 
-    Args:
-        engine: From ``make_engine``, or with the same ``train_batch`` and ``set_train_batch_size``.
-        work: What it was made for.
-        num_micro_batches: Micro-batches per batch, M.
-        num_batches: Batches to time, after two that are not.
+    ``num_batches`` are timed, after two that are not. The engine is from ``make_engine`` or has the same
+    ``train_batch`` and ``set_train_batch_size``.
 
     Raises:
         ValueError: If the engine refuses this number of micro-batches.

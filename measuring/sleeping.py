@@ -5,7 +5,6 @@ then that of the schedule and the engine.
 """
 
 import ctypes
-import sys
 import time
 from typing import Any
 
@@ -26,8 +25,7 @@ _owed_seconds = 0.0
 def sleep(seconds: float) -> None:
     """Sleeps ``seconds``; if it takes longer, the next sleep of this process is shorter by as much.
 
-    So the layers of a stage together sleep as long as asked for, at little CPU time: where eight stages
-    share two cores, waiting awake until the end of every sleep would cost others theirs.
+    Waiting awake until the end of every sleep would cost the stages that share a core theirs.
     """
     global _owed_seconds
     seconds -= _owed_seconds
@@ -41,8 +39,7 @@ def sleep(seconds: float) -> None:
 
 def use_exact_timers() -> None:
     """Asks Linux not to let this thread's sleeps, and those of threads it starts, end 50 us late."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
 
 
 class _Sleep(torch.autograd.Function):

@@ -98,19 +98,13 @@ def test_no_measure_makes_a_batch_slower(name: str, num_micro_batches: int) -> N
 def test_single_gpu(tmp_path: Path) -> None:
     how = ["--device", "cpu", "--model_size", "3M", "--stages", "2", "--micro_batches", "2"]
     sizes = ["--micro_batch_size", "2", "--seq_length", "8", "--batches", "1", "--token_fraction", "0.5"]
-    rows = run(single_gpu, tmp_path, *how, *sizes, "--modes", "window 1.25", "--predict_stages", "2", "99")
+    rows = run(single_gpu, tmp_path, *how, *sizes, "--modes", "window 1.25")
     assert [row["mode"] for row in rows] == ["global", "window 1.25"]
     assert rows[0]["head_parameters"] == 0 < rows[1]["head_parameters"]
     assert rows[0]["layer_parameters"] == rows[1]["layer_parameters"] > 2e6
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(2 * 2 * 8 / row["seconds"])
         assert row["peak_bytes"] > 4 * row["layer_parameters"]
-    written = json.loads((tmp_path / "written.json").read_text())
-    assert written["profile"]["micro_batch_size"] == 2
-    predicted = {row["setting"]: row for row in written["predictions"]}
-    assert {row["stages"] for row in written["predictions"]} == {2}  # of 99 the model has too few layers
-    assert predicted["global (1F1B)"]["times_global"] == 1
-    assert predicted["local"]["seconds"] > 0
 
 
 def test_table_and_plot_need_nothing_but_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

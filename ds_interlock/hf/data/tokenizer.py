@@ -108,13 +108,9 @@ def load_tokenizer(
     vocab_size: int,
     cache_dir: Path | None = None,
 ) -> Tokenizer:
-    """A sentencepiece ``.model``, a Hugging Face tokenizer, or (None) a sentencepiece BPE trained here.
+    """A sentencepiece ``.model`` or a Hugging Face name or folder; None for a BPE trained on the documents.
 
-    Args:
-        name_or_path: Path of a ``.model``, or a Hugging Face name or folder.
-        training_documents: Texts to train on; never validation texts.
-        vocab_size: Ids of a trained tokenizer.
-        cache_dir: Where trained tokenizers are kept; default ``default_cache_dir()``.
+    Trained ones have ``vocab_size`` ids, and are kept in ``cache_dir``, by default ``default_cache_dir()``.
 
     Raises:
         DataError: If it cannot be read, or there is too little text.

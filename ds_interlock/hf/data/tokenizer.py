@@ -102,21 +102,13 @@ Tokenizer: TypeAlias = SentencePieceTokenizer | HuggingFaceTokenizer
 """What training needs: ``vocab_size`` with the special ids, ``end_of_text_id``, ``encode``, ``to_hf``."""
 
 
-def load_tokenizer(
-    name_or_path: str | None,
-    training_documents: Sequence[str],
-    vocab_size: int,
-    cache_dir: Path | None = None,
-) -> Tokenizer:
-    """A sentencepiece ``.model`` or a Hugging Face name or folder; None for a BPE trained on the documents.
+def load_tokenizer(name_or_path: str | None, documents: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A sentencepiece ``.model`` or a Hugging Face tokenizer, by name or folder; DataError if unreadable.
 
-    Trained ones have ``vocab_size`` ids, and are kept in ``cache_dir``, by default ``default_cache_dir()``.
-
-    Raises:
-        DataError: If it cannot be read, or there is too little text.
+    None trains a BPE of ``vocab_size`` ids on the documents, and keeps it in ``default_cache_dir()``.
     """
     if name_or_path is None:
-        return train_sentencepiece(training_documents, vocab_size, cache_dir or default_cache_dir())
+        return train_sentencepiece(documents, vocab_size, default_cache_dir())
     if name_or_path.endswith(".model"):
         return SentencePieceTokenizer(Path(name_or_path))
     return HuggingFaceTokenizer(name_or_path)

@@ -192,23 +192,19 @@ def _to_fast(path: Path) -> FastTokenizer:
     parts = extractor.extract(None)
     converter: Any = SpmConverter
     fast: FastTokenizer = converter.build_tokenizer_from_spm_proto(proto, parts["vocab"], parts.get("merges"))
-    fast.normalizer = _fast_normalizer(proto.normalizer_spec)
-    undo: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if proto.normalizer_spec.add_dummy_prefix:
-        undo.append(decoders.Strip(" ", 1, 0))
-    fast.decoder = decoders.Sequence(undo)
-    fast.add_tokens(parts["additional_special_tokens"])
-    return fast
-
-
-def _fast_normalizer(spec: Any) -> normalizers.Normalizer:
     steps: list[Any] = []
+    undo: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    spec = proto.normalizer_spec
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
+        undo.append(decoders.Strip(" ", 1, 0))
     if spec.escape_whitespaces:
         steps.append(normalizers.Replace(" ", _SPACE))
-    return normalizers.Sequence(steps)
+    fast.normalizer = normalizers.Sequence(steps)
+    fast.decoder = decoders.Sequence(undo)
+    fast.add_tokens(parts["additional_special_tokens"])
+    return fast

@@ -65,15 +65,13 @@ class Share:
         """The share of a replica's batches of all training samples; ``model`` is its ``digest_of_model``."""
         rows = list(chain.from_iterable(batches.rows_of_micro_batches()))
         samples = tuple(chain.from_iterable(rows))
+        ids_of = {number: batches.rows.samples[number].ids for number in samples}
         digest = hashlib.sha256()
-        length_of = {}
-        for number in samples:
-            ids = batches.rows.samples[number].ids
-            length_of[number] = len(ids)
+        for ids in ids_of.values():
             digest.update(array("q", [len(ids), *ids]).tobytes())
-        row_lengths = (sum(length_of[number] for number in row) for row in rows)
         fingerprint = {"model": model, "set of training samples": digest.hexdigest()}
-        return cls(batches.replica, samples, tuple(length_of.values()), tuple(row_lengths), fingerprint)
+        row_lengths = tuple(sum(len(ids_of[number]) for number in row) for row in rows)
+        return cls(batches.replica, samples, tuple(map(len, ids_of.values())), row_lengths, fingerprint)
 
     def path(self, folder: Path) -> Path:
         """The replica's file."""

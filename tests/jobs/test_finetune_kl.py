@@ -112,7 +112,7 @@ def test_a_resumed_run_goes_on_with_the_states_of_the_first(
     (tmp_path / "elsewhere").rename(states)
     save_tiny("llama", tmp_path / "model", seed=1)
     message = refusal(ranks2, arguments(tmp_path, data, *resumed, section=KL_ONLY))
-    assert "replica_00.safetensors was written for another model. " in message
+    assert "replica_00.safetensors was written for another model: " in message
 
 
 def test_states_are_kept_only_where_heads_learn_from_them(

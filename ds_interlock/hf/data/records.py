@@ -108,12 +108,9 @@ _FORMATS: Mapping[Task, Mapping[tuple[str, ...], type[Record]]] = {
 
 
 def records_of(objects: Iterable[tuple[str, Mapping[str, Any]]], task: Task) -> Iterator[Record]:
-    """The records of one source; its first object decides on the format.
+    """The records of one source; its first object decides on the format, DataError if one has another.
 
     ``objects`` are pairs of where an object is (for messages, as "train.jsonl line 3") and the object.
-
-    Raises:
-        DataError: If an object does not have the format, or the types, that it should have.
     """
     formats = _FORMATS[task]
     keys: tuple[str, ...] | None = None

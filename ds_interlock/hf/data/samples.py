@@ -78,12 +78,7 @@ def encode_records(
 
     Special tokens are those that the tokenizer adds itself, and one at the end of each document and each
     completion. A chat has those of its template instead. Prompt and completion are joined as they are: a
-    space between them must be part of one of them.
-
-    Args:
-        records: Documents, completions and chats.
-        tokenizer: One that ``tokenizers`` implements ("fast"), unless all records are documents.
-        seq_length: The most positions that a sample may have.
+    space between them must be part of one of them. A sample has at most ``seq_length`` positions.
 
     Raises:
         DataError: If the tokenizer lacks what a record needs, or nothing is left to learn.

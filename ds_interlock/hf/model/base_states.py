@@ -47,10 +47,6 @@ FOLDER = "base_states"  # in a job's output directory
 _STATES = "states"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _WAY_OUT = "set interlock.head.kl_weight to 0"
-_NEEDED = (
-    "Heads with interlock.head.kl_weight learn from the base model until the last step, and its states can "
-    "only be computed before the first"
-)
 _LAST_BYTES = 2**20  # of every file of weights: they differ between two models of the same sizes
 
 
@@ -69,15 +65,13 @@ class Share:
         """The share of a replica's batches of all training samples; ``model`` is its ``digest_of_model``."""
         rows = list(chain.from_iterable(batches.rows_of_micro_batches()))
         samples = tuple(chain.from_iterable(rows))
+        ids_of = {number: batches.rows.samples[number].ids for number in samples}
         digest = hashlib.sha256()
-        length_of = {}
-        for number in samples:
-            ids = batches.rows.samples[number].ids
-            length_of[number] = len(ids)
+        for ids in ids_of.values():
             digest.update(array("q", [len(ids), *ids]).tobytes())
-        row_lengths = (sum(length_of[number] for number in row) for row in rows)
         fingerprint = {"model": model, "set of training samples": digest.hexdigest()}
-        return cls(batches.replica, samples, tuple(length_of.values()), tuple(row_lengths), fingerprint)
+        row_lengths = tuple(sum(len(ids_of[number]) for number in row) for row in rows)
+        return cls(batches.replica, samples, tuple(map(len, ids_of.values())), row_lengths, fingerprint)
 
     def path(self, folder: Path) -> Path:
         """The replica's file."""
@@ -213,20 +207,20 @@ def map_states(path: Path, fingerprint: Mapping[str, str]) -> Tensor:
     """The mapped states ``[n, d]``; ConfigError if the file is missing, damaged or of another fingerprint."""
     if not path.is_file():
         raise ConfigError(
-            f"--output_dir: {path} is missing. {_NEEDED}: all nodes must share the output directory, and a "
-            f"resumed run needs the folder {path.parent.name} that the saved run wrote there; or {_WAY_OUT}"
+            f"--output_dir: {path} is missing: all nodes must share the output directory, and a resumed run "
+            f"needs the folder {path.parent.name} that the saved run wrote there; or {_WAY_OUT}"
         )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             states_nd: Tensor = file.get_tensor(_STATES)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"--output_dir: {path} cannot be read: {error}. {_NEEDED}") from error
-    differing = [name for name, value in fingerprint.items() if metadata.get(name) != value]
+        raise ConfigError(f"--output_dir: {path} cannot be read ({error}); {_WAY_OUT}") from error
+    differing = [f"another {name}" for name, value in fingerprint.items() if metadata.get(name) != value]
     if differing:
         raise ConfigError(
-            f"--output_dir: {path} was written for {' and '.join(f'another {name}' for name in differing)}. "
-            f"{_NEEDED}: resume with the model, data and batch sizes of the saved run, or {_WAY_OUT}"
+            f"--output_dir: {path} was written for {' and '.join(differing)}: resume with the model, data "
+            f"and batch sizes of the saved run, or {_WAY_OUT}"
         )
     return states_nd
 
@@ -238,9 +232,8 @@ def check_room(folder: Path, num_bytes: int) -> None:
         free_bytes = shutil.disk_usage(folder).free
     if free_bytes < num_bytes:
         raise ConfigError(
-            f"--output_dir: the base model's hidden states (interlock.head.kl_weight) take "
-            f"{num_bytes / 1e9:.2f} GB, and the disk of {folder} has {free_bytes / 1e9:.2f} GB left: make "
-            f"room, train on fewer samples (--max_train_samples), or {_WAY_OUT}"
+            f"--output_dir: the base model's hidden states take {num_bytes / 1e9:.2f} GB, and the disk of "
+            f"{folder} has {free_bytes / 1e9:.2f} GB left: make room, use --max_train_samples, or {_WAY_OUT}"
         )
 
 

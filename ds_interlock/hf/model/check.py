@@ -70,9 +70,9 @@ def _read_weights_on_demand(
     parts = [*anatomy.parts, *(f"{anatomy.blocks}.{index}" for index in range(anatomy.num_blocks))]
 
     def fill(path: str, module: nn.Module) -> None:
-        wanted = {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
-        tensors = dict(values({name: tensor for name, tensor in wanted.items() if name not in own}))
-        tensors |= {name: own[name] for name in wanted if name in own}
+        state = {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
+        tensors = dict(values({name: tensor for name, tensor in state.items() if name not in own}))
+        tensors |= {name: own[name] for name in state if name in own}
         inside = {name.removeprefix(f"{path}."): tensor.to(device) for name, tensor in tensors.items()}
         module.load_state_dict(inside, assign=True, strict=False)
 

@@ -110,9 +110,15 @@ def build_all(specs: Sequence[LayerSpec]) -> list[Callable[[Any], Any]]:
 class HFLayer(nn.Module):
     """Some of a model's modules (``paths``) under their own names, with their weights (none on meta)."""
 
-    def __init__(self, blueprint: Blueprint, paths: Sequence[str]) -> None:
+    part: str
+    """Which modules, as the model's ``Anatomy`` calls them."""
+
+    def __init__(self, blueprint: Blueprint, paths: Sequence[str] | None = None) -> None:
         super().__init__()
         self.blueprint = blueprint
+        if paths is None:
+            named = getattr(blueprint.skeleton.anatomy, self.part)
+            paths = [named] if isinstance(named, str) else named
         self.paths = tuple(paths)
         for path in paths:
             *owners, name = path.split(".")
@@ -151,8 +157,7 @@ class HFLayer(nn.Module):
 class Front(HFLayer):
     """Everything before the blocks: from the inputs to the hidden state (and what travels beside it)."""
 
-    def __init__(self, blueprint: Blueprint) -> None:
-        super().__init__(blueprint, blueprint.skeleton.anatomy.front)
+    part = "front"
 
     def forward(self, inputs: Hidden) -> Hidden:
         tensors = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -181,8 +186,7 @@ class Block(HFLayer):
 class End(HFLayer):
     """Everything after the blocks but the unembedding: the final norm, or pooling and classifier."""
 
-    def __init__(self, blueprint: Blueprint) -> None:
-        super().__init__(blueprint, blueprint.skeleton.anatomy.end)
+    part = "end"
 
     def forward(self, hidden: Hidden) -> Tensor:
         hidden_btd, context = self.split(hidden)
@@ -192,10 +196,7 @@ class End(HFLayer):
 class Unembedding(HFLayer):
     """From the hidden state to logits."""
 
-    def __init__(self, blueprint: Blueprint) -> None:
-        unembedding = blueprint.skeleton.anatomy.unembedding
-        assert unembedding is not None, "a language model has one"
-        super().__init__(blueprint, [unembedding])
+    part = "unembedding"
 
     def forward(self, hidden_btd: Tensor) -> Any:
         (unembedding,) = self.parts().values()
@@ -205,8 +206,7 @@ class Unembedding(HFLayer):
 class Embedding(HFLayer):
     """A copy of the token embedding that is the tied unembedding on another stage."""
 
-    def __init__(self, blueprint: Blueprint) -> None:
-        super().__init__(blueprint, [blueprint.skeleton.anatomy.embedding])
+    part = "embedding"
 
 
 def unembed(weight_name: str, embedding: nn.Module, hidden_btd: Tensor) -> Tensor:

@@ -183,7 +183,6 @@ class _StandIn(nn.Module):
 Visit = Callable[[int, Any, tuple[Any, ...], dict[str, Any]], Any]
 """What happens in place of a block: from its index, hidden state and other arguments to its result."""
 
-
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 

@@ -228,7 +228,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     write(path, 4)
     with pytest.raises(ConfigError, match="was written for another model and another set of training"):
         map_states(path, {"model": "x", "set of training samples": "y"})
-    with pytest.raises(ConfigError, match=r"was written for another model\. "):
+    with pytest.raises(ConfigError, match=r"was written for another model: "):
         map_states(path, {**OF, "model": "x"})
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ConfigError, match=r"states.safetensors cannot be read"):

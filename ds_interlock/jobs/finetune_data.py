@@ -24,7 +24,8 @@ class Data(NamedTuple):
 
 def read_data(args: FinetuneArguments, *, has_data: bool) -> tuple[RecordData | None, tuple[str, ...]]:
     """The records, None on ranks without data; names of their classes by id. All ranks must call it."""
-    records, names = None, ()
+    records = None
+    names: tuple[str, ...] = ()
     with propagate_errors():
         if has_data:
             files = args.train_file, args.validation_file

@@ -110,7 +110,8 @@ def write_model(
 
 def _heads(source: FineTunedCheckpoint) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The heads' tensors as ``heads.<loss>.<name>``, and each head's position as metadata."""
-    tensors, metadata = {}, {"format": "pt"}
+    tensors: dict[str, Tensor] = {}
+    metadata = {"format": "pt"}
     for loss, state in source.heads.items():
         position = source.plan.heads[loss]
         tensors |= {f"heads.{loss}.{name}": tensor.contiguous() for name, tensor in state.items()}

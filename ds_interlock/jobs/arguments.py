@@ -22,8 +22,9 @@ class RunArguments:
     """What every job takes; each sets defaults and adds groups. ConfigError if a value makes no sense."""
 
     _argument_group_name: ClassVar[str] = "run"
-    _at_least_1: ClassVar[tuple[str, ...]] = ("max_steps", "logging_steps")
-    _at_least_0: ClassVar[tuple[str, ...]] = ("eval_steps", "save_steps", "seed")
+    _least: ClassVar[dict[str, int]] = {
+        "max_steps": 1, "logging_steps": 1, "eval_steps": 0, "save_steps": 0, "seed": 0
+    }  # fmt: skip
     _example_config: ClassVar[str] = "configs/interlock.json"
 
     num_stages: int | None = argument(None, "pipeline stages (default: one for each rank)")
@@ -43,11 +44,10 @@ class RunArguments:
             raise ConfigError(
                 f"--deepspeed_config is needed: the mode is set there, as in {self._example_config}"
             )
-        for least, names in ((1, self._at_least_1), (0, self._at_least_0)):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and value < least:
-                    raise ConfigError(f"--{name} is {value}: expected at least {least}")
+        for name, least in self._least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name} is {value}: expected at least {least}")
 
 
 Arguments = TypeVar("Arguments", bound=RunArguments)

@@ -99,10 +99,9 @@ class FinetuneArguments(
 ):
     """All arguments of the job; ConfigError if they make no sense, as far as that takes no file."""
 
-    _at_least_1: ClassVar[tuple[str, ...]] = (
-        *RunArguments._at_least_1, "seq_length", "max_eval_samples", "max_train_samples"
-    )  # fmt: skip
-    _at_least_0: ClassVar[tuple[str, ...]] = (*RunArguments._at_least_0, "lora_r")
+    _least: ClassVar[dict[str, int]] = {
+        **RunArguments._least, "seq_length": 1, "max_eval_samples": 1, "max_train_samples": 1, "lora_r": 0
+    }  # fmt: skip
     _example_config: ClassVar[str] = "configs/finetune/interlock.json"
 
     def __post_init__(self) -> None:

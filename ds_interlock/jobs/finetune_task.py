@@ -104,10 +104,8 @@ class FinetuneTask(Task):
                 _, losses = self.engine.eval_batch(data, return_head_losses=True)
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0.0) + loss
-        means = {
-            f"eval_{name.replace('final_loss', 'loss')}": total / self.num_eval_batches
-            for name, total in sums.items()
-        }
+        names = {name: f"eval_{name.replace('final_loss', 'loss')}" for name in sums}
+        means = {names[name]: total / self.num_eval_batches for name, total in sums.items()}
         if self.args.task == "causal":
             means |= {name.replace("loss", "perplexity"): perplexity(loss) for name, loss in means.items()}
         else:
@@ -157,7 +155,7 @@ class FinetuneTask(Task):
             heads=args.export_heads and not is_adapter,
             merge_adapter=bool(args.lora_r) and not is_adapter,
         )
-        return {**{f"first_{name}": loss for name, loss in trained.first.items()}, **trained.last}
+        return {f"first_{name}": loss for name, loss in trained.first.items()} | trained.last
 
     def summary(self, metrics: Metrics) -> str:
         before = metrics.get("first_eval_loss", math.nan)

@@ -212,14 +212,13 @@ class Loop:
         values = {"loss": f"{loss:.3f}"}
         if self.task.unit:
             values[f"{self.task.unit}/s"] = f"{self._units_per_second():.0f}"
-        stage_losses = self.engine.stage_losses()  # by names such as "stage_1/loss_after_layer_6"
-        for name, stage_loss in stage_losses.items():
-            if not name.endswith("/final_loss"):
-                values[name.partition("/")[0]] = f"{stage_loss:.3f}"
+        losses = self.engine.stage_losses()  # by names such as "stage_1/loss_after_layer_6"
+        of_heads = {name: loss for name, loss in losses.items() if not name.endswith("/final_loss")}
+        values |= {name.partition("/")[0]: f"{loss:.3f}" for name, loss in of_heads.items()}
         self.progress.report(self.step, values)
         rate = self.engine.get_lr()[0]
         entry = {"step": self.step, "loss": loss, "learning_rate": rate, "seconds": self.seconds}
-        self.log.append({**entry, **stage_losses})
+        self.log.append({**entry, **losses})
 
     def _log_evaluation(self, losses: Losses) -> None:
         """An evaluation, to the terminal, the monitor and ``train_log.jsonl``."""

@@ -76,7 +76,6 @@ class LMRunArguments(RunArguments):
     eval_steps: int = argument(100, "0: only at the end (%(default)s)")
     max_eval_samples: int = argument(256, "blocks; 0: all (%(default)s)")
     output_dir: str = argument("runs/lm", "(%(default)s)")
-    seed: int = argument(42, "of weights, order of data, dropout (%(default)s)")
     generate: int = argument(64, "tokens to sample at the end (%(default)s)")
 
 
@@ -84,13 +83,12 @@ class LMRunArguments(RunArguments):
 class LMArguments(TextArguments, TransformerArguments, LMRunArguments):
     """All arguments of the job."""
 
-    _at_least_0: ClassVar[tuple[str, ...]] = (*RunArguments._at_least_0, "max_eval_samples", "generate")
+    _least: ClassVar[dict[str, int]] = {**RunArguments._least, "max_eval_samples": 0, "generate": 0}
 
 
 def run(args: LMArguments) -> Metrics:
     """Trains, and exports the model; see ``finetune.run``."""
     job = start(args)
-
     files = args.train_file, args.validation_file
     text = in_turns(lambda: load_text(*files, args.dataset, args.dataset_config, args.seed))
     tokenizer = in_turns(lambda: load_tokenizer(args.tokenizer, text.train, args.vocab_size))

@@ -86,9 +86,7 @@ class ResNetRunArguments(RunArguments):
 class ResNetArguments(ImageArguments, NetArguments, ResNetRunArguments):
     """All arguments of the job."""
 
-    _at_least_0: ClassVar[tuple[str, ...]] = (
-        *RunArguments._at_least_0, "max_train_samples", "max_eval_samples"
-    )  # fmt: skip
+    _least: ClassVar[dict[str, int]] = {**RunArguments._least, "max_train_samples": 0, "max_eval_samples": 0}
     _example_config: ClassVar[str] = "configs/resnet/interlock.json"
     _may_be_empty: ClassVar[tuple[str, ...]] = ("head_channels",)
 

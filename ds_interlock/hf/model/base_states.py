@@ -107,8 +107,8 @@ def record(
     num_batches, share = _broadcast_from_stage_0(engine, (batches.num_batches if batches else 0, share))
     data = None if batches is None else iter(batches)
     with _recorded(engine.module, folder, share, width, dtype):
-        is_quiet = engine.global_rank != 0
-        for _ in tqdm(range(num_batches), "base model's states", unit="batch", disable=is_quiet):
+        hidden = None if engine.global_rank == 0 else True  # None: a bar on a terminal only
+        for _ in tqdm(range(num_batches), "base model's states", unit="batch", disable=hidden):
             engine.eval_batch(data)
     dist.barrier()  # all files are complete
 

@@ -92,12 +92,15 @@ class EpochIterator(ResumableIterator[Item]):
         """Item indices of the next micro-batch (int64); advances the position."""
         epoch, number = divmod(self.position, self.num_micro_batches)
         if epoch != self._epoch:
-            self._epoch = epoch
-            items = torch.arange(self.num_items)
-            self._order = epoch_order(self.num_items, self.seed, epoch) if self.shuffle else items
+            self._begin_epoch(epoch)
         start = (number * self.num_replicas + self.replica) * self.micro_batch_size
         self.position += 1
         return self._order[start : start + self.micro_batch_size]
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        items = torch.arange(self.num_items)
+        self._order = epoch_order(self.num_items, self.seed, epoch) if self.shuffle else items
 
     def fingerprint(self) -> dict[str, int | str]:
         sizes = {"micro_batch_size": self.micro_batch_size, "num_replicas": self.num_replicas}

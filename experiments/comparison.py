@@ -98,6 +98,16 @@ class Result:
     record: Record
 
     @property
+    def place(self) -> str:
+        """The machine and the versions."""
+        machine = self.record["machine"]
+        device = machine["gpu"] if self.record["device"] != "cpu" else "one core per run"
+        memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
+        versions = ", ".join(f"{name} {version}" for name, version in self.record["versions"].items())
+        cores = f"{machine['processor']}, {machine['num_cores']} cores"
+        return f"{cores}, {memory}, {machine['system']}; {device}; {versions}"
+
+    @property
     def curve(self) -> Curve:
         """Validation losses during training."""
         points = self.record["curve"]

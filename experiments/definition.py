@@ -30,12 +30,7 @@ _SMOKE: dict[str, dict[str, Any]] = {
     "prose": {"seq_length": 16, "width": 16, "num_blocks": _SMOKE_STAGES},
     "images": {"width": 2, "num_train_images": 256},
     "training": {"num_steps": 4, "micro_batch_size": 4, "warmup_steps": 1},
-    "measurements": {
-        "evaluate_every": 2,
-        "num_samples": 16,
-        "num_final_samples": 32,
-        "evaluation_batch_size": 32,
-    },
+    "measurements": {"evaluate_every": 2, "num_samples": 16, "num_final_samples": 32},
 }
 
 

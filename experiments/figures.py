@@ -92,7 +92,10 @@ def _panels(comparison: Comparison, key: str, title: str) -> Figure:
     used = axes.flat[: len(modes)]
     for axis, mode in zip(used, modes, strict=True):
         if key == "stage_rms":
-            _use_log_scale(axis)
+            axis.set_yscale("log")
+            # Plain numbers, also between the powers of 10 where these are few.
+            axis.yaxis.set_major_formatter(LogFormatter())
+            axis.yaxis.set_minor_formatter(LogFormatter())
         _draw_stages(axis, *_over_seeds(comparison, mode, key))
         axis.set_title(mode, fontsize="small")
     for axis in axes.flat[len(modes) :]:
@@ -112,10 +115,3 @@ def _draw_stages(axis: Any, steps: Floats, values_stk: Floats) -> None:
         color = colormaps["viridis"](stage / max(1, num_stages - 1))
         axis.plot(steps, known_stk[..., stage].mean(axis=0), color=color, label=f"stage {stage}")
     axis.tick_params(which="both", labelsize="x-small")
-
-
-def _use_log_scale(axis: Any) -> None:
-    """With plain numbers, also between the powers of 10 where these are few."""
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(LogFormatter())
-    axis.yaxis.set_minor_formatter(LogFormatter())

@@ -60,10 +60,11 @@ class Run(BaseModel):
 
 def runs(seeds: Sequence[int] = SEEDS, budget: dict[str, float] = BUDGET) -> list[Run]:
     """All rows of the table, for every seed."""
-    rows: list[tuple[str, str, dict[str, Any]]] = [("global", "none", {"mode": "global"})]
+    limit = {"timeout_seconds": 600}
+    rows: list[tuple[str, str, dict[str, Any]]] = [("global", "none", {"mode": "global", **limit})]
     for heads, head in HEADS.items():
         own = {"head": {**head, "token_fraction": budget["token_fraction"]}}
-        rows += [(mode, heads, {**section, **own}) for mode, section in MODES.items()]
+        rows += [(mode, heads, {**section, **own, **limit}) for mode, section in MODES.items()]
     adamw = {"lr": budget["learning_rate"], "weight_decay": 0.01, "torch_adam": True}
     config = {
         "train_micro_batch_size_per_gpu": 2,
@@ -73,13 +74,7 @@ def runs(seeds: Sequence[int] = SEEDS, budget: dict[str, float] = BUDGET) -> lis
         "optimizer": {"type": "AdamW", "params": adamw},
     }
     return [
-        Run(
-            mode=mode,
-            heads=heads,
-            seed=seed,
-            budget=budget,
-            config={**config, "interlock": {**section, "timeout_seconds": 600}},
-        )
+        Run(mode=mode, heads=heads, seed=seed, budget=budget, config={**config, "interlock": section})
         for seed in seeds
         for mode, heads, section in rows
     ]

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -84,12 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results files (%(default)s)")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("docs/results.md"),
-        help="the page; pictures go to a folder beside it (%(default)s)",
-    )
+    output = Path("docs/results.md")
+    text = "the page; pictures go to a folder beside it (%(default)s)"
+    parser.add_argument("--output", type=Path, default=output, help=text)
     args = parser.parse_args(argv)
     try:
         write(args.results, args.output)
@@ -118,31 +114,12 @@ def write(results: Path, output: Path) -> None:
     page = ENVIRONMENT.get_template("report.md.jinja").render(
         experiments=experiments,
         folder=os.path.relpath(results, output.parent),
-        machines=_machines(experiments),
+        results=[result for it in experiments for result in it.comparison.all],
         finetuned=finetune.table(results_file.read(results / f"{finetune.NAME}.jsonl")),
         figures=figures,
         picture=partial(_picture, output.with_suffix("")),
     )
     replace_text(output, page)
-
-
-def _machines(experiments: Sequence[Experiment]) -> dict[str, dict[str, None]]:
-    """Names of the experiments by the machine and versions they were run with."""
-    names: dict[str, dict[str, None]] = {}
-    for experiment in experiments:
-        for result in experiment.comparison.all:
-            names.setdefault(_machine(result.record), {})[experiment.name] = None
-    return names
-
-
-def _machine(record: dict[str, Any]) -> str:
-    machine = record["machine"]
-    place = machine["gpu"] if record["device"] != "cpu" else "one core per run"
-    packages = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
-    return (
-        f"{machine['processor']}, {machine['num_cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
-        f"{machine['system']}; {place}; {packages}"
-    )
 
 
 def _picture(folder: Path, experiment: Experiment, draw: Callable[[Comparison], Figure]) -> str:

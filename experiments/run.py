@@ -54,9 +54,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("name", help=f"the experiment: {', '.join([*definition.names(), finetune.NAME])}")
     parser.add_argument("--device", default="cpu", help="where to compute, as torch names it (%(default)s)")
-    parser.add_argument(
-        "--resume", action="store_true", help="keep the runs that are in the results file, and do the others"
-    )
+    parser.add_argument("--resume", action="store_true", help="do only what is missing in the results file")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
     parser.add_argument("--modes", nargs="+", metavar="MODE", help="only these modes (all)")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds (all)")

@@ -63,8 +63,7 @@ class CropsAndFlips:
 class ImageIterator(EpochIterator[MicroBatch]):
     """Endless shuffled micro-batches for one data-parallel replica; order, crops and flips by the seed.
 
-    Raises:
-        DataError: If there are too few images for one micro-batch of every replica.
+    DataError if there are too few images for one micro-batch of every replica.
     """
 
     def __init__(

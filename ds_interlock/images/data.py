@@ -19,14 +19,10 @@ _NUM_VALUES = 256  # of a pixel
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images: pixels_nchw (uint8), and labels_n (int64), the class of each image.
+    """Labelled images; DataError if types or shapes are others."""
 
-    Raises:
-        DataError: If types or shapes differ from these.
-    """
-
-    pixels_nchw: Tensor
-    labels_n: Tensor
+    pixels_nchw: Tensor  # uint8
+    labels_n: Tensor  # int64, the class of each image
 
     def __post_init__(self) -> None:
         pixels, labels = self.pixels_nchw, self.labels_n
@@ -53,8 +49,7 @@ class Images:
 class ImageData:
     """Training images, test images of the same size, and the number of classes; labels count from 0.
 
-    Raises:
-        DataError: If a part has no images, sizes differ, or a label is no class.
+    DataError if a part has no images, sizes differ, or a label is no class.
     """
 
     train: Images
@@ -107,7 +102,7 @@ class Normalisation(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """Images whose label is not ``IGNORED_LABEL``, their errors, and the sum of their losses in nats."""
+    """Images whose label is not ``IGNORED_LABEL``, wrong ones among them, and the sum of losses in nats."""
 
     num_images: int = 0
     num_errors: int = 0

@@ -109,10 +109,9 @@ def draw(found: dict[str, Any]) -> Any:
         base = {row["micro_batches"]: row["seconds"] for row in by_engine[DEEPSPEED]}
         for number, (engine, of_engine) in enumerate(by_engine.items()):
             for key, style, label in (("seconds", "o-", engine), ("predicted_seconds", ":", None)):
-                speeds = {
-                    m: base[m] / row[key] for row in of_engine if key in row for m in [row["micro_batches"]]
-                }
-                axis.plot(speeds.keys(), speeds.values(), style, color=f"C{number}", label=label)
+                with_key = {row["micro_batches"]: row[key] for row in of_engine if key in row}
+                speeds = [base[m] / seconds for m, seconds in with_key.items()]
+                axis.plot(list(with_key), speeds, style, color=f"C{number}", label=label)
         axis.set(title=f"K = {num_stages}", xlabel="micro-batches per batch", xscale="log", ylim=(0, None))
         axis.set_xticks(list(base), list(base))
         axis.minorticks_off()

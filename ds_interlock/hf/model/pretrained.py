@@ -184,13 +184,13 @@ def _check_weights(pretrained: Pretrained, values: _Values, parameters: Mapping[
         kind = type(pretrained.config).__name__
         raise ConfigError(f"--model {pretrained.name}: its weights lack {named}, which {kind} needs")
     if misfits:
-        why = "by its config.json; these files do not belong together"
+        why = " by its config.json; these files do not belong together"
         if pretrained.task == "classification":
             why = (
-                f"for {pretrained.config.num_labels} classes in the data: give a model without a classifier, "
-                "or one that was trained for these classes"
+                f", for {pretrained.config.num_labels} classes in the data: give a model without a "
+                "classifier, or one that was trained for these classes"
             )
-        raise ConfigError(f"--model {pretrained.name}: {misfits[0]} {why}")
+        raise ConfigError(f"--model {pretrained.name}: {misfits[0]}{why}")
 
 
 def _local_folder(name: str, gguf_file: str | None) -> Path:

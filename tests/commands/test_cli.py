@@ -107,9 +107,10 @@ def test_processes_that_take_too_long_are_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "_run_all", never_end)
+    others = set(multiprocessing.active_children())
     assert cli.main(["verify", write(tmp_path, {"mode": "local"}), "--stages", "2", "--timeout", "0.2"]) == 1
     assert "0 of 7 runs in 2 processes were finished after 0.2 seconds" in capsys.readouterr().err
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_a_program_that_could_stand_still_is_refused(

@@ -248,7 +248,7 @@ def _global_not_timed(bench: Bench) -> None:
     ("prepare", "message"),
     [
         (_empty, "has no results of any experiment (tiny): make them with `python -m experiments.run NAME`"),
-        (_other_version, "line 1: format 0, expected 1: the file is from another version"),
+        (_other_version, "line 1: format 0, expected 1: move the file away"),
         (_no_global, "no run of mode global, which the others are compared with: run `python -m"),
         (_twice, "line 7: a second run of mode local, seed 1, after a change of the experiment's file"),
         (_another_budget, "mode window 2, seed 1 is not of the same experiment as the runs before"),

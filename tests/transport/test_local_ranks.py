@@ -51,9 +51,10 @@ def test_a_rank_that_died_is_named_first() -> None:
 
 def test_ranks_end_when_the_time_is_up_and_show_what_they_wait_for(tmp_path: Path) -> None:
     run_local_ranks(partial(rank_and_report, 0), 2)  # the server has started after this
+    others = set(multiprocessing.active_children())
     with pytest.raises(TimeoutError, match=r"end of the log of rank 1[^-]*in sleep_with_a_note"):
         run_local_ranks(partial(sleep_with_a_note, str(tmp_path)), 2, timeout_seconds=4.0)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:

@@ -205,10 +205,10 @@ class InterlockEngine(PipelineEngine):
     def destroy(self) -> None:
         """Frees threads, connections and DeepSpeed's own. All ranks must call it, after ``drain``."""
         atexit.unregister(self._at_exit)
-        self._runner.close()
-        self._progress.reporter.close()
+        self._progress.reporter.close()  # threads first: they end even where the groups are gone
         if self._tracer:
             self._tracer.close()
+        self._runner.close()
         super().destroy()
 
     # Timelines.

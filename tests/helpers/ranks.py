@@ -300,7 +300,8 @@ def _run_and_leave_groups(function: Callable[..., Any], **kwargs: Any) -> Any:
     from torch import distributed as dist
 
     result = function(**kwargs)
-    dist.barrier()  # until nobody needs them any more
+    gc.collect()  # engines that the function has left end while their groups exist
+    dist.barrier()  # until no rank needs them any more
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

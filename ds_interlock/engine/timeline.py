@@ -30,7 +30,7 @@ from ds_interlock.schedule.cost import CostModel
 from ds_interlock.schedule.lower import Program
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.render import Timeline, render_svg
-from ds_interlock.schedule.simulate import Span, simulate
+from ds_interlock.schedule.simulate import Rows, Span, from_zero, simulate
 from ds_interlock.schedule.trace import chrome_trace
 from ds_interlock.transport.ranks import StageRanks
 
@@ -38,9 +38,6 @@ _TRACE = "interlock.trace"
 _FINAL = "final head"
 _WHOLE = CostModel(input_gradient=1.0)
 """Says what share of its stage a relay crosses."""
-
-Rows = tuple[tuple[Span, ...], ...]
-"""For each stage its spans, in seconds."""
 
 
 class Recorder:
@@ -167,16 +164,6 @@ def _sharing() -> str:
         return ""
     num_ranks = int(os.environ.get("LOCAL_SIZE") or dist.get_world_size())  # the launcher sets the first
     return f", {num_ranks} processes on {len(os.sched_getaffinity(0))} cores"
-
-
-def from_zero(rows: Sequence[Sequence[Span]], first: int = 0) -> Rows:
-    """``rows`` in seconds since the first span began, with batch ``first`` numbered 0."""
-    begin = min((span.start for span in chain.from_iterable(rows)), default=0.0)
-
-    def moved(span: Span) -> Span:
-        return Span(span.action, span.batch - first, span.start - begin, span.end - begin)
-
-    return tuple(tuple(map(moved, row)) for row in rows)
 
 
 @dataclass

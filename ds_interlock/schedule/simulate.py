@@ -12,7 +12,7 @@ the last at the end of every batch.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule.action import COMPUTE_KINDS, RECV_KINDS, SEND_KINDS, Action, Kind
@@ -46,10 +46,14 @@ Rows = tuple[tuple[Span, ...], ...]
 """For each stage its spans."""
 
 
-def from_zero(rows: Sequence[Sequence[Span]]) -> Rows:
-    """``rows`` in time since the first span began."""
+def from_zero(rows: Sequence[Sequence[Span]], first: int = 0) -> Rows:
+    """``rows`` in time since the first span began, with batch ``first`` numbered 0."""
     begin = min((span.start for row in rows for span in row), default=0.0)
-    return tuple(tuple(replace(s, start=s.start - begin, end=s.end - begin) for s in row) for row in rows)
+
+    def moved(span: Span) -> Span:
+        return Span(span.action, span.batch - first, span.start - begin, span.end - begin)
+
+    return tuple(tuple(map(moved, row)) for row in rows)
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def resume(engine: Any, path: Path) -> int:
     with propagate_errors():
         if not is_parent and not path.is_dir():
             raise ConfigError(
-                f"--resume_from_checkpoint {path}: there is no checkpoint; nor a file named latest"
+                f"--resume_from_checkpoint {path}: there is no checkpoint, and no file named latest"
             )
     loaded, _ = engine.load_checkpoint(folder, tag=tag)
     if loaded is None:

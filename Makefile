@@ -67,8 +67,9 @@ demo: $(DEMO_INSTALLED)  ## train a small language model in 4 processes (CONFIG=
 	@echo "In $(OUTPUT_DIR): hf/ is the model for transformers, timeline.svg what each stage did when,"
 	@echo "metrics.json the numbers, checkpoints/ to resume from."
 
-# Two workers, that share the tests file by file.
-test: lint types browser data wheel  ## what CI runs: lint, types, the wheel and all tests
+# Both environments are made at once. Two workers share the tests file by file.
+test:  ## what CI runs: lint, types, the wheel and all tests
+	@$(MAKE) --jobs=2 --output-sync=target --no-print-directory lint types browser data wheel
 	$(BIN)/python -m pytest -n 2
 
 # Byte code of what is never imported is not needed here.
@@ -87,10 +88,11 @@ wheel: $(WHEEL_INSTALLED)  ## build a wheel, install it without extras, import e
 	@$(call install_in,$(WHEEL_VENV),--no-deps --force-reinstall dist/*.whl)
 	@cd $(WHEEL_VENV) && PYTHONPATH= PYTHONDONTWRITEBYTECODE= bin/python $(CURDIR)/tests/check_wheel.py
 
-# Installs Debian packages, if this user may: $(call debian,packages,what for)
+# Installs Debian packages, one call at a time, if this user may: $(call debian,packages,what for)
+debian_packages = flock Makefile sh -c '$(1) apt-get update && $(1) apt-get install -y --no-install-recommends $(2)'
 define debian
-	if [ "$$(id -u)" = 0 ]; then apt-get update && apt-get install -y --no-install-recommends $(1); \
-	elif sudo -n true 2>/dev/null; then sudo apt-get update && sudo apt-get install -y --no-install-recommends $(1); \
+	if [ "$$(id -u)" = 0 ]; then $(call debian_packages,,$(1)); \
+	elif sudo -n true 2>/dev/null; then $(call debian_packages,sudo,$(1)); \
 	else echo "no $(2): run 'apt-get install $(1)' as root" >&2; exit 1; fi
 endef
 

@@ -50,11 +50,10 @@ def zero_bubble_batches(
     """Batches under ZB-H1 one after the other, each ended by the optimizer step of all stages."""
     batch = zero_bubble_batch(plan.stage_bounds, num_micro_batches, costs)
     flush = max(row[-1].end for row in batch)
-    steps = [Action(stage, Kind.STEP, num_micro_batches) for stage in range(plan.num_stages)]
-    rows = [
-        (*row, Span(step, 0, flush, flush + costs.seconds(plan, step)))
-        for row, step in zip(batch, steps, strict=True)
-    ]
+    rows = []
+    for stage, row in enumerate(batch):
+        step = Action(stage, Kind.STEP, num_micro_batches)
+        rows.append((*row, Span(step, 0, flush, flush + costs.seconds(plan, step))))
     seconds = max(row[-1].end for row in rows)
     busy = sum(span.end - span.start for row in rows for span in row)
     relays = [Action(stage, Kind.SEND_GRADIENT, 0) for stage in range(plan.num_stages)]
@@ -69,7 +68,7 @@ def zero_bubble_batches(
         ),
         batch_seconds=seconds,
         bubble_fraction=1.0 - busy / (seconds * plan.num_stages) if seconds else 0.0,
-        peak_in_flight=(min(plan.num_stages, num_micro_batches),) * plan.num_stages,
+        in_flight=(min(plan.num_stages, num_micro_batches),) * plan.num_stages,
         relay_bytes=tuple(num_micro_batches * costs.message_bytes(relay) for relay in relays),
     )
 

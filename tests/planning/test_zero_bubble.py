@@ -3,7 +3,8 @@
 import pytest
 
 from ds_interlock.planning.zero_bubble import zero_bubble_batch
-from ds_interlock.schedule import CostModel, Kind
+from ds_interlock.schedule import CostModel
+from ds_interlock.schedule.action import Kind
 
 UNIT = CostModel()
 STAGES = (2, 4, 8)

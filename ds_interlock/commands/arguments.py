@@ -1,15 +1,9 @@
-"""What several subcommands take on the command line, and how they print."""
+"""What several subcommands take on the command line."""
 
 import argparse
-import json
 import math
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
-
-from ds_interlock.config import InterlockConfig
-
-Report = TypeVar("Report")
+from collections.abc import Callable
+from typing import Any
 
 
 def add_command(
@@ -39,41 +33,3 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
     return value
-
-
-def print_progress(text: str) -> None:
-    """Says on standard error, where that is a terminal, what is under way."""
-    if sys.stderr.isatty():
-        print(text, file=sys.stderr, flush=True)
-
-
-def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints columns of text: the first flush left, all others flush right."""
-    lines = [heads, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    for first, *others in lines:
-        cells = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *cells]))
-
-
-def print_reports(
-    interlock: InterlockConfig,
-    reports: Sequence[Report],
-    print_report: Callable[[Report], None],
-    as_json: Callable[[Report], dict[str, Any]] | None,
-) -> None:
-    """Prints the report of the only plan, or those of all phases with the step they begin at.
-
-    Each as ``as_json`` makes of it, or, if that is None, by ``print_report``.
-    """
-    steps = [step for step, _ in interlock.phases]
-    if as_json is not None:
-        phases = [{"from_step": step, **as_json(each)} for step, each in zip(steps, reports, strict=True)]
-        contents = as_json(reports[0]) if interlock.schedule is None else {"phases": phases}
-        print(json.dumps(contents, indent=2))
-        return
-    for step, report in zip(steps, reports, strict=True):
-        if interlock.schedule is not None:
-            print(f"From step {step}:\n")
-        print_report(report)

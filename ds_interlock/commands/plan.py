@@ -8,14 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ds_interlock.commands.arguments import (
-    add_command,
-    at_least_one,
-    positive,
-    print_progress,
-    print_reports,
-    print_table,
-)
+from ds_interlock.commands.arguments import add_command, at_least_one, positive
+from ds_interlock.commands.printing import print_json, print_progress, print_table
 from ds_interlock.commands.profile import DEFAULT_SEQ_LENGTH, micro_batch_size_of
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError
@@ -85,19 +79,24 @@ def run(options: argparse.Namespace) -> int:
     num_micro_batches = options.micro_batches or _micro_batches_of(contents)
     profile = _profile(options, interlock, contents, num_stages)
     bounds = options.bounds or profile.balanced_bounds(num_stages)
-    comparisons = [compare(section, profile, bounds, num_micro_batches) for _, section in interlock.phases]
-    reports = [(comparison, _shown(options, comparison)) for comparison in comparisons]
-    print_reports(
-        interlock,
-        reports,
-        lambda report: _print_report(*report),
-        (lambda report: as_json(*report)) if options.json else None,
-    )
+    reports = []
+    for from_step, section in interlock.phases:
+        comparison = compare(section, profile, bounds, num_micro_batches)
+        forecasts = comparison.all
+        if not options.compare:  # the configured setting and global, once if they are the same
+            forecasts = tuple(each for each in forecasts if each in (forecasts[0], comparison.reference))
+        reports.append(as_json(comparison, forecasts))
+        if not options.json:
+            if interlock.schedule is not None:
+                print(f"From step {from_step}:\n")
+            _print_report(comparison, forecasts)
+    if options.json:
+        print_json(interlock, reports)
     if options.svg:
         title = f"{num_micro_batches} micro-batches on {num_stages} stages"
-        replace_text(options.svg, render_svg(timelines(*reports[0]), title))
+        replace_text(options.svg, render_svg(timelines(comparison, forecasts), title))
     if options.trace:
-        replace_text(options.trace, json.dumps(chrome_trace(timelines(*reports[0]), profile.model)))
+        replace_text(options.trace, json.dumps(chrome_trace(timelines(comparison, forecasts), profile.model)))
     if options.html:
         replace_text(options.html, render_page(interlock, profile, bounds, num_micro_batches))
     return 0
@@ -113,19 +112,12 @@ def _check_phases(options: argparse.Namespace, interlock: InterlockConfig) -> No
         )
 
 
-def _shown(options: argparse.Namespace, comparison: Comparison) -> tuple[Forecast, ...]:
-    """With ``--compare`` all settings; otherwise the configured one and global, once if they are the same."""
-    if options.compare:
-        return comparison.all
-    return tuple(each for each in comparison.all if each in (comparison.configured, comparison.reference))
-
-
 def _print_report(comparison: Comparison, forecasts: Sequence[Forecast]) -> None:
     """The plan, the costs, the forecasts as a table, and the verdict."""
     profile, reference = comparison.profile, comparison.reference
     print(draw_plan(comparison.configured.plan), end="\n\n")
     bounds = ", ".join(map(str, reference.plan.stage_bounds))
-    batches = f"{reference.num_micro_batches} micro-batches per batch"
+    batches = f"{comparison.num_micro_batches} micro-batches per batch"
     print(f"{profile.model}: {len(profile.layers)} layers, stage bounds {bounds}; {batches}")
     print(f"costs: {profile.source}")
     if not profile.is_unit:

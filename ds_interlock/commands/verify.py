@@ -5,14 +5,8 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from ds_interlock.commands.arguments import (
-    add_command,
-    at_least_one,
-    positive,
-    print_progress,
-    print_reports,
-    print_table,
-)
+from ds_interlock.commands.arguments import add_command, at_least_one, positive
+from ds_interlock.commands.printing import print_json, print_progress, print_table
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError
 from ds_interlock.schedule.picture import draw_plan
@@ -67,7 +61,13 @@ def run(options: argparse.Namespace) -> int:
         verify(section, phase.plan, **how)
         for phase, (_, section) in zip(schedule.phases, interlock.phases, strict=True)
     ]
-    print_reports(interlock, reports, _print_report, _as_json if options.json else None)
+    if options.json:
+        print_json(interlock, [_as_json(report) for report in reports])
+    else:
+        for (step, _), report in zip(interlock.phases, reports, strict=True):
+            if interlock.schedule is not None:
+                print(f"From step {step}:\n")
+            _print_report(report)
     return 0 if all(report.passed for report in reports) else 1
 
 

@@ -44,7 +44,6 @@ class Forecast(Simulation):
     name: str  # for tables: "window 1.25, stride 2"
     window: float  # stages one loss reaches back over; all for global, 1 for local
     plan: GradientFlowPlan
-    num_micro_batches: int
     activation_bytes: tuple[float, ...]  # by stage: of the micro-batches in flight
     head_share: float  # share of all work that is auxiliary heads
     speed: float  # times as fast as global (1F1B)
@@ -56,6 +55,7 @@ class Comparison:
     """Forecasts of one model on one pipeline."""
 
     profile: Profile
+    num_micro_batches: int
     configured: Forecast
     others: tuple[Forecast, ...]  # global (1F1B) first
     skipped: tuple[str, ...] = ()  # settings that do not exist here, each with the reason
@@ -115,14 +115,13 @@ def compare(
             skipped.append(f"{setting_name(setting)}: {error.__cause__ or error}")
     plan = played[0].plan
     batches = zero_bubble_batches(plan, num_micro_batches, profile.cost_model(stage_bounds), _NUM_BATCHES)
-    played.insert(
-        1, _forecast_of(batches, profile, plan, num_micro_batches, name=ZERO_BUBBLE, window=plan.num_stages)
-    )
+    played.insert(1, _forecast_of(batches, profile, plan, ZERO_BUBBLE, plan.num_stages))
     configured, *played = [
         replace(each, speed=played[0].batch_seconds / each.batch_seconds) for each in (configured, *played)
     ]
     return Comparison(
         profile=profile,
+        num_micro_batches=num_micro_batches,
         configured=configured,
         others=tuple(played),
         skipped=tuple(skipped),
@@ -137,18 +136,11 @@ def forecast(
     costs, tied = profile.cost_model(stage_bounds), profile.is_tied_across(stage_bounds)
     plan, simulation = play(interlock, costs, stage_bounds, num_micro_batches, tied=tied)
     window = plan.num_stages if interlock.is_global else interlock.window or 1
-    name = setting_name(interlock)
-    return _forecast_of(simulation, profile, plan, num_micro_batches, name=name, window=window)
+    return _forecast_of(simulation, profile, plan, setting_name(interlock), window)
 
 
 def _forecast_of(
-    simulation: Simulation,
-    profile: Profile,
-    plan: GradientFlowPlan,
-    num_micro_batches: int,
-    *,
-    name: str,
-    window: float,
+    simulation: Simulation, profile: Profile, plan: GradientFlowPlan, name: str, window: float
 ) -> Forecast:
     spans = [span for row in simulation.spans for span in row]
     heads = [s for s in spans if s.action.kind is Kind.HEAD and s.action.losses != (plan.final,)]
@@ -159,7 +151,6 @@ def _forecast_of(
         name=name,
         window=window,
         plan=plan,
-        num_micro_batches=num_micro_batches,
         activation_bytes=tuple(number * size for number, size in kept),
         head_share=sum(span.end - span.start for span in heads) / busy if busy else 0.0,
         speed=1.0,

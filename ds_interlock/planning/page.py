@@ -68,7 +68,7 @@ def render_page(
     stages, left_out = _stage_choices(interlock, profile, stage_bounds)
     micro_batches = sorted({*_NUM_MICRO_BATCHES, num_micro_batches})
     settings = {setting_name(setting): setting for setting in (interlock, *settings_to_compare(interlock))}
-    maker = _Views(settings, profile)
+    maker = _Views(settings)
     positions = [*itertools.product(stages.values(), micro_batches)]
     views = [
         maker.view(compare(interlock, profile, bounds, m))
@@ -85,7 +85,7 @@ def render_page(
         "configured": {"K": len(stage_bounds) - 1, "M": num_micro_batches, "name": setting_name(interlock)},
         "names": [name for name in names if any(name in view["forecasts"] for view in views)],
         "kinds": {kind.value: label for kind, label in LABELS.items()},
-        "actions": maker.actions,
+        "actions": list(maker.actions),
         "views": views,
     }
     # In JSON no "<" is left that could end the script.
@@ -113,24 +113,24 @@ class _Views:
     """Turns comparisons into views.
 
     Attributes:
-        actions: What the first number of a span refers to: actions without stage and micro-batch, in
-            their text form ("F", "I@3").
+        actions: The first number of a span by what it refers to: actions without stage and micro-batch,
+            in their text form ("F", "I@3").
     """
 
-    def __init__(self, settings: Mapping[str, InterlockConfig], profile: Profile) -> None:
-        self.actions: list[str] = []
+    def __init__(self, settings: Mapping[str, InterlockConfig]) -> None:
+        self.actions: dict[str, int] = {}
         self._settings = settings
-        self._profile = profile
 
     def view(self, comparison: Comparison) -> dict[str, Any]:
         """One position of the sliders."""
-        configured = comparison.configured
-        excerpts = [self._excerpt(each) for each in comparison.all]
+        num_micro_batches = comparison.num_micro_batches
+        num_batches = 2 if num_micro_batches <= _MOST_FOR_TWO else 1
+        excerpts = [self._excerpt(comparison, each, num_batches) for each in comparison.all]
         tick = max(end - start for _, start, end in excerpts) / _TICKS or 1.0
         return {
-            "K": configured.plan.num_stages,
-            "M": configured.num_micro_batches,
-            "numBatches": _num_batches(configured),
+            "K": comparison.configured.plan.num_stages,
+            "M": num_micro_batches,
+            "numBatches": num_batches,
             "tick": tick,
             "verdict": verdict(comparison),
             "skipped": dict(text.split(": ", 1) for text in comparison.skipped),
@@ -152,15 +152,16 @@ class _Views:
             },
         }
 
-    def _excerpt(self, forecast: Forecast) -> tuple[Rows, float, float]:
+    def _excerpt(
+        self, comparison: Comparison, forecast: Forecast, num_batches: int
+    ) -> tuple[Rows, float, float]:
         """Spans that cover some batches of the running pipeline, and the times these begin and end.
 
         At first, stages upstream run ahead of slower ones downstream; where a forecast is too short to get
         past that, more of it is simulated here.
         """
-        num_batches = _num_batches(forecast)
         length = num_batches * forecast.batch_seconds
-        for rows in self._longer(forecast):
+        for rows in self._longer(comparison, forecast):
             start = _steady_start(rows, num_batches, length)
             if min(row[-1].end for row in rows) >= (start + length) * (1 - _SLACK):
                 return rows, start, start + length
@@ -168,12 +169,12 @@ class _Views:
         end = min(row[-1].end for row in rows)
         return rows, end - length, end
 
-    def _longer(self, forecast: Forecast) -> Iterator[Rows]:
-        """Its rows, and then ever more batches of them."""
+    def _longer(self, comparison: Comparison, forecast: Forecast) -> Iterator[Rows]:
+        """The rows of the forecast, and then ever more batches of them."""
         yield forecast.spans
-        setting, num_micro_batches = self._settings[forecast.name], forecast.num_micro_batches
-        bounds = forecast.plan.stage_bounds
-        costs, tied = self._profile.cost_model(bounds), self._profile.is_tied_across(bounds)
+        setting, num_micro_batches = self._settings[forecast.name], comparison.num_micro_batches
+        bounds, profile = forecast.plan.stage_bounds, comparison.profile
+        costs, tied = profile.cost_model(bounds), profile.is_tied_across(bounds)
         num_played = 1 + forecast.spans[0][-1].batch
         while num_played * num_micro_batches < _MOST_PLAYED:
             num_played *= 2
@@ -193,9 +194,7 @@ class _Views:
 
     def _code(self, action: Action) -> int:
         text = action.kind.value + "".join(str(action).partition("@")[1:])
-        if text not in self.actions:
-            self.actions.append(text)
-        return self.actions.index(text)
+        return self.actions.setdefault(text, len(self.actions))
 
 
 def _steady_start(rows: Rows, num_batches: int, length: float) -> float:
@@ -209,7 +208,3 @@ def _steady_start(rows: Rows, num_batches: int, length: float) -> float:
         if start >= running and later - start >= length * (1 - _SLACK):
             return start
     return math.inf
-
-
-def _num_batches(forecast: Forecast) -> int:
-    return 2 if forecast.num_micro_batches <= _MOST_FOR_TWO else 1

@@ -10,7 +10,7 @@ from ds_interlock.schedule.render import Timeline
 _BATCHES_IN_PICTURES = (1, 2)
 """The first to start while the pipeline is running, and the next."""
 
-_NOT_IN_JSON = {"spans", "plan", "num_micro_batches"}
+_NOT_IN_JSON = {"spans", "plan"}
 
 
 def unit_of(comparison: Comparison) -> str:
@@ -26,7 +26,7 @@ def as_json(comparison: Comparison, forecasts: Sequence[Forecast]) -> dict[str, 
         "costs": comparison.profile.source,
         "unit": unit_of(comparison),
         "num_stages": comparison.reference.plan.num_stages,
-        "num_micro_batches": comparison.reference.num_micro_batches,
+        "num_micro_batches": comparison.num_micro_batches,
         "stage_bounds": list(comparison.reference.plan.stage_bounds),
         "configured": comparison.configured.name,
         "settings": [

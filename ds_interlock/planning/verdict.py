@@ -31,7 +31,7 @@ def verdict(comparison: Comparison) -> str:
     """
     runnable = [each for each in comparison.all if not each.is_reference]
     fastest = max(runnable, key=lambda each: each.speed)
-    m, k = comparison.reference.num_micro_batches, comparison.reference.plan.num_stages
+    m, k = comparison.num_micro_batches, comparison.reference.plan.num_stages
     where = f"{m} micro-batch{'es' * (m > 1)} on {k} stage{'s' * (k > 1)}"
     best = best_interlock(comparison)
     if best is None:

@@ -7,7 +7,6 @@ against 1F1B. DeepSpeed does not run this schedule; it is played through here fo
 Source: Qi, Wan, Huang, Lin: Zero Bubble Pipeline Parallelism. ICLR 2024, section 2.1.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from ds_interlock.schedule.action import Action, Kind
@@ -17,12 +16,11 @@ from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.simulate import Rows, Simulation, Span
 
 
-def zero_bubble_batch(stage_bounds: Sequence[int], num_micro_batches: int, costs: CostModel) -> Rows:
-    """One batch under ZB-H1, from the first forward to the last weight gradient; no optimizer step.
+def zero_bubble_batch(plan: GradientFlowPlan, num_micro_batches: int, costs: CostModel) -> Rows:
+    """One batch of the end-to-end ``plan`` under ZB-H1, without the optimizer step.
 
     At equal costs and M >= K it takes M (TF + TB + TW) + (K - 1) (TF + TB - TW), as in the paper.
     """
-    plan = GradientFlowPlan.end_to_end(stage_bounds=stage_bounds)
     orders = [_order(plan, stage, num_micro_batches) for stage in range(plan.num_stages)]
     rows: list[list[Span]] = [[] for _ in orders]
     done: dict[Action, float] = {}
@@ -48,7 +46,7 @@ def zero_bubble_batches(
     plan: GradientFlowPlan, num_micro_batches: int, costs: CostModel, num_batches: int
 ) -> Simulation:
     """Batches under ZB-H1 one after the other, each ended by the optimizer step of all stages."""
-    batch = zero_bubble_batch(plan.stage_bounds, num_micro_batches, costs)
+    batch = zero_bubble_batch(plan, num_micro_batches, costs)
     flush = max(row[-1].end for row in batch)
     rows = []
     for stage, row in enumerate(batch):

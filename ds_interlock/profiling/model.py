@@ -81,11 +81,7 @@ def profile_model(
         tied_layers=tied_layers,
         latency_seconds=latency_seconds,
         bandwidth_bytes_per_second=bandwidth,
-        versions={
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "ds_interlock": ds_interlock.__version__,
-        },
+        versions={package.__name__: package.__version__ for package in (torch, deepspeed, ds_interlock)},
     )
 
 

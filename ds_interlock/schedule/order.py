@@ -52,13 +52,12 @@ class _Dispatcher:
                 for action in stage_actions(plan, stage, micro_batch):
                     needs = dependencies(plan, action)
                     self.waiting[action] = len(needs)
+                    if not needs:
+                        self._make_ready(action)
                     for needed in needs:
                         self.unblocks[needed].append(action)
 
     def run(self) -> tuple[tuple[Action, ...], ...]:
-        for action, count in self.waiting.items():
-            if count == 0:
-                self._make_ready(action)
         now = 0.0
         self._start(now)
         while self.events:

@@ -1,11 +1,11 @@
-"""``python -m experiments.smoke``: experiments in short, from their data to the report."""
+"""The short versions of the experiments, from their data to the report."""
 
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from experiments import definition, smoke
+from experiments import batch_times, definition, report, run
 from experiments.definition import Definition
 from experiments.sleeping_pipeline import Pipeline
 from experiments.stage_profile import TaskProfile
@@ -37,20 +37,25 @@ def few_modes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_whole_chain_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_modes: None) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert smoke.main(["transformer", "resnet_convolutions"]) == 0
-    page = (smoke.FOLDER / "results.md").read_text(encoding="utf-8")
-    for name in ("transformer", "resnet_convolutions"):
+    monkeypatch.setattr(run, "CHECKPOINTS", tmp_path / "checkpoints")
+    names = ("transformer", "resnet_convolutions")
+    for name in (definition.SMOKE + each for each in names):
+        times = str(tmp_path / f"{name}_batch_times.json")
+        assert run.main([name, "--output", str(tmp_path / f"{name}.jsonl")]) == 0
+        assert batch_times.main([name, "--micro_batches", "2", "--milliseconds", "2", "--output", times]) == 0
+    assert report.main(["--results", str(tmp_path), "--output", str(tmp_path / "results.md")]) == 0
+    page = (tmp_path / "results.md").read_text(encoding="utf-8")
+    for name in names:
         loaded = definition.load(name)
         section = page.split(f"## {loaded.title}")[1].split("\n## ")[0]
         assert all(f"| {mode} |" in section for mode in loaded.modes)
         assert "Not run yet" not in section
-        assert (smoke.FOLDER / "results" / f"smoke-{name}_curves.svg").stat().st_size > 0
+        assert (tmp_path / "results" / f"smoke-{name}_curves.svg").stat().st_size > 0
 
 
 @pytest.mark.parametrize("name", definition.names())
 def test_models_and_plans_of_all_modes_build(name: str) -> None:
     runs = definition.load(definition.SMOKE + name).runs(name)
-    for run in {run.mode: run for run in runs}.values():
-        training = Training(run, "cpu")
-        assert training.net.plan.num_stages == run.num_stages
+    for of_mode in {one.mode: one for one in runs}.values():
+        training = Training(of_mode, "cpu")
+        assert training.net.plan.num_stages == of_mode.num_stages

@@ -4,9 +4,8 @@
     python -m experiments.run transformer --resume       # what is missing, from where it stopped
     python -m experiments.report                         # docs/results.md, from the results files
 
-An experiment is a file in experiments/definitions, or "finetune" (finetune.py). "smoke-" before the name of a
-file means a short version, which shows that everything runs here. Each run computes in one thread; those of
-"finetune" are jobs of several processes.
+An experiment is a file in experiments/definitions, or "finetune" (finetune.py). Each run computes in one
+thread; those of "finetune" are jobs of several processes.
 """
 
 import argparse

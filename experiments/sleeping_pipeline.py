@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ds_interlock import InterlockConfig
 from ds_interlock.planning.forecast import play
-from experiments.stage_profile import StagedModel
+from experiments.stage_profile import PASSES, StagedModel
 from measuring.engines import Workload, make_engine, seconds_of_a_batch
 from measuring.ranks import run_ranks
 from measuring.sleeping import sleeping_workload
@@ -39,9 +39,8 @@ class Pipeline:
 
     def workload(self, unit_seconds: float) -> Workload:
         """The layers, heads and final loss, each of which sleeps."""
-        names = ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds")
         return sleeping_workload(
-            [[unit_seconds * getattr(layer, name) for name in names] for layer in self.model.layers],
+            [[unit_seconds * getattr(layer, name) for name in PASSES] for layer in self.model.layers],
             lambda position: unit_seconds * self.heads[position.after_layer],
             unit_seconds * self.model.loss,
             self.model.stage_bounds,

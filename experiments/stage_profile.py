@@ -25,6 +25,8 @@ from experiments.tasks import Task
 NUM_ROUNDS = 50
 """How often everything is timed; medians count."""
 
+PASSES = ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds")
+
 LEARNING_KEYS = {"weight", "learning_rate_scale", "warmup_steps", "warmup_learning_rate"}
 """Keys of a head's section for how it learns, on which its time does not depend."""
 
@@ -78,16 +80,13 @@ class TaskProfile:
         outputs = first_tensor(task.layers[-1](*calls[-1].inputs))
         loss = loss_seconds(lambda outputs: task.loss_fn(outputs, labels), outputs, stopwatch)
         unit = sum(layer.forward_seconds for layer in profiles) / (len(task.stage_bounds) - 1)
-        layers = tuple(
-            LayerProfile(
-                name=layer.name,
-                forward_seconds=layer.forward_seconds / unit,
-                input_gradient_seconds=layer.input_gradient_seconds / unit if number else 0.0,  # data
-                weight_gradient_seconds=layer.weight_gradient_seconds / unit,
-            )
-            for number, layer in enumerate(profiles)
+        first, *others = (
+            LayerProfile(name=layer.name, **{name: getattr(layer, name) / unit for name in PASSES})
+            for layer in profiles
         )
-        return cls(task, StagedModel(tuple(task.stage_bounds), layers, loss / unit), unit, stopwatch)
+        first = first.model_copy(update={"input_gradient_seconds": 0.0})  # its input is data
+        model = StagedModel(tuple(task.stage_bounds), (first, *others), loss / unit)
+        return cls(task, model, unit, stopwatch)
 
     def heads_of(self, section: InterlockConfig) -> dict[int, float]:
         """The cost of every auxiliary head of ``section`` by its ``after_layer``, both passes.

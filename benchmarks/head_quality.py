@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(None, text.train, args.vocab_size)
     tokens = (encode_documents(documents, tokenizer) for documents in (text.train, text.validation))
     data = [TokenBlocks(ids, args.seq_length) for ids in tokens]
-    lm = LMConfig(tokenizer.vocab_size, args.seq_length, args.width, args.num_blocks, num_heads=4)
+    lm = LMConfig(len(tokenizer), args.seq_length, args.width, args.num_blocks, num_heads=4)
     runs = [(GLOBAL, args.stages), *((setting, w) for w in args.windows for setting in args.settings)]
     rows: list[results.Row] = []
     for seed in args.seeds:

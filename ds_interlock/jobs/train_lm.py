@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import ds_interlock
 from ds_interlock.hf.data.text import (
@@ -27,7 +27,7 @@ from ds_interlock.hf.data.text import (
     load_text,
     unigram_perplexity,
 )
-from ds_interlock.hf.data.tokenizer import Tokenizer, load_tokenizer, same_ids
+from ds_interlock.hf.data.tokenizer import load_tokenizer
 from ds_interlock.hf.export.lm import export_gpt2, read_layer_states
 from ds_interlock.jobs.arguments import RunArguments, argument, config_from
 from ds_interlock.jobs.loop import Loop, Losses, Metrics, Task, Trained, perplexity
@@ -92,7 +92,7 @@ def run(args: LMArguments) -> Metrics:
     files = args.train_file, args.validation_file
     text = in_turns(lambda: load_text(*files, args.dataset, args.dataset_config, args.seed))
     tokenizer = in_turns(lambda: load_tokenizer(args.tokenizer, text.train, args.vocab_size))
-    lm = config_from(args, LMConfig, vocab_size=tokenizer.vocab_size)
+    lm = config_from(args, LMConfig, vocab_size=len(tokenizer))
     net = job.build_pipeline(
         lm_layers(lm),
         loss_fn=lm_loss(lm.label_smoothing),
@@ -113,7 +113,7 @@ class LMTask(Task):
     unit = "tokens"
 
     def __init__(
-        self, engine: Any, args: LMArguments, text: TextData, tokenizer: Tokenizer, lm: LMConfig
+        self, engine: Any, args: LMArguments, text: TextData, tokenizer: PreTrainedTokenizerBase, lm: LMConfig
     ) -> None:
         super().__init__(engine, args.output_dir)
         self.args, self.tokenizer, self.lm = args, tokenizer, lm
@@ -145,7 +145,7 @@ class LMTask(Task):
         assert training is not None, "rank 0 belongs to stage 0, which has the data"
         assert validation is not None, "rank 0 belongs to stage 0, which has the data"
         folder = self.output / "hf"
-        export_gpt2(read_layer_states(trained.checkpoint), self.lm, folder, self.tokenizer.to_hf())
+        export_gpt2(read_layer_states(trained.checkpoint), self.lm, folder, self.tokenizer)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         num_blocks = self.num_eval_batches * self.shape.num_rows
         validated = validation.tokens[1 : num_blocks * validation.seq_length + 1]
@@ -155,7 +155,9 @@ class LMTask(Task):
             "unigram_perplexity": unigram_perplexity(training.tokens, validated, self.lm.vocab_size),
             "tokens_per_second": trained.units_per_second,
         }
-        self.remarks = self._remarks(model, AutoTokenizer.from_pretrained(folder), validation.tokens)
+        if num := self.args.generate:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.sample = _sample(model, tokenizer, validation.tokens, num, self.args.seed)
         return metrics
 
     def summary(self, metrics: Metrics) -> str:
@@ -165,20 +167,9 @@ class LMTask(Task):
             f"validation loss        {metrics['validation_loss']:10.4f}  in the pipeline",
             f"                       {metrics['exported_validation_loss']:10.4f}  from {self.output / 'hf'}",
         ]
-        return "\n".join([*lines, *self.remarks])
-
-    def _remarks(self, model: Any, tokenizer: Any, tokens: Tensor) -> list[str]:
-        """A warning if the exported tokenizer is not the one that was trained with, and a sample."""
-        remarks = []
-        if not same_ids(self.tokenizer, tokenizer, tokenizer.decode(tokens[:2000], skip_special_tokens=True)):
-            remarks.append(
-                "warning: the exported tokenizer gives other ids than training saw, see "
-                "ds_interlock.hf.data.tokenizer"
-            )
         if self.args.generate:
-            sample = _sample(model, tokenizer, tokens, self.args.generate, self.args.seed)
-            remarks.append(f"\na sample:\n{sample}")
-        return remarks
+            lines.append(f"\na sample:\n{self.sample}")
+        return "\n".join(lines)
 
     def _blocks(self, documents: Any, what: str) -> TokenBlocks | None:
         """Token blocks on the ranks of stage 0, enough for a batch."""

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.hf.data.tokenizer import train_sentencepiece
+from ds_interlock.hf.data.tokenizer import read_sentencepiece, train_sentencepiece
 from ds_interlock.hf.export import lm as export_lm
 from ds_interlock.hf.export.lm import export_gpt2, read_layer_states
 from ds_interlock.models.lm import LMConfig, build_lm
@@ -77,17 +77,16 @@ def test_latest_checkpoint_is_found(tmp_path):
 
 def test_tokenizer_travels_with_the_model(tmp_path):
     text = "a stage waits for no stage; the windows of two stages overlap.\n" * 20
-    tokenizer = train_sentencepiece([text, text.upper()], CONFIG.vocab_size, tmp_path / "cache")
-    model = trained_model(CONFIG)
-    export_gpt2(
-        dict(enumerate(layer.state_dict() for layer in model)), CONFIG, tmp_path / "hf", tokenizer.to_hf()
+    tokenizer = read_sentencepiece(
+        train_sentencepiece([text, text.upper()], CONFIG.vocab_size, tmp_path / "cache")
     )
+    model = trained_model(CONFIG)
+    export_gpt2(dict(enumerate(layer.state_dict() for layer in model)), CONFIG, tmp_path / "hf", tokenizer)
     loaded = AutoTokenizer.from_pretrained(tmp_path / "hf")
     unseen = "  Windows of 3 stages\n\n\toverlap: naïve, 語!  "
-    assert loaded.encode(unseen, add_special_tokens=False) == tokenizer.encode(unseen)
     assert loaded(unseen).input_ids == tokenizer.encode(unseen)
     exported = assert_same_logits(model, tmp_path / "hf")
-    assert exported.generation_config.eos_token_id == tokenizer.end_of_text_id
+    assert exported.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
 def test_a_folder_that_is_there_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch):

@@ -1,15 +1,23 @@
-"""What ``finetune`` gives to the training loop: a Hugging Face model's data, evaluation and export."""
+"""What ``finetune`` gives to the training loop: a Hugging Face model's data, evaluation and export.
+
+The ranks of stage 0 read and encode the data; the others get what they must know.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from ds_interlock.errors import ConfigError
 from ds_interlock.files import replace_text, unfinished_folder
 from ds_interlock.hf.data.batches import EvaluationBatches, TrainingBatches
-from ds_interlock.hf.export.finetuned import DESCRIPTION_FILE, ModelDescription
+from ds_interlock.hf.data.records import Record
+from ds_interlock.hf.data.rows import ClassifiedRows, PackedRows, PaddedRows, Rows, padding_id
+from ds_interlock.hf.data.samples import encode_classified, encode_records
+from ds_interlock.hf.data.sources import RecordData, load_records
+from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, ModelDescription
 from ds_interlock.hf.export.model import export_model
 from ds_interlock.hf.model.base_states import (
     FOLDER,
@@ -21,9 +29,70 @@ from ds_interlock.hf.model.base_states import (
 )
 from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
-from ds_interlock.jobs.finetune_data import Data
 from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity
 from ds_interlock.jobs.process import broadcast_from_rank_0, gather, propagate_errors, writing
+
+
+class Data(NamedTuple):
+    """Samples in rows."""
+
+    train: Rows
+    validation: Rows
+
+
+def read_data(args: FinetuneArguments, *, has_data: bool) -> tuple[RecordData | None, tuple[str, ...]]:
+    """The records, None on ranks without data; names of their classes by id. All ranks must call it."""
+    records: RecordData | None = None
+    names: tuple[str, ...] = ()
+    with propagate_errors():
+        if has_data:
+            files = args.train_file, args.validation_file
+            how: dict[str, Any] = {"task": args.task, "seed": args.seed}
+            records = load_records(*files, args.dataset, args.dataset_config, **how)
+            by_id = {number: str(label) for label, number in records.label_ids.items()}
+            names = tuple(by_id.get(number, f"LABEL_{number}") for number in range(records.num_labels))
+    return records, broadcast_from_rank_0(names)
+
+
+def encode(
+    args: FinetuneArguments, records: RecordData | None, pretrained: Pretrained
+) -> tuple[Data | None, tuple[str, ...]]:
+    """The records in rows, and the names of the model's arguments that they hold. All ranks must call it."""
+
+    def fill_rows(some: Sequence[Record], what: str, most: int | None) -> Rows:
+        tokenizer = pretrained.tokenizer
+        kind: type[Rows] = PackedRows if args.packing else PaddedRows
+        if args.task == "classification":
+            assert records is not None, "there are records to encode"
+            kind = ClassifiedRows
+            encoded = encode_classified(some, tokenizer, args.seq_length, records.label_ids)
+        else:
+            encoded = encode_records(some, tokenizer, args.seq_length)
+        if dist.get_rank() == 0:
+            print(f"{what}: {encoded.summary()}")
+        rows = kind(encoded.samples[:most], args.seq_length, padding_id(tokenizer))
+        _check_vocabulary(rows, pretrained)
+        return rows
+
+    data = None
+    with propagate_errors():
+        if records is not None:
+            data = Data(
+                fill_rows(records.train, "training", args.max_train_samples),
+                fill_rows(records.validation, "validation", args.max_eval_samples),
+            )
+    return data, broadcast_from_rank_0(data.train.names if data else ())
+
+
+def _check_vocabulary(rows: Rows, pretrained: Pretrained) -> None:
+    """Refuses a tokenizer that is not the model's."""
+    largest = max((max(sample.ids) for sample in rows.samples), default=0)
+    known = pretrained.config.get_text_config().vocab_size
+    if largest >= known:
+        raise ConfigError(
+            f"--model {pretrained.name}: its tokenizer gives the token id {largest}, and the model knows "
+            f"{known} tokens (vocab_size): tokenizer and weights do not belong together"
+        )
 
 
 class FinetuneTask(Task):
@@ -128,11 +197,11 @@ class FinetuneTask(Task):
 
     def _accuracy(self, predicted: list[int]) -> float:
         """The share of validation samples whose class was predicted: labels are known on stage 0 only."""
-        by_replica = dict(gather((self.replica if self.engine.is_last_stage() else None, predicted)))
+        predicted = self.from_last_stage(predicted)
         right = total = 0
         if self.validation is not None:
             labels = [int(label) for _, (labels_b, _) in self.validation for label in labels_b]
-            for label, guess in zip(labels, by_replica[self.replica], strict=True):
+            for label, guess in zip(labels, predicted, strict=True):
                 right += label == guess
                 total += label >= 0
         counts = gather((right, total))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.export.adapter import merged_name, merged_tensors
-from ds_interlock.hf.export.finetuned import FineTunedCheckpoint
+from ds_interlock.hf.export.checkpoint import FineTunedCheckpoint
 from ds_interlock.hf.export.model_folder import MAX_SHARD_SIZE, ExportReport, write_model
 from ds_interlock.hf.model.pretrained import empty_model
 
@@ -42,15 +42,8 @@ def export_draft(
 ) -> ExportReport:
     """Writes the blocks before an auxiliary head, and the head, as a folder for ``from_pretrained``.
 
-    Adapters are merged.
-
-    Args:
-        checkpoint: As for ``export_model``; so are ``output``, ``dtype`` and ``max_shard_size``.
-        output: The folder to write.
-        num_stages: The head is in the last of this many stages.
-        head: Index of its loss in the plan; by default the last one in that stage.
-        dtype: Of the weights.
-        max_shard_size: Of the files.
+    Adapters are merged. The head is in the last of ``num_stages`` stages; ``head`` is the index of its loss
+    in the plan, by default the last one in that stage. The other arguments are those of ``export_model``.
 
     Raises:
         ConfigError: If there is no such head, it has another form, or the folder cannot be written.

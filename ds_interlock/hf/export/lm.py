@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from ds_interlock.errors import ConfigError
+from ds_interlock.hf.export.checkpoint import PipelineCheckpoint
 from ds_interlock.hf.export.model_folder import new_folder
-from ds_interlock.hf.export.pipeline_checkpoint import PipelineCheckpoint
 from ds_interlock.models.lm import LMConfig
 
 LayerStates = Mapping[int, Mapping[str, Tensor]]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ds_interlock.errors import ConfigError, list_faults
 from ds_interlock.files import unfinished_folder
-from ds_interlock.hf.export.finetuned import FineTunedCheckpoint
+from ds_interlock.hf.export.checkpoint import FineTunedCheckpoint
 
 HEADS_FILE = "heads.safetensors"
 MAX_SHARD_SIZE = "5GB"

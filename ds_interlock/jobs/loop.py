@@ -13,7 +13,9 @@ from ds_interlock.hf.data.batches import BatchShape
 from ds_interlock.jobs.arguments import RunArguments
 from ds_interlock.jobs.process import (
     Job,
+    Result,
     broadcast_from_rank_0,
+    gather,
     peak_memory_bytes,
     propagate_errors,
     resume,
@@ -68,6 +70,11 @@ class Task(ABC):
 
     def before_checkpoint(self) -> None:  # noqa: B027 - most have nothing to do
         """Called on all ranks before a checkpoint is written."""
+
+    def from_last_stage(self, value: Result) -> Result:
+        """The ``value`` that the last stage of this rank's pipeline gives. All ranks must call it."""
+        own = (self.replica, value) if self.engine.is_last_stage() else None
+        return dict(filter(None, gather(own)))[self.replica]
 
     @abstractmethod
     def evaluate(self) -> Losses:

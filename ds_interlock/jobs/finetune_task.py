@@ -4,6 +4,7 @@ The ranks of stage 0 read and encode the data; the others get what they must kno
 """
 
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -49,8 +50,7 @@ def read_data(args: FinetuneArguments, *, has_data: bool) -> tuple[RecordData | 
             files = args.train_file, args.validation_file
             how: dict[str, Any] = {"task": args.task, "seed": args.seed}
             records = load_records(*files, args.dataset, args.dataset_config, **how)
-            by_id = {number: str(label) for label, number in records.label_ids.items()}
-            names = tuple(by_id.get(number, f"LABEL_{number}") for number in range(records.num_labels))
+            names = records.classes
     return records, broadcast_from_rank_0(names)
 
 
@@ -85,7 +85,6 @@ def encode(
 
 
 def _check_vocabulary(rows: Rows, pretrained: Pretrained) -> None:
-    """Refuses a tokenizer that is not the model's."""
     largest = max((max(sample.ids) for sample in rows.samples), default=0)
     known = pretrained.config.get_text_config().vocab_size
     if largest >= known:
@@ -124,13 +123,11 @@ class FinetuneTask(Task):
         self.num_eval_batches = broadcast_from_rank_0(self.validation.num_batches if self.validation else 0)
 
     def _write_description(self, description: ModelDescription) -> None:
-        """``checkpoints/hf``: what export needs besides the checkpoints."""
         with unfinished_folder(self.output / "checkpoints" / "hf") as folder:
             self.pretrained.config.save_pretrained(folder)
             self.pretrained.tokenizer.save_pretrained(folder)
-            generation = self.pretrained.folder / "generation_config.json"
-            if generation.is_file():
-                (folder / generation.name).write_bytes(generation.read_bytes())
+            for generation in self.pretrained.folder.glob("generation_config.json"):
+                shutil.copy(generation, folder)
             replace_text(folder / DESCRIPTION_FILE, description.model_dump_json(indent=2) + "\n")
 
     def begin(self, step: int) -> None:

@@ -174,7 +174,6 @@ class Loop:
             self.saved_step = self.step
 
     def _finish(self, first: Losses) -> Metrics:
-        """Last loss, timeline, last evaluation, last checkpoint, export."""
         started = time.perf_counter()
         train_loss = self.engine.drain().item()
         self.seconds += time.perf_counter() - started
@@ -213,7 +212,6 @@ class Loop:
         return num_samples * self.task.units_per_sample / self.seconds
 
     def _log_training(self, loss: float) -> None:
-        """To the terminal and to ``train_log.jsonl``."""
         if not self.is_rank_0:
             return
         values = {"loss": f"{loss:.3f}"}
@@ -228,7 +226,6 @@ class Loop:
         self.log.append({**entry, **losses})
 
     def _log_evaluation(self, losses: Losses) -> None:
-        """An evaluation, to the terminal, the monitor and ``train_log.jsonl``."""
         if not self.is_rank_0:
             return
         self.progress.write(f"step {self.step}: {self.task.describe(losses)}")

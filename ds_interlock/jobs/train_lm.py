@@ -172,7 +172,6 @@ class LMTask(Task):
         return "\n".join(lines)
 
     def _blocks(self, documents: Any, what: str) -> TokenBlocks | None:
-        """Token blocks on the ranks of stage 0, enough for a batch."""
         if not self.engine.is_first_stage():
             return None
         blocks = TokenBlocks(encode_documents(documents, self.tokenizer), self.args.seq_length)
@@ -199,7 +198,6 @@ def _loss_of(model: Any, blocks: TokenBlocks, num_blocks: int) -> float:
 
 
 def _sample(model: Any, tokenizer: Any, tokens: Tensor, num_generated: int, seed: int) -> str:
-    """How the model continues the beginning of the validation text."""
     torch.manual_seed(seed)
     prompt = tokens[None, :_PROMPT_TOKENS]
     written = model.generate(

@@ -200,7 +200,6 @@ class ResNetTask(Task):
         return self.describe(metrics)
 
     def _open(self, data: ImageData) -> None:
-        """Puts the images where micro-batches are wanted, and gives the training images to the engine."""
         self.normalisation = Normalisation.of(data.train)
         self.test = data.test.to(self.engine.device)
         training = ImageIterator(

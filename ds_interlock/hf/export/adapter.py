@@ -94,7 +94,6 @@ def _peft_tensors(source: FineTunedCheckpoint, model: Any) -> dict[str, Tensor]:
 
 
 def _peft_model(source: FineTunedCheckpoint) -> Any:
-    """The architecture with adapters, without weights."""
     assert source.description.peft is not None, "it has adapters"
     try:
         from peft import PeftConfig, get_peft_model

@@ -27,7 +27,7 @@ from transformers import AutoConfig
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.files import read_record
-from ds_interlock.hf.model.conversion import first_line
+from ds_interlock.hf.model.pretrained import first_line
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
 
 DESCRIPTION_FILE = "interlock.json"
@@ -37,12 +37,7 @@ _STAGE_FILE = "interlock_stage_*.pt"
 
 
 class PipelineCheckpoint:
-    """The files of one checkpoint, opened when they are needed.
-
-    Args:
-        path: The folder of one checkpoint (``.../global_step100``), or the one above it, whose ``latest``
-            file names it.
-    """
+    """The files of ``.../global_step100``, or of the checkpoint that ``latest`` in ``path`` names."""
 
     def __init__(self, path: str | Path) -> None:
         self.folder = Path(path)

@@ -105,13 +105,9 @@ def _gpt2_tensors(layer_states: LayerStates, config: LMConfig) -> dict[str, Tens
     for number in range(config.num_blocks):
         for name, tensor in layer_states[2 + number].items():
             part, _, kind = name.rpartition(".")
-            if part not in _BLOCK_PARTS:
-                raise ConfigError(
-                    f"layer {2 + number} has {name!r}: expected a Block of ds_interlock.models.lm"
-                )
             # GPT-2's Conv1D keeps its matrices transposed.
             value = tensor.T if tensor.dim() == 2 else tensor
-            tensors[f"transformer.h.{number}.{_BLOCK_PARTS[part]}.{kind}"] = value
+            tensors[f"transformer.h.{number}.{_BLOCK_PARTS.get(part, part)}.{kind}"] = value
     tensors["transformer.wte.weight"] = layer_states[0]["weight"]
     tensors["transformer.wpe.weight"] = layer_states[1]["weight"]
     tensors["transformer.ln_f.weight"] = layer_states[last - 1]["weight"]

@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 
@@ -33,12 +33,8 @@ from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity
 from ds_interlock.jobs.process import broadcast_from_rank_0, gather, propagate_errors, writing
 
-
-class Data(NamedTuple):
-    """Samples in rows."""
-
-    train: Rows
-    validation: Rows
+Data: TypeAlias = tuple[Rows, Rows]
+"""To train on, and to validate on."""
 
 
 def read_data(args: FinetuneArguments, *, has_data: bool) -> tuple[RecordData | None, tuple[str, ...]]:
@@ -77,11 +73,9 @@ def encode(
     data = None
     with propagate_errors():
         if records is not None:
-            data = Data(
-                fill_rows(records.train, "training", args.max_train_samples),
-                fill_rows(records.validation, "validation", args.max_eval_samples),
-            )
-    return data, broadcast_from_rank_0(data.train.names if data else ())
+            train = fill_rows(records.train, "training", args.max_train_samples)
+            data = train, fill_rows(records.validation, "validation", args.max_eval_samples)
+    return data, broadcast_from_rank_0(data[0].names if data else ())
 
 
 def _check_vocabulary(rows: Rows, pretrained: Pretrained) -> None:
@@ -115,9 +109,10 @@ class FinetuneTask(Task):
         self.validation: EvaluationBatches | None = None
         with propagate_errors(), writing(self.output):
             if data is not None:
-                self.training = TrainingBatches(data.train, self.shape, replica=replica, seed=args.seed)
+                train, validation = data
+                self.training = TrainingBatches(train, self.shape, replica=replica, seed=args.seed)
                 engine.set_dataiterator(self.training)  # its position is saved and restored with the engine
-                self.validation = EvaluationBatches(data.validation, self.shape, replica=replica)
+                self.validation = EvaluationBatches(validation, self.shape, replica=replica)
             if dist.get_rank() == 0:
                 self._write_description(description)
         self.num_eval_batches = broadcast_from_rank_0(self.validation.num_batches if self.validation else 0)
@@ -170,8 +165,8 @@ class FinetuneTask(Task):
                 _, losses = self.engine.eval_batch(data, return_head_losses=True)
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0.0) + loss
-        names = {name: f"eval_{name.replace('final_loss', 'loss')}" for name in sums}
-        means = {names[name]: total / self.num_eval_batches for name, total in sums.items()}
+        num = self.num_eval_batches
+        means = {f"eval_{name.replace('final_loss', 'loss')}": total / num for name, total in sums.items()}
         if self.args.task == "causal":
             means |= {name.replace("loss", "perplexity"): perplexity(loss) for name, loss in means.items()}
         else:
@@ -186,11 +181,8 @@ class FinetuneTask(Task):
             yield classes
             return
         end = self.engine.module.forward_funcs[-1]
-        handle = end.register_forward_hook(lambda *call: classes.extend(call[-1].argmax(-1).tolist()))
-        try:
+        with end.register_forward_hook(lambda *call: classes.extend(call[-1].argmax(-1).tolist())):
             yield classes
-        finally:
-            handle.remove()
 
     def _accuracy(self, predicted: list[int]) -> float:
         """The share of validation samples whose class was predicted: labels are known on stage 0 only."""

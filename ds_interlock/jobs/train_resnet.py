@@ -97,12 +97,8 @@ def run(args: ResNetArguments) -> Metrics:
     with propagate_errors():
         check_heads(job.interlock)
     images = in_turns(lambda: load_images(args.dataset, args.data_dir, args.dataset_config))
-    train, test = images.train, images.test
-    data = ImageData(
-        train.first(args.max_train_samples or len(train)),
-        test.first(args.max_eval_samples or len(test)),
-        images.num_classes,
-    )
+    train, test = images.train.first(args.max_train_samples), images.test.first(args.max_eval_samples)
+    data = ImageData(train, test, images.num_classes)
     sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
     resnet = config_from(args, ResNetConfig, **sizes)
     net = job.build_pipeline(

@@ -62,8 +62,8 @@ def export_draft(
 
 def _choose_head(source: FineTunedCheckpoint, num_stages: int, head: int | None) -> int:
     plan = source.plan
-    here = [loss for loss in source.heads if plan.heads[loss].stage == num_stages - 1]
-    matching = [loss for loss in here if head in (None, loss)]
+    wanted = source.heads if head is None else {head} & source.heads.keys()
+    matching = [loss for loss in wanted if plan.heads[loss].stage == num_stages - 1]
     if matching:
         return matching[-1]
     flags = f"--stages {num_stages}" + ("" if head is None else f" --head {head}")

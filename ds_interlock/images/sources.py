@@ -46,10 +46,7 @@ def load_fashion_mnist(folder: Path | None = None) -> ImageData:
     """Fashion-MNIST, or any data set of ten classes in files of the same names (MNIST).
 
     ``folder`` has ``train-images-idx3-ubyte`` and the others, with or without ``.gz``; by default it is the
-    Debian package's.
-
-    Raises:
-        DataError: If a file is missing or damaged.
+    Debian package's. DataError if a file is missing or damaged.
     """
     folder = folder or DEBIAN_FOLDER
     train, test = (

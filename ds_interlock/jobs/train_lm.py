@@ -9,6 +9,7 @@ repository's files: ``deepspeed --module ds_interlock.jobs.train_lm``.
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -118,19 +119,19 @@ class LMTask(Task):
         super().__init__(engine, args.output_dir)
         self.args, self.tokenizer, self.lm = args, tokenizer, lm
         self.units_per_sample = args.seq_length
-        with propagate_errors():
-            self.train_blocks = self._blocks(text.train, "training")
-            self.validation_blocks = self._blocks(text.validation, "validation")
-        training = self._iterator(self.train_blocks, shuffle=True)
-        if training is not None:
-            engine.set_dataiterator(training)  # its position is saved and restored with the engine
+        self.blocks: tuple[TokenBlocks, TokenBlocks] | None = None  # to train on, and to validate on
         num_blocks = 0
-        if self.validation_blocks is not None:
-            num_blocks = min(len(self.validation_blocks), args.max_eval_samples or sys.maxsize)
+        with propagate_errors():
+            if engine.is_first_stage():
+                self.blocks = self._cut(text.train, "training"), self._cut(text.validation, "validation")
+                training, validation = self.blocks
+                # Its position is saved and restored with the engine.
+                engine.set_dataiterator(self._iterator(training, shuffle=True))
+                num_blocks = min(len(validation), args.max_eval_samples or sys.maxsize)
         self.num_eval_batches = broadcast_from_rank_0(max(1, num_blocks // self.shape.num_rows))
 
     def evaluate(self) -> Losses:
-        data = self._iterator(self.validation_blocks, shuffle=False)
+        data = None if self.blocks is None else self._iterator(self.blocks[1], shuffle=False)
         losses = [self.engine.eval_batch(data).item() for _ in range(self.num_eval_batches)]
         loss = math.fsum(losses) / len(losses)
         return {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
@@ -141,9 +142,8 @@ class LMTask(Task):
 
     def export(self, trained: Trained) -> Metrics:
         """Writes ``hf/`` and evaluates it as a user would: from the folder alone."""
-        training, validation = self.train_blocks, self.validation_blocks
-        assert training is not None, "rank 0 belongs to stage 0, which has the data"
-        assert validation is not None, "rank 0 belongs to stage 0, which has the data"
+        assert self.blocks is not None, "rank 0 belongs to stage 0, which has the data"
+        training, validation = self.blocks
         folder = self.output / "hf"
         export_gpt2(read_layer_states(trained.checkpoint), self.lm, folder, self.tokenizer)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -171,16 +171,12 @@ class LMTask(Task):
             lines.append(f"\na sample:\n{self.sample}")
         return "\n".join(lines)
 
-    def _blocks(self, documents: Any, what: str) -> TokenBlocks | None:
-        if not self.engine.is_first_stage():
-            return None
+    def _cut(self, documents: Sequence[str], what: str) -> TokenBlocks:
         blocks = TokenBlocks(encode_documents(documents, self.tokenizer), self.args.seq_length)
         blocks.require(self.shape.num_rows, what)
         return blocks
 
-    def _iterator(self, blocks: TokenBlocks | None, shuffle: bool) -> BlockIterator | None:
-        if blocks is None:
-            return None
+    def _iterator(self, blocks: TokenBlocks, shuffle: bool) -> BlockIterator:
         size, seed = self.shape.micro_batch_size, self.args.seed
         return BlockIterator(blocks, size, **self.share, seed=seed, shuffle=shuffle)
 

@@ -148,7 +148,17 @@ class ResNetTask(Task):
         self.reads = engine.is_first_stage()
         with propagate_errors():
             if self.reads:
-                self._open(data)
+                self.normalisation = Normalisation.of(data.train)
+                self.test = data.test.to(engine.device)
+                training = ImageIterator(
+                    data.train.to(engine.device),
+                    self.normalisation,
+                    self.shape.micro_batch_size,
+                    **self.share,
+                    seed=args.seed,
+                    augment=not args.no_augment,
+                )
+                engine.set_dataiterator(training)  # its position is saved and restored with the engine
 
     def before_checkpoint(self) -> None:
         """Batch norm's running statistics become the mean over the replicas, which each had their own.
@@ -194,19 +204,6 @@ class ResNetTask(Task):
 
     def summary(self, metrics: Metrics) -> str:
         return self.describe(metrics)
-
-    def _open(self, data: ImageData) -> None:
-        self.normalisation = Normalisation.of(data.train)
-        self.test = data.test.to(self.engine.device)
-        training = ImageIterator(
-            data.train.to(self.engine.device),
-            self.normalisation,
-            self.shape.micro_batch_size,
-            **self.share,
-            seed=self.args.seed,
-            augment=not self.args.no_augment,
-        )
-        self.engine.set_dataiterator(training)  # its position is saved and restored with the engine
 
     def _test_batches(self, labels: list[Tensor]) -> Iterator[MicroBatch]:
         """The test images of this replica on stage 0; the labels of what was read go to ``labels``."""

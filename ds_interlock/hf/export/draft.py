@@ -110,7 +110,6 @@ def _front(source: FineTunedCheckpoint, after_layer: int) -> dict[str, Tensor]:
 
 
 def _end(source: FineTunedCheckpoint, loss: int, model: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The head as the model's norm and unembedding."""
     description = source.description
     if description.unembedding is None:
         raise ConfigError(f"--stages: {description.architecture} ends in no unembedding that a head could be")

@@ -162,18 +162,18 @@ def open_pretrained(
     folder = _local_folder(name, gguf_file)
     auto_model, cache_dir = _AUTO_MODELS[task], cache_dir or default_cache_dir()
     if gguf_file is not None:
-        folder = converted(auto_model, folder, name, gguf_file, cache_dir)
+        folder = _converted(auto_model, folder, name, gguf_file, cache_dir)
     config = load_config(name, folder, classes)
     skeleton = Skeleton(empty_model(config, task, dtype))  # refuses what cannot be cut, before anything else
     tokenizer = _load_tokenizer(name, folder)
     if not has_safetensors(folder):
-        folder = converted(auto_model, folder, name, None, cache_dir)
+        folder = _converted(auto_model, folder, name, None, cache_dir)
     pretrained = Pretrained(name, folder, config, tokenizer, task, dtype)
     values = _Values(pretrained, skeleton)
     parameters = Blueprint(skeleton, values).parameters()
     if values.lacking(parameters):
         # transformers renames or merges some when it loads: let it do so once.
-        folder = converted(auto_model, folder, name, None, cache_dir)
+        folder = _converted(auto_model, folder, name, None, cache_dir)
         pretrained = replace(pretrained, folder=folder)
         values = _Values(pretrained, skeleton)
     _check_weights(pretrained, values, parameters)
@@ -244,14 +244,11 @@ def _load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def converted(auto_model: Any, folder: Path, name: str, gguf_file: str | None, cache_dir: Path) -> Path:
+def _converted(auto_model: Any, folder: Path, name: str, gguf_file: str | None, cache_dir: Path) -> Path:
     """The folder of the model as safetensors with the names of its modules, from the cache or made now.
 
     Parameters that the files lack, such as a new classifier's, are left out. In the cache a model is found by
-    a hash of its files' sizes and dates. ``name`` is the model as the user named it, for messages.
-
-    Raises:
-        ConfigError: If there is no such file, transformers cannot load it, or the cache cannot be written.
+    a hash of its files' sizes and dates.
     """
     sources = [folder / gguf_file] if gguf_file else sorted(p for p in folder.iterdir() if p.is_file())
     if gguf_file and not sources[0].is_file():

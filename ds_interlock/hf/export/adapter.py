@@ -26,10 +26,9 @@ _ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def export_adapter(source: FineTunedCheckpoint, output: str | PathLike[str]) -> ExportReport:
-    """Writes the adapters of a checkpoint as a folder that ``PeftModel.from_pretrained`` loads.
+    """Writes a checkpoint's adapters as a folder that ``PeftModel.from_pretrained`` loads.
 
-    Raises:
-        ConfigError: If the checkpoint lacks some of them, or the folder cannot be written.
+    ConfigError if the checkpoint lacks some of them, or the folder cannot be written.
     """
     model = _peft_model(source)
     from peft import get_peft_model_state_dict

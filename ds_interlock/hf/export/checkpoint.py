@@ -31,7 +31,6 @@ from ds_interlock.hf.model.pretrained import first_line
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
 
 DESCRIPTION_FILE = "interlock.json"
-_WRITTEN_ANEW = ("config.json", DESCRIPTION_FILE)
 _LAYER_FILE = re.compile(r"layer_(\d+)-(.*)model_states\.pt")
 _STAGE_FILE = "interlock_stage_*.pt"
 
@@ -145,7 +144,7 @@ class FineTunedCheckpoint(PipelineCheckpoint):
 
     def copy_companions(self, folder: Path, *but: str) -> None:
         """Copies tokenizer and generation configuration: all of ``hf/`` but what the export writes itself."""
-        ignored = shutil.ignore_patterns(*_WRITTEN_ANEW, *but)
+        ignored = shutil.ignore_patterns("config.json", DESCRIPTION_FILE, *but)
         shutil.copytree(self.hf_folder, folder, ignore=ignored, dirs_exist_ok=True)
 
 

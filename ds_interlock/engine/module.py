@@ -15,7 +15,6 @@ from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSp
 from deepspeed.runtime.utils import set_random_seed
 from deepspeed.utils import logger
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
@@ -24,6 +23,7 @@ from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan, rises
 from ds_interlock.stage.heads import Heads, MakeHead, build_head
 from ds_interlock.stage.hidden import Hidden
+from ds_interlock.stage.recomputation import recomputed
 
 
 class StageGrid:
@@ -127,7 +127,6 @@ class InterlockPipelineModule(PipelineModule):
                 assert make_head is not None
                 built = build_head(make_head, number, position, self.base_seed)
                 self.heads.add(number, position, built.to(get_accelerator().device_name(self.local_rank)))
-        self.activation_checkpoint_func = partial(checkpoint, use_reentrant=False)
         self._settle_tied_weights(interlock)
 
     @property
@@ -202,8 +201,13 @@ class InterlockPipelineModule(PipelineModule):
         for begin in range(first, last, interval):
             end = min(begin + interval, last)
             run = partial(self._run_local, begin, end, self.micro_offset + 1)
-            recomputes = self._is_checkpointable(self.forward_funcs[begin:end])
-            hidden = self.activation_checkpoint_func(run, hidden) if recomputes else run(hidden)
+            functions = self.forward_funcs[begin:end]
+            if self._is_checkpointable(functions):
+                # A tied layer with a forward of its own is a partial of it and the module.
+                layers = [part for f in functions for part in (f, *getattr(f, "args", ()))]
+                hidden = recomputed(run, hidden, (each for each in layers if isinstance(each, nn.Module)))
+            else:
+                hidden = run(hidden)
         return hidden
 
     def _partition_layers(self, method: str | list[int] = "uniform") -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.utils import set_random_seed
 from deepspeed.utils import logger
@@ -24,6 +25,10 @@ from ds_interlock.schedule.plan import GradientFlowPlan, rises
 from ds_interlock.stage.heads import Heads, MakeHead, build_head
 from ds_interlock.stage.hidden import Hidden
 from ds_interlock.stage.recomputation import recomputed
+
+
+# DeepSpeed's default, and what it replaces it with under "pipeline": {"use_reentrant": false}.
+_CHECKPOINTS = (checkpointing.checkpoint, checkpointing.non_reentrant_checkpoint)
 
 
 class StageGrid:
@@ -84,6 +89,11 @@ class InterlockPipelineModule(PipelineModule):
             pipeline["partition_method"] = _checked_bounds(stage_bounds, len(layers), num_stages)
         if num_stages and num_stages > len(layers):
             raise ConfigError(f"{num_stages} stages for {len(layers)} layers: use num_stages={len(layers)}")
+        if pipeline.get("activation_checkpoint_func", _CHECKPOINTS[0]) not in _CHECKPOINTS:
+            raise ConfigError(
+                "activation_checkpoint_func: activations are recomputed by torch.utils.checkpoint, without "
+                "re-entrance, since a stage needs more than one backward pass; leave the function out"
+            )
         super().__init__(layers, **pipeline)
         self._make_head = head
         self._pretrained = pretrained

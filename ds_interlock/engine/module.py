@@ -26,7 +26,6 @@ from ds_interlock.stage.heads import Heads, MakeHead, build_head
 from ds_interlock.stage.hidden import Hidden
 from ds_interlock.stage.recomputation import recomputed
 
-
 # DeepSpeed's default, and what it replaces it with under "pipeline": {"use_reentrant": false}.
 _CHECKPOINTS = (checkpointing.checkpoint, checkpointing.non_reentrant_checkpoint)
 

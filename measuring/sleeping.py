@@ -81,10 +81,9 @@ class SleepingLayer(nn.Module):
         start = time.perf_counter()
         # The weight has a path of its own, so that autograd walks it only where a weight gradient is
         # asked for, as inside torch's own operators; the input's path is part of every backward pass.
-        if x.is_leaf:
-            # The input of a stage counts as depending on a weight: a backward pass for the weights then
-            # sleeps for every input gradient, this one included, even where no stage needs it.
-            x = x + 0 * self.weight
+        # The input counts as depending on a weight: a backward pass for the weights then sleeps for every
+        # input gradient, that of a stage's first layer included, even where no stage needs it.
+        x = x + 0 * self.weight
         weight: Tensor = _Sleep.apply(self.weight, 0.0, self.weight_gradient_seconds)  # type: ignore[no-untyped-call]
         # Torch's own time is part of the layer's.
         left = self.seconds - (time.perf_counter() - start)

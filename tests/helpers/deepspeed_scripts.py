@@ -137,7 +137,7 @@ class Embedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Attention with rotary positions, and an MLP; it works on its input in place, as published ones do."""
+    """Attention with rotary positions, and an MLP. It changes its positions in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,8 @@ class Decoder(nn.Module):
 
     def forward(self, batch: Stream) -> Stream:
         hidden_btd, mask_bt, positions_bt = batch
-        hidden_btd += self._attention(self.norms[0](hidden_btd), mask_bt, positions_bt)
+        positions_bt.clamp_(max=LENGTH)
+        hidden_btd = hidden_btd + self._attention(self.norms[0](hidden_btd), mask_bt, positions_bt)
         gate, up = self.gate(self.norms[1](hidden_btd)).chunk(2, dim=-1)
         return hidden_btd + self.down(F.silu(gate) * up), mask_bt, positions_bt
 

@@ -160,9 +160,11 @@ def distance(moved: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return max(float((moved[name] - right[name]).norm() / right[name].norm()) for name in moved)
 
 
-def results(
-    chosen: Sequence[Combination], by_rank: Sequence[Sequence[dict[str, Tensor] | str]]
-) -> list[float | str]:
+Result = float | str
+"""The distance from one process, or why the combination is refused."""
+
+
+def results(chosen: Sequence[Combination], by_rank: Sequence[Sequence[Any]]) -> list[Result]:
     """For each combination the largest distance on any rank, or the reason that all ranks gave."""
     outcomes: list[Result] = []
     for combination, *of_ranks in zip(chosen, *by_rank, strict=True):

@@ -31,10 +31,10 @@ from ds_interlock.engine.instructions import INSTRUCTIONS, InterlockSchedule
 from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.engine.myopia import MyopiaMeter
 from ds_interlock.engine.optimizer import StageOptimizer
+from ds_interlock.engine.parameter_groups import UnusedHeads
 from ds_interlock.engine.reports import COSINE, Progress
 from ds_interlock.engine.runner import StageRunner
 from ds_interlock.engine.timeline import Tracer, draw, gather
-from ds_interlock.engine.unused_heads import UnusedHeads
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.plan import GradientFlowPlan, loss_name
 from ds_interlock.schedule.simulate import Rows

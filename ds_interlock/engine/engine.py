@@ -26,6 +26,7 @@ from torch import distributed as dist
 
 from ds_interlock.engine.checkpoint import Checkpoints
 from ds_interlock.engine.data import TrainingData
+from ds_interlock.engine.deepspeed_checkpoint import DeepSpeedCheckpoint, is_from_elsewhere
 from ds_interlock.engine.head_warmup import HeadWarmup
 from ds_interlock.engine.instructions import INSTRUCTIONS, InterlockSchedule
 from ds_interlock.engine.module import InterlockPipelineModule
@@ -262,26 +263,34 @@ class InterlockEngine(PipelineEngine):
         """Loads a checkpoint. As DeepSpeed's; all ranks must call it.
 
         ``load_module_only`` takes layers, and the heads that sit where this plan has one, from a
-        checkpoint of any mode.
+        checkpoint of any mode. One that DeepSpeed or a converter wrote has no heads: they start anew.
 
         Raises:
-            ConfigError: If it was saved under another plan, without ``load_module_only``.
+            ConfigError: If it was saved under another plan, without ``load_module_only``; if a checkpoint
+                of DeepSpeed has not what this stage needs. Nothing has been loaded then.
         """
         folder = self._checkpoints.find(load_dir, tag)
         if folder is None:
             return None, None
-        self._checkpoints.load_stage(folder, module_only=load_module_only)
-        path, client_state = super().load_checkpoint(
+        load = partial(
+            super().load_checkpoint,
             str(load_dir),
             folder.name,
             load_module_strict,
-            load_optimizer_states and not self._checkpoints.keeps_optimizer,
-            load_lr_scheduler_states,
-            load_module_only,
-            custom_load_fn,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+            load_module_only=load_module_only,
+            custom_load_fn=custom_load_fn,
         )
-        if path is not None and not load_module_only:
-            self._checkpoints.load_rank(folder, with_optimizer=load_optimizer_states)
+        if is_from_elsewhere(folder):
+            wanted = load_module_only, load_optimizer_states, load_lr_scheduler_states
+            path, client_state = DeepSpeedCheckpoint(self, folder, *wanted).load(load, load_module_strict)
+            self._warmup.heads_are_new()
+        else:
+            self._checkpoints.load_stage(folder, module_only=load_module_only)
+            with_optimizer = load_optimizer_states and not self._checkpoints.keeps_optimizer
+            path, client_state = load(load_optimizer_states=with_optimizer)
+            if path is not None and not load_module_only:
+                self._checkpoints.load_rank(folder, with_optimizer=load_optimizer_states)
         self._enter_phase()  # that of the steps done when it was saved
         dist.barrier()
         return path, client_state

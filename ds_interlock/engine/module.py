@@ -137,6 +137,11 @@ class InterlockPipelineModule(PipelineModule):
         return self.interlock
 
     @property
+    def makes_own_heads(self) -> bool:
+        """Whether heads are made as ``interlock.head`` says, and not by the user's ``head``."""
+        return self._make_head is None
+
+    @property
     def plan(self) -> GradientFlowPlan:
         """The gradient-flow plan in force: that of the phase with the number ``phase``."""
         return self.schedule.phases[self.phase].plan

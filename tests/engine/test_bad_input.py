@@ -217,6 +217,7 @@ def misuse() -> dict[str, Exception | None]:
         "mpu": initialize(model=make_module(job), config=config, mpu=object()),
         "rate": initialize(model=(net := make_module(job)), config=config, optimizer=adam(net)),
         "heads": initialize(model=unbound, config=unscaled, optimizer=adam(unbound)),
+        "checkpoint": caught(make_module, job, activation_checkpoint_func=print),
         "no gradients": caught(train_without_gradients),
         "reduce": caught(engine.eval_batch, full_batch(), reduce_output="sum"),
     }
@@ -232,6 +233,7 @@ def test_misuse(ranks4: RankPool):
         "mpu": (ConfigError, "mpu must be None"),
         "rate": (ConfigError, "interlock.head.learning_rate_scale works with the optimizer of the JSON"),
         "heads": (ConfigError, "the optimizer does not train the heads (0.readout.norm.weight"),
+        "checkpoint": (ConfigError, "activation_checkpoint_func"),
         "no gradients": (RuntimeError, "use eval_batch"),
         "reduce": (NotImplementedError, "'sum'"),
     }

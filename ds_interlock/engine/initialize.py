@@ -9,6 +9,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
+from ds_interlock.config.deepspeed import MAY_DIFFER, MUST_AGREE
 from ds_interlock.engine.engine import InterlockEngine
 from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.engine.unused_heads import UNUSED_PHASES, check_unused_heads
@@ -45,7 +46,11 @@ def initialize(
     config = config or config_params or getattr(args, "deepspeed_config", None)
     model, config = _checked(model, mpu, mesh_param, config)
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
-    agree({"config": config, "layers": len(model._layer_specs), "stage_bounds": list(model.parts)})
+    shared = {key: config[key] for key in MUST_AGREE if key in config}
+    agree(
+        {"config": shared, "layers": len(model._layer_specs), "stage_bounds": list(model.parts)},
+        may_differ=[f"config.{path}" for path in MAY_DIFFER],
+    )
     model.bind(InterlockConfig.from_deepspeed(config))
     model.add_placeholder()
     groups = _groups(model)

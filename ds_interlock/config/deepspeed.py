@@ -52,8 +52,8 @@ MUST_AGREE = (
     *("elasticity", "compression_training", "curriculum_learning", "data_efficiency", "tensor_parallel"),
     *("progressive_layer_drop", "managed_gradient_accumulation"),
 )
-"""The sections and keys that all ranks of a job must share: they decide on numbers and messages. The others are
-a rank's own: what it prints and where it writes, and what scripts keep in the same file."""
+"""The sections and keys that all ranks of a job must share: they decide on numbers and messages. The others
+are a rank's own: what it prints, where it writes, and what scripts keep in the same file."""
 
 MAY_DIFFER = (
     *("interlock.timeout_seconds", "interlock.trace.path"),

@@ -35,6 +35,7 @@ from ds_interlock.engine.reports import COSINE, Progress
 from ds_interlock.engine.runner import StageRunner
 from ds_interlock.engine.timeline import Tracer, draw, gather
 from ds_interlock.engine.unused_heads import UnusedHeads
+from ds_interlock.errors import remembers_failure
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.plan import GradientFlowPlan, loss_name
 from ds_interlock.schedule.simulate import Rows
@@ -68,6 +69,8 @@ class InterlockEngine(PipelineEngine):
         self._warmup = HeadWarmup(self._runner)
         self._myopia = MyopiaMeter(self._runner)
         self._checkpoints = Checkpoints(self, self._ranks, self._data)
+        self.has_failed = False
+        """Whether the last method called that other ranks take part in has raised."""
         self._at_exit = partial(_drain_at_exit, weakref.ref(self))
         atexit.register(self._at_exit)
 
@@ -100,6 +103,7 @@ class InterlockEngine(PipelineEngine):
 
     # Training.
 
+    @remembers_failure
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Trains on one batch: ``gradient_accumulation_steps()`` micro-batches.
 
@@ -129,6 +133,7 @@ class InterlockEngine(PipelineEngine):
         self._enter_phase()
         return loss
 
+    @remembers_failure
     def fit_heads(self, data_iter: Iterator[Any] | None = None, num_steps: int = 1) -> dict[str, list[float]]:
         """Fits the auxiliary heads, of all phases, for some batches; layers and optimizer do not change.
 
@@ -144,6 +149,7 @@ class InterlockEngine(PipelineEngine):
         """
         return self._warmup.fit(data_iter, num_steps)
 
+    @remembers_failure
     def eval_batch(
         self,
         data_iter: Iterator[Any],
@@ -186,6 +192,7 @@ class InterlockEngine(PipelineEngine):
             result.append({self.loss_name(index): value.item() for index, value in enumerate(losses)})
         return result[0] if len(result) == 1 else tuple(result)
 
+    @remembers_failure
     def drain(self) -> Tensor:
         """Waits until all stages have finished every issued batch. All ranks must call it.
 
@@ -231,6 +238,7 @@ class InterlockEngine(PipelineEngine):
 
     # Checkpoints.
 
+    @remembers_failure
     def save_checkpoint(
         self,
         save_dir: str | os.PathLike[str],
@@ -249,6 +257,7 @@ class InterlockEngine(PipelineEngine):
             )
         return True
 
+    @remembers_failure
     def load_checkpoint(
         self,
         load_dir: str | os.PathLike[str],
@@ -362,10 +371,13 @@ class InterlockEngine(PipelineEngine):
 
 
 def _drain_at_exit(reference: "weakref.ref[InterlockEngine]") -> None:
-    """Drains for scripts that do not, as neighbours need what was sent. After an error no stage waits."""
+    """Drains for scripts that do not, as neighbours need what was sent. After an error no stage waits.
+
+    An error may have ended the script, or a method here, after which the script left by ``sys.exit``.
+    """
     engine = reference()
     failed = getattr(sys, "last_value", None) is not None
-    if engine is None or failed or not dist.is_initialized():
+    if engine is None or failed or engine.has_failed or not dist.is_initialized():
         return
     if engine._runner.has_unfinished_batches:
         engine.drain()

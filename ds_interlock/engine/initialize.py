@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.utils import logger
+from torch import distributed as dist
 from torch import nn
 
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
@@ -52,6 +54,9 @@ def initialize(
         may_differ=[f"config.{path}" for path in MAY_DIFFER],
     )
     model.bind(InterlockConfig.from_deepspeed(config))
+    if model.num_stages == 1 and not model.bound_config.is_global and dist.get_rank() == 0:
+        name = model.bound_config.mode_name
+        logger.warning('interlock: one stage has no border: mode "%s" is ordinary backpropagation here', name)
     model.add_placeholder()
     groups = _groups(model)
     brings_own = model_parameters is not None or optimizer is not None

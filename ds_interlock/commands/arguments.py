@@ -1,12 +1,9 @@
-"""What several subcommands take on the command line, and where they print."""
+"""What several subcommands take on the command line."""
 
 import argparse
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
-
-from ds_interlock.config import InterlockConfig
 
 
 def add_command(
@@ -36,11 +33,3 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
     return value
-
-
-def print_json(interlock: InterlockConfig, reports: Sequence[dict[str, Any]]) -> None:
-    """Prints the report of the only plan, or those of all phases with the step they begin at."""
-    phases = [
-        {"from_step": step, **report} for (step, _), report in zip(interlock.phases, reports, strict=True)
-    ]
-    print(json.dumps(reports[0] if interlock.schedule is None else {"phases": phases}, indent=2))

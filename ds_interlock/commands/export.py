@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from ds_interlock.commands.arguments import add_command, at_least_one
+from ds_interlock.commands.printing import print_progress
 from ds_interlock.errors import ConfigError
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -43,22 +44,20 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--head says which head a smaller model ends in: it needs --stages")
     if options.heads and options.stages is not None:
         raise ConfigError("--heads writes the heads beside the whole model: leave it or --stages out")
-    from rich.console import Console
+    print_progress("importing transformers")
+    import torch
 
-    with Console(stderr=True).status("importing transformers") as status:
-        import torch
+    from ds_interlock.hf.export.draft import export_draft
+    from ds_interlock.hf.export.model import export_model
 
-        from ds_interlock.hf.export.draft import export_draft
-        from ds_interlock.hf.export.model import export_model
-
-        status.update(f"writing {options.output}")
-        paths = options.checkpoint, options.output
-        dtype = getattr(torch, options.dtype) if options.dtype else None
-        form: Any = {"dtype": dtype, "max_shard_size": options.max_shard_size}
-        if options.stages is not None:
-            report = export_draft(*paths, options.stages, options.head, **form)
-        else:
-            report = export_model(*paths, heads=options.heads, merge_adapter=options.merge_adapter, **form)
+    print_progress(f"writing {options.output}")
+    paths = options.checkpoint, options.output
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    form: Any = {"dtype": dtype, "max_shard_size": options.max_shard_size}
+    if options.stages is not None:
+        report = export_draft(*paths, options.stages, options.head, **form)
+    else:
+        report = export_model(*paths, heads=options.heads, merge_adapter=options.merge_adapter, **form)
     print(report)
     return 0
 

@@ -1,25 +1,31 @@
 """``ds-interlock plan``: what a configuration would cost, beside what else one might choose."""
 
 import argparse
-import sys
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_interlock.commands.arguments import add_command, at_least_one, positive, print_json
+from tqdm import tqdm
+
+from ds_interlock.commands.arguments import add_command, at_least_one, positive
+from ds_interlock.commands.printing import print_json, print_progress, print_table
 from ds_interlock.commands.profile import DEFAULT_SEQ_LENGTH, micro_batch_size_of
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError
 from ds_interlock.files import replace_text
 from ds_interlock.planning.forecast import Comparison, Forecast, compare
+from ds_interlock.planning.page import render_page
 from ds_interlock.planning.profile import Profile, unit_profile
-from ds_interlock.planning.report import as_json, print_report, write_svg, write_trace
+from ds_interlock.planning.report import as_json, timelines, unit_of
+from ds_interlock.planning.verdict import verdict
 from ds_interlock.schedule.picture import draw_plan
 from ds_interlock.schedule.plan import rises
+from ds_interlock.schedule.render import render_svg
+from ds_interlock.schedule.trace import chrome_trace
 
 _DEFAULT_STAGES = 4
 _UNIT_LAYERS_PER_STAGE = 4
-_WIDTH = 130  # of tables that do not go to a terminal
 
 _PLAN = """\
 Simulates CONFIG's plan (of a schedule, the plan of each phase) and prints the time of a batch, the
@@ -72,11 +78,10 @@ def run(options: argparse.Namespace) -> int:
     num_stages = len(options.bounds) - 1 if options.bounds else options.stages or _DEFAULT_STAGES
     num_micro_batches = options.micro_batches or _micro_batches_of(contents)
     profile = _profile(options, interlock, contents, num_stages)
+    bounds = options.bounds or profile.balanced_bounds(num_stages)
     reports = []
     for from_step, section in interlock.phases:
-        comparison = compare(
-            section, profile, num_micro_batches, num_stages=num_stages, stage_bounds=options.bounds
-        )
+        comparison = compare(section, profile, bounds, num_micro_batches)
         forecasts = comparison.all
         if not options.compare:  # the configured setting and global, once if they are the same
             forecasts = tuple(each for each in forecasts if each in (forecasts[0], comparison.reference))
@@ -84,15 +89,16 @@ def run(options: argparse.Namespace) -> int:
         if not options.json:
             if interlock.schedule is not None:
                 print(f"From step {from_step}:\n")
-            _print(section, comparison, forecasts)
+            _print_report(comparison, forecasts)
     if options.json:
         print_json(interlock, reports)
     if options.svg:
-        write_svg(options.svg, comparison, forecasts)
+        title = f"{num_micro_batches} micro-batches on {num_stages} stages"
+        replace_text(options.svg, render_svg(timelines(comparison, forecasts), title))
     if options.trace:
-        write_trace(options.trace, comparison, forecasts)
+        replace_text(options.trace, json.dumps(chrome_trace(timelines(comparison, forecasts), profile.model)))
     if options.html:
-        _write_page(options, interlock, profile, num_stages, num_micro_batches)
+        replace_text(options.html, render_page(interlock, profile, bounds, num_micro_batches))
     return 0
 
 
@@ -106,28 +112,52 @@ def _check_phases(options: argparse.Namespace, interlock: InterlockConfig) -> No
         )
 
 
-def _write_page(options: argparse.Namespace, *what: Any) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
+def _print_report(comparison: Comparison, forecasts: Sequence[Forecast]) -> None:
+    """The plan, the costs, the forecasts as a table, and the verdict."""
+    profile, reference = comparison.profile, comparison.reference
+    print(draw_plan(comparison.configured.plan), end="\n\n")
+    bounds = ", ".join(map(str, reference.plan.stage_bounds))
+    batches = f"{comparison.num_micro_batches} micro-batches per batch"
+    print(f"{profile.model}: {len(profile.layers)} layers, stage bounds {bounds}; {batches}")
+    print(f"costs: {profile.source}")
+    if not profile.is_unit:
+        print(f"a job with these stages: --stage_bounds {bounds.replace(' ', '')}")
+    batch = f"batch ({unit_of(comparison)})"
+    heads = ("setting", batch, "x global", "bubble", "heads", "in flight", "activations", "relays")
+    print()
+    print_table(heads, [_row(comparison, each) for each in forecasts])
+    print(
+        "\n* configured. In flight: micro-batches, by stage. "
+        "Activations, relays: per batch, of the stage with the most."
+    )
+    for reason in comparison.skipped:
+        print(f"left out: {reason}")
+    if comparison.syncs_ties:
+        print('stages share weights, interlock.tied_weights is "sync": no setting streams')
+    print(f"\n{verdict(comparison)}")
 
-    from ds_interlock.planning.page import render_page
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"playing every position of the sliders of {options.html}")
-        page = render_page(
-            *what,
-            stage_bounds=options.bounds,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    replace_text(options.html, page)
+def _row(comparison: Comparison, each: Forecast) -> tuple[str, ...]:
+    return (
+        f"{each.name} *" if each.name == comparison.configured.name else each.name,
+        f"{each.batch_seconds:.4g}",
+        f"{each.speed:.2f}",
+        f"{each.bubble_fraction:.0%}",
+        f"{each.head_share:.1%}",
+        _by_stage(each.in_flight),
+        # Of layers without a model no sizes are known.
+        "-" if comparison.profile.is_unit else tqdm.format_sizeof(max(each.activation_bytes), "B"),
+        "-" if comparison.profile.is_unit else tqdm.format_sizeof(max(each.relay_bytes), "B"),
+    )
 
 
-def _print(interlock: InterlockConfig, comparison: Comparison, forecasts: Sequence[Forecast]) -> None:
-    from rich.console import Console
-
-    print(draw_plan(interlock.plan(comparison.reference.stage_bounds)), end="\n\n")
-    width = None if sys.stdout.isatty() else _WIDTH
-    print_report(comparison, forecasts, Console(width=width, highlight=False))
+def _by_stage(numbers: Sequence[int]) -> str:
+    """Every stage's number, or the range of them where there are many stages."""
+    if len(set(numbers)) == 1:
+        return str(numbers[0])
+    if len(numbers) <= 8:
+        return " ".join(map(str, numbers))
+    return f"{numbers[0]} .. {numbers[-1]}"
 
 
 def _profile(
@@ -138,21 +168,19 @@ def _profile(
     if not options.model:
         num_layers = options.bounds[-1] if options.bounds else _UNIT_LAYERS_PER_STAGE * num_stages
         return unit_profile(num_layers, num_layers / num_stages)
-    from rich.console import Console
+    print_progress("importing transformers")
+    from ds_interlock.hf.model.pretrained import load_config
+    from ds_interlock.hf.model.profile import estimate_profile
 
-    with Console(stderr=True).status("importing transformers"):
-        from ds_interlock.hf.model.pretrained import load_config
-        from ds_interlock.hf.model.profile import estimate_profile
-
-        return estimate_profile(
-            options.model,
-            load_config(options.model),
-            interlock.head,
-            micro_batch_size=micro_batch_size_of(contents),
-            seq_length=options.seq_length,
-            flops_per_second=options.tflops * 1e12,
-            link=(options.latency * 1e-6, options.bandwidth * 1e9),
-        )
+    return estimate_profile(
+        options.model,
+        load_config(options.model),
+        interlock.head,
+        micro_batch_size=micro_batch_size_of(contents),
+        seq_length=options.seq_length,
+        flops_per_second=options.tflops * 1e12,
+        link=(options.latency * 1e-6, options.bandwidth * 1e9),
+    )
 
 
 def _micro_batches_of(contents: dict[str, Any]) -> int:

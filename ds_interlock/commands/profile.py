@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_interlock.commands.arguments import add_command, at_least_one
+from ds_interlock.commands.printing import print_progress
 from ds_interlock.config import InterlockConfig, read_deepspeed
 from ds_interlock.errors import ConfigError
 
@@ -44,38 +45,35 @@ def run(options: argparse.Namespace) -> int:
     contents = read_deepspeed(options.config)
     interlock = InterlockConfig.from_deepspeed(options.config)
     micro_batch_size = options.micro_batch_size or micro_batch_size_of(contents)
-    from rich.console import Console
+    print_progress("importing DeepSpeed")
+    import torch
+    from deepspeed.accelerator import get_accelerator
 
-    with Console(stderr=True).status("importing DeepSpeed") as status:
-        import torch
-        from deepspeed.accelerator import get_accelerator
+    from ds_interlock.hf.model.pretrained import empty_model, load_config
+    from ds_interlock.hf.model.profile import measure_profile
+    from ds_interlock.hf.model.surgery import Skeleton
+    from ds_interlock.profiling.link import measure_link
 
-        from ds_interlock.hf.model.pretrained import empty_model, load_config
-        from ds_interlock.hf.model.profile import measure_profile
-        from ds_interlock.hf.model.surgery import Skeleton
-        from ds_interlock.profiling.link import measure_link
-
-        if get_accelerator().device_name() == "cpu":
-            torch.set_num_threads(options.threads)
-        config = load_config(options.model)
-        dtype = torch.bfloat16 if contents.get("bf16", {}).get("enabled") else torch.float32
-        # A model that cannot be cut is refused before anything is timed.
-        Skeleton(empty_model(config, "causal", dtype))
-        status.update("link between two processes")
-        width = config.get_text_config().hidden_size
-        link = measure_link(micro_batch_size * options.seq_length * width * dtype.itemsize)
-        profile = measure_profile(
-            options.model,
-            config,
-            interlock.head,
-            dtype=dtype,
-            micro_batch_size=micro_batch_size,
-            seq_length=options.seq_length,
-            make_optimizer=lambda parameters: _optimizer(contents, parameters),
-            num_rounds=options.rounds,
-            link=link,
-            progress=status.update,
-        )
+    if get_accelerator().device_name() == "cpu":
+        torch.set_num_threads(options.threads)
+    config = load_config(options.model)
+    dtype = torch.bfloat16 if contents.get("bf16", {}).get("enabled") else torch.float32
+    # A model that cannot be cut is refused before anything is timed.
+    Skeleton(empty_model(config, "causal", dtype))
+    print_progress("link between two processes")
+    width = config.get_text_config().hidden_size
+    link = measure_link(micro_batch_size * options.seq_length * width * dtype.itemsize)
+    profile = measure_profile(
+        options.model,
+        config,
+        interlock.head,
+        dtype=dtype,
+        micro_batch_size=micro_batch_size,
+        seq_length=options.seq_length,
+        make_optimizer=lambda parameters: _optimizer(contents, parameters),
+        num_rounds=options.rounds,
+        link=link,
+    )
     profile.save(options.output)
     stage = 1000 * sum(profile.layer_seconds)
     head = f"head {1000 * profile.head.seconds:.4g} ms ({profile.source})"

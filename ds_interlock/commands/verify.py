@@ -3,21 +3,16 @@
 import argparse
 import math
 import os
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ds_interlock.commands.arguments import add_command, at_least_one, positive, print_json
+from ds_interlock.commands.arguments import add_command, at_least_one, positive
+from ds_interlock.commands.printing import print_json, print_progress, print_table
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError
 from ds_interlock.schedule.picture import draw_plan
 
 if TYPE_CHECKING:
     from ds_interlock.verification.checks import Report
-
-_WIDTH = 100  # of tables that do not go to a terminal
 
 _VERIFY = """\
 Runs the plan of CONFIG's "interlock" section (mode, window, combine, head_stride, head, ...) on a small
@@ -58,16 +53,14 @@ def run(options: argparse.Namespace) -> int:
     schedule = interlock.plan_schedule(_uniform_bounds(num_layers, options.stages))
     # The small model runs on the CPU, whatever else there is. DeepSpeed looks when it is imported.
     os.environ["DS_ACCELERATOR"] = "cpu"
-    from rich.console import Console
+    print_progress("importing DeepSpeed")
+    from ds_interlock.verification.checks import verify
 
-    with _leaving_on_sigterm(), Console(stderr=True).status("importing DeepSpeed") as status:
-        from ds_interlock.verification.checks import verify
-
-        how = {"seed": options.seed, "timeout_seconds": options.timeout, "progress": status.update}
-        reports = [
-            verify(section, phase.plan, **how)
-            for phase, (_, section) in zip(schedule.phases, interlock.phases, strict=True)
-        ]
+    how = {"seed": options.seed, "timeout_seconds": options.timeout, "progress": print_progress}
+    reports = [
+        verify(section, phase.plan, **how)
+        for phase, (_, section) in zip(schedule.phases, interlock.phases, strict=True)
+    ]
     if options.json:
         print_json(interlock, [_as_json(report) for report in reports])
     else:
@@ -76,20 +69,6 @@ def run(options: argparse.Namespace) -> int:
                 print(f"From step {step}:\n")
             _print_report(report)
     return 0 if all(report.passed for report in reports) else 1
-
-
-@contextmanager
-def _leaving_on_sigterm() -> Iterator[None]:
-    """Lets a termination unwind as Ctrl-C does, so that processes are stopped too."""
-
-    def leave(number: int, _: object) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _uniform_bounds(num_layers: int, num_stages: int) -> list[int]:
@@ -101,21 +80,14 @@ def _uniform_bounds(num_layers: int, num_stages: int) -> list[int]:
 
 
 def _print_report(report: "Report") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("check", overflow="fold")
-    for name in ("parameters", "worst error", "limit", "result"):
-        table.add_column(name, justify="right", no_wrap=True)
+    print(draw_plan(report.plan), end="\n\n")
+    rows = []
     for check in report.checks:
         limit = f"{check.limit:.0e}" if check.limit else "none"
-        result = "[green]pass[/green]" if check.passed else "[bold red]FAIL[/bold red]"
-        table.add_row(check.name, str(check.num_parameters), f"{check.error:.1e}", limit, result)
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
-    print(draw_plan(report.plan), end="\n\n")
-    console.print(table)
+        result = "pass" if check.passed else "FAIL"
+        rows.append((check.name, str(check.num_parameters), f"{check.error:.1e}", limit, result))
+    print_table(("check", "parameters", "worst error", "limit", "result"), rows)
+    print()
     for note in report.notes:
         print(f"note: {note}")
     print(f"{report.num_programs} programs verified: all work in order, no standstill")

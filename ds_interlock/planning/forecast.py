@@ -1,6 +1,6 @@
 """A setting simulated at a model's costs: how long a batch takes, and how much memory and traffic.
 
-    forecasts = compare(interlock, profile, num_stages=8, num_micro_batches=4)
+    comparison = compare(interlock, profile, profile.balanced_bounds(8), num_micro_batches=4)
 
 The setting of the configuration comes first, global second. A setting that does not exist for these
 stages (window 3 on two stages, a head within a stage of one layer) is left out and named in ``skipped``.
@@ -16,9 +16,9 @@ from ds_interlock.planning.profile import Profile
 from ds_interlock.planning.zero_bubble import zero_bubble_batches
 from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.cost import CostModel
-from ds_interlock.schedule.lower import Program, training_program
+from ds_interlock.schedule.lower import training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
-from ds_interlock.schedule.simulate import Rows, Simulation, simulate
+from ds_interlock.schedule.simulate import Simulation, simulate
 
 GLOBAL = "global (1F1B)"
 ZERO_BUBBLE = "global (ZB-H1)"
@@ -38,27 +38,16 @@ _COMPARED: tuple[dict[str, Any], ...] = (
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Simulation):
     """What one setting would do. Times are in seconds (of a unit profile: in forwards of a stage)."""
 
     name: str  # for tables: "window 1.25, stride 2"
     window: float  # stages one loss reaches back over; all for global, 1 for local
-    stage_bounds: tuple[int, ...]
-    num_micro_batches: int
-    batch_seconds: float  # once the pipeline is running
-    bubble_fraction: float  # share of the stages' time in which they wait
-    in_flight: tuple[int, ...]  # by stage: most micro-batches it holds activations of
-    activation_bytes: tuple[float, ...]  # by stage: of those
-    relay_bytes: tuple[float, ...]  # by stage: sent upstream in one batch
+    plan: GradientFlowPlan
+    activation_bytes: tuple[float, ...]  # by stage: of the micro-batches in flight
     head_share: float  # share of all work that is auxiliary heads
     speed: float  # times as fast as global (1F1B)
-    rows: Rows  # of some batches
-    is_reference: bool = False  # it is here to compare with and cannot be run
-
-    @property
-    def num_stages(self) -> int:
-        """Number of pipeline stages, K."""
-        return len(self.stage_bounds) - 1
+    is_reference: bool  # it is here to compare with and cannot be run
 
 
 @dataclass(frozen=True)
@@ -66,6 +55,7 @@ class Comparison:
     """Forecasts of one model on one pipeline."""
 
     profile: Profile
+    num_micro_batches: int
     configured: Forecast
     others: tuple[Forecast, ...]  # global (1F1B) first
     skipped: tuple[str, ...] = ()  # settings that do not exist here, each with the reason
@@ -105,49 +95,38 @@ def settings_to_compare(interlock: InterlockConfig) -> list[InterlockConfig]:
 
 
 def compare(
-    interlock: InterlockConfig,
-    profile: Profile,
-    num_micro_batches: int,
-    *,
-    num_stages: int | None = None,
-    stage_bounds: Sequence[int] | None = None,
+    interlock: InterlockConfig, profile: Profile, stage_bounds: Sequence[int], num_micro_batches: int
 ) -> Comparison:
     """Plays ``interlock`` through, and what else one might choose.
-
-    The layers are cut at ``stage_bounds``, or into ``num_stages`` as evenly as can be.
 
     Raises:
         ConfigError: If the configured setting, the stages and the profile do not fit together.
     """
-    if stage_bounds is None:
-        assert num_stages is not None, "one of the two is needed"
-        stage_bounds = profile.balanced_bounds(num_stages)
-    elif stage_bounds[-1] != len(profile.layers):
+    if stage_bounds[-1] != len(profile.layers):
         number = len(profile.layers)
         raise ConfigError(f"stage bounds {list(stage_bounds)} do not end at {number}, the profile's layers")
-    bounds = tuple(stage_bounds)
-    configured = forecast(interlock, profile, bounds, num_micro_batches)
+    configured = forecast(interlock, profile, stage_bounds, num_micro_batches)
     played: list[Forecast] = []
     skipped: list[str] = []
     settings = settings_to_compare(interlock)
-    for setting in settings if len(bounds) > 2 else settings[:1]:  # on one stage all are global
+    for setting in settings if len(stage_bounds) > 2 else settings[:1]:  # on one stage all are global
         try:
-            played.append(forecast(setting, profile, bounds, num_micro_batches))
+            played.append(forecast(setting, profile, stage_bounds, num_micro_batches))
         except ConfigError as error:
             skipped.append(f"{setting_name(setting)}: {error.__cause__ or error}")
-    plan = GradientFlowPlan.end_to_end(stage_bounds=bounds)
-    batches = zero_bubble_batches(plan, num_micro_batches, profile.cost_model(bounds), _NUM_BATCHES)
-    zero_bubble = _forecast_of(batches, profile, plan, num_micro_batches, ZERO_BUBBLE, plan.num_stages)
-    played.insert(1, zero_bubble)
+    plan = played[0].plan
+    batches = zero_bubble_batches(plan, num_micro_batches, profile.cost_model(stage_bounds), _NUM_BATCHES)
+    played.insert(1, _forecast_of(batches, profile, plan, ZERO_BUBBLE, plan.num_stages))
     configured, *played = [
         replace(each, speed=played[0].batch_seconds / each.batch_seconds) for each in (configured, *played)
     ]
     return Comparison(
         profile=profile,
+        num_micro_batches=num_micro_batches,
         configured=configured,
         others=tuple(played),
         skipped=tuple(skipped),
-        syncs_ties=profile.is_tied_across(bounds) and interlock.tied_weights == "sync",
+        syncs_ties=profile.is_tied_across(stage_bounds) and interlock.tied_weights == "sync",
     )
 
 
@@ -156,33 +135,26 @@ def forecast(
 ) -> Forecast:
     """One setting by itself (``speed`` 1); a ConfigError if it does not exist for these stages."""
     costs, tied = profile.cost_model(stage_bounds), profile.is_tied_across(stage_bounds)
-    program, simulation = play(interlock, costs, stage_bounds, num_micro_batches, tied=tied)
-    window = program.plan.num_stages if interlock.is_global else interlock.window or 1
-    return _forecast_of(simulation, profile, program.plan, num_micro_batches, setting_name(interlock), window)
+    plan, simulation = play(interlock, costs, stage_bounds, num_micro_batches, tied=tied)
+    window = plan.num_stages if interlock.is_global else interlock.window or 1
+    return _forecast_of(simulation, profile, plan, setting_name(interlock), window)
 
 
 def _forecast_of(
-    simulation: Simulation,
-    profile: Profile,
-    plan: GradientFlowPlan,
-    num_micro_batches: int,
-    name: str,
-    window: float,
+    simulation: Simulation, profile: Profile, plan: GradientFlowPlan, name: str, window: float
 ) -> Forecast:
-    in_flight, sizes = simulation.peak_in_flight, profile.activation_bytes(plan.stage_bounds)
+    spans = [span for row in simulation.spans for span in row]
+    heads = [s for s in spans if s.action.kind is Kind.HEAD and s.action.losses != (plan.final,)]
+    busy = sum(span.end - span.start for span in spans)
+    kept = zip(simulation.in_flight, profile.activation_bytes(plan.stage_bounds), strict=True)
     return Forecast(
+        **vars(simulation),
         name=name,
         window=window,
-        stage_bounds=plan.stage_bounds,
-        num_micro_batches=num_micro_batches,
-        batch_seconds=simulation.batch_seconds,
-        bubble_fraction=simulation.bubble_fraction,
-        in_flight=in_flight,
-        activation_bytes=tuple(number * size for number, size in zip(in_flight, sizes, strict=True)),
-        relay_bytes=simulation.relay_bytes,
-        head_share=_head_share(plan, simulation),
+        plan=plan,
+        activation_bytes=tuple(number * size for number, size in kept),
+        head_share=sum(span.end - span.start for span in heads) / busy if busy else 0.0,
         speed=1.0,
-        rows=simulation.spans,
         is_reference=name == ZERO_BUBBLE,
     )
 
@@ -195,8 +167,8 @@ def play(
     *,
     tied: bool = False,
     num_batches: int = _NUM_BATCHES,
-) -> tuple[Program, Simulation]:
-    """The program of a setting, and a simulation of some batches of it; ``tied``: if stages share weights.
+) -> tuple[GradientFlowPlan, Simulation]:
+    """The plan of a setting, and a simulation of some batches of it; ``tied``: if stages share weights.
 
     Raises:
         ConfigError: If the setting does not exist for these stages, or has a schedule.
@@ -204,11 +176,4 @@ def play(
     plan = interlock.plan(stage_bounds)
     program = training_program(plan, num_micro_batches, extra_in_flight=interlock.extra_in_flight)
     streaming = interlock.streams(plan, tied=tied)
-    return program, simulate(program, costs, num_batches=num_batches, streaming=streaming)
-
-
-def _head_share(plan: GradientFlowPlan, simulation: Simulation) -> float:
-    spans = [span for row in simulation.spans for span in row]
-    heads = [s for s in spans if s.action.kind is Kind.HEAD and s.action.losses != (plan.final,)]
-    busy = sum(span.end - span.start for span in spans)
-    return sum(span.end - span.start for span in heads) / busy if busy else 0.0
+    return plan, simulate(program, costs, num_batches=num_batches, streaming=streaming)

@@ -13,8 +13,10 @@ of a view has ``_TICKS``.
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from tqdm import tqdm
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
@@ -49,49 +51,41 @@ _MOST_FOR_TWO = 16
 
 
 def render_page(
-    interlock: InterlockConfig,
-    profile: Profile,
-    num_stages: int,
-    num_micro_batches: int,
-    *,
-    stage_bounds: Sequence[int] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    interlock: InterlockConfig, profile: Profile, stage_bounds: Sequence[int], num_micro_batches: int
 ) -> str:
     """The page, as HTML: one file that needs no network.
 
     Args:
         interlock: The configured setting; its timeline comes first.
         profile: What the layers cost.
-        num_stages: Where the slider for K is at first.
+        stage_bounds: Where to cut the layers into the number of stages at which the slider for K is at
+            first. For the others they are cut as evenly as can be.
         num_micro_batches: Where the slider for M is at first.
-        stage_bounds: Where to cut the layers into ``num_stages``; by default as evenly as can be.
-        progress: Called after every view with the work done and all work, in micro-batches on stages.
 
     Raises:
         ConfigError: If the configured setting, the stages and the profile do not fit together.
     """
-    stages, left_out = _stage_choices(interlock, profile, num_stages)
+    stages, left_out = _stage_choices(interlock, profile, stage_bounds)
     micro_batches = sorted({*_NUM_MICRO_BATCHES, num_micro_batches})
     settings = {setting_name(setting): setting for setting in (interlock, *settings_to_compare(interlock))}
-    maker = _Views(settings, profile)
-    views: list[dict[str, Any]] = []
-    for k, m in itertools.product(stages, micro_batches):
-        bounds = stage_bounds if k == num_stages else None
-        views.append(maker.view(compare(interlock, profile, m, num_stages=k, stage_bounds=bounds)))
-        if progress is not None:
-            progress(sum(view["K"] * view["M"] for view in views), sum(stages) * sum(micro_batches))
+    maker = _Views(settings)
+    positions = [*itertools.product(stages.values(), micro_batches)]
+    views = [
+        maker.view(compare(interlock, profile, bounds, m))
+        for bounds, m in tqdm(positions, "positions of the sliders", leave=False, disable=None)
+    ]
     names = dict.fromkeys([setting_name(interlock), GLOBAL, ZERO_BUBBLE, *settings])
     data = {
         "isUnit": profile.is_unit,
         "profile": profile.model_dump(mode="json", exclude={"layers", "head", "versions"}),
         "numLayers": len(profile.layers),
-        "K": stages,
+        "K": list(stages),
         "leftOut": left_out,
         "M": micro_batches,
-        "configured": {"K": num_stages, "M": num_micro_batches, "name": setting_name(interlock)},
+        "configured": {"K": len(stage_bounds) - 1, "M": num_micro_batches, "name": setting_name(interlock)},
         "names": [name for name in names if any(name in view["forecasts"] for view in views)],
         "kinds": {kind.value: label for kind, label in LABELS.items()},
-        "actions": maker.actions,
+        "actions": list(maker.actions),
         "views": views,
     }
     # In JSON no "<" is left that could end the script.
@@ -100,48 +94,57 @@ def render_page(
     return fill_template(__package__, "page.html", title=title, colours=COLOURS, data=content)
 
 
-def _stage_choices(interlock: InterlockConfig, profile: Profile, num_stages: int) -> tuple[list[int], ...]:
-    """Numbers of stages that the configured setting exists for, and those it does not."""
-    choices, left_out = [], []
-    for number in sorted({*_NUM_STAGES, num_stages}):
+def _stage_choices(
+    interlock: InterlockConfig, profile: Profile, stage_bounds: Sequence[int]
+) -> tuple[dict[int, Sequence[int]], list[int]]:
+    """Stage bounds by the numbers of stages that the configured setting exists for, and the other numbers."""
+    choices, left_out = {interlock.plan(stage_bounds).num_stages: stage_bounds}, []
+    for number in set(_NUM_STAGES).difference(choices):
         try:
-            interlock.plan(profile.balanced_bounds(number))
-            choices.append(number)
+            bounds = profile.balanced_bounds(number)
+            interlock.plan(bounds)
+            choices[number] = bounds
         except ConfigError:
-            if number == num_stages:
-                raise
             left_out.append(number)
-    return choices, left_out
+    return dict(sorted(choices.items())), sorted(left_out)
 
 
 class _Views:
     """Turns comparisons into views.
 
     Attributes:
-        actions: What the first number of a span refers to: actions without stage and micro-batch, in
-            their text form ("F", "I@3").
+        actions: The first number of a span by what it refers to: actions without stage and micro-batch,
+            in their text form ("F", "I@3").
     """
 
-    def __init__(self, settings: Mapping[str, InterlockConfig], profile: Profile) -> None:
-        self.actions: list[str] = []
+    def __init__(self, settings: Mapping[str, InterlockConfig]) -> None:
+        self.actions: dict[str, int] = {}
         self._settings = settings
-        self._profile = profile
 
     def view(self, comparison: Comparison) -> dict[str, Any]:
         """One position of the sliders."""
-        configured = comparison.configured
-        excerpts = [self._excerpt(each) for each in comparison.all]
+        num_micro_batches = comparison.num_micro_batches
+        num_batches = 2 if num_micro_batches <= _MOST_FOR_TWO else 1
+        excerpts = [self._excerpt(comparison, each, num_batches) for each in comparison.all]
         tick = max(end - start for _, start, end in excerpts) / _TICKS or 1.0
         return {
-            "K": configured.num_stages,
-            "M": configured.num_micro_batches,
-            "numBatches": _num_batches(configured),
+            "K": comparison.configured.plan.num_stages,
+            "M": num_micro_batches,
+            "numBatches": num_batches,
             "tick": tick,
             "verdict": verdict(comparison),
             "skipped": dict(text.split(": ", 1) for text in comparison.skipped),
             "forecasts": {
                 each.name: {
-                    **_figures(each),
+                    # The table's row, in seconds, bytes and shares.
+                    "seconds": each.batch_seconds,
+                    "speed": each.speed,
+                    "bubble": each.bubble_fraction,
+                    "inFlight": each.in_flight[0],
+                    "activationBytes": max(each.activation_bytes),
+                    "relayBytes": max(each.relay_bytes),
+                    "headShare": each.head_share,
+                    "isReference": each.is_reference,
                     "end": round((end - start) / tick),
                     "rows": [self._row(row, start, end, tick) for row in rows],
                 }
@@ -149,15 +152,16 @@ class _Views:
             },
         }
 
-    def _excerpt(self, forecast: Forecast) -> tuple[Rows, float, float]:
+    def _excerpt(
+        self, comparison: Comparison, forecast: Forecast, num_batches: int
+    ) -> tuple[Rows, float, float]:
         """Spans that cover some batches of the running pipeline, and the times these begin and end.
 
         At first, stages upstream run ahead of slower ones downstream; where a forecast is too short to get
         past that, more of it is simulated here.
         """
-        num_batches = _num_batches(forecast)
         length = num_batches * forecast.batch_seconds
-        for rows in self._longer(forecast):
+        for rows in self._longer(comparison, forecast):
             start = _steady_start(rows, num_batches, length)
             if min(row[-1].end for row in rows) >= (start + length) * (1 - _SLACK):
                 return rows, start, start + length
@@ -165,13 +169,13 @@ class _Views:
         end = min(row[-1].end for row in rows)
         return rows, end - length, end
 
-    def _longer(self, forecast: Forecast) -> Iterator[Rows]:
-        """Its rows, and then ever more batches of them."""
-        yield forecast.rows
-        setting, num_micro_batches = self._settings[forecast.name], forecast.num_micro_batches
-        bounds = forecast.stage_bounds
-        costs, tied = self._profile.cost_model(bounds), self._profile.is_tied_across(bounds)
-        num_played = 1 + forecast.rows[0][-1].batch
+    def _longer(self, comparison: Comparison, forecast: Forecast) -> Iterator[Rows]:
+        """The rows of the forecast, and then ever more batches of them."""
+        yield forecast.spans
+        setting, num_micro_batches = self._settings[forecast.name], comparison.num_micro_batches
+        bounds, profile = forecast.plan.stage_bounds, comparison.profile
+        costs, tied = profile.cost_model(bounds), profile.is_tied_across(bounds)
+        num_played = 1 + forecast.spans[0][-1].batch
         while num_played * num_micro_batches < _MOST_PLAYED:
             num_played *= 2
             _, longer = play(setting, costs, bounds, num_micro_batches, tied=tied, num_batches=num_played)
@@ -190,9 +194,7 @@ class _Views:
 
     def _code(self, action: Action) -> int:
         text = action.kind.value + "".join(str(action).partition("@")[1:])
-        if text not in self.actions:
-            self.actions.append(text)
-        return self.actions.index(text)
+        return self.actions.setdefault(text, len(self.actions))
 
 
 def _steady_start(rows: Rows, num_batches: int, length: float) -> float:
@@ -206,21 +208,3 @@ def _steady_start(rows: Rows, num_batches: int, length: float) -> float:
         if start >= running and later - start >= length * (1 - _SLACK):
             return start
     return math.inf
-
-
-def _num_batches(forecast: Forecast) -> int:
-    return 2 if forecast.num_micro_batches <= _MOST_FOR_TWO else 1
-
-
-def _figures(forecast: Forecast) -> dict[str, float | bool]:
-    """The table's row, in seconds, bytes and shares."""
-    return {
-        "seconds": forecast.batch_seconds,
-        "speed": forecast.speed,
-        "bubble": forecast.bubble_fraction,
-        "inFlight": forecast.in_flight[0],
-        "activationBytes": max(forecast.activation_bytes),
-        "relayBytes": max(forecast.relay_bytes),
-        "headShare": forecast.head_share,
-        "isReference": forecast.is_reference,
-    }

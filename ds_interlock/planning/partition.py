@@ -1,6 +1,7 @@
 """Layers to stages: contiguous, and the slowest stage as fast as can be."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from ds_interlock.errors import ConfigError
 
@@ -14,24 +15,18 @@ def balanced_bounds(seconds: Sequence[float], num_stages: int) -> list[int]:
     num_layers = len(seconds)
     if not 1 <= num_stages <= num_layers:
         raise ConfigError(f"{num_stages} stages for {num_layers} layers: every stage needs at least one")
-    ends = [0.0]
-    for value in seconds:
-        ends.append(ends[-1] + value)
-    # slowest[n]: of the best cut of the first n layers into the stages so far (time, sum of squares).
-    best: list[list[tuple[float, float]]] = [[(0.0, 0.0)] + [(float("inf"), 0.0)] * num_layers]
-    cuts: list[list[int]] = []
+    ends = [0.0, *accumulate(seconds)]
+    # Of the best cut of some first layers into the stages so far: slowest stage, sum of squares, bounds.
+    best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [0])}
+
+    def with_stage(start: int, stop: int) -> tuple[float, float, list[int]]:
+        slowest, squares, bounds = best[start]
+        own = ends[stop] - ends[start]
+        return max(slowest, own), squares + own * own, [*bounds, stop]
+
     for stage in range(1, num_stages + 1):
-        row, cut = [(float("inf"), 0.0)] * (num_layers + 1), [0] * (num_layers + 1)
-        for stop in range(stage, num_layers + 1):
-            for start in range(stage - 1, stop):
-                slowest, squares = best[-1][start]
-                own = ends[stop] - ends[start]
-                candidate = max(slowest, own), squares + own * own
-                if candidate < row[stop]:
-                    row[stop], cut[stop] = candidate, start
-        best.append(row)
-        cuts.append(cut)
-    bounds = [num_layers]
-    for cut in reversed(cuts):
-        bounds.append(cut[bounds[-1]])
-    return bounds[::-1]
+        best = {
+            stop: min((with_stage(start, stop) for start in best if start < stop), key=lambda cut: cut[:2])
+            for stop in range(stage, num_layers + 1)
+        }
+    return best[num_layers][2]

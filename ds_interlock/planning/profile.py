@@ -127,11 +127,11 @@ class Profile(_Record):
 
     def activation_bytes(self, stage_bounds: Sequence[int]) -> list[float]:
         """For each stage what one micro-batch in flight keeps, its input included."""
-        result = []
-        for start, stop in pairwise(stage_bounds):
-            inputs = self.layers[start - 1].output_bytes if start else 0.0
-            result.append(inputs + sum(layer.activation_bytes for layer in self.layers[start:stop]))
-        return result
+        inputs = [0.0, *(layer.output_bytes for layer in self.layers)]
+        return [
+            inputs[start] + sum(layer.activation_bytes for layer in self.layers[start:stop])
+            for start, stop in pairwise(stage_bounds)
+        ]
 
 
 def unit_profile(num_layers: int, layers_per_stage: float, head_share: float = 0.3) -> Profile:

@@ -12,7 +12,7 @@ _DEAR_HEADS = 0.15
 def best_interlock(comparison: Comparison) -> Forecast | None:
     """The fastest setting whose stages still talk to each other; None if no setting does."""
     interlocking = [
-        each for each in comparison.all if not each.is_reference and 1 < each.window < each.num_stages
+        each for each in comparison.all if not each.is_reference and 1 < each.window < each.plan.num_stages
     ]
     return max(interlocking, key=lambda each: each.speed, default=None)
 
@@ -31,7 +31,7 @@ def verdict(comparison: Comparison) -> str:
     """
     runnable = [each for each in comparison.all if not each.is_reference]
     fastest = max(runnable, key=lambda each: each.speed)
-    m, k = comparison.reference.num_micro_batches, comparison.reference.num_stages
+    m, k = comparison.num_micro_batches, comparison.reference.plan.num_stages
     where = f"{m} micro-batch{'es' * (m > 1)} on {k} stage{'s' * (k > 1)}"
     best = best_interlock(comparison)
     if best is None:

@@ -7,7 +7,6 @@ against 1F1B. DeepSpeed does not run this schedule; it is played through here fo
 Source: Qi, Wan, Huang, Lin: Zero Bubble Pipeline Parallelism. ICLR 2024, section 2.1.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from ds_interlock.schedule.action import Action, Kind
@@ -17,12 +16,11 @@ from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.simulate import Rows, Simulation, Span
 
 
-def zero_bubble_batch(stage_bounds: Sequence[int], num_micro_batches: int, costs: CostModel) -> Rows:
-    """One batch under ZB-H1, from the first forward to the last weight gradient; no optimizer step.
+def zero_bubble_batch(plan: GradientFlowPlan, num_micro_batches: int, costs: CostModel) -> Rows:
+    """One batch of the end-to-end ``plan`` under ZB-H1, without the optimizer step.
 
     At equal costs and M >= K it takes M (TF + TB + TW) + (K - 1) (TF + TB - TW), as in the paper.
     """
-    plan = GradientFlowPlan.end_to_end(stage_bounds=stage_bounds)
     orders = [_order(plan, stage, num_micro_batches) for stage in range(plan.num_stages)]
     rows: list[list[Span]] = [[] for _ in orders]
     done: dict[Action, float] = {}
@@ -48,13 +46,12 @@ def zero_bubble_batches(
     plan: GradientFlowPlan, num_micro_batches: int, costs: CostModel, num_batches: int
 ) -> Simulation:
     """Batches under ZB-H1 one after the other, each ended by the optimizer step of all stages."""
-    batch = zero_bubble_batch(plan.stage_bounds, num_micro_batches, costs)
+    batch = zero_bubble_batch(plan, num_micro_batches, costs)
     flush = max(row[-1].end for row in batch)
-    steps = [Action(stage, Kind.STEP, num_micro_batches) for stage in range(plan.num_stages)]
-    rows = [
-        (*row, Span(step, 0, flush, flush + costs.seconds(plan, step)))
-        for row, step in zip(batch, steps, strict=True)
-    ]
+    rows = []
+    for stage, row in enumerate(batch):
+        step = Action(stage, Kind.STEP, num_micro_batches)
+        rows.append((*row, Span(step, 0, flush, flush + costs.seconds(plan, step))))
     seconds = max(row[-1].end for row in rows)
     busy = sum(span.end - span.start for row in rows for span in row)
     relays = [Action(stage, Kind.SEND_GRADIENT, 0) for stage in range(plan.num_stages)]
@@ -69,7 +66,7 @@ def zero_bubble_batches(
         ),
         batch_seconds=seconds,
         bubble_fraction=1.0 - busy / (seconds * plan.num_stages) if seconds else 0.0,
-        peak_in_flight=(min(plan.num_stages, num_micro_batches),) * plan.num_stages,
+        in_flight=(min(plan.num_stages, num_micro_batches),) * plan.num_stages,
         relay_bytes=tuple(num_micro_batches * costs.message_bytes(relay) for relay in relays),
     )
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from ds_interlock.heads.output_layers import first_tensor
 from ds_interlock.planning.profile import HeadProfile, LayerProfile
@@ -92,12 +93,12 @@ class _Layer:
 
     def forward(self, meter: Meter) -> None:
         weights = [*self.call.module.parameters(), *self.call.module.buffers()]
-        with _kept_bytes(weights) as kept:
+        with _kept_for_backward(weights) as kept:
             seconds, output = meter(lambda: self.call.module(*self.inputs, **self.options))
         self.seconds["forward"].append(seconds)
         self.output = first_tensor(output)
         self.gradient = torch.ones_like(self.output)
-        self.kept_bytes = sum(kept.values())
+        self.kept_bytes = sum(storage.nbytes() for storage in kept.values())
         self.output_bytes = self.output.numel() * self.output.element_size()
 
     def relay(self, meter: Meter) -> None:
@@ -137,7 +138,6 @@ def profile_layers(
     calls: Sequence[LayerCall],
     meter: Meter,
     optimizer: MakeOptimizer | None,
-    progress: Callable[[str], None] = lambda _: None,
 ) -> list[LayerProfile]:
     """The costs of layers, each timed by itself, one after the other in the order of training.
 
@@ -145,8 +145,7 @@ def profile_layers(
     whole model runs. Without ``optimizer`` its step costs nothing.
     """
     layers = [_Layer(call) for call in calls]
-    for number in range(meter.num_rounds):
-        progress(f"layers, round {number + 1} of {meter.num_rounds}")
+    for _ in tqdm(range(meter.num_rounds), "layers", unit="round", leave=False, disable=None):
         for layer in layers:
             layer.forward(meter)
         for layer in reversed(layers):
@@ -214,18 +213,16 @@ def _as_leaf(value: Any) -> Any:
 
 
 @contextmanager
-def _kept_bytes(weights: Sequence[Tensor]) -> Iterator[dict[int, int]]:
-    """Notes the size of every storage that is kept for the backward pass, ``weights`` left out."""
+def _kept_for_backward(weights: Sequence[Tensor]) -> Iterator[dict[int, torch.UntypedStorage]]:
+    """Notes every storage that is kept for the backward pass, by its number, ``weights`` left out."""
     left_out = {weight.untyped_storage()._cdata for weight in weights}
-    num_bytes: dict[int, int] = {}
-    storages = []  # one that is freed may come back under the same number
+    kept: dict[int, torch.UntypedStorage] = {}  # one that is freed might come back under the same number
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in left_out:
-            num_bytes[storage._cdata] = storage.nbytes()
-            storages.append(storage)
+            kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        yield num_bytes
+        yield kept

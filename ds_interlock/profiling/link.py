@@ -38,10 +38,8 @@ def _play(num_bytes: int) -> tuple[float, float]:
     accelerator = get_accelerator()
     device, backend = torch.device("cpu"), "gloo"
     if accelerator.device_name() != "cpu":
-        device, backend = (
-            torch.device(accelerator.device_name(rank)),
-            accelerator.communication_backend_name(),
-        )
+        device = torch.device(accelerator.device_name(rank))
+        backend = accelerator.communication_backend_name()
         accelerator.set_device(rank)
     dist.init_process_group(backend, timeout=timedelta(seconds=_TIMEOUT_SECONDS))
     links = Links([0, 1], rank, device, _TIMEOUT_SECONDS)

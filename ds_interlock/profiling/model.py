@@ -48,24 +48,21 @@ def profile_model(
     source: str,
     link: tuple[float, float] | None = None,
     tied_layers: tuple[int, ...] = (),
-    progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
     """Measures everything a plan of this model depends on.
 
     The last of ``calls`` with weights makes the outputs from a hidden state ``[b, t, d]``. Heads of type
     ``auto`` are those of a model that is not pretrained, unless they learn from a base model. ``link`` is
     latency in seconds and bandwidth in bytes per second between two stages, if known. Where nothing runs
-    ``make_optimizer`` is None. ``progress`` is called with what is being measured.
+    ``make_optimizer`` is None.
     """
     head_config = head_config.resolve(pretrained=head_config.kl_weight > 0)
-    layers = profile_layers(calls, meter, make_optimizer, progress)
-    progress("head")
+    layers = profile_layers(calls, meter, make_optimizer)
     unembedding = next(call for call in reversed(calls) if has_weights(call.module))
     hidden_btd = first_tensor([value for value in unembedding.inputs if isinstance(value, Tensor)]).detach()
     head = _head(head_config, calls, hidden_btd)
     head_loss = _head_loss(head, head_config, loss_fn, labels_bt, meter)
     head_profile = profile_head(head, head_loss, hidden_btd, meter, make_optimizer, head_config.type)
-    progress("loss")
     last = calls[-1]
     with torch.no_grad():
         outputs = first_tensor(last.module(*last.inputs, **last.options))
@@ -84,11 +81,7 @@ def profile_model(
         tied_layers=tied_layers,
         latency_seconds=latency_seconds,
         bandwidth_bytes_per_second=bandwidth,
-        versions={
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "ds_interlock": ds_interlock.__version__,
-        },
+        versions={package.__name__: package.__version__ for package in (torch, deepspeed, ds_interlock)},
     )
 
 

@@ -18,13 +18,9 @@ from ds_interlock.schedule.plan import GradientFlowPlan
 
 
 def compute_order(
-    plan: GradientFlowPlan,
-    num_micro_batches: int,
-    *,
-    extra_in_flight: int = 0,
-    costs: CostModel | None = None,
+    plan: GradientFlowPlan, num_micro_batches: int, *, extra_in_flight: int = 0
 ) -> tuple[tuple[Action, ...], ...]:
-    """The compute actions of one batch for every stage, in an order that is valid for any ``costs``.
+    """The compute actions of one batch for every stage, in an order that is valid whatever they cost.
 
     A stage may hold ``extra_in_flight`` micro-batches beyond ``plan.in_flight``.
     """
@@ -32,22 +28,21 @@ def compute_order(
         raise ScheduleError(f"a batch needs at least 1 micro-batch, got {num_micro_batches}")
     if extra_in_flight < 0:
         raise ScheduleError(f"extra_in_flight is {extra_in_flight}: expected 0 or more")
-    return _Dispatcher(plan, num_micro_batches, extra_in_flight, costs or CostModel()).run()
+    return _Dispatcher(plan, num_micro_batches, extra_in_flight).run()
 
 
 class _Dispatcher:
     """Plays one batch through, event by event."""
 
-    def __init__(
-        self, plan: GradientFlowPlan, num_micro_batches: int, extra_in_flight: int, costs: CostModel
-    ) -> None:
+    def __init__(self, plan: GradientFlowPlan, num_micro_batches: int, extra_in_flight: int) -> None:
         self.plan = plan
-        self.costs = costs
+        self.costs = CostModel()
         self.waiting: dict[Action, int] = {}
         self.unblocks: dict[Action, list[Action]] = defaultdict(list)
         self.ready: list[list[tuple[int, int, Action]]] = [[] for _ in range(plan.num_stages)]
         self.order: list[list[Action]] = [[] for _ in range(plan.num_stages)]
         self.slots = [plan.in_flight(stage) + extra_in_flight for stage in range(plan.num_stages)]
+        self.begun: set[tuple[int, int]] = set()  # stage and micro-batch
         self.passes_left: dict[tuple[int, int], int] = {}
         self.events: list[tuple[float, Action]] = []
         self.busy = [False] * plan.num_stages
@@ -57,13 +52,12 @@ class _Dispatcher:
                 for action in stage_actions(plan, stage, micro_batch):
                     needs = dependencies(plan, action)
                     self.waiting[action] = len(needs)
+                    if not needs:
+                        self._make_ready(action)
                     for needed in needs:
                         self.unblocks[needed].append(action)
 
     def run(self) -> tuple[tuple[Action, ...], ...]:
-        for action, count in self.waiting.items():
-            if count == 0:
-                self._make_ready(action)
         now = 0.0
         self._start(now)
         while self.events:
@@ -79,13 +73,6 @@ class _Dispatcher:
         urgency = self.plan.urgency.index(action.kind)
         self.ready[action.stage].append((urgency, action.micro_batch, action))
 
-    def _opens(self, action: Action) -> bool:
-        """True if ``action`` is the first of its micro-batch on its stage, so that it takes a slot."""
-        return action.kind is Kind.FORWARD and all(
-            (needed.stage, needed.kind, needed.micro_batch) != (action.stage, action.kind, action.micro_batch)
-            for needed in dependencies(self.plan, action)
-        )
-
     def _start(self, now: float) -> None:
         for stage in range(self.plan.num_stages):
             action = None if self.busy[stage] else self._choose(stage)
@@ -95,10 +82,12 @@ class _Dispatcher:
                 heapq.heappush(self.events, (now + self.costs.seconds(self.plan, action), action))
 
     def _choose(self, stage: int) -> Action | None:
-        """The most urgent ready action, except a forward that finds its buffer still in use."""
+        """The most urgent ready action, except one that begins a micro-batch while its buffer is in use."""
         for entry in sorted(self.ready[stage]):
             _, micro_batch, action = entry
-            if not (self._opens(action) and self.passes_left.get((stage, micro_batch - self.slots[stage]))):
+            begun = (stage, micro_batch) in self.begun
+            if begun or not self.passes_left.get((stage, micro_batch - self.slots[stage])):
+                self.begun.add((stage, micro_batch))
                 self.ready[stage].remove(entry)
                 return action
         return None

@@ -161,6 +161,7 @@ class GradientFlowPlan:
         object.__setattr__(self, "stage_bounds", tuple(self.stage_bounds))
         object.__setattr__(self, "heads", tuple(self.heads))
         object.__setattr__(self, "trained_by", tuple(frozenset(s) for s in self.trained_by))
+        _check_bounds(self.stage_bounds)
         faults = _faults(self)
         if faults:
             raise PlanError(list_faults("gradient-flow plan", faults))
@@ -187,10 +188,6 @@ class GradientFlowPlan:
         """True if this is ordinary backpropagation: one loss, which trains every stage."""
         return len(self.heads) == 1
 
-    def layers(self, stage: int) -> range:
-        """Layer numbers of ``stage``."""
-        return range(self.stage_bounds[stage], self.stage_bounds[stage + 1])
-
     def losses_at(self, stage: int) -> tuple[int, ...]:
         """Losses computed on ``stage``, in the order of their layers."""
         return tuple(i for i, head in enumerate(self.heads) if head.stage == stage)
@@ -199,10 +196,6 @@ class GradientFlowPlan:
         """True if the head sits within its stage rather than at its end."""
         head = self.heads[loss]
         return head.after_layer < self.stage_bounds[head.stage + 1]
-
-    def upstream(self, loss: int, stage: int) -> frozenset[int]:
-        """The stages before ``stage`` that ``loss`` trains."""
-        return frozenset(s for s in range(stage) if loss in self.trained_by[s])
 
     def relays(self, stage: int) -> tuple[int, ...]:
         """Losses whose input gradient ``stage`` sends to the previous stage."""
@@ -216,18 +209,15 @@ class GradientFlowPlan:
         """
         return self._bundles[stage]
 
-    def reach(self, stage: int) -> int:
-        """How many stages ahead the farthest loss is that ``stage`` waits for."""
-        losses = self.trained_by[stage].union(self.relays(stage))
-        return max((self.heads[loss].stage - stage for loss in losses), default=0)
-
     def in_flight(self, stage: int) -> int:
         """Micro-batches whose activations ``stage`` needs to hold at once.
 
-        More can be faster (``extra_in_flight``): under a fractional window one more removes the last
-        wait, window 3 gains a little, and a slow network gains under any plan.
+        That is one for each stage up to the farthest loss it waits for. More can be faster
+        (``extra_in_flight``): under a fractional window one more removes the last wait, window 3 gains a
+        little, and a slow network gains under any plan.
         """
-        return self.reach(stage) + 1
+        losses = self.trained_by[stage].union(self.relays(stage))
+        return max(self.heads[loss].stage for loss in losses) - stage + 1
 
     @cached_property
     def merges_passes(self) -> bool:
@@ -251,8 +241,9 @@ class GradientFlowPlan:
         for stage in range(self.num_stages):
             groups: dict[frozenset[int], list[int]] = {}
             for loss, head in enumerate(self.heads):
-                if head.stage >= stage and self.upstream(loss, stage):
-                    groups.setdefault(self.upstream(loss, stage), []).append(loss)
+                upstream = frozenset(s for s in range(stage) if loss in self.trained_by[s])
+                if head.stage >= stage and upstream:
+                    groups.setdefault(upstream, []).append(loss)
             bundles.append(tuple(sorted(map(tuple, groups.values()), key=max)))
         return tuple(bundles)
 
@@ -267,8 +258,7 @@ def _bounds(num_stages: int | None, stage_bounds: Sequence[int] | None) -> tuple
         raise PlanError("give either num_stages (one layer a stage) or stage_bounds, not both")
     if stage_bounds is not None:
         bounds = tuple(int(bound) for bound in stage_bounds)
-        if faults := _faults_of_bounds(bounds):
-            raise PlanError(faults[0])
+        _check_bounds(bounds)
         return bounds
     assert num_stages is not None
     if num_stages < 1:
@@ -276,12 +266,11 @@ def _bounds(num_stages: int | None, stage_bounds: Sequence[int] | None) -> tuple
     return tuple(range(num_stages + 1))
 
 
-def _faults_of_bounds(bounds: tuple[int, ...]) -> list[str]:
+def _check_bounds(bounds: tuple[int, ...]) -> None:
     if len(bounds) < 2:
-        return [f"stage_bounds {list(bounds)}: at least two numbers are needed: [0, num_layers]"]
+        raise PlanError(f"stage_bounds {list(bounds)}: at least two numbers are needed: [0, num_layers]")
     if bounds[0] != 0 or not rises(bounds):
-        return [f"stage_bounds {list(bounds)} must start at 0 and rise: every stage needs a layer"]
-    return []
+        raise PlanError(f"stage_bounds {list(bounds)} must start at 0 and rise: every stage needs a layer")
 
 
 def _final_head(bounds: tuple[int, ...]) -> LossHead:
@@ -326,8 +315,7 @@ def _head_at(
 def _faults(plan: GradientFlowPlan) -> list[str]:
     """Everything that is wrong with ``plan``, empty if nothing is."""
     bounds, num = plan.stage_bounds, plan.num_stages
-    if faults := _faults_of_bounds(bounds):
-        return faults
+    faults: list[str] = []
     if not plan.heads:
         return ["heads is empty: the last head must be the final loss"]
     for loss, head in enumerate(plan.heads):

@@ -99,14 +99,13 @@ def _columns(program: Program, faulty: Collection[Place]) -> dict[Place, int]:
     while any(queues):
         heads = [queue[0] for queue in queues if queue]
         needs = {place: _elsewhere(program, place) & present for place in heads}
-        ready = [place for place in heads if needs[place] <= done.keys()] or heads[:1]
-        for place in ready:
-            stage, position = place
-            column = max([free[stage], *(done[need] + 1 for need in needs[place] & done.keys())])
-            columns[place] = column
-            done.setdefault(program.stages[stage][position], column)
-            free[stage] = column + 1
-            queues[stage].pop(0)
+        place = next((each for each in heads if needs[each] <= done.keys()), heads[0])
+        stage, position = place
+        column = max([free[stage], *(done[need] + 1 for need in needs[place] & done.keys())])
+        columns[place] = column
+        done.setdefault(program.stages[stage][position], column)
+        free[stage] = column + 1
+        queues[stage].pop(0)
     return columns
 
 

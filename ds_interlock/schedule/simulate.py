@@ -63,7 +63,7 @@ class Simulation:
     spans: Rows  # of the compute actions, over all batches
     batch_seconds: float  # once the pipeline is running
     bubble_fraction: float  # share of the stages' time, over those batches, in which they wait
-    peak_in_flight: tuple[int, ...]  # by stage: most micro-batches it held activations of at once
+    in_flight: tuple[int, ...]  # by stage: most micro-batches it held activations of at once
     relay_bytes: tuple[float, ...]  # by stage: gradients it sends upstream in one batch
 
 
@@ -107,7 +107,7 @@ def simulate(
         spans=tuple(map(tuple, player.spans)),
         batch_seconds=seconds,
         bubble_fraction=max(0.0, 1.0 - busy / total) if total else 0.0,
-        peak_in_flight=tuple(
+        in_flight=tuple(
             max((1 + len(live) for _, live in micro_batch_starts(actions)), default=0)
             for actions in program.stages
         ),

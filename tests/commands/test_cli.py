@@ -153,7 +153,7 @@ def test_the_table_of_a_right_plan(
     gradients_instead_of_processes(monkeypatch)
     assert cli.main(["verify", write(tmp_path, WINDOW_2), "--stages", "3"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count(" pass ") == 9
+    assert printed.count(" pass\n") == 9
     assert "all 9 checks passed" in printed
     assert "5 programs verified" in printed
     assert "loss 0, after layer 4" in printed

@@ -12,13 +12,17 @@ from ds_interlock.schedule import simulate, training_program
 WINDOW_2 = InterlockConfig(mode="interlock", window=2)
 
 
+def compared(interlock, profile, num_micro_batches, num_stages):
+    return compare(interlock, profile, profile.balanced_bounds(num_stages), num_micro_batches)
+
+
 def by_name(comparison):
     return {each.name: each for each in comparison.all}
 
 
 def test_units_on_eight_stages_are_those_of_the_simulator_by_hand():
     # A stage's passes take 1 each, a head 0.3. Per micro-batch: local F H W = 3.3, window 2 F H I W = 4.3.
-    found = by_name(compare(WINDOW_2, unit_profile(32, 4), 4, num_stages=8))
+    found = by_name(compared(WINDOW_2, unit_profile(32, 4), 4, 8))
     assert found[GLOBAL].batch_seconds == pytest.approx(3 * (4 + 7))
     assert found["local"].batch_seconds == pytest.approx(4 * 3.3)
     assert found["window 2"].batch_seconds == pytest.approx(4 * 4.3)
@@ -35,7 +39,7 @@ def test_a_forecast_is_the_simulation_of_its_setting():
     simulation = simulate(program, p.cost_model(bounds))
     assert each.batch_seconds == simulation.batch_seconds
     assert each.bubble_fraction == simulation.bubble_fraction
-    assert each.in_flight == simulation.peak_in_flight
+    assert each.in_flight == simulation.in_flight
     assert each.name == "window 1.5, 1 extra"
 
 
@@ -43,15 +47,15 @@ def test_ties_that_are_kept_equal_end_streaming_where_stages_share_them():
     p, bounds = profile(8, tied_layers=(0, 7)), [0, 2, 4, 6, 8]
     sync = WINDOW_2.model_copy(update={"tied_weights": "sync"})
     flushed = WINDOW_2.model_copy(update={"streaming": False})
-    assert forecast(sync, p, bounds, 2).rows == forecast(flushed, p, bounds, 2).rows
+    assert forecast(sync, p, bounds, 2).spans == forecast(flushed, p, bounds, 2).spans
     assert forecast(sync, p, bounds, 2).batch_seconds > forecast(WINDOW_2, p, bounds, 2).batch_seconds
     within_a_stage = profile(8, tied_layers=(2, 3))
-    assert forecast(sync, within_a_stage, bounds, 2).rows == forecast(WINDOW_2, p, bounds, 2).rows
-    compared = by_name(compare(sync, p, 2, stage_bounds=bounds))
+    assert forecast(sync, within_a_stage, bounds, 2).spans == forecast(WINDOW_2, p, bounds, 2).spans
+    found = by_name(compare(sync, p, bounds, 2))
     local = InterlockConfig(mode="local", streaming=False)
-    assert compared["local"].rows == forecast(local, p, bounds, 2).rows
-    assert compare(sync, p, 2, stage_bounds=bounds).syncs_ties
-    assert not compare(WINDOW_2, p, 2, stage_bounds=bounds).syncs_ties
+    assert found["local"].spans == forecast(local, p, bounds, 2).spans
+    assert compare(sync, p, bounds, 2).syncs_ties
+    assert not compare(WINDOW_2, p, bounds, 2).syncs_ties
 
 
 def test_memory_and_traffic_of_every_stage():
@@ -79,21 +83,20 @@ def test_global_waits_for_the_optimizer_and_local_does_not_wait_for_anybody():
 
 
 def test_the_zero_bubble_line_is_a_reference_only():
-    found = by_name(compare(WINDOW_2, unit_profile(8, 1), 8, num_stages=8))
+    found = by_name(compared(WINDOW_2, unit_profile(8, 1), 8, 8))
     assert found[ZERO_BUBBLE].is_reference
     assert found[ZERO_BUBBLE].batch_seconds == pytest.approx(3 * 8 + 7)
     assert found[ZERO_BUBBLE].in_flight == (8,) * 8
     assert not found[GLOBAL].is_reference
 
 
-def test_stages_are_cut_evenly_by_time_unless_bounds_are_given():
-    p = profile(6)
-    assert compare(WINDOW_2, p, 2, num_stages=3).reference.stage_bounds == (0, 2, 4, 6)
-    assert compare(WINDOW_2, p, 2, stage_bounds=[0, 1, 6]).reference.stage_bounds == (0, 1, 6)
+def test_all_settings_have_the_stages_that_are_given():
+    forecasts = compare(WINDOW_2, profile(6), [0, 1, 6], 2).all
+    assert {each.plan.stage_bounds for each in forecasts} == {(0, 1, 6)}
 
 
 def test_settings_that_do_not_exist_are_left_out_with_the_reason():
-    comparison = compare(WINDOW_2, unit_profile(2, 1), 2, num_stages=2)
+    comparison = compared(WINDOW_2, unit_profile(2, 1), 2, 2)
     assert [each.name for each in comparison.all] == [
         "window 2",
         GLOBAL,
@@ -107,13 +110,13 @@ def test_settings_that_do_not_exist_are_left_out_with_the_reason():
 
 
 def test_one_stage_is_compared_with_global_alone():
-    comparison = compare(WINDOW_2, unit_profile(2, 2), 2, num_stages=1)
+    comparison = compared(WINDOW_2, unit_profile(2, 2), 2, 1)
     assert [each.name for each in comparison.all] == ["window 2", GLOBAL, ZERO_BUBBLE]
     assert all(each.speed == 1 for each in comparison.all)
 
 
 def test_the_configured_setting_comes_once_and_first():
-    comparison = compare(InterlockConfig(mode="local"), unit_profile(8, 2), 2, num_stages=4)
+    comparison = compared(InterlockConfig(mode="local"), unit_profile(8, 2), 2, 4)
     names = [each.name for each in comparison.all]
     assert names[0] == "local"
     assert len(names) == len(set(names))
@@ -135,9 +138,9 @@ def test_names_of_settings(section, name):
 
 def test_bounds_of_another_model():
     with pytest.raises(ConfigError, match="do not end at 8"):
-        compare(WINDOW_2, profile(8), 2, stage_bounds=[0, 2, 4])
+        compare(WINDOW_2, profile(8), [0, 2, 4], 2)
 
 
 def test_a_configured_window_that_is_too_long():
     with pytest.raises(ConfigError, match=r"interlock\.window 3.*2 stages"):
-        compare(InterlockConfig(mode="interlock", window=3), profile(8), 2, num_stages=2)
+        compared(InterlockConfig(mode="interlock", window=3), profile(8), 2, 2)

@@ -81,12 +81,12 @@ def spans_of(row: list[int], actions: list[str]) -> Iterator[tuple[str, int, int
 @pytest.fixture(scope="module")
 def unit_page() -> str:
     """Up to 16 stages and 16 micro-batches."""
-    return render_page(INTERLOCK, UNIT, STAGES, MICRO_BATCHES)
+    return render_page(INTERLOCK, UNIT, UNIT.balanced_bounds(STAGES), MICRO_BATCHES)
 
 
 @pytest.fixture(scope="module")
 def measured_page() -> str:
-    return render_page(INTERLOCK, MEASURED, 3, 2)
+    return render_page(INTERLOCK, MEASURED, MEASURED.balanced_bounds(3), 2)
 
 
 # What is written into the page.
@@ -99,7 +99,7 @@ def test_every_position_of_the_sliders_has_a_view_with_the_forecasts_figures(uni
     assert [(v["K"], v["M"]) for v in data["views"]] == [(k, m) for k in data["K"] for m in data["M"]]
     assert data["names"][:3] == ["window 1.25", "global (1F1B)", ZERO_BUBBLE]
     for num_stages, num_micro_batches in ((2, 1), (4, 3), (8, 16)):
-        comparison = compare(INTERLOCK, UNIT, num_micro_batches, num_stages=num_stages)
+        comparison = compare(INTERLOCK, UNIT, UNIT.balanced_bounds(num_stages), num_micro_batches)
         view = view_of(data, num_stages, num_micro_batches)
         assert view["verdict"] == verdict(comparison)
         assert {*view["forecasts"], *view["skipped"]} == set(data["names"])
@@ -116,7 +116,7 @@ def test_figures_of_a_measured_profile_are_of_the_stage_with_the_most(measured_p
     data = data_of(measured_page)
     # On 8 stages of one layer window 1.25 has no place for its heads; for 16 there are no layers.
     assert (data["K"], data["leftOut"], data["isUnit"]) == ([2, 3, 4], [8, 16], False)
-    for each in compare(INTERLOCK, MEASURED, 2, num_stages=3).all:
+    for each in compare(INTERLOCK, MEASURED, MEASURED.balanced_bounds(3), 2).all:
         shown = view_of(data, 3, 2)["forecasts"][each.name]
         assert shown["activationBytes"] == max(each.activation_bytes) > 0
         assert shown["relayBytes"] == max(each.relay_bytes)
@@ -139,39 +139,30 @@ def test_rows_show_the_running_pipeline(unit_page: str) -> None:
 def test_spans_are_those_of_the_simulation(unit_page: str) -> None:
     data = data_of(unit_page)
     view = view_of(data, 4, 3)
-    forecast = compare(INTERLOCK, UNIT, 3, num_stages=4).reference
+    forecast = compare(INTERLOCK, UNIT, UNIT.balanced_bounds(4), 3).reference
     for stage, row in enumerate(view["forecasts"][forecast.name]["rows"]):
         assert row[0] == 1, "the first batch only fills the pipeline"
         shown = [
             (f"{stage}{what[0]}{micro_batch}{what[1:]}", start * view["tick"], end * view["tick"])
             for what, micro_batch, start, end in spans_of(row, data["actions"])
         ]
-        expected = [(str(s.action), s.start, s.end) for s in forecast.rows[stage] if s.batch == 0]
+        expected = [(str(s.action), s.start, s.end) for s in forecast.spans[stage] if s.batch == 0]
         for got, wanted in zip(shown, expected, strict=False):
             assert got == (wanted[0], pytest.approx(wanted[1], abs=1e-3), pytest.approx(wanted[2], abs=1e-3))
         assert len(shown) in (2 * len(expected) - 1, 2 * len(expected))  # a step of no time on the edge
 
 
 def test_a_long_batch_is_drawn_once() -> None:
-    data = data_of(render_page(InterlockConfig(), unit_profile(2, 1), 2, 20))
+    data = data_of(render_page(InterlockConfig(), unit_profile(2, 1), [0, 1, 2], 20))
     assert [(v["K"], v["M"]) for v in data["views"]] == [(2, m) for m in (1, 2, 4, 8, 16, 20)]
     assert [v["numBatches"] for v in data["views"]] == [2, 2, 2, 2, 2, 1]
     each = view_of(data, 2, 20)["forecasts"]["local"]
     assert each["end"] * view_of(data, 2, 20)["tick"] == pytest.approx(each["seconds"], rel=1e-4)
 
 
-def test_progress_ends_at_the_total() -> None:
-    calls: list[tuple[int, int]] = []
-    page = render_page(InterlockConfig(), unit_profile(2, 1), 2, 1, progress=lambda *call: calls.append(call))
-    assert "<title>Pipeline plan: equal layers</title>" in page
-    assert calls == [(done, 62) for done in (2, 6, 14, 30, 62)]
-
-
 def test_a_configured_setting_that_does_not_exist_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="65 stages for 64 layers"):
-        render_page(INTERLOCK, UNIT, 65, 1)
     with pytest.raises(ConfigError, match="do not fit a model of 64 stages"):
-        render_page(INTERLOCK, UNIT, 64, 1)
+        render_page(INTERLOCK, UNIT, range(65), 1)
 
 
 # What a browser makes of it.
@@ -368,7 +359,7 @@ def test_text_from_a_profile_stays_text(page: Page, measured_page: str, tmp_path
     assert page.locator("#about").inner_text().startswith(HOSTILE)
     assert page.locator("b", has_text="bold").count() == 0
     assert "Time a batch (ms)" in page.locator("#table thead").inner_text()
-    comparison = compare(INTERLOCK, MEASURED, 2, num_stages=3)
+    comparison = compare(INTERLOCK, MEASURED, MEASURED.balanced_bounds(3), 2)
     time, *_, activations, relays = cells(page, "global (1F1B)")
     assert float(time) == pytest.approx(1000 * comparison.reference.batch_seconds, rel=0.01)
     assert activations == f"{max(comparison.reference.activation_bytes) / 1e6:.0f} MB"

@@ -7,7 +7,8 @@ from profiles import layer, profile
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.planning.profile import Profile, unit_profile
-from ds_interlock.schedule import Action, CostModel, GradientFlowPlan
+from ds_interlock.schedule import CostModel, GradientFlowPlan
+from ds_interlock.schedule.action import Action
 
 
 def test_a_profile_comes_back_from_its_file(tmp_path):

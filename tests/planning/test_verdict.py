@@ -9,16 +9,16 @@ from ds_interlock.planning.verdict import best_interlock, pays, verdict
 from ds_interlock.schedule import GradientFlowPlan, simulate, training_program
 
 WINDOWS = (1.25, 1.5, 2, 3)
-NUM_STAGES, LAYERS = 4, 4
+LAYERS = 4
+BOUNDS = [LAYERS * stage for stage in range(5)]
 
 
 def units(window: float | None, num_micro_batches: int) -> float:
     """Straight from the simulator, past the planner: None is global."""
-    bounds = [LAYERS * stage for stage in range(NUM_STAGES + 1)]
     if window is None:
-        plan = GradientFlowPlan.end_to_end(stage_bounds=bounds)
+        plan = GradientFlowPlan.end_to_end(stage_bounds=BOUNDS)
     else:
-        plan = GradientFlowPlan.n_wise(None, window, stage_bounds=bounds)
+        plan = GradientFlowPlan.n_wise(None, window, stage_bounds=BOUNDS)
     return min(
         simulate(
             training_program(plan, num_micro_batches, extra_in_flight=n), streaming=window is not None
@@ -29,9 +29,7 @@ def units(window: float | None, num_micro_batches: int) -> float:
 
 def compared(num_micro_batches: int, **section):
     interlock = InterlockConfig(mode="interlock", **section)
-    return compare(
-        interlock, unit_profile(LAYERS * NUM_STAGES, LAYERS), num_micro_batches, num_stages=NUM_STAGES
-    )
+    return compare(interlock, unit_profile(BOUNDS[-1], LAYERS), BOUNDS, num_micro_batches)
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 4, 8, 16, 32])
@@ -63,19 +61,19 @@ def test_a_zero_bubble_schedule_that_would_be_better_is_named():
 
 def test_local_is_never_sold_as_interlocking():
     interlock = InterlockConfig(mode="local")
-    comparison = compare(interlock, unit_profile(16, 4), 4, num_stages=4)
+    comparison = compare(interlock, unit_profile(16, 4), BOUNDS, 4)
     assert best_interlock(comparison).window > 1
     assert "only local" in verdict(comparison)
 
 
 def test_dear_heads_are_named():
     interlock = InterlockConfig(mode="interlock", window=2)
-    dear = compare(interlock, unit_profile(16, 4, head_share=3.0), 4, num_stages=4)
+    dear = compare(interlock, unit_profile(16, 4, head_share=3.0), BOUNDS, 4)
     assert "interlock.head.token_fraction" in verdict(dear)
     assert "interlock.head.token_fraction" not in verdict(compared(4, window=2))
 
 
 def test_one_stage_has_nothing_to_interlock():
-    comparison = compare(InterlockConfig(), unit_profile(4, 4), 1, num_stages=1)
+    comparison = compare(InterlockConfig(), unit_profile(4, 4), [0, 4], 1)
     assert best_interlock(comparison) is None
     assert verdict(comparison).startswith("With 1 micro-batch on 1 stage there is nothing to interlock")

@@ -3,14 +3,15 @@
 import pytest
 
 from ds_interlock.planning.zero_bubble import zero_bubble_batch
-from ds_interlock.schedule import CostModel, Kind
+from ds_interlock.schedule import CostModel, GradientFlowPlan
+from ds_interlock.schedule.action import Kind
 
 UNIT = CostModel()
 STAGES = (2, 4, 8)
 
 
 def makespan(num_stages: int, num_micro_batches: int, costs: CostModel = UNIT) -> float:
-    rows = zero_bubble_batch(range(num_stages + 1), num_micro_batches, costs)
+    rows = zero_bubble_batch(GradientFlowPlan.end_to_end(num_stages), num_micro_batches, costs)
     return max(span.end for row in rows for span in row)
 
 
@@ -29,7 +30,7 @@ def test_one_micro_batch_goes_all_the_way_there_and_back():
 
 def test_work_that_needs_other_work_comes_after_it():
     costs = CostModel(forward=(1, 2, 1.5), input_gradient=(2, 1, 1), weight_gradient=1.5, latency=0.25)
-    rows = zero_bubble_batch(range(4), 5, costs)
+    rows = zero_bubble_batch(GradientFlowPlan.end_to_end(3), 5, costs)
     ends = {(s.action.stage, s.action.kind, s.action.micro_batch): s.end for row in rows for s in row}
     assert len(ends) == 3 * 3 * 5
     for row in rows:
@@ -53,13 +54,13 @@ def test_messages_take_the_time_that_the_simulator_gives_them():
     assert makespan(2, 1, link) == pytest.approx(1 + 2.5 + 1 + 1 + 1.5 + 1 + 1)
     # A forward sends faster than the link carries: the second message waits for the bytes of the first.
     slow = CostModel(bandwidth=1.0, forward_bytes=10.0)
-    rows = zero_bubble_batch(range(3), 2, slow)
+    rows = zero_bubble_batch(GradientFlowPlan.end_to_end(2), 2, slow)
     starts = [span.start for span in rows[1] if span.action.kind is Kind.FORWARD]
     assert starts == [11.0, 21.0]
 
 
 def test_no_stage_holds_more_micro_batches_than_1f1b_does():
-    for row in zero_bubble_batch(range(5), 12, UNIT):
+    for row in zero_bubble_batch(GradientFlowPlan.end_to_end(4), 12, UNIT):
         held = peak = 0
         for span in row:
             held += {Kind.FORWARD: 1, Kind.WEIGHT_GRADIENT: -1}.get(span.action.kind, 0)

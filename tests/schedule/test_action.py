@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from schedule_strategies import quick
 
 from ds_interlock.errors import ScheduleError
-from ds_interlock.schedule import Action, Kind
+from ds_interlock.schedule.action import Action, Kind
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """A timeline as a Chrome trace."""
 
-from ds_interlock.schedule import Action, Span, Timeline
+from ds_interlock.schedule import Timeline
+from ds_interlock.schedule.action import Action
+from ds_interlock.schedule.simulate import Span
 from ds_interlock.schedule.trace import chrome_trace
 
 ROWS = (

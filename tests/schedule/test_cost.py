@@ -3,7 +3,8 @@
 import pytest
 from schedule_strategies import bounds_of
 
-from ds_interlock.schedule import Action, CostModel, GradientFlowPlan
+from ds_interlock.schedule import CostModel, GradientFlowPlan
+from ds_interlock.schedule.action import Action
 
 COSTS = CostModel(
     forward=(2.0, 10.0),

@@ -5,7 +5,9 @@ from hypothesis import given
 from schedule_strategies import bounds_of, plans, quick
 
 from ds_interlock.errors import ScheduleError
-from ds_interlock.schedule import Action, GradientFlowPlan, Kind, dependencies, stage_actions
+from ds_interlock.schedule import GradientFlowPlan
+from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.dependency import dependencies, stage_actions
 
 WINDOW_2 = GradientFlowPlan.n_wise(4, 2)
 GLOBAL = GradientFlowPlan.end_to_end(3)

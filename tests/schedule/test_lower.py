@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from schedule_strategies import bounds_of, plans, quick
 
-from ds_interlock.schedule import Action, GradientFlowPlan, Kind, evaluation_program, training_program
+from ds_interlock.schedule import GradientFlowPlan, evaluation_program, training_program
+from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.lower import RECEIVE_AHEAD, receive_of, receives_needed, send_of
 
 

@@ -8,17 +8,17 @@ from schedule_strategies import bounds_of, grid
 
 from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule import (
-    Action,
     CostModel,
     GradientFlowPlan,
-    Span,
     Timeline,
     evaluation_program,
     render_svg,
-    render_text,
     simulate,
     training_program,
 )
+from ds_interlock.schedule.action import Action
+from ds_interlock.schedule.render import render_text
+from ds_interlock.schedule.simulate import Span
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -8,16 +8,9 @@ from hypothesis import strategies as st
 from schedule_strategies import bounds_of, costs, plans, quick
 
 from ds_interlock.errors import ScheduleError
-from ds_interlock.schedule import (
-    Action,
-    CostModel,
-    GradientFlowPlan,
-    Kind,
-    StandstillError,
-    evaluation_program,
-    simulate,
-    training_program,
-)
+from ds_interlock.schedule import CostModel, GradientFlowPlan, evaluation_program, simulate, training_program
+from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.simulate import StandstillError
 
 
 def _times(simulation, stage):
@@ -121,15 +114,15 @@ def test_bytes_relayed():
 
 def test_peak_in_flight():
     global_ = training_program(GradientFlowPlan.end_to_end(5), 8)
-    assert simulate(global_).peak_in_flight == (5, 4, 3, 2, 1)
+    assert simulate(global_).in_flight == (5, 4, 3, 2, 1)
     few = training_program(GradientFlowPlan.end_to_end(5), 2)
-    assert simulate(few).peak_in_flight == (2, 2, 2, 2, 1)
-    assert simulate(training_program(GradientFlowPlan.local(3), 4)).peak_in_flight == (1, 1, 1)
-    assert simulate(training_program(GradientFlowPlan.n_wise(4, 2), 4)).peak_in_flight == (2, 2, 2, 1)
+    assert simulate(few).in_flight == (2, 2, 2, 2, 1)
+    assert simulate(training_program(GradientFlowPlan.local(3), 4)).in_flight == (1, 1, 1)
+    assert simulate(training_program(GradientFlowPlan.n_wise(4, 2), 4)).in_flight == (2, 2, 2, 1)
     evaluation = evaluation_program(GradientFlowPlan.n_wise(4, 2), 4, all_heads=True)
-    assert simulate(evaluation).peak_in_flight == (1, 1, 1, 1)
+    assert simulate(evaluation).in_flight == (1, 1, 1, 1)
     fractional = GradientFlowPlan.n_wise(window=1.25, stage_bounds=bounds_of(3, 4))
-    assert simulate(training_program(fractional, 4)).peak_in_flight == (2, 2, 1)
+    assert simulate(training_program(fractional, 4)).in_flight == (2, 2, 1)
 
 
 def test_a_fractional_window_costs_less_than_a_whole_one():
@@ -178,7 +171,7 @@ def test_every_program_runs_under_any_costs(plan, num_micro_batches, extra, data
     for stage, spans in enumerate(streaming.spans):
         assert all(a.end <= b.start + 1e-9 for a, b in zip(spans, spans[1:], strict=False))
         assert sum(span.end - span.start for span in spans) == pytest.approx(3 * work[stage])
-        assert streaming.peak_in_flight[stage] <= plan.in_flight(stage) + extra
+        assert streaming.in_flight[stage] <= plan.in_flight(stage) + extra
 
 
 def _end(simulation):

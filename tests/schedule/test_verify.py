@@ -9,7 +9,6 @@ from schedule_strategies import bounds_of, grid, plans, quick
 
 from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule import (
-    Action,
     GradientFlowPlan,
     Program,
     evaluation_program,
@@ -18,6 +17,7 @@ from ds_interlock.schedule import (
     verify,
     verify_evaluation,
 )
+from ds_interlock.schedule.action import Action
 
 
 def with_rows(program, **rows):

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from schedule_strategies import plans, quick
 
 from ds_interlock.errors import ScheduleError
-from ds_interlock.schedule import Kind, dependencies, simulate, training_program, verify
-from ds_interlock.schedule.action import COMPUTE_KINDS, RECV_KINDS, SEND_KINDS
+from ds_interlock.schedule import simulate, training_program, verify
+from ds_interlock.schedule.action import COMPUTE_KINDS, RECV_KINDS, SEND_KINDS, Kind
+from ds_interlock.schedule.dependency import dependencies
 from ds_interlock.schedule.lower import receives_needed
 
 
@@ -138,7 +139,7 @@ def _something_behind_the_step(program, draw):
 
 
 def _fewer_slots(program, draw):
-    peaks = simulate(program, num_batches=1).peak_in_flight
+    peaks = simulate(program, num_batches=1).in_flight
     stage = draw(st.integers(0, program.plan.num_stages - 1))
     slots = list(program.slots)
     slots[stage] = draw(st.integers(0, peaks[stage] - 1))

@@ -4,7 +4,7 @@ Its layers are those that ``launcher/finetune.py`` trains (``hf/model/cut.py``),
 with the profile are stage bounds of the job. Weights are random, or on the meta device.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -79,11 +79,10 @@ def measure_profile(
     make_optimizer: MakeOptimizer,
     num_rounds: int,
     link: tuple[float, float] | None,
-    progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
     """A profile measured on this process's accelerator, with random weights, as ``estimate_profile``.
 
-    Each time is the median of ``num_rounds``; ``progress`` is called with what is being measured.
+    Each time is the median of ``num_rounds``.
     """
     accelerator = get_accelerator()
     device = torch.device(accelerator.current_device_name())
@@ -102,7 +101,6 @@ def measure_profile(
         source=measured,
         link=link,
         tied_layers=tied_layers,
-        progress=progress,
     )
 
 

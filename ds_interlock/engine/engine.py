@@ -165,7 +165,8 @@ class InterlockEngine(PipelineEngine):
         Args:
             data_iter: As for ``train_batch``.
             return_logits: Also return the outputs of the last micro-batch (None but on the last stage).
-            compute_loss: If false, return the outputs of all micro-batches (None but on the last stage).
+            compute_loss: If false, return the outputs of all micro-batches (None but on the last stage);
+                no label is used, and labels may be None.
             reduce_output: ``"avg"``, the mean over micro-batches and replicas; DeepSpeed has no other.
             bcast_loss: Accepted for compatibility; every rank gets the loss.
             num_micro_batches: Micro-batches to read; by default as many as in training.
@@ -179,7 +180,7 @@ class InterlockEngine(PipelineEngine):
         outputs = self._runner.evaluate(
             data_iter,
             num_micro_batches or self.micro_batches,
-            all_heads=return_head_losses,
+            "none" if not compute_loss else "all" if return_head_losses else "final",
             keep_outputs=return_logits or not compute_loss,
         )
         if not compute_loss:

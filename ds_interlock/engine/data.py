@@ -35,11 +35,12 @@ class TrainingData:
 
     def read(self) -> Any:
         """What the iterator gives next."""
-        engine = self.engine
-        if engine.data_iterator is None:
+        engine, pair = self.engine, None
+        if engine.data_iterator is None and engine.batch_fn is None:
             raise DataError("stage 0 has no data: pass data_iter, or training_data to initialize")
         try:
-            pair = next(engine.data_iterator)
+            if engine.data_iterator is not None:  # batch_fn may get it from another tensor-parallel rank
+                pair = next(engine.data_iterator)
         except StopIteration:
             raise DataError(
                 f"the data iterator ended in the middle of a batch, which takes {engine.micro_batches} micro-"

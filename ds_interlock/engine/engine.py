@@ -36,6 +36,7 @@ from ds_interlock.engine.parameter_groups import UnusedHeads
 from ds_interlock.engine.reports import COSINE, Progress
 from ds_interlock.engine.runner import StageRunner
 from ds_interlock.engine.timeline import Tracer, draw, gather
+from ds_interlock.errors import remembers_failure
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.plan import GradientFlowPlan, loss_name
 from ds_interlock.schedule.simulate import Rows
@@ -69,6 +70,8 @@ class InterlockEngine(PipelineEngine):
         self._warmup = HeadWarmup(self._runner)
         self._myopia = MyopiaMeter(self._runner)
         self._checkpoints = Checkpoints(self, self._ranks, self._data)
+        self.has_failed = False
+        """Whether the last method called that other ranks take part in has raised."""
         self._at_exit = partial(_drain_at_exit, weakref.ref(self))
         atexit.register(self._at_exit)
 
@@ -101,6 +104,7 @@ class InterlockEngine(PipelineEngine):
 
     # Training.
 
+    @remembers_failure
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Trains on one batch: ``gradient_accumulation_steps()`` micro-batches.
 
@@ -130,6 +134,7 @@ class InterlockEngine(PipelineEngine):
         self._enter_phase()
         return loss
 
+    @remembers_failure
     def fit_heads(self, data_iter: Iterator[Any] | None = None, num_steps: int = 1) -> dict[str, list[float]]:
         """Fits the auxiliary heads, of all phases, for some batches; layers and optimizer do not change.
 
@@ -145,6 +150,7 @@ class InterlockEngine(PipelineEngine):
         """
         return self._warmup.fit(data_iter, num_steps)
 
+    @remembers_failure
     def eval_batch(
         self,
         data_iter: Iterator[Any],
@@ -160,7 +166,8 @@ class InterlockEngine(PipelineEngine):
         Args:
             data_iter: As for ``train_batch``.
             return_logits: Also return the outputs of the last micro-batch (None but on the last stage).
-            compute_loss: If false, return the outputs of all micro-batches (None but on the last stage).
+            compute_loss: If false, return the outputs of all micro-batches (None but on the last stage);
+                no label is used, and labels may be None.
             reduce_output: ``"avg"``, the mean over micro-batches and replicas; DeepSpeed has no other.
             bcast_loss: Accepted for compatibility; every rank gets the loss.
             num_micro_batches: Micro-batches to read; by default as many as in training.
@@ -174,7 +181,7 @@ class InterlockEngine(PipelineEngine):
         outputs = self._runner.evaluate(
             data_iter,
             num_micro_batches or self.micro_batches,
-            all_heads=return_head_losses,
+            "none" if not compute_loss else "all" if return_head_losses else "final",
             keep_outputs=return_logits or not compute_loss,
         )
         if not compute_loss:
@@ -187,6 +194,7 @@ class InterlockEngine(PipelineEngine):
             result.append({self.loss_name(index): value.item() for index, value in enumerate(losses)})
         return result[0] if len(result) == 1 else tuple(result)
 
+    @remembers_failure
     def drain(self) -> Tensor:
         """Waits until all stages have finished every issued batch. All ranks must call it.
 
@@ -232,6 +240,7 @@ class InterlockEngine(PipelineEngine):
 
     # Checkpoints.
 
+    @remembers_failure
     def save_checkpoint(
         self,
         save_dir: str | os.PathLike[str],
@@ -250,6 +259,7 @@ class InterlockEngine(PipelineEngine):
             )
         return True
 
+    @remembers_failure
     def load_checkpoint(
         self,
         load_dir: str | os.PathLike[str],
@@ -371,10 +381,13 @@ class InterlockEngine(PipelineEngine):
 
 
 def _drain_at_exit(reference: "weakref.ref[InterlockEngine]") -> None:
-    """Drains for scripts that do not, as neighbours need what was sent. After an error no stage waits."""
+    """Drains for scripts that do not, as neighbours need what was sent. After an error no stage waits.
+
+    An error may have ended the script, or a method here, after which the script left by ``sys.exit``.
+    """
     engine = reference()
     failed = getattr(sys, "last_value", None) is not None
-    if engine is None or failed or not dist.is_initialized():
+    if engine is None or failed or engine.has_failed or not dist.is_initialized():
         return
     if engine._runner.has_unfinished_batches:
         engine.drain()

@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.utils import logger
+from torch import distributed as dist
 from torch import nn
 
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
+from ds_interlock.config.deepspeed import MAY_DIFFER, MUST_AGREE
 from ds_interlock.engine.engine import InterlockEngine
 from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.engine.parameter_groups import check_unused_heads, has_one_rate, with_groups_of_heads
@@ -44,8 +47,15 @@ def initialize(
     config = config or config_params or getattr(args, "deepspeed_config", None)
     model, config = _checked(model, mpu, mesh_param, config)
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
-    agree({"config": config, "layers": len(model._layer_specs), "stage_bounds": list(model.parts)})
+    shared = {key: config[key] for key in MUST_AGREE if key in config}
+    agree(
+        {"config": shared, "layers": len(model._layer_specs), "stage_bounds": list(model.parts)},
+        may_differ=[f"config.{path}" for path in MAY_DIFFER],
+    )
     model.bind(InterlockConfig.from_deepspeed(config))
+    if model.num_stages == 1 and not model.bound_config.is_global and dist.get_rank() == 0:
+        name = model.bound_config.mode_name
+        logger.warning('interlock: one stage has no border: mode "%s" is ordinary backpropagation here', name)
     model.add_placeholder()
     with raised_by_all():
         if hasattr(optimizer, "param_groups"):

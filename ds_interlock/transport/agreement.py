@@ -1,6 +1,6 @@
 """What ranks must agree on before one waits for another: the configuration, and whether it is usable."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,12 +9,15 @@ import torch.distributed as dist
 from ds_interlock.errors import ConfigError, list_faults
 
 
-def agree(about: Mapping[str, Any]) -> None:
-    """Compares ``about`` (names and nested values) between all ranks; ConfigError on all if it differs."""
+def agree(about: Mapping[str, Any], *, may_differ: Container[str] = ()) -> None:
+    """Compares ``about`` (names and nested values) between all ranks; ConfigError on all if it differs.
+
+    Paths in ``may_differ``, as ``"config.interlock.trace.path"``, are left out.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, dict(_flat(about)))
+    dist.all_gather_object(gathered, {name: value for name, value in _flat(about) if name not in may_differ})
     first: dict[str, str] = gathered[0]
     faults = [
         f"{name} is {first.get(name, 'missing')} on rank 0, {other.get(name, 'missing')} on rank {rank}"

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,6 +147,29 @@ def test_ranks_with_different_configs(ranks4: RankPool):
         "2 faults",
         "same JSON file",
     )
+
+
+def train_with_settings_of_its_own(jobs: list[Job], folder: str) -> list[float]:
+    """Trains where every rank has other values of what is a rank's own affair."""
+    rank = torch.distributed.get_rank()
+    own = {"local_rank": rank, "output_dir": f"{folder}/{rank}", "run": {"name": f"run {rank}"}}
+    own |= {"steps_per_print": 1 + rank, "wall_clock_breakdown": rank == 1, "memory_breakdown": rank == 2}
+    own["csv_monitor"] = {"enabled": rank == 0, "output_path": folder, "job_name": f"job {rank}"}
+    trace = {"path": f"{folder}/{rank}", "batches": [1, 2]}
+    losses = []
+    for job in jobs:
+        section = {**job.section, "trace": trace, "timeout_seconds": 100.0 + rank}  # type: ignore[dict-item]
+        engine = make_engine(job.but(section=section, extra=own))
+        engine.train_batch(full_batch())
+        losses.append(float(engine.drain()))
+        engine.destroy()
+    return losses
+
+
+def test_settings_that_may_differ_between_ranks(ranks4: RankPool, tmp_path: Path):
+    jobs = [Job({"mode": "global"}), Job({"mode": "local"}), Job({"mode": "interlock", "window": 2})]
+    losses = ranks4.run(train_with_settings_of_its_own, jobs=jobs, folder=str(tmp_path))
+    assert all(of_rank == losses[0] for of_rank in losses)
 
 
 def test_ranks_with_different_models(ranks4: RankPool):

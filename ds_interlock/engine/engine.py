@@ -174,23 +174,25 @@ class InterlockEngine(PipelineEngine):
             return_head_losses: Also return every head's loss, by name (see ``loss_name``).
 
         Returns:
-            The final loss, a float32 scalar, the same on every rank; a tuple if more is asked for.
+            The final loss, a float32 scalar, the same on every rank; a tuple if more is asked for. Without
+            a ``loss_fn`` in its place the mean outputs, if they are no scalar on the last stage alone.
         """
         if compute_loss and reduce_output != "avg":
             raise NotImplementedError(f'reduce_output={reduce_output!r}: losses can only be averaged, "avg"')
+        outputs_only = not compute_loss or (self.module.loss_fn is None and not return_head_losses)
         outputs = self._runner.evaluate(
             data_iter,
             num_micro_batches or self.micro_batches,
-            "none" if not compute_loss else "all" if return_head_losses else "final",
-            keep_outputs=return_logits or not compute_loss,
+            "none" if outputs_only else "all" if return_head_losses else "final",
+            keep_outputs=return_logits or outputs_only,
         )
         if not compute_loss:
             return outputs if self.is_last_stage() else None
-        losses = self._runner.evaluated_losses()
-        result: list[Any] = [losses[self.plan.final]]
+        losses = None if outputs_only else self._runner.evaluated_losses()
+        result = [self._runner.mean_outputs(outputs) if losses is None else losses[self.plan.final]]
         if return_logits:
             result.append(outputs[-1] if outputs else None)
-        if return_head_losses:
+        if losses is not None and return_head_losses:
             result.append({self.loss_name(index): value.item() for index, value in enumerate(losses)})
         return result[0] if len(result) == 1 else tuple(result)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.utils import _pytree
 
 from ds_interlock.engine.data import TrainingData
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
@@ -114,6 +115,19 @@ class StageRunner:
             self.interpreter.outputs = None
             engine.module.train()
         return outputs
+
+    def mean_outputs(self, outputs: list[Hidden]) -> Any:
+        """The mean over micro-batches and replicas: one number on all ranks, else on the last stage only."""
+        mean: Any = None
+        if self.ranks.is_last_stage:
+            mean = _pytree.tree_map(lambda *each: sum(each) / len(each), *outputs)
+            for tensor in _pytree.tree_leaves(mean):
+                self.ranks.sum_over_replicas(tensor)
+                tensor /= self.ranks.num_replicas
+        number = mean.detach().reshape(()).float() if isinstance(mean, Tensor) and mean.numel() == 1 else None
+        if self.ranks.from_last_stage(torch.tensor(float(number is not None), device=self.ranks.device)):
+            return self.ranks.from_last_stage(number)
+        return mean
 
     def evaluated_losses(self) -> Tensor:
         """Every head's mean loss in the batch just evaluated, in the plan's order, on all ranks."""

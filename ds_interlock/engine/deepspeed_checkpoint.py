@@ -166,7 +166,8 @@ class DeepSpeedCheckpoint:
                 parts = _by_name(self._parts(saved))
                 self._optimizer_state, self._groups = _flat_state(engine, parts)
             else:
-                self._optimizer_state, self._groups = _state(engine, saved.get("optimizer"))
+                is_flat = any(folder.glob("*_optim_states.pt"))
+                self._optimizer_state, self._groups = _state(engine, saved.get("optimizer"), is_flat=is_flat)
         except _MismatchError as error:
             raise ConfigError(
                 f"{folder}: cannot take the optimizer state of stage {engine.module.stage_id}: {error}. Use "
@@ -176,7 +177,9 @@ class DeepSpeedCheckpoint:
     def _parts(self, saved: State) -> list[State]:
         """What each replica keeps of the flat copies of this stage."""
         engine, folder, num_replicas = self.engine, self.folder, saved["dp_world_size"]
-        if saved.get("optimizer") is not None:
+        if saved.get("optimizer"):
+            if BASE_OPTIMIZER_STATE not in saved["optimizer"]:
+                raise _MismatchError("it was saved in float32 without ZeRO, this job is in bf16 or with ZeRO")
             if num_replicas > 1:
                 raise _MismatchError(
                     "without ZeRO, DeepSpeed saves only the first replica's part of it in bf16"
@@ -218,15 +221,15 @@ def _layer_parameters(engine: DeepSpeedSide) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if id(parameter) not in others]
 
 
-def _state(engine: DeepSpeedSide, saved: State | None) -> tuple[State, list[int]]:
+def _state(engine: DeepSpeedSide, saved: State | None, *, is_flat: bool) -> tuple[State, list[int]]:
     """The state of torch's optimizer for its parameters now, from one that has numbers in place of names.
 
     Also the numbers of the groups that it is for.
     """
-    if saved is None or BASE_OPTIMIZER_STATE in saved:
-        raise _MismatchError(
-            "it has none" if saved is None else "it was saved under bf16, here it is float32"
-        )
+    if is_flat or (saved and BASE_OPTIMIZER_STATE in saved):
+        raise _MismatchError("it was saved in bf16 or with ZeRO, this job is in float32 without ZeRO")
+    if not saved:
+        raise _MismatchError("there is none")
     groups, theirs = engine.optimizer.param_groups, saved["param_groups"]
     ours = _groups_of_layers(engine, [len(group["params"]) for group in theirs])
     numbers = {id(p): n for n, p in enumerate(p for group in groups for p in group["params"])}
@@ -270,6 +273,7 @@ class _Saved:
 
     tensors: dict[str, list[Tensor]]
     numbers: State
+    group: int
     options: State
 
     def whole(self, key: str) -> Tensor:
@@ -290,7 +294,7 @@ def _by_name(parts: Sequence[State]) -> dict[str, _Saved]:
             flat[_FP32] = part[SINGLE_PARTITION_OF_FP32_GROUPS][number].detach()
             for name, place in names.items():
                 numbers = {key: value for key, value in state.items() if key not in flat}
-                saved = found.setdefault(name, _Saved({}, numbers, group))
+                saved = found.setdefault(name, _Saved({}, numbers, number, group))
                 for key, tensor in flat.items():
                     saved.tensors.setdefault(key, []).append(tensor.narrow(0, place.start, place.numel))
     return found
@@ -306,24 +310,29 @@ def _flat_state(engine: DeepSpeedSide, saved: Mapping[str, _Saved]) -> tuple[Sta
     own: State = optimizer.state_dict()
     masters = [flat.detach().clone() for flat in own[SINGLE_PARTITION_OF_FP32_GROUPS]]
     states: dict[int, State] = {}
-    listed, in_use = [], []
+    groups: dict[int, int] = {}
+    listed = []
     for number, group in enumerate(optimizer.optimizer.param_groups):
-        (flat,) = group["params"]
         options: State = {}
+        whole = {_FP32: masters[number]}
         for name, place in own[PARAM_SLICE_MAPPINGS][number].items():
             if name not in saved:
                 continue
             options, state = saved[name].options, states.setdefault(number, dict(saved[name].numbers))
+            if groups.setdefault(number, saved[name].group) != saved[name].group:
+                raise _MismatchError(f"{name} is in another group of parameters")
             first = module.get_parameter(name)._hp_mapping.lp_fragment_address.start
             for key in saved[name].tensors:
+                if key not in whole:
+                    whole[key] = state[key] = torch.zeros_like(group["params"][0])
                 piece = saved[name].whole(key).narrow(0, first, place.numel)
-                whole = masters[number] if key == _FP32 else state.setdefault(key, torch.zeros_like(flat))
-                whole.detach().narrow(0, place.start, place.numel).copy_(piece)
+                whole[key].narrow(0, place.start, place.numel).copy_(piece)
         listed.append({**group, **options, "params": [number]})
-        in_use += [number] if options else []
+    if len(set(groups.values())) < len(groups):
+        raise _MismatchError("it has fewer groups of parameters")
     own[BASE_OPTIMIZER_STATE] = {"state": states, "param_groups": listed}
     own[SINGLE_PARTITION_OF_FP32_GROUPS] = masters
-    return own, in_use
+    return own, list(groups)
 
 
 def _check_names(engine: DeepSpeedSide, saved: Mapping[str, _Saved]) -> None:

@@ -253,12 +253,12 @@ def refusals_and_converted_files(folder: str) -> dict[str, tuple[str | None, boo
     engine = make_engine(local.but(extra=EXTRA | BF16_ZERO_1))
     load("no counters, layers only, bf16", load_module_only=True)
     on_disk("*.gone", lambda file: file.rename(file.with_suffix(".pt")))
+    on_disk("mp_rank_*", lambda file: add_to(file, optimizer=saved_state(9)))
     load("another precision")
     engine = make_engine(local.but(num_stages=2))
     load("fewer stages")
     cut = {"partition_method": None, "stage_bounds": [0, 2, 5, 8, 11]}
     engine = make_engine(local.but(module=cut, section={"mode": "local", "head": {"type": "linear"}}))
-    on_disk("mp_rank_*", lambda file: add_to(file, optimizer=saved_state(9)))
     load("another cut")
     load("another cut, layers only", load_module_only=True)
     on_disk("layer_04-*", Path.unlink)
@@ -284,8 +284,8 @@ def test_what_does_not_fit_is_refused_on_every_rank_and_layers_load_alone(ranks4
     says = {
         "another cut": "cannot take the optimizer state of stage 0: its groups have [9] parameters",
         "fewer stages": "has 4 files mp_rank_*_model_states.pt, expected 2",
-        "another precision": "cannot take the optimizer state of stage 0",
-        "no optimizer state": "cannot take the optimizer state of stage 0: it has none",
+        "another precision": "stage 0: it was saved in float32 without ZeRO, this job is in bf16 or with",
+        "no optimizer state": "cannot take the optimizer state of stage 0: there is none",
         "no counters": "has 0 files mp_rank_*_model_states.pt, expected 4",
         "no layer 4": "layer_04-model_states.pt is missing",
     }

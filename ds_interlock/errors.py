@@ -5,7 +5,11 @@
 disagreed. ``assert`` is for what cannot happen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class ConfigError(ValueError):
@@ -33,3 +37,19 @@ def list_faults(subject: str, faults: Sequence[str]) -> str:
     if len(faults) == 1:
         return f"{subject}: {faults[0]}"
     return "\n".join([f"{subject}: {len(faults)} faults", *(f"  - {fault}" for fault in faults)])
+
+
+def remembers_failure(method: Method) -> Method:
+    """Makes ``method`` note in the object's ``has_failed`` whether it raised, until the next one returns."""
+
+    @wraps(method)
+    def remembering(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            result = method(self, *args, **kwargs)
+        except BaseException:
+            self.has_failed = True
+            raise
+        self.has_failed = False
+        return result
+
+    return remembering  # type: ignore[return-value]

@@ -43,6 +43,24 @@ REFUSALS = (
     ),
 )
 
+MUST_AGREE = (
+    *("interlock", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+    *("optimizer", "scheduler", "gradient_clipping", "zero_optimization", "zero_allow_untested_optimizer"),
+    *("zero_force_ds_cpu_optimizer", "fp16", "bf16", "bfloat16", "amp", "torch_autocast", "data_types"),
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op"),
+    *("disable_allgather", "sparse_gradients", "pipeline", "activation_checkpointing", "checkpoint"),
+    *("elasticity", "compression_training", "curriculum_learning", "data_efficiency", "tensor_parallel"),
+    *("progressive_layer_drop", "managed_gradient_accumulation"),
+)
+"""The sections and keys that all ranks of a job must share: they decide on numbers and messages. The others
+are a rank's own: what it prints, where it writes, and what scripts keep in the same file."""
+
+MAY_DIFFER = (
+    *("interlock.timeout_seconds", "interlock.trace.path"),
+    *("zero_optimization.offload_optimizer.nvme_path", "zero_optimization.offload_param.nvme_path"),
+)
+"""The exceptions in these sections."""
+
 
 def check_deepspeed(config: Mapping[str, Any]) -> None:
     """Raises ConfigError for DeepSpeed settings that this engine cannot work with, in any mode."""

@@ -104,8 +104,8 @@ class InterlockConfig(Section):
         ge=1,
         validate_default=True,
         description="Mode `interlock` only: the number of stages one loss reaches back over, from 1 (as "
-        f"`local`) to all (as `global`); {DEFAULT_WINDOW} if not given. A fraction moves the heads into the "
-        "next stage: 1.25 puts them after a quarter of its layers.",
+        f"`local`) to all (as `global`, and as one stage alone in any mode); {DEFAULT_WINDOW} if not given. "
+        "A fraction moves the heads into the next stage: 1.25 puts them after a quarter of its layers.",
     )
     schedule: list[PhaseConfig] | None = None
     """In place of `mode` and `window`: a list of phases, as `[{"from_step": 0, "window": 1}, {"from_step":

@@ -11,7 +11,6 @@ was learned before. No stage waits for a later one, and DeepSpeed's optimizer ta
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -19,8 +18,7 @@ import torch
 from deepspeed.utils import logger, safe_set_full_fp32_param
 from torch import Tensor, nn
 
-from ds_interlock.engine.runner import StageRunner
-from ds_interlock.schedule.action import Kind
+from ds_interlock.engine.runner import StageRunner, without_loss
 from ds_interlock.schedule.lower import Program, evaluation_program
 from ds_interlock.schedule.plan import GradientFlowPlan, loss_name
 from ds_interlock.stage.backward import Backward, HeadLoss
@@ -29,12 +27,7 @@ from ds_interlock.stage.hidden import Gradients, Hidden
 
 def head_program(plan: GradientFlowPlan, num_micro_batches: int) -> Program:
     """The program of one batch in which only auxiliary heads learn: evaluation without the final loss."""
-    program = evaluation_program(plan, num_micro_batches, all_heads=True)
-    final = (plan.final,)
-    stages = tuple(
-        tuple(a for a in row if a.kind is not Kind.HEAD or a.losses != final) for row in program.stages
-    )
-    return replace(program, stages=stages)
+    return without_loss(evaluation_program(plan, num_micro_batches, all_heads=True), plan.final)
 
 
 class HeadOptimizer(Backward):
@@ -90,12 +83,17 @@ class HeadWarmup:
         self._runner = runner
         self._ranks = runner.ranks
         self._is_done = False
+        self._is_due = False
+
+    def heads_are_new(self) -> None:
+        """To be called where a run is resumed whose layers had no heads before."""
+        self._is_done, self._is_due = False, True
 
     def before_batch(self) -> None:
         """Before the first batch of a new run; the heads of a resumed one are already further."""
         engine = self._runner.engine
         num_steps = engine.module.head_config.warmup_steps or 0
-        if num_steps > 0 and engine.global_steps == 0 and not self._is_done:
+        if num_steps > 0 and (engine.global_steps == 0 or self._is_due) and not self._is_done:
             self.fit(None, num_steps)
 
     def fit(self, data_iter: Iterator[Any] | None, num_steps: int) -> dict[str, list[float]]:

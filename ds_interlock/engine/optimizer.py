@@ -28,7 +28,8 @@ class StageOptimizer:
         engine, self._norm = self.engine, None
         if hasattr(engine.optimizer, "_global_grad_norm") or isinstance(engine.optimizer, ZeROOptimizer):
             return  # keeps gradients to itself, and has a norm after the step
-        if not (engine.monitor.enabled or engine.gradient_clipping() > 0):
+        # Tensor-parallel ranks always: they sum, and the monitor may be on on one of them alone.
+        if not (engine.monitor.enabled or engine.gradient_clipping() > 0 or self.ranks.num_slices > 1):
             return
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         self._norm = torch.nn.utils.get_total_norm(gradients)

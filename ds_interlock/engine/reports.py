@@ -17,7 +17,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -87,27 +87,33 @@ class Reporter:
 
     def _work(self) -> None:
         while not self._closed:
-            report = self._reports.get()
-            if report is not None:
-                self._flushing.wait(_PAUSE_SECONDS)
+            reports = [self._reports.get()]
+            self._flushing.wait(_PAUSE_SECONDS)
+            # And all that have come meanwhile: batches may be shorter than the pause.
+            reports += [self._reports.get() for _ in range(self._reports.qsize())]
             try:
                 if self._failure is None:
-                    self._exchange(report)
+                    self._exchange(reports)
             except Exception as error:  # noqa: BLE001 - kept for flush(): it must not end the training
                 self._failure = error
             finally:
-                self._reports.task_done()
+                for _ in reports:
+                    self._reports.task_done()
 
-    def _exchange(self, report: tuple[int, Values] | None) -> None:
-        if report is not None and self._ranks.speaks_for_stage:
-            values = {name: float(value) for name, value in report[1].items() if value is not None}
-            if "final_loss" in values:
-                self._store.set("final", json.dumps([report[0], values["final_loss"]]))
+    def _exchange(self, reports: Sequence[tuple[int, Values] | None]) -> None:
+        posted = [report for report in reports if report is not None and self._ranks.speaks_for_stage]
+        final = None
+        for batch, measured in posted:
+            values = {name: float(value) for name, value in measured.items() if value is not None}
             self._unsent.append(values)
-        if self._reports.empty() and (self.newest[0] >= 0 or self._store.check(["final"])):
+            if "final_loss" in values:
+                final = [batch, values["final_loss"]]
+        if final is not None:
+            self._store.set("final", json.dumps(final))
+        if self.newest[0] >= 0 or self._store.check(["final"]):
             batch, loss = json.loads(self._store.get("final"))
             self.newest = batch, loss
-        if report is None or time.monotonic() > self._next_exchange:
+        if None in reports or time.monotonic() > self._next_exchange:
             self._next_exchange = time.monotonic() + _EXCHANGE_SECONDS
             if self._unsent:
                 self._store.set(f"values/{self._ranks.stage}/{self._num_sent}", json.dumps(self._unsent))

@@ -2,17 +2,20 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.utils import _pytree
 
 from ds_interlock.engine.data import TrainingData
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
 from ds_interlock.engine.instructions import InterlockSchedule
 from ds_interlock.engine.timeline import Recorder
 from ds_interlock.schedule import Program, evaluation_program, training_program, verify, verify_evaluation
+from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.backward import Backward
 from ds_interlock.stage.hidden import Hidden
@@ -20,6 +23,16 @@ from ds_interlock.stage.interpreter import Interpreter
 from ds_interlock.stage.work import StageWork
 from ds_interlock.transport.links import Links
 from ds_interlock.transport.ranks import StageRanks
+
+Losses = Literal["final", "all", "none"]
+"""Which losses an evaluation computes."""
+
+
+def without_loss(program: Program, loss: int) -> Program:
+    """An evaluation ``program`` that leaves out the head of ``loss``."""
+    left_out = Kind.HEAD, (loss,)
+    stages = (tuple(a for a in actions if (a.kind, a.losses) != left_out) for actions in program.stages)
+    return replace(program, stages=tuple(stages))
 
 
 class StageRunner:
@@ -57,12 +70,14 @@ class StageRunner:
             self._schedules[key] = InterlockSchedule(program, self.ranks.stage)
         return self._schedules[key]
 
-    def _evaluation_schedule(self, num_micro_batches: int, *, all_heads: bool) -> InterlockSchedule:
+    def _evaluation_schedule(self, num_micro_batches: int, losses: Losses) -> InterlockSchedule:
         module = self.engine.module
-        key = module.phase, "all heads" if all_heads else "evaluate", num_micro_batches
+        key = module.phase, losses, num_micro_batches
         if key not in self._schedules:
-            program = evaluation_program(module.plan, num_micro_batches, all_heads=all_heads)
-            verify_evaluation(program, all_heads=all_heads)
+            program = evaluation_program(module.plan, num_micro_batches, all_heads=losses == "all")
+            verify_evaluation(program, all_heads=losses == "all")
+            if losses == "none":
+                program = without_loss(program, module.plan.final)
             self._schedules[key] = InterlockSchedule(program, self.ranks.stage)
         return self._schedules[key]
 
@@ -83,7 +98,7 @@ class StageRunner:
             self.interpreter = training
 
     def evaluate(
-        self, data_iter: Iterator[Any], num_micro_batches: int, *, all_heads: bool, keep_outputs: bool
+        self, data_iter: Iterator[Any], num_micro_batches: int, losses: Losses, *, keep_outputs: bool
     ) -> list[Hidden]:
         """Runs a batch without gradients; on the last stage returns its micro-batches' outputs, if kept."""
         engine = self.engine
@@ -94,12 +109,25 @@ class StageRunner:
             self.interpreter.outputs = outputs
         try:
             with torch.no_grad():
-                self.run(self._evaluation_schedule(num_micro_batches, all_heads=all_heads))
+                self.run(self._evaluation_schedule(num_micro_batches, losses))
         finally:
             engine.data_iterator = training_data
             self.interpreter.outputs = None
-        engine.module.train()
+            engine.module.train()
         return outputs
+
+    def mean_outputs(self, outputs: list[Hidden]) -> Any:
+        """The mean over micro-batches and replicas: one number on all ranks, else on the last stage only."""
+        mean: Any = None
+        if self.ranks.is_last_stage:
+            mean = _pytree.tree_map(lambda *each: sum(each) / len(each), *outputs)
+            for tensor in _pytree.tree_leaves(mean):
+                self.ranks.sum_over_replicas(tensor)
+                tensor /= self.ranks.num_replicas
+        number = mean.detach().reshape(()).float() if isinstance(mean, Tensor) and mean.numel() == 1 else None
+        if self.ranks.from_last_stage(torch.tensor(float(number is not None), device=self.ranks.device)):
+            return self.ranks.from_last_stage(number)
+        return mean
 
     def evaluated_losses(self) -> Tensor:
         """Every head's mean loss in the batch just evaluated, in the plan's order, on all ranks."""

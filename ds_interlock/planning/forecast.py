@@ -108,7 +108,8 @@ def compare(
     configured = forecast(interlock, profile, stage_bounds, num_micro_batches)
     played: list[Forecast] = []
     skipped: list[str] = []
-    for setting in settings_to_compare(interlock):
+    settings = settings_to_compare(interlock)
+    for setting in settings if len(stage_bounds) > 2 else settings[:1]:  # on one stage all are global
         try:
             played.append(forecast(setting, profile, stage_bounds, num_micro_batches))
         except ConfigError as error:

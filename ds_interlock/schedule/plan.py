@@ -22,6 +22,7 @@ depthwise model-parallelism. JMLR 23(171), 2022. Fractional windows are this pro
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,7 +123,8 @@ class GradientFlowPlan:
 
         Args:
             num_stages: Number of stages of one layer each; or give ``stage_bounds``.
-            window: Stages one loss reaches back over, its own included: 1 .. num_stages.
+            window: Stages one loss reaches back over, its own included: 1 .. num_stages. One stage
+                alone is trained end to end, whatever the window.
             combine: ``"sum"`` trains a stage by every loss in reach that itself reaches back a
                 full window; ``"farthest"`` by the last loss in reach only.
             head_stride: Build heads only at every ``head_stride``-th slot, counted from the end.
@@ -278,7 +280,8 @@ def _final_head(bounds: tuple[int, ...]) -> LossHead:
 def _check_window(window: float, combine: str, head_stride: int, num_stages: int) -> None:
     """Raises PlanError for values that are wrong by themselves."""
     faults = []
-    if not 1 <= window <= num_stages:
+    # One stage has no border at which a gradient could stop.
+    if not 1 <= window <= (num_stages if num_stages > 1 else sys.maxsize):
         faults.append(
             f"window is {window}: it counts stages, so it must lie between 1 (local) and {num_stages}, the "
             "number of stages (global)"

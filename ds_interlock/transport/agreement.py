@@ -1,6 +1,7 @@
-"""Checks that all ranks of a job have the same configuration, before any rank waits for another."""
+"""What ranks must agree on before one waits for another: the configuration, and whether it is usable."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -8,12 +9,15 @@ import torch.distributed as dist
 from ds_interlock.errors import ConfigError, list_faults
 
 
-def agree(about: Mapping[str, Any]) -> None:
-    """Compares ``about`` (names and nested values) between all ranks; ConfigError on all if it differs."""
+def agree(about: Mapping[str, Any], *, may_differ: Container[str] = ()) -> None:
+    """Compares ``about`` (names and nested values) between all ranks; ConfigError on all if it differs.
+
+    Paths in ``may_differ``, as ``"config.interlock.trace.path"``, are left out.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, dict(_flat(about)))
+    dist.all_gather_object(gathered, {name: value for name, value in _flat(about) if name not in may_differ})
     first: dict[str, str] = gathered[0]
     faults = [
         f"{name} is {first.get(name, 'missing')} on rank 0, {other.get(name, 'missing')} on rank {rank}"
@@ -26,6 +30,22 @@ def agree(about: Mapping[str, Any]) -> None:
             list_faults("the ranks of this job have different configurations", faults)
             + "\nStart every rank with the same JSON file and the same arguments."
         )
+
+
+@contextmanager
+def raised_by_all() -> Iterator[None]:
+    """A ConfigError of one rank within it is raised by all: no rank waits for one that has left."""
+    error: ConfigError | None = None
+    try:
+        yield
+    except ConfigError as raised:
+        error = raised
+    messages: list[str | None] = [None if error is None else str(error)]
+    if dist.is_initialized():
+        messages *= dist.get_world_size()
+        dist.all_gather_object(messages, messages[0])
+    for message in filter(None, messages):
+        raise ConfigError(message) from error
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -209,7 +209,7 @@ BAD = {
         ["CONFIG", "--bounds", "0,1,2", "--stages", "3"],
         "--bounds has 2 stages and --stages is 3",
     ),
-    "a window longer than the pipeline": (["CONFIG", "--stages", "1"], "interlock.window 2"),
+    "a window longer than the pipeline": (["CONFIG", "--stages", "2"], "interlock.window 3"),
     "no such model": (["CONFIG", "--model", "no/such/model"], "--model no/such/model: no Hugging Face"),
 }
 
@@ -217,7 +217,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_sentence_and_status_2(tmp_path, capsys, name):
     arguments, message = BAD[name]
-    path = config(tmp_path)
+    path = config(tmp_path, {**SECTION, "window": 3})
     assert cli.main(["plan", *(path if word == "CONFIG" else word for word in arguments)]) == 2
     assert message in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,6 +149,29 @@ def test_ranks_with_different_configs(ranks4: RankPool):
     )
 
 
+def train_with_settings_of_its_own(jobs: list[Job], folder: str) -> list[float]:
+    """Trains where every rank has other values of what is a rank's own affair."""
+    rank = torch.distributed.get_rank()
+    own = {"local_rank": rank, "output_dir": f"{folder}/{rank}", "run": {"name": f"run {rank}"}}
+    own |= {"steps_per_print": 1 + rank, "wall_clock_breakdown": rank == 1, "memory_breakdown": rank == 2}
+    own["csv_monitor"] = {"enabled": rank == 0, "output_path": folder, "job_name": f"job {rank}"}
+    trace = {"path": f"{folder}/{rank}", "batches": [1, 2]}
+    losses = []
+    for job in jobs:
+        section = {**job.section, "trace": trace, "timeout_seconds": 100.0 + rank}  # type: ignore[dict-item]
+        engine = make_engine(job.but(section=section, extra=own))
+        engine.train_batch(full_batch())
+        losses.append(float(engine.drain()))
+        engine.destroy()
+    return losses
+
+
+def test_settings_that_may_differ_between_ranks(ranks4: RankPool, tmp_path: Path):
+    jobs = [Job({"mode": "global"}), Job({"mode": "local"}), Job({"mode": "interlock", "window": 2})]
+    losses = ranks4.run(train_with_settings_of_its_own, jobs=jobs, folder=str(tmp_path))
+    assert all(of_rank == losses[0] for of_rank in losses)
+
+
 def test_ranks_with_different_models(ranks4: RankPool):
     job = Job({**INTERLOCK, "window": 3})
     errors = ranks4.run(build_with_more_layers_on, rank=3, job=job)
@@ -202,6 +226,9 @@ def misuse() -> dict[str, Exception | None]:
     def initialize(**arguments: Any) -> Exception | None:
         return caught(ds_interlock.initialize, **arguments)
 
+    def adam(net: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(net.parameters())
+
     def train_without_gradients() -> None:
         with torch.no_grad():
             engine.train_batch(full_batch())
@@ -212,8 +239,8 @@ def misuse() -> dict[str, Exception | None]:
         "no config": initialize(model=make_module(job)),
         "no such file": initialize(model=make_module(job), config="missing.json"),
         "mpu": initialize(model=make_module(job), config=config, mpu=object()),
-        "rate": initialize(model=(net := make_module(job)), config=config, model_parameters=net.parameters()),
-        "heads": initialize(model=unbound, config=unscaled, model_parameters=list(unbound.parameters())),
+        "rate": initialize(model=(net := make_module(job)), config=config, optimizer=adam(net)),
+        "heads": initialize(model=unbound, config=unscaled, optimizer=adam(unbound)),
         "checkpoint": caught(make_module, job, activation_checkpoint_func=print),
         "no gradients": caught(train_without_gradients),
         "reduce": caught(engine.eval_batch, full_batch(), reduce_output="sum"),
@@ -229,6 +256,7 @@ def test_misuse(ranks4: RankPool):
         "no such file": (ConfigError, "missing.json: cannot read"),
         "mpu": (ConfigError, "mpu must be None"),
         "rate": (ConfigError, "interlock.head.learning_rate_scale works with the optimizer of the JSON"),
+        "heads": (ConfigError, "the optimizer does not train the heads (0.readout.norm.weight"),
         "checkpoint": (ConfigError, "activation_checkpoint_func"),
         "no gradients": (RuntimeError, "use eval_batch"),
         "reduce": (NotImplementedError, "'sum'"),
@@ -237,10 +265,3 @@ def test_misuse(ranks4: RankPool):
         for result in results:
             assert isinstance(result[name], kind), (name, result[name])
             assert text in str(result[name])
-    # Only the stages that have heads can miss them.
-    for stage, result in enumerate(results):
-        if stage in (1, 2):
-            assert isinstance(result["heads"], ConfigError)
-            assert "does not train the heads" in str(result["heads"])
-        else:
-            assert result["heads"] is None

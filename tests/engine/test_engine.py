@@ -256,6 +256,34 @@ def test_the_first_stage_runs_ahead_of_a_slow_last_one_but_not_away(ranks4: Rank
     assert max(ahead) <= 3 * (SEND_AHEAD + RECEIVE_AHEAD + 1)
 
 
+# The end of a script.
+
+
+def exit_after(job: Job, *, fails: bool) -> tuple[str | None, list[str]]:
+    """What a rank raises in the second batch, and the collectives that its exit handler calls then."""
+    engine = make_engine(job)
+    engine.train_batch(iter(micro_batches(job.num_micro_batches)))
+    data = iter(micro_batches(1 if fails else job.num_micro_batches))
+    error = caught(engine.train_batch, data)
+    torch.distributed.barrier()
+    with recorded_collectives() as calls:
+        engine._at_exit()
+    torch.distributed.barrier()
+    engine.destroy()
+    return error and type(error).__name__, [name for name, _ in calls]
+
+
+@pytest.mark.parametrize("section", [GLOBAL, LOCAL, INTERLOCK], ids=["global", "local", "interlock"])
+def test_no_collective_in_the_exit_handler_after_an_error(ranks4: RankPool, section):
+    job = Job({**section, "timeout_seconds": 1.0}, num_micro_batches=2, extra={"steps_per_print": 1})
+    results = ranks4.run(exit_after, job=job, fails=True)
+    assert [error for error, _ in results] == ["DataError", "PeerError", "PeerError", "PeerError"]
+    assert all(calls == [] for _, calls in results), "a script that goes on after an error, as by sys.exit"
+    for error, calls in ranks4.run(exit_after, job=job, fails=False):
+        assert error is None
+        assert "barrier" in calls, "otherwise it drains, for the stages that still need what it has sent"
+
+
 # Plans of one's own, and shapes that change.
 
 

@@ -1,5 +1,6 @@
 """What must come out the same whichever way it is computed, on real processes."""
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ from engine_jobs import (
     BF16_ZERO_1,
     FP32_ZERO_1,
     Job,
+    Outcome,
     assert_same,
     is_same,
     layers,
@@ -16,6 +18,7 @@ from engine_jobs import (
     micro_batches,
     outcomes,
     parameters_of,
+    train_all,
 )
 from ranks import RankPool
 from torch import Tensor
@@ -54,6 +57,41 @@ def test_the_narrowest_window_is_local(ranks4: RankPool):
     )
     assert_same(narrowest, local)
     assert not is_same(local, wider)
+
+
+def train_with_log(jobs: list[Job]) -> tuple[list[Outcome], list[str]]:
+    """What the jobs come to, and what DeepSpeed's logger says of interlocking on the way."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("DeepSpeed").addHandler(handler)
+    try:
+        return train_all(jobs), [line for line in lines if line.startswith("interlock")]
+    finally:
+        logging.getLogger("DeepSpeed").removeHandler(handler)
+
+
+def test_one_stage_is_global_in_every_mode(ranks2: RankPool):
+    phases = [{"from_step": 0, "window": 1.5}, {"from_step": 1, "window": 3}]
+    sections: list[dict[str, object] | None] = [
+        None,
+        {"mode": "global"},
+        {"mode": "local"},
+        interlock(1.25),
+        interlock(2),
+        interlock(5, head_stride=2, combine="farthest"),
+        {"schedule": phases},
+    ]
+    jobs = [Job(section, num_stages=1, num_batches=2, extra=BF16_ZERO_1) for section in sections]
+    by_rank = ranks2.run(train_with_log, jobs=jobs)
+    deepspeed, *ours = zip(*(outcomes_of_rank for outcomes_of_rank, _ in by_rank), strict=True)
+    for each in ours:
+        assert_same(each, deepspeed)
+        assert [o.returned for o in each] == [o.returned for o in deepspeed]
+    (first, *others), nothing = (lines for _, lines in by_rank)
+    assert first == 'interlock: one stage has no border: mode "local" is ordinary backpropagation here'
+    assert len(others) == 4
+    assert nothing == []
 
 
 # Streaming changes when things happen, not what.

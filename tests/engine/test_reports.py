@@ -2,6 +2,7 @@
 
 import csv
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ranks import RankPool
 from torch import Tensor
 
 from ds_interlock import InProcessPipeline, InterlockConfig
+from ds_interlock.engine.reports import _PAUSE_SECONDS
 from ds_interlock.heads.factory import head_factory
 
 INTERLOCK = {"mode": "interlock", "window": 2, "head": {"token_fraction": 0.5}}
@@ -185,3 +187,42 @@ def test_two_engines_in_one_process_keep_their_reports_apart(ranks4: RankPool):
     for returned in ranks4.run(two_engines_at_once, jobs=jobs):
         for values, allowed in zip(returned, exact, strict=True):
             assert {value for value in values if value == value} <= set(allowed)
+
+
+# Batches much shorter than the pauses of the reporting thread.
+
+
+def train_fast(jobs: list[Job]) -> list[dict[str, Any]]:
+    """What arrives during many batches of a few milliseconds, and soon after them."""
+    return [_train_fast(job) for job in jobs]
+
+
+def _train_fast(job: Job) -> dict[str, Any]:
+    engine = make_engine(job)
+    data, reporter = data_for(engine, job), engine._progress.reporter
+    start = time.monotonic()
+    returned = [float(engine.train_batch(data)) for _ in range(job.num_batches)]
+    in_a_pause = _PAUSE_SECONDS * job.num_batches / (time.monotonic() - start)
+    waiting = reporter._reports.qsize() / in_a_pause
+    time.sleep(0.2)
+    newest, _ = reporter.newest
+    engine.drain()
+    engine.destroy()
+    return {"returned": returned, "waiting": waiting, "newest": newest}
+
+
+def test_reports_of_short_batches_do_not_pile_up(ranks2: RankPool):
+    sections: list[dict[str, Any]] = [
+        {"mode": "global"},
+        {"mode": "local"},
+        {"mode": "interlock", "window": 1.5},
+    ]
+    tiny = {"layers": layers(num_blocks=2)}
+    jobs = [Job(each, num_stages=2, num_micro_batches=1, num_batches=120, module=tiny) for each in sections]
+    for by_job in ranks2.run(train_fast, jobs=jobs):
+        for job, result in zip(jobs, by_job, strict=True):
+            assert result["waiting"] < 8, "of those that come in one pause"
+            arrived = [loss for loss in result["returned"] if not math.isnan(loss)]
+            assert len(arrived) > job.num_batches / 2, job.section
+            if job.section != {"mode": "global"}:
+                assert result["newest"] > job.num_batches / 2, job.section

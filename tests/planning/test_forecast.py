@@ -109,6 +109,12 @@ def test_settings_that_do_not_exist_are_left_out_with_the_reason():
     assert "window 1.25" in reasons
 
 
+def test_one_stage_is_compared_with_global_alone():
+    comparison = compared(WINDOW_2, unit_profile(2, 2), 2, 1)
+    assert [each.name for each in comparison.all] == ["window 2", GLOBAL, ZERO_BUBBLE]
+    assert all(each.speed == 1 for each in comparison.all)
+
+
 def test_the_configured_setting_comes_once_and_first():
     comparison = compared(InterlockConfig(mode="local"), unit_profile(8, 2), 2, 4)
     names = [each.name for each in comparison.all]
@@ -136,5 +142,5 @@ def test_bounds_of_another_model():
 
 
 def test_a_configured_window_that_is_too_long():
-    with pytest.raises(ConfigError, match=r"interlock\.window 2.*1 stages"):
-        compared(WINDOW_2, profile(8), 2, 1)
+    with pytest.raises(ConfigError, match=r"interlock\.window 3.*2 stages"):
+        compared(InterlockConfig(mode="interlock", window=3), profile(8), 2, 2)

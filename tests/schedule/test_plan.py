@@ -257,6 +257,19 @@ def test_all_faults_are_told_at_once():
         assert part in message
 
 
+@pytest.mark.parametrize("window", [1, 1.25, 2, 7.5])
+@pytest.mark.parametrize("combine", ["sum", "farthest"])
+def test_one_stage_is_trained_end_to_end_whatever_the_window(window, combine):
+    plan = GradientFlowPlan.n_wise(window=window, combine=combine, head_stride=2, stage_bounds=[0, 1])
+    assert plan == GradientFlowPlan.end_to_end(1)
+
+
+@pytest.mark.parametrize("window", [0, 0.5, -1, math.nan, math.inf])
+def test_one_stage_takes_no_impossible_window(window):
+    with pytest.raises(PlanError, match=rf"window is {window}"):
+        GradientFlowPlan.n_wise(1, window)
+
+
 @pytest.mark.parametrize("window", [0, 0.5, -1, 3.01, 4, math.nan, math.inf])
 def test_a_window_counts_between_one_and_all_stages(window):
     with pytest.raises(PlanError, match=rf"window is {window}: .* between 1 \(local\) and 3, the number"):

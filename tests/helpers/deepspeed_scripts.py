@@ -181,10 +181,11 @@ class Unembedding(nn.Module):
         return (self.linear(self.norm(batch[0])),)
 
 
-def next_token_loss(outputs: tuple[Tensor], labels_bt: Tensor) -> Tensor:
-    """Padding is marked in place."""
+def next_token_loss(outputs: tuple[Tensor] | Tensor, labels_bt: Tensor) -> Tensor:
+    """Padding is marked in place. Under checkpointing DeepSpeed unwraps ``(logits,)``."""
+    logits_btv = outputs[0] if isinstance(outputs, tuple) else outputs
     labels_bt[labels_bt == 0] = -100
-    return F.cross_entropy(outputs[0].float().flatten(0, 1), labels_bt.flatten())
+    return F.cross_entropy(logits_btv.float().flatten(0, 1), labels_bt.flatten())
 
 
 def token_batches(num: int, seed: int = 4) -> list[tuple[Stream, Tensor]]:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks import results
-from benchmarks.language_models import GLOBAL, plan_of
+from benchmarks.language_models import GLOBAL, pipeline_of
 from ds_interlock import InProcessPipeline
-from ds_interlock.models.lm import LMConfig, Unembedding, build_lm, lm_loss
+from ds_interlock.models.lm import LMConfig, Unembedding
 from ds_interlock.schedule.action import Action, Kind
 from measuring.results import add_legend, new_figure, table_of
 
@@ -88,11 +88,11 @@ def measure(window: float | None, num_stages: int, args: Namespace) -> results.R
     """Trains one batch and counts what stage 0 holds; without a window under global backpropagation."""
     num_blocks = args.blocks_per_stage * num_stages
     config = LMConfig(args.vocab_size, args.seq_length, args.width, num_blocks, num_heads=4)
-    net = InProcessPipeline(
-        build_lm(config),
-        lm_loss(),
-        plan_of(window, config, num_stages),
-        head=lambda place: nn.Sequential(nn.LayerNorm(args.width), Unembedding(args.width, args.vocab_size)),
+    net = pipeline_of(
+        config,
+        window,
+        num_stages,
+        lambda place: nn.Sequential(nn.LayerNorm(args.width), Unembedding(args.width, args.vocab_size)),
     )
     ids_mbt = torch.randint(args.vocab_size, (2 * num_stages, 1, args.seq_length + 1))
     micro_batches = [(ids_bt[:, :-1].clone(), ids_bt[:, 1:].clone()) for ids_bt in ids_mbt]

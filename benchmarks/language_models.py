@@ -1,13 +1,15 @@
-"""Language models in stages, as several benchmarks train them."""
+"""Language models in stages in one process, as several benchmarks train them."""
 
-from ds_interlock import GradientFlowPlan
-from ds_interlock.models.lm import LMConfig
+from ds_interlock import GradientFlowPlan, InProcessPipeline
+from ds_interlock.models.lm import LMConfig, build_lm, lm_loss
+from ds_interlock.stage.heads import MakeHead
 
 GLOBAL = "global"
 
 
-def plan_of(window: float | None, config: LMConfig, num_stages: int) -> GradientFlowPlan:
+def pipeline_of(config: LMConfig, window: float | None, num_stages: int, head: MakeHead) -> InProcessPipeline:
     """A window, or global backpropagation (None), over stages of as many blocks each."""
     inner = [2 + config.num_blocks * stage // num_stages for stage in range(1, num_stages)]
     bounds = [0, *inner, config.num_layers]
-    return GradientFlowPlan.n_wise(window=window or num_stages, stage_bounds=bounds)
+    plan = GradientFlowPlan.n_wise(window=window or num_stages, stage_bounds=bounds)
+    return InProcessPipeline(build_lm(config), lm_loss(), plan, head)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from benchmarks import results
 from benchmarks.peers import DEEPSPEED, MODES, TORCH_SCHEDULES, compare, make_peer, time_batches
-from benchmarks.sleeping_stages import HEAD_SHARE, predicted_seconds, sleeping_workload, stage_costs
+from benchmarks.sleeping_stages import HEAD_SHARE, equal_stages, predicted_seconds, stage_costs
 from measuring.ranks import run_ranks
 from measuring.results import add_legend, new_figure, table_of
 
@@ -65,7 +65,7 @@ def measure(
     engine_name: str, seconds: float, num_batches: dict[int, int]
 ) -> tuple[dict[int, float | str], dict[str, float] | None]:
     """On every rank of a job: ``time_batches`` of an engine, and this stage's costs under our modes."""
-    work = sleeping_workload(dist.get_world_size(), seconds)
+    work = equal_stages(dist.get_world_size(), seconds)
     engine = make_peer(engine_name, work)
     costs = stage_costs(engine, work, HEAD_SHARE * seconds) if engine_name in MODES else None
     return time_batches(engine, work, num_batches), costs

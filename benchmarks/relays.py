@@ -18,10 +18,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
-from deepspeed.pipe import LayerSpec
 
 from benchmarks import results
-from benchmarks.sleeping_stages import HEAD_SHARE, LAYERS_PER_STAGE, WIDTH, sleeping_workload
+from benchmarks.sleeping_stages import HEAD_SHARE, LAYERS_PER_STAGE, equal_bounds
 from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.cost import CostModel
 from ds_interlock.schedule.lower import training_program
@@ -30,7 +29,7 @@ from ds_interlock.schedule.simulate import simulate
 from measuring.engines import make_engine, seconds_of_a_batch
 from measuring.ranks import run_ranks
 from measuring.results import add_legend, markdown, new_figure
-from measuring.sleeping import SleepingLayer
+from measuring.sleeping import sleeping_workload
 
 MakePlan = Callable[[list[int]], GradientFlowPlan]
 
@@ -120,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def simulated_forwards(side: Side, num_stages: int, num_micro_batches: int) -> float:
     """What the simulator says a batch takes, in forwards of a stage."""
-    plan = side.plan([LAYERS_PER_STAGE * stage for stage in range(num_stages + 1)])
+    plan = side.plan(equal_bounds(num_stages))
     costs = CostModel(
         input_gradient=side.input_gradient, weight_gradient=side.weight_gradient(plan), head=HEAD_SHARE
     )
@@ -132,17 +131,15 @@ def measure(
 ) -> dict[int, float]:
     """On every rank of a job: a batch in forwards of a stage, with a measure (side 0) or without (1)."""
     with_or_without = MEASURES[name][1 + side]
-    work = sleeping_workload(dist.get_world_size(), seconds)
-    plan = with_or_without.plan(work.bounds(dist.get_world_size()))
+    plan = with_or_without.plan(equal_bounds(dist.get_world_size()))
     share = seconds / LAYERS_PER_STAGE
     layers = [
-        LayerSpec(
-            SleepingLayer, WIDTH, share, with_or_without.input_gradient * share, weight_gradient * share
-        )
+        (share, with_or_without.input_gradient * share, weight_gradient * share)
         for weight_gradient in with_or_without.weight_gradient(plan)
         for _ in range(LAYERS_PER_STAGE)
     ]
-    work = replace(work, layers=layers, plan=with_or_without.plan)
+    work = sleeping_workload(layers, lambda position: HEAD_SHARE * seconds, stage_bounds=plan.stage_bounds)
+    work = replace(work, plan=with_or_without.plan)
     engine = make_engine(work, {"mode": "interlock", "window": 2})  # its plan is not used
     return {m: seconds_of_a_batch(engine, work, m, num_batches) / seconds for m in micro_batches}
 

@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ds_interlock.files import replace_text
 from measuring.results import machine, versions
 
 Row = dict[str, Any]
@@ -64,8 +65,7 @@ def publish(
     }
     text = json.dumps(results, indent=1) + "\n"
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text, encoding="utf-8")
+        replace_text(args.output, text)
     show(json.loads(text), args.output)
 
 

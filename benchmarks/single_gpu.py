@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from benchmarks.language_models import GLOBAL, plan_of
-from ds_interlock import HeadConfig, InProcessPipeline
+from benchmarks.language_models import GLOBAL, pipeline_of
+from ds_interlock import HeadConfig
 from ds_interlock.heads.factory import head_factory
-from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
+from ds_interlock.models.lm import LMConfig, lm_layers
 from measuring.results import table_of
 
 # The shapes of GPT-2 (Radford et al. 2019, table 2), between them one of 760 M, and a small one for CPUs.
@@ -65,9 +65,8 @@ def measure(mode: str, args: Namespace) -> results.Row:
     torch.manual_seed(0)
     lm = LMConfig(**MODEL_SIZES[args.model_size], seq_length=args.seq_length)
     on_gpu = torch.device(args.device).type == "cuda"
-    plan = plan_of(WINDOWS.get(mode), lm, args.stages)
     heads = head_factory(HeadConfig(token_fraction=args.token_fraction), lm_layers(lm))
-    net = InProcessPipeline(build_lm(lm), lm_loss(), plan, heads)
+    net = pipeline_of(lm, WINDOWS.get(mode), args.stages, heads)
     net.to(args.device, torch.bfloat16 if on_gpu else torch.float32)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
     shape = args.micro_batches, args.micro_batch_size, args.seq_length + 1

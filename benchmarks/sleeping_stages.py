@@ -1,39 +1,34 @@
 """A pipeline of sleeping stages, what its passes really take, and the batch time that follows from that."""
 
 import statistics
-import time
-from collections.abc import Callable
 from itertools import repeat
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.pipe import LayerSpec
 
 from ds_interlock import InterlockConfig
 from ds_interlock.planning.forecast import play
+from ds_interlock.profiling.layers import LayerCall, Stopwatch, loss_seconds, profile_layers
 from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.cost import CostModel
 from measuring.engines import Workload
-from measuring.sleeping import SleepingHead, SleepingLayer, sleeping_loss, use_exact_timers
+from measuring.sleeping import SleepingHead, sleeping_loss, sleeping_workload
 
 LAYERS_PER_STAGE = 4
-WIDTH = 16
 HEAD_SHARE = 0.3
 """What an auxiliary head takes for forward and backward, relative to the forward of a stage."""
 
 
-def sleeping_workload(num_stages: int, seconds: float) -> Workload:
+def equal_bounds(num_stages: int) -> list[int]:
+    """Where equal stages are cut."""
+    return [LAYERS_PER_STAGE * stage for stage in range(num_stages + 1)]
+
+
+def equal_stages(num_stages: int, seconds: float) -> Workload:
     """Stages that sleep ``seconds`` in the forward, for the input and for the weight gradient."""
-    use_exact_timers()
-    of_layer, num_layers = seconds / LAYERS_PER_STAGE, LAYERS_PER_STAGE * num_stages
-    return Workload(
-        layers=[LayerSpec(SleepingLayer, WIDTH, of_layer, of_layer, of_layer)] * num_layers,
-        layer_seconds=[of_layer] * num_layers,
-        loss_fn=sleeping_loss,
-        micro_batch=(torch.ones(1, WIDTH), torch.zeros(1, WIDTH)),
-        head=lambda position: SleepingHead(HEAD_SHARE * seconds),
-    )
+    layer = [seconds / LAYERS_PER_STAGE] * 3
+    return sleeping_workload([layer] * LAYERS_PER_STAGE * num_stages, lambda position: HEAD_SHARE * seconds)
 
 
 def stage_costs(engine: Any, work: Workload, head_seconds: float) -> dict[str, float]:
@@ -42,32 +37,17 @@ def stage_costs(engine: Any, work: Workload, head_seconds: float) -> dict[str, f
     The passes are run by themselves, outside of the engine; the optimizer step is the engine's own. All
     ranks call it.
     """
-    layers = torch.nn.Sequential(*engine.module.forward_funcs)
-    parameters, head = list(layers.parameters()), SleepingHead(head_seconds)
-    seconds: dict[str, list[float]] = {"forward": [], "input_gradient": [], "backward": [], "head": []}
-
-    def timed(name: str, work: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        result = work()
-        seconds[name].append(time.perf_counter() - start)
-        return result
-
-    def head_pass() -> None:
-        hidden = torch.ones(1, WIDTH, requires_grad=True)
-        sleeping_loss(head(hidden), hidden.detach()).backward()  # type: ignore[no-untyped-call]
-
+    stopwatch, (hidden, labels) = Stopwatch(lambda: None), work.micro_batch
+    head, layers = SleepingHead(head_seconds), torch.nn.Sequential(*engine.module.forward_funcs)
     dist.barrier()
-    for _ in range(5):
-        x = torch.ones(1, WIDTH, requires_grad=True)
-        y = timed("forward", lambda x=x: layers(x))
-        g = torch.ones_like(y)
-        timed("input_gradient", lambda x=x, y=y, g=g: torch.autograd.grad(y, x, g, retain_graph=True))
-        timed("backward", lambda y=y, g=g: torch.autograd.backward(y, g, inputs=parameters))
-        timed("head", head_pass)
-    engine.module.zero_grad()
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    median["weight_gradient"] = median.pop("backward") - median["input_gradient"]
-    return median | {"optimizer": _optimizer_seconds(engine, work)}
+    (stage,) = profile_layers([LayerCall("stage", layers, (hidden,))], stopwatch, None)
+    return {
+        "forward": stage.forward_seconds,
+        "input_gradient": stage.input_gradient_seconds,
+        "weight_gradient": stage.weight_gradient_seconds,
+        "head": loss_seconds(lambda hidden: sleeping_loss(head(hidden), labels), hidden, stopwatch),
+        "optimizer": _optimizer_seconds(engine, work),
+    }
 
 
 def _optimizer_seconds(engine: Any, work: Workload) -> float:
@@ -84,6 +64,6 @@ def predicted_seconds(
     section: dict[str, Any], costs: list[dict[str, float]], num_micro_batches: int
 ) -> float:
     """A batch of M micro-batches according to the simulator, from the ``stage_costs`` of each stage."""
-    bounds = [LAYERS_PER_STAGE * stage for stage in range(len(costs) + 1)]
+    bounds, setting = equal_bounds(len(costs)), InterlockConfig(**section)
     model = CostModel(**{name: [stage[name] for stage in costs] for name in costs[0]})
-    return play(InterlockConfig(**section), model, bounds, num_micro_batches, num_batches=10)[1].batch_seconds
+    return play(setting, model, bounds, num_micro_batches, num_batches=10)[1].batch_seconds

@@ -241,7 +241,7 @@ def _rows(
 
 def _stages(profile: TaskProfile) -> tuple[dict[str, Any], ...]:
     """See ``ProfileOfStages.stages``."""
-    costs, bounds = profile.model.costs, list(pairwise(profile.model.stage_bounds))
+    costs, bounds = profile.model.costs({}), list(pairwise(profile.model.stage_bounds))
     names = ("forward", "input_gradient", "weight_gradient")
     return tuple(
         {

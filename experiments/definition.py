@@ -23,16 +23,6 @@ GLOBAL = "global"
 """The mode that all others are compared with; every experiment has it."""
 LOCAL = "local"
 
-SMOKE = "smoke-"
-"""Before an experiment's name: a short version of it, whose results mean nothing."""
-_SMOKE_STAGES = 4
-_SMOKE: dict[str, dict[str, Any]] = {
-    "prose": {"seq_length": 16, "width": 16, "num_blocks": _SMOKE_STAGES},
-    "images": {"width": 2, "num_train_images": 256},
-    "training": {"num_steps": 4, "micro_batch_size": 4, "warmup_steps": 1},
-    "measurements": {"evaluate_every": 2, "num_samples": 16, "num_final_samples": 32},
-}
-
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -175,25 +165,6 @@ class Definition(_Section):
             if seed in (mode.seeds or self.seeds)
         ]
 
-    def shrunk(self) -> "Definition":
-        """The same modes on a tiny model for a few steps; the phases of a schedule follow step by step."""
-        modes = {}
-        for name, mode in self.modes.items():
-            section = dict(mode.interlock)
-            if "schedule" in section:
-                section["schedule"] = [{**p, "from_step": n} for n, p in enumerate(section["schedule"])]
-            modes[name] = mode.model_copy(update={"interlock": section, "num_steps": None})
-        return self.model_copy(
-            update={
-                "num_stages": _SMOKE_STAGES,
-                "seeds": self.seeds[:2],
-                "model": self.model.model_copy(update=_SMOKE[self.model.kind]),
-                "training": self.training.model_copy(update=_SMOKE["training"]),
-                "measurements": self.measurements.model_copy(update=_SMOKE["measurements"]),
-                "modes": modes,
-            }
-        )
-
 
 def check_modes(asked: Sequence[str] | None, existing: Collection[str]) -> None:
     """Refuses a ``--modes`` that names modes that do not exist."""
@@ -209,13 +180,11 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Definition:
-    """Reads an experiment's file; with ``SMOKE`` before its name, shrinks it.
+    """Reads an experiment's file.
 
     Raises:
         ConfigError: If there is no experiment of this name, or listing all faults of its file.
     """
-    if name.startswith(SMOKE):
-        return load(name.removeprefix(SMOKE)).shrunk()
     file = FOLDER / f"{name}.toml"
     if not file.is_file():
         raise ConfigError(f"there is no experiment {name!r}: expected one of {', '.join(names())}")

@@ -103,8 +103,7 @@ def write(results: Path, output: Path) -> None:
         ConfigError: If an experiment's definition is faulty.
         DataError: If there are no results, or a file of results cannot be used.
     """
-    names = [*definition.names(), *(definition.SMOKE + name for name in definition.names())]
-    done = [name for name in names if (results / f"{name}.jsonl").exists()]
+    done = [name for name in definition.names() if (results / f"{name}.jsonl").exists()]
     if not done:
         raise DataError(
             f"{results} has no results of any experiment ({', '.join(definition.names())}): make them with "

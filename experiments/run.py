@@ -3,7 +3,6 @@
     python -m experiments.run transformer --jobs 2       # all runs, two at a time
     python -m experiments.run transformer --resume       # what is missing, from where it stopped
     python -m experiments.report                         # docs/results.md, from the results files
-    python -m experiments.smoke                          # one short version of everything, into runs/smoke
 
 An experiment is a file in experiments/definitions, or "finetune" (finetune.py). Each run computes in one
 thread; those of "finetune" are jobs of several processes.

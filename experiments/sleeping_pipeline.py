@@ -6,20 +6,13 @@ none. The time of a batch is then that of the schedule, the engine and the model
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from deepspeed.pipe import LayerSpec
-from torch import Tensor
 
 from ds_interlock import InterlockConfig
 from ds_interlock.planning.forecast import play
-from experiments.stage_profile import StagedModel
+from experiments.stage_profile import PASSES, StagedModel
 from measuring.engines import Workload, make_engine, seconds_of_a_batch
 from measuring.ranks import run_ranks
-from measuring.sleeping import SleepingHead, SleepingLayer, sleep, sleeping_loss, use_exact_timers
-
-_WIDTH = 16
+from measuring.sleeping import sleeping_workload
 
 
 @dataclass(frozen=True)
@@ -41,41 +34,23 @@ class Pipeline:
 
     def predicted(self, num_micro_batches: int) -> float:
         """A batch according to the simulator, in units; the engine itself needs no time there."""
-        bounds = self.model.stage_bounds
-        costs = self.model.cost_model(self.interlock.plan(bounds), self.heads)
+        costs, bounds = self.model.costs(self.heads), self.model.stage_bounds
         return play(self.interlock, costs, bounds, num_micro_batches, num_batches=10)[1].batch_seconds
 
     def workload(self, unit_seconds: float) -> Workload:
         """The layers, heads and final loss, each of which sleeps."""
-
-        def final_loss(outputs: Tensor, labels: Tensor) -> Tensor:
-            sleep(unit_seconds * self.model.loss)
-            return sleeping_loss(outputs, labels)
-
-        names = ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds")
-        seconds = [[unit_seconds * getattr(layer, name) for name in names] for layer in self.model.layers]
-        return Workload(
-            layers=[LayerSpec(SleepingLayer, _WIDTH, *passes) for passes in seconds],
-            layer_seconds=[sum(passes) for passes in seconds],
-            loss_fn=final_loss,
-            micro_batch=(torch.ones(1, _WIDTH), torch.zeros(1, _WIDTH)),
-            head=lambda position: _Head(unit_seconds * self.heads[position.after_layer]),
-            stage_bounds=self.model.stage_bounds,
+        return sleeping_workload(
+            [[unit_seconds * getattr(layer, name) for name in PASSES] for layer in self.model.layers],
+            lambda position: unit_seconds * self.heads[position.after_layer],
+            unit_seconds * self.model.loss,
+            self.model.stage_bounds,
         )
 
 
 def measure(pipeline: Pipeline, unit_seconds: float, num_batches: dict[int, int]) -> dict[int, float]:
     """On every rank of a job: seconds of a batch, by its number of micro-batches."""
-    use_exact_timers()
     work = pipeline.workload(unit_seconds)
     # A head sleeps whatever its section is; fitting it first, and measuring during training, only takes time.
     section = pipeline.interlock.model_dump(exclude={"head", "trace", "myopia"}, exclude_defaults=True)
     engine = make_engine(work, section)
     return {m: seconds_of_a_batch(engine, work, m, num) for m, num in num_batches.items()}
-
-
-class _Head(SleepingHead):
-    """Its loss is part of its seconds: the final loss has others."""
-
-    def loss(self, hidden: Tensor, labels: Tensor, loss_fn: Any) -> Tensor:
-        return sleeping_loss(self(hidden), labels)

@@ -5,6 +5,7 @@ gradient; then the final loss and the auxiliary heads. Costs are in *units*: one
 stage for a micro-batch.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,12 +19,13 @@ from ds_interlock.planning.profile import HeadProfile, LayerProfile, Profile
 from ds_interlock.profiling.layers import Stopwatch, loss_seconds, profile_layers
 from ds_interlock.profiling.model import calls_in_sequence
 from ds_interlock.schedule.cost import CostModel
-from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.heads import build_head
 from experiments.tasks import Task
 
 NUM_ROUNDS = 50
 """How often everything is timed; medians count."""
+
+PASSES = ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds")
 
 LEARNING_KEYS = {"weight", "learning_rate_scale", "warmup_steps", "warmup_learning_rate"}
 """Keys of a head's section for how it learns, on which its time does not depend."""
@@ -38,24 +40,19 @@ class StagedModel:
     loss: float
     """The final loss, forward and backward, on the last stage."""
 
-    @property
-    def costs(self) -> CostModel:
-        """For the simulator, with auxiliary heads at no cost."""
-        head = HeadProfile(type="", seconds=0.0)
-        profile = Profile(model="", device="", source="", layers=self.layers, head=head)
-        return replace(profile.cost_model(self.stage_bounds), final_head=self.loss)
-
-    def cost_model(self, plan: GradientFlowPlan, heads: Mapping[int, float]) -> CostModel:
-        """For the simulator, with every auxiliary head of ``plan`` by its ``after_layer``."""
-        of_stages = [0.0] * plan.num_stages
-        for position in plan.heads[:-1]:
-            of_stages[position.stage] = heads[position.after_layer]
-        return replace(self.costs, head=of_stages)
+    def costs(self, heads: Mapping[int, float]) -> CostModel:
+        """For the simulator; ``heads`` are the units of auxiliary heads by their ``after_layer``."""
+        head, loss = HeadProfile(type="", seconds=0.0), self.loss
+        profile = Profile(model="", device="", source="", layers=self.layers, head=head, loss_seconds=loss)
+        of_stages = [0.0] * (len(self.stage_bounds) - 1)
+        for after_layer, units in heads.items():
+            of_stages[bisect_left(self.stage_bounds, after_layer) - 1] = units
+        return replace(profile.cost_model(self.stage_bounds), head=of_stages)
 
     @property
     def floor(self) -> float:
         """A micro-batch without a bubble and without extra work: the slowest stage's own."""
-        costs = self.costs
+        costs = self.costs({})
         passes: list[Any] = [costs.forward, costs.input_gradient, costs.weight_gradient]
         *others, last = (sum(of_stage) for of_stage in zip(*passes, strict=True))
         return float(max(*others, last + self.loss))
@@ -83,16 +80,13 @@ class TaskProfile:
         outputs = first_tensor(task.layers[-1](*calls[-1].inputs))
         loss = loss_seconds(lambda outputs: task.loss_fn(outputs, labels), outputs, stopwatch)
         unit = sum(layer.forward_seconds for layer in profiles) / (len(task.stage_bounds) - 1)
-        layers = tuple(
-            LayerProfile(
-                name=layer.name,
-                forward_seconds=layer.forward_seconds / unit,
-                input_gradient_seconds=layer.input_gradient_seconds / unit if number else 0.0,  # data
-                weight_gradient_seconds=layer.weight_gradient_seconds / unit,
-            )
-            for number, layer in enumerate(profiles)
+        first, *others = (
+            LayerProfile(name=layer.name, **{name: getattr(layer, name) / unit for name in PASSES})
+            for layer in profiles
         )
-        return cls(task, StagedModel(tuple(task.stage_bounds), layers, loss / unit), unit, stopwatch)
+        first = first.model_copy(update={"input_gradient_seconds": 0.0})  # its input is data
+        model = StagedModel(tuple(task.stage_bounds), (first, *others), loss / unit)
+        return cls(task, model, unit, stopwatch)
 
     def heads_of(self, section: InterlockConfig) -> dict[int, float]:
         """The cost of every auxiliary head of ``section`` by its ``after_layer``, both passes.

@@ -6,10 +6,8 @@ same batches in the same order.
 Shape suffixes: b micro-batch, t position, d width.
 """
 
-from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,31 +27,6 @@ _VALIDATION_SEED = 2**40
 """Which windows of the validation text are scored: the same for all runs."""
 
 
-class Task(Protocol):
-    """One model and its data: the layers with the seed's weights, where they are cut, and the loss."""
-
-    layers: list[nn.Module]
-    stage_bounds: list[int]
-    loss_fn: Callable[[Any, Any], Tensor]
-
-    def heads(self, section: InterlockConfig) -> HeadFactory:
-        """What builds auxiliary heads."""
-
-    def batch(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of a step, on the CPU."""
-
-    def evaluate(self, model: nn.Module, num_samples: int, batch_size: int, device: str) -> dict[str, float]:
-        """Validation loss of ``model`` (``loss``, nats) and, for images, ``error`` (share)."""
-
-    def probe(self) -> Any:
-        """Some validation inputs, to look at hidden states with."""
-
-
-def make_task(run: Run) -> Task:
-    """The task of a run; DataError if its data is missing, ConfigError if its model is impossible."""
-    return Prose(run, run.model) if isinstance(run.model, ProseModel) else Pictures(run, run.model)
-
-
 class ResidualBranch(nn.Module):
     """Half of a Transformer block, attention or MLP: hidden_btd -> hidden_btd."""
 
@@ -67,7 +40,10 @@ class ResidualBranch(nn.Module):
 
 
 class Prose:
-    """Characters of prose; heads are as the section says, by default norm and unembedding."""
+    """Characters of prose; heads are as the section says, by default norm and unembedding.
+
+    ``layers`` have the seed's weights; they are cut at ``stage_bounds``.
+    """
 
     def __init__(self, run: Run, model: ProseModel) -> None:
         self.run, self.seq_length = run, model.seq_length
@@ -78,9 +54,11 @@ class Prose:
         self.loss_fn = lm_loss()
 
     def heads(self, section: InterlockConfig) -> HeadFactory:
+        """What builds auxiliary heads."""
         return head_factory(section.head, self.layers)
 
     def batch(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of a step, on the CPU."""
         training = self.run.training
         sizes = (training.num_micro_batches, training.micro_batch_size)
         windows = self._windows(self.train, sizes, self.run.seed * 2**32 + step)
@@ -88,6 +66,7 @@ class Prose:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, num_samples: int, batch_size: int, device: str) -> dict[str, float]:
+        """Validation loss of ``model`` (``loss``, nats)."""
         windows = self._windows(self.validation, (num_samples,), _VALIDATION_SEED).to(device)
         total = 0.0
         for window_bt in windows.split(batch_size):
@@ -96,6 +75,7 @@ class Prose:
         return {"loss": total / num_samples}
 
     def probe(self) -> Tensor:
+        """Some validation inputs, to look at hidden states with."""
         return self._windows(self.validation, (32,), _VALIDATION_SEED)[:, :-1]
 
     def _windows(self, text: Tensor, sizes: tuple[int, ...], seed: int) -> Tensor:
@@ -105,7 +85,7 @@ class Prose:
 
 
 class Pictures:
-    """Fashion-MNIST, with crops and flips."""
+    """Fashion-MNIST, with crops and flips; the methods are those of ``Prose``."""
 
     def __init__(self, run: Run, model: ImageModel) -> None:
         self.run, self.model, data = run, model, pictures()
@@ -133,6 +113,7 @@ class Pictures:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, num_samples: int, batch_size: int, device: str) -> dict[str, float]:
+        """Validation ``loss`` of ``model`` (nats) and ``error`` (share)."""
         images = self.test.first(num_samples)
         batches = evaluation_batches(images, self.normalisation, batch_size)
         scores = (Score.of(model(pixels.to(device)), labels.to(device)) for pixels, labels in batches)
@@ -141,6 +122,14 @@ class Pictures:
 
     def probe(self) -> Tensor:
         return self.normalisation(self.test.pixels_nchw[:64])
+
+
+Task = Prose | Pictures
+
+
+def make_task(run: Run) -> Task:
+    """The task of a run; DataError if its data is missing, ConfigError if its model is impossible."""
+    return Prose(run, run.model) if isinstance(run.model, ProseModel) else Pictures(run, run.model)
 
 
 # Data is read once in a process.

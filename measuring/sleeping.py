@@ -6,10 +6,17 @@ then that of the schedule and the engine.
 
 import ctypes
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
+
+from ds_interlock.schedule.plan import LossHead
+from measuring.engines import Workload
+
+_WIDTH = 16
 
 _AWAKE_SECONDS = 0.00006
 """The end of a sleep that is waited for awake: about what waking up takes with exact timers."""
@@ -74,10 +81,9 @@ class SleepingLayer(nn.Module):
         start = time.perf_counter()
         # The weight has a path of its own, so that autograd walks it only where a weight gradient is
         # asked for, as inside torch's own operators; the input's path is part of every backward pass.
-        if x.is_leaf:
-            # The input of a stage counts as depending on a weight: a backward pass for the weights then
-            # sleeps for every input gradient, this one included, even where no stage needs it.
-            x = x + 0 * self.weight
+        # The input counts as depending on a weight: a backward pass for the weights then sleeps for every
+        # input gradient, that of a stage's first layer included, even where no stage needs it.
+        x = x + 0 * self.weight
         weight: Tensor = _Sleep.apply(self.weight, 0.0, self.weight_gradient_seconds)  # type: ignore[no-untyped-call]
         # Torch's own time is part of the layer's.
         left = self.seconds - (time.perf_counter() - start)
@@ -98,7 +104,35 @@ class SleepingHead(nn.Module):
         sleep(self.seconds)
         return x + self.weight
 
+    def loss(self, hidden: Tensor, labels: Tensor, loss_fn: Any) -> Tensor:
+        """Is part of the head's seconds, whatever ``loss_fn`` takes."""
+        return sleeping_loss(self(hidden), labels)
+
 
 def sleeping_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     """A loss that costs next to nothing."""
     return (outputs - labels).square().mean()
+
+
+def sleeping_workload(
+    layers: Sequence[Sequence[float]],
+    head_seconds: Callable[[LossHead], float],
+    loss_seconds: float = 0.0,
+    stage_bounds: Sequence[int] | None = None,
+) -> Workload:
+    """Layers that sleep in the forward, for the input and for the weight gradient; asks for exact timers."""
+    use_exact_timers()
+
+    def final_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        if loss_seconds:
+            sleep(loss_seconds)
+        return sleeping_loss(outputs, labels)
+
+    return Workload(
+        layers=[LayerSpec(SleepingLayer, _WIDTH, *passes) for passes in layers],
+        layer_seconds=[sum(passes) for passes in layers],
+        loss_fn=final_loss,
+        micro_batch=(torch.ones(1, _WIDTH), torch.zeros(1, _WIDTH)),
+        head=lambda position: SleepingHead(head_seconds(position)),
+        stage_bounds=stage_bounds,
+    )

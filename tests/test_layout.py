@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "schedule": set(),
     "config": {"schedule"},
     "planning": {"config", "schedule"},
-    "transport": {"schedule"},
+    "transport": {"schedule", "stage"},
     "stage": {"sampling", "schedule"},
     "heads": {"config", "schedule"},
     "models": {"heads", "schedule"},

@@ -81,11 +81,11 @@ class TrainingData:
 
 
 def _to_device(part: Any, device: torch.device) -> Any:
-    """A tensor, a tuple of tensors, or None, on ``device``."""
+    """A tensor, a tuple of tensors, or None, on ``device``, in memory that the iterator does not keep."""
     if part is None:
         return None
     if isinstance(part, Tensor):
-        return part.detach().to(device)
+        return part.detach().to(device, copy=True)
     if isinstance(part, tuple | list) and all(isinstance(item, Tensor) for item in part):
-        return tuple(item.detach().to(device) for item in part)
+        return tuple(item.detach().to(device, copy=True) for item in part)
     raise DataError(f"inputs and labels must be a tensor or a tuple of tensors, got {type(part).__name__}")

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.utils import set_random_seed
 from deepspeed.utils import logger
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
@@ -24,6 +24,10 @@ from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan, rises
 from ds_interlock.stage.heads import Heads, MakeHead, build_head
 from ds_interlock.stage.hidden import Hidden
+from ds_interlock.stage.recomputation import recomputed
+
+# DeepSpeed's default, and what it replaces it with under "pipeline": {"use_reentrant": false}.
+_CHECKPOINTS = (checkpointing.checkpoint, checkpointing.non_reentrant_checkpoint)
 
 
 class StageGrid:
@@ -84,6 +88,11 @@ class InterlockPipelineModule(PipelineModule):
             pipeline["partition_method"] = _checked_bounds(stage_bounds, len(layers), num_stages)
         if num_stages and num_stages > len(layers):
             raise ConfigError(f"{num_stages} stages for {len(layers)} layers: use num_stages={len(layers)}")
+        if pipeline.get("activation_checkpoint_func", _CHECKPOINTS[0]) not in _CHECKPOINTS:
+            raise ConfigError(
+                "activation_checkpoint_func: activations are recomputed by torch.utils.checkpoint, without "
+                "re-entrance, since a stage needs more than one backward pass; leave the function out"
+            )
         super().__init__(layers, **pipeline)
         self._make_head = head
         self._pretrained = pretrained
@@ -127,7 +136,6 @@ class InterlockPipelineModule(PipelineModule):
                 assert make_head is not None
                 built = build_head(make_head, number, position, self.base_seed)
                 self.heads.add(number, position, built.to(get_accelerator().device_name(self.local_rank)))
-        self.activation_checkpoint_func = partial(checkpoint, use_reentrant=False)
         self._settle_tied_weights(interlock)
 
     @property
@@ -202,8 +210,13 @@ class InterlockPipelineModule(PipelineModule):
         for begin in range(first, last, interval):
             end = min(begin + interval, last)
             run = partial(self._run_local, begin, end, self.micro_offset + 1)
-            recomputes = self._is_checkpointable(self.forward_funcs[begin:end])
-            hidden = self.activation_checkpoint_func(run, hidden) if recomputes else run(hidden)
+            functions = self.forward_funcs[begin:end]
+            if self._is_checkpointable(functions):
+                # A tied layer with a forward of its own is a partial of it and the module.
+                layers = [part for f in functions for part in (f, *getattr(f, "args", ()))]
+                hidden = recomputed(run, hidden, (each for each in layers if isinstance(each, nn.Module)))
+            else:
+                hidden = run(hidden)
         return hidden
 
     def _partition_layers(self, method: str | list[int] = "uniform") -> None:

@@ -37,8 +37,8 @@ class Images:
         return len(self.labels_n)
 
     def first(self, num_images: int) -> Self:
-        """All if there are fewer."""
-        return type(self)(self.pixels_nchw[:num_images], self.labels_n[:num_images])
+        """All if there are fewer, or ``num_images`` is 0."""
+        return type(self)(self.pixels_nchw[: num_images or None], self.labels_n[: num_images or None])
 
     def to(self, device: torch.device | str) -> Self:
         """The images on ``device``, where micro-batches are then made."""

@@ -30,15 +30,10 @@ _COLUMNS = (("image", "img"), ("label", "fine_label"))
 def load_images(
     dataset: str = "fashion-mnist", folder: Path | None = None, config: str | None = None
 ) -> ImageData:
-    """The training and test images of a data set.
+    """The training and test images of a data set (see the top of the file); DataError if it is faulty.
 
-    Args:
-        dataset: See the top of the file.
-        folder: Of its files; for fashion-mnist, cifar10 and cifar100.
-        config: Name of the configuration of a data set that ``datasets`` loads.
-
-    Raises:
-        DataError: If the data set is missing or faulty.
+    ``folder`` has the files of fashion-mnist, cifar10 or cifar100; ``config`` names the configuration of a
+    data set that ``datasets`` loads.
     """
     if dataset == "fashion-mnist":
         return load_fashion_mnist(folder)
@@ -51,10 +46,7 @@ def load_fashion_mnist(folder: Path | None = None) -> ImageData:
     """Fashion-MNIST, or any data set of ten classes in files of the same names (MNIST).
 
     ``folder`` has ``train-images-idx3-ubyte`` and the others, with or without ``.gz``; by default it is the
-    Debian package's.
-
-    Raises:
-        DataError: If a file is missing or damaged.
+    Debian package's. DataError if a file is missing or damaged.
     """
     folder = folder or DEBIAN_FOLDER
     train, test = (

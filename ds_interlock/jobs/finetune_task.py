@@ -1,15 +1,24 @@
-"""What ``finetune`` gives to the training loop: a Hugging Face model's data, evaluation and export."""
+"""What ``finetune`` gives to the training loop: a Hugging Face model's data, evaluation and export.
+
+The ranks of stage 0 read and encode the data; the others get what they must know.
+"""
 
 import math
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 
+from ds_interlock.errors import ConfigError
 from ds_interlock.files import replace_text, unfinished_folder
 from ds_interlock.hf.data.batches import EvaluationBatches, TrainingBatches
-from ds_interlock.hf.export.finetuned import DESCRIPTION_FILE, ModelDescription
+from ds_interlock.hf.data.records import Record
+from ds_interlock.hf.data.rows import ClassifiedRows, PackedRows, PaddedRows, Rows, padding_id
+from ds_interlock.hf.data.samples import encode_classified, encode_records
+from ds_interlock.hf.data.sources import RecordData, load_records
+from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, ModelDescription
 from ds_interlock.hf.export.model import export_model
 from ds_interlock.hf.model.base_states import (
     FOLDER,
@@ -21,9 +30,62 @@ from ds_interlock.hf.model.base_states import (
 )
 from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
-from ds_interlock.jobs.finetune_data import Data
 from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity
 from ds_interlock.jobs.process import broadcast_from_rank_0, gather, propagate_errors, writing
+
+Data: TypeAlias = tuple[Rows, Rows]
+"""To train on, and to validate on."""
+
+
+def read_data(args: FinetuneArguments, *, has_data: bool) -> tuple[RecordData | None, tuple[str, ...]]:
+    """The records, None on ranks without data; names of their classes by id. All ranks must call it."""
+    records: RecordData | None = None
+    names: tuple[str, ...] = ()
+    with propagate_errors():
+        if has_data:
+            files = args.train_file, args.validation_file
+            how: dict[str, Any] = {"task": args.task, "seed": args.seed}
+            records = load_records(*files, args.dataset, args.dataset_config, **how)
+            names = records.classes
+    return records, broadcast_from_rank_0(names)
+
+
+def encode(
+    args: FinetuneArguments, records: RecordData | None, pretrained: Pretrained
+) -> tuple[Data | None, tuple[str, ...]]:
+    """The records in rows, and the names of the model's arguments that they hold. All ranks must call it."""
+
+    def fill_rows(some: Sequence[Record], what: str, most: int | None) -> Rows:
+        tokenizer = pretrained.tokenizer
+        kind: type[Rows] = PackedRows if args.packing else PaddedRows
+        if args.task == "classification":
+            assert records is not None, "there are records to encode"
+            kind = ClassifiedRows
+            encoded = encode_classified(some, tokenizer, args.seq_length, records.label_ids)
+        else:
+            encoded = encode_records(some, tokenizer, args.seq_length)
+        if dist.get_rank() == 0:
+            print(f"{what}: {encoded.summary()}")
+        rows = kind(encoded.samples[:most], args.seq_length, padding_id(tokenizer))
+        _check_vocabulary(rows, pretrained)
+        return rows
+
+    data = None
+    with propagate_errors():
+        if records is not None:
+            train = fill_rows(records.train, "training", args.max_train_samples)
+            data = train, fill_rows(records.validation, "validation", args.max_eval_samples)
+    return data, broadcast_from_rank_0(data[0].names if data else ())
+
+
+def _check_vocabulary(rows: Rows, pretrained: Pretrained) -> None:
+    largest = max((max(sample.ids) for sample in rows.samples), default=0)
+    known = pretrained.config.get_text_config().vocab_size
+    if largest >= known:
+        raise ConfigError(
+            f"--model {pretrained.name}: its tokenizer gives the token id {largest}, and the model knows "
+            f"{known} tokens (vocab_size): tokenizer and weights do not belong together"
+        )
 
 
 class FinetuneTask(Task):
@@ -47,21 +109,20 @@ class FinetuneTask(Task):
         self.validation: EvaluationBatches | None = None
         with propagate_errors(), writing(self.output):
             if data is not None:
-                self.training = TrainingBatches(data.train, self.shape, replica=replica, seed=args.seed)
+                train, validation = data
+                self.training = TrainingBatches(train, self.shape, replica=replica, seed=args.seed)
                 engine.set_dataiterator(self.training)  # its position is saved and restored with the engine
-                self.validation = EvaluationBatches(data.validation, self.shape, replica=replica)
+                self.validation = EvaluationBatches(validation, self.shape, replica=replica)
             if dist.get_rank() == 0:
                 self._write_description(description)
         self.num_eval_batches = broadcast_from_rank_0(self.validation.num_batches if self.validation else 0)
 
     def _write_description(self, description: ModelDescription) -> None:
-        """``checkpoints/hf``: what export needs besides the checkpoints."""
         with unfinished_folder(self.output / "checkpoints" / "hf") as folder:
             self.pretrained.config.save_pretrained(folder)
             self.pretrained.tokenizer.save_pretrained(folder)
-            generation = self.pretrained.folder / "generation_config.json"
-            if generation.is_file():
-                (folder / generation.name).write_bytes(generation.read_bytes())
+            for generation in self.pretrained.folder.glob("generation_config.json"):
+                shutil.copy(generation, folder)
             replace_text(folder / DESCRIPTION_FILE, description.model_dump_json(indent=2) + "\n")
 
     def begin(self, step: int) -> None:
@@ -104,8 +165,8 @@ class FinetuneTask(Task):
                 _, losses = self.engine.eval_batch(data, return_head_losses=True)
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0.0) + loss
-        names = {name: f"eval_{name.replace('final_loss', 'loss')}" for name in sums}
-        means = {names[name]: total / self.num_eval_batches for name, total in sums.items()}
+        num = self.num_eval_batches
+        means = {f"eval_{name.replace('final_loss', 'loss')}": total / num for name, total in sums.items()}
         if self.args.task == "causal":
             means |= {name.replace("loss", "perplexity"): perplexity(loss) for name, loss in means.items()}
         else:
@@ -120,19 +181,16 @@ class FinetuneTask(Task):
             yield classes
             return
         end = self.engine.module.forward_funcs[-1]
-        handle = end.register_forward_hook(lambda *call: classes.extend(call[-1].argmax(-1).tolist()))
-        try:
+        with end.register_forward_hook(lambda *call: classes.extend(call[-1].argmax(-1).tolist())):
             yield classes
-        finally:
-            handle.remove()
 
     def _accuracy(self, predicted: list[int]) -> float:
         """The share of validation samples whose class was predicted: labels are known on stage 0 only."""
-        by_replica = dict(gather((self.replica if self.engine.is_last_stage() else None, predicted)))
+        predicted = self.from_last_stage(predicted)
         right = total = 0
         if self.validation is not None:
             labels = [int(label) for _, (labels_b, _) in self.validation for label in labels_b]
-            for label, guess in zip(labels, by_replica[self.replica], strict=True):
+            for label, guess in zip(labels, predicted, strict=True):
                 right += label == guess
                 total += label >= 0
         counts = gather((right, total))

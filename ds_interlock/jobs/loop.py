@@ -13,7 +13,9 @@ from ds_interlock.hf.data.batches import BatchShape
 from ds_interlock.jobs.arguments import RunArguments
 from ds_interlock.jobs.process import (
     Job,
+    Result,
     broadcast_from_rank_0,
+    gather,
     peak_memory_bytes,
     propagate_errors,
     resume,
@@ -68,6 +70,11 @@ class Task(ABC):
 
     def before_checkpoint(self) -> None:  # noqa: B027 - most have nothing to do
         """Called on all ranks before a checkpoint is written."""
+
+    def from_last_stage(self, value: Result) -> Result:
+        """The ``value`` that the last stage of this rank's pipeline gives. All ranks must call it."""
+        own = (self.replica, value) if self.engine.is_last_stage() else None
+        return dict(filter(None, gather(own)))[self.replica]
 
     @abstractmethod
     def evaluate(self) -> Losses:
@@ -167,7 +174,6 @@ class Loop:
             self.saved_step = self.step
 
     def _finish(self, first: Losses) -> Metrics:
-        """Last loss, timeline, last evaluation, last checkpoint, export."""
         started = time.perf_counter()
         train_loss = self.engine.drain().item()
         self.seconds += time.perf_counter() - started
@@ -206,7 +212,6 @@ class Loop:
         return num_samples * self.task.units_per_sample / self.seconds
 
     def _log_training(self, loss: float) -> None:
-        """To the terminal and to ``train_log.jsonl``."""
         if not self.is_rank_0:
             return
         values = {"loss": f"{loss:.3f}"}
@@ -221,7 +226,6 @@ class Loop:
         self.log.append({**entry, **losses})
 
     def _log_evaluation(self, losses: Losses) -> None:
-        """An evaluation, to the terminal, the monitor and ``train_log.jsonl``."""
         if not self.is_rank_0:
             return
         self.progress.write(f"step {self.step}: {self.task.describe(losses)}")

@@ -22,7 +22,6 @@ from ds_interlock.errors import ConfigError, DataError, PlanError
 from ds_interlock.jobs.arguments import Arguments, RunArguments, parse_arguments
 
 _WARMUP_SHARE = 0.1  # of the steps, where the config's scheduler says "auto"
-_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK")
 
 Result = TypeVar("Result")
 Config = dict[str, Any]
@@ -91,7 +90,7 @@ def start(args: RunArguments, complete: Callable[[Config], Config] = lambda conf
 
 def join_job() -> bool:
     """Joins the process group, if a launcher has started this process; returns whether one has."""
-    if not any(variable in os.environ for variable in _RANK_VARIABLES):
+    if not {"RANK", "OMPI_COMM_WORLD_RANK"} & os.environ.keys():
         return False
     ds_interlock.init_distributed()
     accelerator = get_accelerator()

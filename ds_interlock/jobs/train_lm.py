@@ -9,6 +9,7 @@ repository's files: ``deepspeed --module ds_interlock.jobs.train_lm``.
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import ds_interlock
 from ds_interlock.hf.data.text import (
@@ -27,7 +28,7 @@ from ds_interlock.hf.data.text import (
     load_text,
     unigram_perplexity,
 )
-from ds_interlock.hf.data.tokenizer import Tokenizer, load_tokenizer, same_ids
+from ds_interlock.hf.data.tokenizer import load_tokenizer
 from ds_interlock.hf.export.lm import export_gpt2, read_layer_states
 from ds_interlock.jobs.arguments import RunArguments, argument, config_from
 from ds_interlock.jobs.loop import Loop, Losses, Metrics, Task, Trained, perplexity
@@ -92,7 +93,7 @@ def run(args: LMArguments) -> Metrics:
     files = args.train_file, args.validation_file
     text = in_turns(lambda: load_text(*files, args.dataset, args.dataset_config, args.seed))
     tokenizer = in_turns(lambda: load_tokenizer(args.tokenizer, text.train, args.vocab_size))
-    lm = config_from(args, LMConfig, vocab_size=tokenizer.vocab_size)
+    lm = config_from(args, LMConfig, vocab_size=len(tokenizer))
     net = job.build_pipeline(
         lm_layers(lm),
         loss_fn=lm_loss(lm.label_smoothing),
@@ -113,24 +114,24 @@ class LMTask(Task):
     unit = "tokens"
 
     def __init__(
-        self, engine: Any, args: LMArguments, text: TextData, tokenizer: Tokenizer, lm: LMConfig
+        self, engine: Any, args: LMArguments, text: TextData, tokenizer: PreTrainedTokenizerBase, lm: LMConfig
     ) -> None:
         super().__init__(engine, args.output_dir)
         self.args, self.tokenizer, self.lm = args, tokenizer, lm
         self.units_per_sample = args.seq_length
-        with propagate_errors():
-            self.train_blocks = self._blocks(text.train, "training")
-            self.validation_blocks = self._blocks(text.validation, "validation")
-        training = self._iterator(self.train_blocks, shuffle=True)
-        if training is not None:
-            engine.set_dataiterator(training)  # its position is saved and restored with the engine
+        self.blocks: tuple[TokenBlocks, TokenBlocks] | None = None  # to train on, and to validate on
         num_blocks = 0
-        if self.validation_blocks is not None:
-            num_blocks = min(len(self.validation_blocks), args.max_eval_samples or sys.maxsize)
+        with propagate_errors():
+            if engine.is_first_stage():
+                self.blocks = self._cut(text.train, "training"), self._cut(text.validation, "validation")
+                training, validation = self.blocks
+                # Its position is saved and restored with the engine.
+                engine.set_dataiterator(self._iterator(training, shuffle=True))
+                num_blocks = min(len(validation), args.max_eval_samples or sys.maxsize)
         self.num_eval_batches = broadcast_from_rank_0(max(1, num_blocks // self.shape.num_rows))
 
     def evaluate(self) -> Losses:
-        data = self._iterator(self.validation_blocks, shuffle=False)
+        data = None if self.blocks is None else self._iterator(self.blocks[1], shuffle=False)
         losses = [self.engine.eval_batch(data).item() for _ in range(self.num_eval_batches)]
         loss = math.fsum(losses) / len(losses)
         return {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
@@ -141,11 +142,10 @@ class LMTask(Task):
 
     def export(self, trained: Trained) -> Metrics:
         """Writes ``hf/`` and evaluates it as a user would: from the folder alone."""
-        training, validation = self.train_blocks, self.validation_blocks
-        assert training is not None, "rank 0 belongs to stage 0, which has the data"
-        assert validation is not None, "rank 0 belongs to stage 0, which has the data"
+        assert self.blocks is not None, "rank 0 belongs to stage 0, which has the data"
+        training, validation = self.blocks
         folder = self.output / "hf"
-        export_gpt2(read_layer_states(trained.checkpoint), self.lm, folder, self.tokenizer.to_hf())
+        export_gpt2(read_layer_states(trained.checkpoint), self.lm, folder, self.tokenizer)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         num_blocks = self.num_eval_batches * self.shape.num_rows
         validated = validation.tokens[1 : num_blocks * validation.seq_length + 1]
@@ -155,7 +155,9 @@ class LMTask(Task):
             "unigram_perplexity": unigram_perplexity(training.tokens, validated, self.lm.vocab_size),
             "tokens_per_second": trained.units_per_second,
         }
-        self.remarks = self._remarks(model, AutoTokenizer.from_pretrained(folder), validation.tokens)
+        if num := self.args.generate:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.sample = _sample(model, tokenizer, validation.tokens, num, self.args.seed)
         return metrics
 
     def summary(self, metrics: Metrics) -> str:
@@ -165,32 +167,16 @@ class LMTask(Task):
             f"validation loss        {metrics['validation_loss']:10.4f}  in the pipeline",
             f"                       {metrics['exported_validation_loss']:10.4f}  from {self.output / 'hf'}",
         ]
-        return "\n".join([*lines, *self.remarks])
-
-    def _remarks(self, model: Any, tokenizer: Any, tokens: Tensor) -> list[str]:
-        """A warning if the exported tokenizer is not the one that was trained with, and a sample."""
-        remarks = []
-        if not same_ids(self.tokenizer, tokenizer, tokenizer.decode(tokens[:2000], skip_special_tokens=True)):
-            remarks.append(
-                "warning: the exported tokenizer gives other ids than training saw, see "
-                "ds_interlock.hf.data.tokenizer"
-            )
         if self.args.generate:
-            sample = _sample(model, tokenizer, tokens, self.args.generate, self.args.seed)
-            remarks.append(f"\na sample:\n{sample}")
-        return remarks
+            lines.append(f"\na sample:\n{self.sample}")
+        return "\n".join(lines)
 
-    def _blocks(self, documents: Any, what: str) -> TokenBlocks | None:
-        """Token blocks on the ranks of stage 0, enough for a batch."""
-        if not self.engine.is_first_stage():
-            return None
+    def _cut(self, documents: Sequence[str], what: str) -> TokenBlocks:
         blocks = TokenBlocks(encode_documents(documents, self.tokenizer), self.args.seq_length)
         blocks.require(self.shape.num_rows, what)
         return blocks
 
-    def _iterator(self, blocks: TokenBlocks | None, shuffle: bool) -> BlockIterator | None:
-        if blocks is None:
-            return None
+    def _iterator(self, blocks: TokenBlocks, shuffle: bool) -> BlockIterator:
         size, seed = self.shape.micro_batch_size, self.args.seed
         return BlockIterator(blocks, size, **self.share, seed=seed, shuffle=shuffle)
 
@@ -208,7 +194,6 @@ def _loss_of(model: Any, blocks: TokenBlocks, num_blocks: int) -> float:
 
 
 def _sample(model: Any, tokenizer: Any, tokens: Tensor, num_generated: int, seed: int) -> str:
-    """How the model continues the beginning of the validation text."""
     torch.manual_seed(seed)
     prompt = tokens[None, :_PROMPT_TOKENS]
     written = model.generate(

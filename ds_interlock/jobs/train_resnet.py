@@ -30,7 +30,7 @@ from ds_interlock.images.data import ImageData, Normalisation, Score
 from ds_interlock.images.sources import load_images
 from ds_interlock.jobs.arguments import RunArguments, argument, config_from
 from ds_interlock.jobs.loop import Loop, Losses, Metrics, Task, Trained
-from ds_interlock.jobs.process import in_turns, propagate_errors, run_command, start
+from ds_interlock.jobs.process import gather, in_turns, propagate_errors, run_command, start
 from ds_interlock.models.resnet import (
     HEAD_CHANNELS,
     ResNetConfig,
@@ -97,12 +97,8 @@ def run(args: ResNetArguments) -> Metrics:
     with propagate_errors():
         check_heads(job.interlock)
     images = in_turns(lambda: load_images(args.dataset, args.data_dir, args.dataset_config))
-    train, test = images.train, images.test
-    data = ImageData(
-        train.first(args.max_train_samples or len(train)),
-        test.first(args.max_eval_samples or len(test)),
-        images.num_classes,
-    )
+    train, test = images.train.first(args.max_train_samples), images.test.first(args.max_eval_samples)
+    data = ImageData(train, test, images.num_classes)
     sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
     resnet = config_from(args, ResNetConfig, **sizes)
     net = job.build_pipeline(
@@ -145,15 +141,24 @@ class ResNetTask(Task):
 
     def __init__(self, engine: Any, args: ResNetArguments, data: ImageData) -> None:
         super().__init__(engine, args.output_dir)
-        self.args = args
-        self.num_classes, self.num_train_images = data.num_classes, len(data.train)
+        self.args, self.num_train_images = args, len(data.train)
         self.num_test_batches = num_evaluation_batches(
             len(data.test), self.shape.micro_batch_size, self.shape.num_replicas
         )
         self.reads = engine.is_first_stage()
         with propagate_errors():
             if self.reads:
-                self._open(data)
+                self.normalisation = Normalisation.of(data.train)
+                self.test = data.test.to(engine.device)
+                training = ImageIterator(
+                    data.train.to(engine.device),
+                    self.normalisation,
+                    self.shape.micro_batch_size,
+                    **self.share,
+                    seed=args.seed,
+                    augment=not args.no_augment,
+                )
+                engine.set_dataiterator(training)  # its position is saved and restored with the engine
 
     def before_checkpoint(self) -> None:
         """Batch norm's running statistics become the mean over the replicas, which each had their own.
@@ -173,13 +178,11 @@ class ResNetTask(Task):
         labels: list[Tensor] = []
         batches, number = self._test_batches(labels), self.num_test_batches
         outputs = self.engine.eval_batch(batches, compute_loss=False, num_micro_batches=number)
-        logits = self._to_all_stages(outputs)
-        score = Score.of(logits, torch.cat(labels)) if self.reads else Score()
-        counts = score.num_images, score.num_errors, score.loss_sum
-        total = torch.tensor(counts, dtype=torch.float64, device=self.engine.device)
-        dist.all_reduce(total)  # each image was scored by one rank
-        num_images, num_errors, loss_sum = total.tolist()
-        score = Score(int(num_images), int(num_errors), loss_sum)
+        outputs = self.from_last_stage([logits_bv.cpu() for logits_bv in outputs or ()])
+        own = Score()
+        if self.reads:
+            own = Score.of(torch.cat(outputs).to(self.engine.device).float(), torch.cat(labels))
+        score = sum(gather(own), Score())  # each image was scored by one rank
         return {
             "test_error": score.error,
             "test_loss": score.loss,
@@ -202,20 +205,6 @@ class ResNetTask(Task):
     def summary(self, metrics: Metrics) -> str:
         return self.describe(metrics)
 
-    def _open(self, data: ImageData) -> None:
-        """Puts the images where micro-batches are wanted, and gives the training images to the engine."""
-        self.normalisation = Normalisation.of(data.train)
-        self.test = data.test.to(self.engine.device)
-        training = ImageIterator(
-            data.train.to(self.engine.device),
-            self.normalisation,
-            self.shape.micro_batch_size,
-            **self.share,
-            seed=self.args.seed,
-            augment=not self.args.no_augment,
-        )
-        self.engine.set_dataiterator(training)  # its position is saved and restored with the engine
-
     def _test_batches(self, labels: list[Tensor]) -> Iterator[MicroBatch]:
         """The test images of this replica on stage 0; the labels of what was read go to ``labels``."""
         if not self.reads:
@@ -224,18 +213,6 @@ class ResNetTask(Task):
         for images, labels_b in evaluation_batches(self.test, self.normalisation, size, **self.share):
             labels.append(labels_b)
             yield images, labels_b
-
-    def _to_all_stages(self, outputs: list[Tensor] | None) -> Tensor:
-        """The last stage's outputs, float32 ``[images, classes]``, on every stage of its pipeline."""
-        grid, device = self.engine.grid, self.engine.device
-        if outputs is None:
-            num_images = self.num_test_batches * self.shape.micro_batch_size
-            logits = torch.empty(num_images, self.num_classes, device=device)
-        else:
-            logits = torch.cat(outputs).float()
-        last = grid.stage_to_global(stage_id=self.engine.num_stages - 1)
-        dist.broadcast(logits, src=last, group=grid.get_pipe_parallel_group())
-        return logits
 
 
 if __name__ == "__main__":

@@ -1,34 +1,109 @@
-"""What travels between layers and stages."""
+"""What layers return, what of it travels between stages, and to whom it belongs.
+
+What layers, heads and losses receive is theirs to change in place, and changes nothing for anyone else.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
-Hidden = Tensor | tuple[Tensor, ...]
-"""What travels between layers: a tensor, or a tuple of which the floating-point ones have gradients."""
+from ds_interlock.errors import ConfigError
+
+Hidden = Any
+"""What a layer returns: tensors in any structure; between stages a tensor or a tuple of tensors."""
 
 Gradients = tuple[Tensor, ...]
-"""One gradient for every floating-point tensor of a ``Hidden``."""
+"""One gradient for each tensor of ``floats(hidden)``."""
+
+DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+    *(torch.complex128, torch.complex64, torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+)
+"""What travels between stages."""
 
 
 def detached(hidden: Hidden) -> Hidden:
     """The same values without history."""
-    return hidden.detach() if isinstance(hidden, Tensor) else tuple(tensor.detach() for tensor in hidden)
+    return _map(Tensor.detach, hidden)
+
+
+def copied(values: Any) -> Any:
+    """The same values in memory of their own, with their history."""
+    return _map(Tensor.clone, values)
 
 
 def leaves(hidden: Hidden) -> Hidden:
-    """The same values without history; the floating-point ones are to have gradients."""
-    hidden = detached(hidden)
-    for tensor in floats(hidden):
-        tensor.requires_grad_()
-    return hidden
+    """The same values without history; those of ``floats(hidden)`` are to have gradients."""
+    return _map(lambda tensor: tensor.detach().requires_grad_(_has_gradient(tensor)), hidden)
+
+
+def owned(hidden: Hidden) -> Hidden:
+    """The same values in the same memory, of which nobody else needs the values any more.
+
+    Autograd forbids to change a leaf in place, and permits it for these.
+    """
+    return _map(_Owned.apply, hidden)
+
+
+class _Owned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 def floats(hidden: Hidden) -> tuple[Tensor, ...]:
-    """The tensors of ``hidden`` that have gradients."""
-    tensors = (hidden,) if isinstance(hidden, Tensor) else hidden
-    return tuple(tensor for tensor in tensors if tensor.is_floating_point())
+    """The tensors of ``hidden`` that have gradients: of a floating-point type, or complex with a history."""
+    return tuple(tensor for tensor in _tensors(hidden) if _has_gradient(tensor))
 
 
 def or_zeros(gradient: Tensor | None, tensor: Tensor) -> Tensor:
     """``gradient``, or zeros if nothing depends on ``tensor``."""
     return torch.zeros_like(tensor) if gradient is None else gradient
+
+
+def check_travels(hidden: Hidden, layer: int) -> None:
+    """Refuses what cannot travel, or would lose its gradient on the way, from ``layer`` to the next stage."""
+    parts = hidden if isinstance(hidden, tuple) else (hidden,)
+    for part in parts:
+        if not isinstance(part, Tensor):
+            problem = f"a {type(part).__name__}" + (" in a tuple" if part is not hidden else "")
+        elif part.dtype not in DTYPES or part.layout != torch.strided:
+            problem = f"a tensor of {part.dtype}, {part.layout}"
+        elif part.requires_grad and not _is_float(part):
+            problem = f"a tensor of {part.dtype} that needs a gradient (see torch.view_as_real)"
+        else:
+            continue
+        raise ConfigError(
+            f"layer {layer}, the last one of its stage, returned {problem}: what goes to the next stage must "
+            "be a tensor or a tuple of tensors, of which those of floating-point types have gradients; "
+            "change what the layer returns, or cut the model elsewhere"
+        )
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.itemsize > 1  # of 8 bits: autograd cannot add them up
+
+
+def _has_gradient(tensor: Tensor) -> bool:
+    return _is_float(tensor) or (tensor.is_complex() and tensor.requires_grad)
+
+
+def _map(function: Callable[[Tensor], Tensor], values: Any) -> Any:
+    if isinstance(values, Tensor):  # spares most calls the time of looking into structures
+        return function(values)
+    return _pytree.tree_map_only(Tensor, function, values)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        return iter((values,))
+    return (value for value in _pytree.tree_leaves(values) if isinstance(value, Tensor))

@@ -25,7 +25,7 @@ from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.backward import Backward
 from ds_interlock.stage.heads import Heads, MakeHead, build_head
-from ds_interlock.stage.hidden import Hidden
+from ds_interlock.stage.hidden import Hidden, copied
 from ds_interlock.stage.interpreter import Interpreter, steps
 from ds_interlock.stage.work import LossFn, StageWork
 
@@ -157,7 +157,7 @@ class _Mailbox(dict[Action, tuple[Any, ...]]):
         return self.pop(receive)
 
     def send(self, send: Action, batch: int, *structures: Any) -> None:
-        self[receive_of(send)] = structures
+        self[receive_of(send)] = copied(structures)
 
 
 def run_program(
@@ -165,7 +165,7 @@ def run_program(
 ) -> dict[int, Tensor]:
     """Runs one batch of ``program``; returns the mean of every loss, by its index in ``plan.heads``."""
     mailbox = _Mailbox()
-    interpreters = [Interpreter(work, mailbox, micro_batches.__getitem__) for work in stages]
+    interpreters = [Interpreter(work, mailbox, lambda m: copied(micro_batches[m])) for work in stages]
     for interpreter in interpreters:
         interpreter.begin_batch(0, len(micro_batches))
     left = [deque(of_stage) for of_stage in steps(program)]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.lower import Program, receives_needed, send_of
-from ds_interlock.stage.hidden import Gradients, Hidden
+from ds_interlock.stage.hidden import Gradients, Hidden, copied
 from ds_interlock.stage.work import StageWork
 
 
@@ -57,7 +57,7 @@ class Interpreter:
     work: StageWork
     messenger: Messenger
     load: Callable[[int], tuple[Hidden, Any]]
-    """``(inputs, labels)`` of a micro-batch, on the first stage."""
+    """``(inputs, labels)`` of a micro-batch in memory of their own, on the first stage."""
     begin_micro_batch: Callable[[], None] = lambda: None
     """Called when a micro-batch reaches this stage."""
     span: Callable[[Action], AbstractContextManager[None]] = lambda action: nullcontext()
@@ -102,7 +102,7 @@ class Interpreter:
             assert send is not None, "gradients are made to be sent"
             self._gradients[send] = gradients
         if self.outputs is not None and action.kind is Kind.FORWARD and not action.losses:
-            self.outputs.append(work.output(action.micro_batch)[0])
+            self.outputs.append(copied(work.output(action.micro_batch)[0]))
 
     def _take(self, receive: Action) -> None:
         structures = self.messenger.take(receive)

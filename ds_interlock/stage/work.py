@@ -27,7 +27,17 @@ from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.dependency import backward_actions, received_bundles
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.backward import Backward, HeadLoss, LayerPass
-from ds_interlock.stage.hidden import Gradients, Hidden, detached, floats, leaves, or_zeros
+from ds_interlock.stage.hidden import (
+    Gradients,
+    Hidden,
+    check_travels,
+    copied,
+    detached,
+    floats,
+    leaves,
+    or_zeros,
+    owned,
+)
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -76,13 +86,16 @@ class StageWork:
         self._loss_sums.clear()
 
     def feed(self, micro_batch: int, inputs: Hidden, labels: Any) -> None:
-        """Takes in what a micro-batch starts from: data, or what the previous stage has sent."""
+        """Takes in what a micro-batch starts from: data, or what the previous stage has sent.
+
+        The memory of ``inputs`` belongs to the layers from now on.
+        """
         if not torch.is_grad_enabled():
             self._in_flight.clear()  # no backward pass will come for the previous one
         needs_gradient = torch.is_grad_enabled() and self.plan.bundles(self.stage)
         inputs = leaves(inputs) if needs_gradient else detached(inputs)
         first = self.plan.stage_bounds[self.stage]
-        self._in_flight[micro_batch] = _InFlight(inputs, labels, {first: inputs}, self._num_passes)
+        self._in_flight[micro_batch] = _InFlight(inputs, labels, {first: owned(inputs)}, self._num_passes)
 
     def feed_gradient(self, micro_batch: int, bundle: tuple[int, ...], gradients: Gradients) -> None:
         """Takes in the gradient of ``bundle`` that the next stage has sent."""
@@ -116,10 +129,14 @@ class StageWork:
 
     def _forward(self, action: Action) -> None:
         entry = self._in_flight[action.micro_batch]
-        start, stop = max(entry.hidden), self.plan.stage_bounds[self.stage + 1]
-        if action.losses:
-            stop = self.plan.heads[action.losses[0]].after_layer
-        entry.hidden[stop] = self.run_layers(entry.hidden[start], start, stop)
+        first, end = self.plan.stage_bounds[self.stage : self.stage + 2]
+        start = max(entry.hidden)
+        stop = self.plan.heads[action.losses[0]].after_layer if action.losses else end
+        hidden = entry.hidden[start]
+        # A head reads the hidden state in the middle of the stage after the next layer has.
+        entry.hidden[stop] = self.run_layers(hidden if start == first else copied(hidden), start, stop)
+        if stop == end and self.stage + 1 < self.plan.num_stages:
+            check_travels(entry.hidden[stop], stop - 1)
 
     def _head(self, action: Action) -> None:
         entry = self._in_flight[action.micro_batch]
@@ -131,6 +148,8 @@ class StageWork:
 
     def _loss_of(self, loss: int, labels: Any, hidden: Hidden) -> Tensor:
         head: Any = self.heads.get(loss)
+        # Labels go to other stages too, and so do hidden states, but not the outputs of the model.
+        labels, hidden = copied(labels), (owned if loss == self.plan.final else copied)(hidden)
         try:
             if head is not None and hasattr(head, "loss"):
                 value = head.loss(hidden, labels, self.loss_fn)

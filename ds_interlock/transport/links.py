@@ -29,7 +29,7 @@ from ds_interlock.errors import PeerError
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.lower import receive_of
 from ds_interlock.schedule.simulate import SEND_AHEAD
-from ds_interlock.transport.message import FRAME_BYTES, decode, encode
+from ds_interlock.transport.message import FRAME_BYTES, as_bytes, decode, encode
 
 CLOSE_SECONDS = 5.0
 """How long to wait for a thread at the end."""
@@ -96,7 +96,7 @@ class Sender:
         with _named(self.peer, "sending to"):
             works = [dist.isend(frame, self.peer.rank, group=self.group.frame)]
             works += [
-                dist.isend(t, self.peer.rank, group=self.group.payload, tag=_tag(self._num_sent))
+                dist.isend(as_bytes(t), self.peer.rank, group=self.group.payload, tag=_tag(self._num_sent))
                 for t in tensors
                 if t.numel()
             ]
@@ -196,7 +196,7 @@ class Receiver:
             contents = decode(expected.frame, expected.receive, expected.batch, str(self.peer))
             tensors = contents.empty(self.device)
             works: list[Any] = [
-                dist.irecv(t, self.peer.rank, group=self.group.payload, tag=_tag(expected.number))
+                dist.irecv(as_bytes(t), self.peer.rank, group=self.group.payload, tag=_tag(expected.number))
                 for t in tensors
                 if t.numel()
             ]

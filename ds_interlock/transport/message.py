@@ -21,14 +21,13 @@ from torch import Tensor
 
 from ds_interlock.errors import PeerError
 from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.stage.hidden import DTYPES
 
 _HEADER_WORDS = 256
 _HEADER_BYTES = 8 * _HEADER_WORDS
 FRAME_BYTES = 16 * 1024
 _ALIGNMENT = 16
 
-_DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8]
-_DTYPES += [torch.int16, torch.int32, torch.int64, torch.bool]
 _KINDS = [Kind.RECV_FORWARD, Kind.RECV_GRADIENT]
 # A structure of tensors: how many, and whether they stand alone, in a tuple, or are none.
 _NOTHING, _ALONE, _TUPLE = range(3)
@@ -89,9 +88,9 @@ def encode(
     for tensor in tensors:
         num_bytes = tensor.numel() * tensor.element_size()
         fits = inline and end + num_bytes <= FRAME_BYTES
-        words += [_DTYPES.index(tensor.dtype), end if fits else _LATER, tensor.dim(), *tensor.shape]
+        words += [DTYPES.index(tensor.dtype), end if fits else _LATER, tensor.dim(), *tensor.shape]
         if fits:
-            frame[end : end + num_bytes] = tensor.reshape(-1).view(torch.uint8).numpy()
+            frame[end : end + num_bytes] = as_bytes(tensor).numpy()
             end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         else:
             later.append(tensor)
@@ -101,6 +100,11 @@ def encode(
         )
     frame[:_HEADER_BYTES].view(np.int64)[: len(words)] = words
     return torch.from_numpy(frame), later
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor: backends transfer bytes of every type, and few types."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def decode(frame: Tensor, receive: Action, batch: int, sender: str) -> Contents:
@@ -117,7 +121,7 @@ def decode(frame: Tensor, receive: Action, batch: int, sender: str) -> Contents:
     reader = iter(words[len(expected) :])
     contents = Contents([], [], [], [(next(reader), next(reader)) for _ in range(next(reader))])
     for _ in range(sum(count for _, count in contents.layout)):
-        dtype, offset = _DTYPES[next(reader)], next(reader)
+        dtype, offset = DTYPES[next(reader)], next(reader)
         shape = [next(reader) for _ in range(next(reader))]
         contents.dtypes.append(dtype)
         contents.shapes.append(shape)
@@ -131,5 +135,6 @@ def _tag(receive: Action, batch: int) -> list[int]:
 
 
 def _inside(frame: Tensor, offset: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    """For itself, so that autograd does not take a change of one tensor for a change of all in the frame."""
     num_bytes = dtype.itemsize * torch.Size(shape).numel()
-    return frame[offset : offset + num_bytes].view(dtype).view(shape)
+    return torch.from_numpy(frame.numpy()[offset : offset + num_bytes]).view(dtype).view(shape)

@@ -238,6 +238,7 @@ def misuse() -> dict[str, Exception | None]:
         "mpu": initialize(model=make_module(job), config=config, mpu=object()),
         "rate": initialize(model=(net := make_module(job)), config=config, model_parameters=net.parameters()),
         "heads": initialize(model=unbound, config=unscaled, model_parameters=list(unbound.parameters())),
+        "checkpoint": caught(make_module, job, activation_checkpoint_func=print),
         "no gradients": caught(train_without_gradients),
         "reduce": caught(engine.eval_batch, full_batch(), reduce_output="sum"),
     }
@@ -252,6 +253,7 @@ def test_misuse(ranks4: RankPool):
         "no such file": (ConfigError, "missing.json: cannot read"),
         "mpu": (ConfigError, "mpu must be None"),
         "rate": (ConfigError, "interlock.head.learning_rate_scale works with the optimizer of the JSON"),
+        "checkpoint": (ConfigError, "activation_checkpoint_func"),
         "no gradients": (RuntimeError, "use eval_batch"),
         "reduce": (NotImplementedError, "'sum'"),
     }

@@ -123,12 +123,6 @@ def test_runs_on_a_gpu_say_so(bench: Bench) -> None:
     assert "; GPU 7; python 3.99" in page
 
 
-def test_the_short_version_of_an_experiment_has_a_page(bench: Bench) -> None:
-    bench.fill([record("global", 0, [3.0, 2.0])])
-    bench.file.rename(bench.results / "smoke-tiny.jsonl")
-    assert "`python -m experiments.run smoke-tiny --jobs 2`" in bench.report()
-
-
 def test_made_again_page_and_pictures_are_the_same(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "save", SAVE)
     bench.fill([record(mode, 0, losses[0], cosine=[0.5, None, 1.0]) for mode, losses in LOSSES.items()])

@@ -185,5 +185,5 @@ def test_other_types_and_shapes_are_refused(pixels: Tensor, labels: Tensor, erro
 
 def test_the_first_images_are_a_smaller_data_set():
     assert torch.equal(IMAGES.first(5).labels_n, torch.arange(5))
-    assert len(IMAGES.first(100)) == 23
+    assert len(IMAGES.first(100)) == len(IMAGES.first(0)) == 23
     assert torch.equal(IMAGES.to("cpu").pixels_nchw, IMAGES.pixels_nchw)

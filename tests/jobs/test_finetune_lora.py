@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ds_interlock.hf.data.rows import ClassifiedRows
 from ds_interlock.hf.data.samples import encode_classified
 from ds_interlock.hf.data.sources import load_records
+from ds_interlock.hf.export.checkpoint import PipelineCheckpoint
 from ds_interlock.hf.export.model import export_model
-from ds_interlock.hf.export.pipeline_checkpoint import PipelineCheckpoint
 
 LORA = "--lora_r", 3, "--learning_rate", 2e-2, "--max_steps", 4
 

@@ -28,9 +28,10 @@ class RecordData:
     label_ids: Mapping[int | str, int]
 
     @property
-    def num_labels(self) -> int:
-        """How many classes a model must distinguish; 0 but for classification."""
-        return max(self.label_ids.values(), default=-1) + 1
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes by id, as many as a model must distinguish; empty but for classification."""
+        names = {number: str(label) for label, number in self.label_ids.items()}
+        return tuple(names.get(number, f"LABEL_{number}") for number in range(max(names, default=-1) + 1))
 
 
 def load_records(

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ds_interlock.errors import DataError
-from ds_interlock.hf.data.tokenizer import Tokenizer
+from ds_interlock.hf.data.tokenizer import end_token_id
 from ds_interlock.sampling import EpochIterator, set_aside
 
 VALIDATION_SHARE = 0.05
@@ -152,13 +153,11 @@ def _texts(split: Any, name: str) -> list[str]:
     return [text for text in split["text"] if text and text.strip()]
 
 
-def encode_documents(documents: Sequence[str], tokenizer: Tokenizer) -> Tensor:
+def encode_documents(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """All documents as one sequence of token ids (int64), an end-of-text token after each."""
-    ids: list[int] = []
-    for document in documents:
-        ids += tokenizer.encode(document)
-        ids.append(tokenizer.end_of_text_id)
-    return torch.tensor(ids, dtype=torch.int64)
+    end = end_token_id(tokenizer)
+    encoded: Any = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor([token for ids in encoded for token in (*ids, end)], dtype=torch.int64)
 
 
 class TokenBlocks:

@@ -1,11 +1,9 @@
-"""Tokenizers: a sentencepiece model (given, or trained and cached), or any of Hugging Face's.
+"""Tokenizers in Hugging Face's form: a sentencepiece model (given, or trained and cached), or any other.
 
-Training encodes with sentencepiece itself. The exported checkpoint needs the same tokenizer in Hugging
-Face's form. transformers converts vocabulary, merges and added tokens; normaliser and decoder are built
-here from the model's own settings, because transformers' converters assume those of known families.
-
-The ids are the same, with one exception: the parts of a text between user-defined pieces are
-normalised one by one. ``same_ids`` says whether that, or anything else, matters for a text.
+Of a sentencepiece model transformers converts vocabulary, merges and added tokens; normaliser and decoder
+are built here from the model's own settings, because transformers' converters assume those of known
+families. The ids are sentencepiece's, with one exception: the parts of a text between user-defined pieces
+are normalised one by one.
 """
 
 import hashlib
@@ -13,12 +11,13 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any
 
 import sentencepiece
 from tokenizers import Regex, decoders, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
 
 from ds_interlock.errors import DataError
 
@@ -27,64 +26,29 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a space
 _TRAINING_CHARACTERS = 4_000_000  # enough for the vocabularies of small models; more only takes longer
 
 
-class SentencePieceTokenizer:
-    """A sentencepiece ``.model`` file; DataError if it cannot be read, or has no token to end a document."""
+def load_tokenizer(
+    name_or_path: str | None, documents: Sequence[str], vocab_size: int
+) -> PreTrainedTokenizerBase:
+    """A sentencepiece ``.model`` or a Hugging Face tokenizer, by name or folder.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"tokenizer {path} is not a readable sentencepiece model: {error}") from error
-        ends = [self._processor.eos_id(), self._processor.piece_to_id(END_OF_TEXT)]
-        ends = [end for end in ends if end >= 0 and end != self._processor.unk_id()]
-        if not ends:
-            raise DataError(
-                f"tokenizer {path} has neither an end-of-sentence token nor {END_OF_TEXT!r}: one is needed "
-                "to mark where a document ends; train the model with either"
-            )
-        self.vocab_size = int(self._processor.vocab_size())
-        self.end_of_text_id = int(ends[0])
+    None trains a BPE of ``vocab_size`` ids on the documents, and keeps it in ``default_cache_dir()``.
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, without any special ones around them."""
-        return cast(list[int], self._processor.encode(text))
-
-    def to_hf(self) -> PreTrainedTokenizerBase:
-        """The same tokenizer in the form that ``AutoTokenizer`` loads."""
-        fast_tokenizer: Any = PreTrainedTokenizerFast  # its constructor is not typed
-        end = self._processor.id_to_piece(self.end_of_text_id)
-        tokenizer: PreTrainedTokenizerBase = fast_tokenizer(
-            tokenizer_object=_to_fast(self.path),
-            unk_token=self._processor.id_to_piece(self._processor.unk_id()),
-            eos_token=end,
-            bos_token=end,
-            clean_up_tokenization_spaces=False,
-        )
-        return tokenizer
-
-
-class HuggingFaceTokenizer:
-    """A tokenizer by its Hugging Face name or folder; DataError as for ``SentencePieceTokenizer``."""
-
-    def __init__(self, name_or_path: str) -> None:
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"tokenizer {name_or_path!r} is neither a sentencepiece .model file nor a Hugging Face "
-                f"tokenizer: {error}"
-            ) from error
-        self.vocab_size = len(self._tokenizer)
-        self.end_of_text_id = end_token_id(self._tokenizer)
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, without any special ones around them."""
-        return cast(list[int], self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
-
-    def to_hf(self) -> PreTrainedTokenizerBase:
-        """The tokenizer itself, as transformers loaded it."""
-        return cast(PreTrainedTokenizerBase, self._tokenizer)
+    Raises:
+        DataError: If it is unreadable, or has no token to end a document.
+    """
+    if name_or_path is None:
+        return read_sentencepiece(train_sentencepiece(documents, vocab_size, default_cache_dir()))
+    if name_or_path.endswith(".model"):
+        return read_sentencepiece(Path(name_or_path))
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"tokenizer {name_or_path!r} is neither a sentencepiece .model file nor a Hugging Face "
+            f"tokenizer: {error}"
+        ) from error
+    end_token_id(tokenizer)
+    return tokenizer
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -98,26 +62,29 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(end)
 
 
-Tokenizer: TypeAlias = SentencePieceTokenizer | HuggingFaceTokenizer
-"""What training needs: ``vocab_size`` with the special ids, ``end_of_text_id``, ``encode``, ``to_hf``."""
-
-
-def load_tokenizer(name_or_path: str | None, documents: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A sentencepiece ``.model`` or a Hugging Face tokenizer, by name or folder; DataError if unreadable.
-
-    None trains a BPE of ``vocab_size`` ids on the documents, and keeps it in ``default_cache_dir()``.
-    """
-    if name_or_path is None:
-        return train_sentencepiece(documents, vocab_size, default_cache_dir())
-    if name_or_path.endswith(".model"):
-        return SentencePieceTokenizer(Path(name_or_path))
-    return HuggingFaceTokenizer(name_or_path)
-
-
-def same_ids(tokenizer: Tokenizer, exported: PreTrainedTokenizerBase, text: str) -> bool:
-    """True if the exported form of ``tokenizer`` gives the ids for ``text`` that training saw."""
-    ids: list[int] = exported.encode(text, add_special_tokens=False, verbose=False)
-    return ids == tokenizer.encode(text)
+def read_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
+    """A ``.model`` file; DataError if it cannot be read, or has no token to end a document."""
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"tokenizer {path} is not a readable sentencepiece model: {error}") from error
+    unknown = processor.unk_id()
+    ends = [processor.eos_id(), processor.piece_to_id(END_OF_TEXT)]
+    end = next((processor.id_to_piece(end) for end in ends if end >= 0 and end != unknown), None)
+    if end is None:
+        raise DataError(
+            f"tokenizer {path} has neither an end-of-sentence token nor {END_OF_TEXT!r}: one is needed "
+            "to mark where a document ends; train the model with either"
+        )
+    fast_tokenizer: Any = PreTrainedTokenizerFast  # its constructor is not typed
+    tokenizer: PreTrainedTokenizerBase = fast_tokenizer(
+        tokenizer_object=_to_fast(path),
+        unk_token=processor.id_to_piece(unknown),
+        eos_token=end,
+        bos_token=end,
+        clean_up_tokenization_spaces=False,
+    )
+    return tokenizer
 
 
 def default_cache_dir() -> Path:
@@ -125,10 +92,10 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_interlock"
 
 
-def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Path) -> SentencePieceTokenizer:
-    """A BPE trained on ``documents``. Decoding restores any text exactly: rare characters become bytes.
+def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Path) -> Path:
+    """The file of a BPE trained on ``documents``. Decoding restores any text: rare characters become bytes.
 
-    Its file is named by a hash of text and settings, and appears whole: several processes may train at once.
+    It is named by a hash of text and settings, and appears whole: several processes may train at once.
 
     Raises:
         DataError: If the documents hold too little text for ``vocab_size`` ids.
@@ -155,7 +122,7 @@ def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Pa
         digest.update(part.encode() + b"\0")
     path = cache_dir / f"bpe-{vocab_size}-{digest.hexdigest()[:16]}.model"
     if path.is_file():
-        return SentencePieceTokenizer(path)
+        return path
     cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".training-") as folder:
         try:
@@ -168,7 +135,7 @@ def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Pa
                 f"a --vocab_size that fits, more text, or an existing --tokenizer (sentencepiece: {error})"
             ) from error
         os.replace(f"{folder}/bpe.model", path)
-    return SentencePieceTokenizer(path)
+    return path
 
 
 def _training_lines(documents: Sequence[str]) -> list[str]:
@@ -182,13 +149,10 @@ def _training_lines(documents: Sequence[str]) -> list[str]:
 
 
 def _to_fast(path: Path) -> FastTokenizer:
-    # Needs protobuf, which only the export of a sentencepiece model does.
-    from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
-
     extractor: Any = SentencePieceExtractor(str(path))
     proto = extractor.proto
     if proto.trainer_spec.model_type not in (proto.trainer_spec.BPE, proto.trainer_spec.UNIGRAM):
-        raise DataError("only BPE and unigram sentencepiece models have a Hugging Face form")
+        raise DataError(f"tokenizer {path} is neither a BPE nor a unigram, so it has no Hugging Face form")
     parts = extractor.extract(None)
     converter: Any = SpmConverter
     fast: FastTokenizer = converter.build_tokenizer_from_spm_proto(proto, parts["vocab"], parts.get("merges"))

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.hf.export.finetuned import DESCRIPTION_FILE, FineTunedCheckpoint
+from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, FineTunedCheckpoint
 from ds_interlock.hf.export.model_folder import ExportReport, check_tensors, new_folder
 from ds_interlock.hf.model.pretrained import empty_model
 from ds_interlock.hf.model.surgery import find_anatomy
@@ -25,13 +25,11 @@ _PREFIX = "base_model.model."
 _ADAPTER_FILE = "adapter_model.safetensors"
 
 
-def export_adapter(checkpoint: str | Path, output: str | PathLike[str]) -> ExportReport:
-    """Writes the adapters of a checkpoint as a folder that ``PeftModel.from_pretrained`` loads.
+def export_adapter(source: FineTunedCheckpoint, output: str | PathLike[str]) -> ExportReport:
+    """Writes a checkpoint's adapters as a folder that ``PeftModel.from_pretrained`` loads.
 
-    Raises:
-        ConfigError: If the checkpoint has no adapters, not all of them, or the folder cannot be written.
+    ConfigError if the checkpoint lacks some of them, or the folder cannot be written.
     """
-    source = FineTunedCheckpoint(checkpoint)
     model = _peft_model(source)
     from peft import get_peft_model_state_dict
 
@@ -95,9 +93,7 @@ def _peft_tensors(source: FineTunedCheckpoint, model: Any) -> dict[str, Tensor]:
 
 
 def _peft_model(source: FineTunedCheckpoint) -> Any:
-    """The architecture with adapters, without weights."""
-    if source.description.peft is None:
-        raise ConfigError(f"{source.folder} has no adapter: export it as a model")
+    assert source.description.peft is not None, "it has adapters"
     try:
         from peft import PeftConfig, get_peft_model
     except ImportError as error:

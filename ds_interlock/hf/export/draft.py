@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.export.adapter import merged_name, merged_tensors
-from ds_interlock.hf.export.finetuned import FineTunedCheckpoint
+from ds_interlock.hf.export.checkpoint import FineTunedCheckpoint
 from ds_interlock.hf.export.model_folder import MAX_SHARD_SIZE, ExportReport, write_model
 from ds_interlock.hf.model.pretrained import empty_model
 
@@ -42,15 +42,8 @@ def export_draft(
 ) -> ExportReport:
     """Writes the blocks before an auxiliary head, and the head, as a folder for ``from_pretrained``.
 
-    Adapters are merged.
-
-    Args:
-        checkpoint: As for ``export_model``; so are ``output``, ``dtype`` and ``max_shard_size``.
-        output: The folder to write.
-        num_stages: The head is in the last of this many stages.
-        head: Index of its loss in the plan; by default the last one in that stage.
-        dtype: Of the weights.
-        max_shard_size: Of the files.
+    Adapters are merged. The head is in the last of ``num_stages`` stages; ``head`` is the index of its loss
+    in the plan, by default the last one in that stage. The other arguments are those of ``export_model``.
 
     Raises:
         ConfigError: If there is no such head, it has another form, or the folder cannot be written.
@@ -68,10 +61,9 @@ def export_draft(
 
 
 def _choose_head(source: FineTunedCheckpoint, num_stages: int, head: int | None) -> int:
-    """The index of the loss in the plan."""
     plan = source.plan
-    here = [loss for loss in source.heads if plan.heads[loss].stage == num_stages - 1]
-    matching = [loss for loss in here if head in (None, loss)]
+    wanted = source.heads if head is None else {head} & source.heads.keys()
+    matching = [loss for loss in wanted if plan.heads[loss].stage == num_stages - 1]
     if matching:
         return matching[-1]
     flags = f"--stages {num_stages}" + ("" if head is None else f" --head {head}")
@@ -111,7 +103,6 @@ def _shortened_config(source: FineTunedCheckpoint, num_blocks: int) -> Any:
 
 
 def _front(source: FineTunedCheckpoint, after_layer: int) -> dict[str, Tensor]:
-    """All weights before the head."""
     tensors = source.tensors() if source.description.peft is None else merged_tensors(source)
     layers = [state for number, state in source.layers.items() if number < after_layer]
     names = (merged_name(name) for state in layers for name in state)
@@ -119,7 +110,6 @@ def _front(source: FineTunedCheckpoint, after_layer: int) -> dict[str, Tensor]:
 
 
 def _end(source: FineTunedCheckpoint, loss: int, model: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The head as the model's norm and unembedding."""
     description = source.description
     if description.unembedding is None:
         raise ConfigError(f"--stages: {description.architecture} ends in no unembedding that a head could be")
@@ -136,34 +126,22 @@ def _end(source: FineTunedCheckpoint, loss: int, model: Any, dtype: torch.dtype 
 
 
 def _read_parts(source: FineTunedCheckpoint, loss: int, model: Any) -> _Parts:
-    """The parts of a head, in their order; ConfigError if they are not those that the model has."""
     parts: _Parts = {}
     for full_name, tensor in source.heads[loss].items():
         part, _, name = full_name.removeprefix("readout.").partition(".")
         parts.setdefault(part, {})[name] = tensor
     norm = source.description.norm
+    no_weights = norm is not None and next(model.get_submodule(norm).parameters(), None) is None
+    is_own = set(parts) - {"norm", "translator", "unembedding"} or "unembedding" not in parts
+    no_norm = norm is not None and "norm" not in parts
+    norm_last = list(parts)[:2] == ["translator", "norm"]
     hindrances = [
-        (
-            norm is not None and next(model.get_submodule(norm).parameters(), None) is None,
-            "may have a norm without weights or none, which its weights do not show",
-        ),
-        (
-            "block" in parts,
-            "has a block of its own (interlock.head.type block_linear), and so one more than the stages",
-        ),
+        (no_weights, "may have a norm without weights or none, which its weights do not show"),
+        ("block" in parts, "has a block (interlock.head.type block_linear), and so one more than the stages"),
         ("down" in parts, "has an unembedding of low rank (interlock.head.type low_rank)"),
-        (
-            set(parts) - {"norm", "translator", "unembedding"} or "unembedding" not in parts,
-            f"is the user's own: it has {', '.join(parts)}",
-        ),
-        (
-            norm is not None and "norm" not in parts,
-            "has no norm before its unembedding (interlock.head.type linear)",
-        ),
-        (
-            list(parts)[:2] == ["translator", "norm"],
-            'has its translator before the norm (interlock.head.translator "before_norm")',
-        ),
+        (is_own, f"is the user's own: it has {', '.join(parts)}"),
+        (no_norm, "has no norm before its unembedding (interlock.head.type linear)"),
+        (norm_last, 'has its translator before the norm (interlock.head.translator "before_norm")'),
     ]
     for hinders, why in hindrances:
         if hinders:

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from ds_interlock.errors import ConfigError
+from ds_interlock.hf.export.checkpoint import PipelineCheckpoint
 from ds_interlock.hf.export.model_folder import new_folder
-from ds_interlock.hf.export.pipeline_checkpoint import PipelineCheckpoint
 from ds_interlock.models.lm import LMConfig
 
 LayerStates = Mapping[int, Mapping[str, Tensor]]
@@ -32,7 +32,7 @@ def export_gpt2(
     layer_states: LayerStates,
     config: LMConfig,
     output_dir: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Writes a checkpoint that ``AutoModelForCausalLM.from_pretrained`` loads.
 
@@ -56,8 +56,7 @@ def export_gpt2(
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     with new_folder(output_dir, num_bytes) as folder:
         model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def read_layer_states(checkpoint_dir: str | Path) -> dict[int, dict[str, Tensor]]:
@@ -73,8 +72,7 @@ def read_layer_states(checkpoint_dir: str | Path) -> dict[int, dict[str, Tensor]
     return states
 
 
-def _gpt2_config(config: LMConfig, tied: bool, tokenizer: PreTrainedTokenizerBase | None) -> GPT2Config:
-    end_of_text = tokenizer.eos_token_id if tokenizer is not None else None
+def _gpt2_config(config: LMConfig, tied: bool, tokenizer: PreTrainedTokenizerBase) -> GPT2Config:
     return GPT2Config(
         vocab_size=config.vocab_size,
         n_positions=config.seq_length,
@@ -87,8 +85,8 @@ def _gpt2_config(config: LMConfig, tied: bool, tokenizer: PreTrainedTokenizerBas
         attn_pdrop=config.dropout,
         tie_word_embeddings=tied,
         # The defaults are ids of OpenAI's vocabulary.
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
 
 
@@ -105,13 +103,9 @@ def _gpt2_tensors(layer_states: LayerStates, config: LMConfig) -> dict[str, Tens
     for number in range(config.num_blocks):
         for name, tensor in layer_states[2 + number].items():
             part, _, kind = name.rpartition(".")
-            if part not in _BLOCK_PARTS:
-                raise ConfigError(
-                    f"layer {2 + number} has {name!r}: expected a Block of ds_interlock.models.lm"
-                )
             # GPT-2's Conv1D keeps its matrices transposed.
             value = tensor.T if tensor.dim() == 2 else tensor
-            tensors[f"transformer.h.{number}.{_BLOCK_PARTS[part]}.{kind}"] = value
+            tensors[f"transformer.h.{number}.{_BLOCK_PARTS.get(part, part)}.{kind}"] = value
     tensors["transformer.wte.weight"] = layer_states[0]["weight"]
     tensors["transformer.wpe.weight"] = layer_states[1]["weight"]
     tensors["transformer.ln_f.weight"] = layer_states[last - 1]["weight"]

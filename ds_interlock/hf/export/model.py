@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.export.adapter import export_adapter, merged_tensors
-from ds_interlock.hf.export.finetuned import FineTunedCheckpoint
+from ds_interlock.hf.export.checkpoint import FineTunedCheckpoint
 from ds_interlock.hf.export.model_folder import MAX_SHARD_SIZE, ExportReport, write_model
 from ds_interlock.hf.model.pretrained import empty_model
 
@@ -60,7 +60,7 @@ def export_model(
                 f"{source.folder} has an adapter, which is written alone and as trained: --heads and --dtype "
                 "go with --merge_adapter"
             )
-        return export_adapter(checkpoint, output)
+        return export_adapter(source, output)
     tensors = merged_tensors(source) if merge_adapter else source.tensors()
     config = source.load_config()
     notes = _settle_tied_weights(source, tensors, config)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ds_interlock.errors import ConfigError, list_faults
 from ds_interlock.files import unfinished_folder
-from ds_interlock.hf.export.finetuned import FineTunedCheckpoint
+from ds_interlock.hf.export.checkpoint import FineTunedCheckpoint
 
 HEADS_FILE = "heads.safetensors"
 MAX_SHARD_SIZE = "5GB"
@@ -124,10 +124,8 @@ def _heads(source: FineTunedCheckpoint) -> tuple[dict[str, Tensor], dict[str, st
 def new_folder(output: str | PathLike[str], num_bytes: int, source: Path | None = None) -> Iterator[Path]:
     """Yields a hidden folder to write into, which becomes ``output`` at the end; after an error, nothing.
 
-    Args:
-        output: The folder to make. An existing one is replaced only if it holds a model.
-        num_bytes: Size of what will be written, compared with the free space first.
-        source: A folder that is read for it, and must not be replaced.
+    An existing one is replaced only if it holds a model and is not ``source``, which is read for it.
+    ``num_bytes`` will be written; they are compared with the free space first.
     """
     target = Path(output).resolve()
     _check_replaceable(target, source)

@@ -104,21 +104,17 @@ def record(
     ``batches`` and their ``share`` are those of stage 0, None elsewhere. ConfigError if a file of ``folder``,
     the same for all ranks, cannot be written.
     """
-    num_batches, share = _broadcast_from_stage_0(engine, (batches.num_batches if batches else 0, share))
+    about: list[Any] = [(batches.num_batches if batches else 0, share)]
+    if engine.is_pipe_parallel:
+        group = engine.grid.get_pipe_parallel_group()
+        dist.broadcast_object_list(about, src=dist.get_global_rank(group, 0), group=group)
+    num_batches, share = about[0]
     data = None if batches is None else iter(batches)
     with _recorded(engine.module, folder, share, width, dtype):
         hidden = None if engine.global_rank == 0 else True  # None: a bar on a terminal only
         for _ in tqdm(range(num_batches), "base model's states", unit="batch", disable=hidden):
             engine.eval_batch(data)
     dist.barrier()  # all files are complete
-
-
-def _broadcast_from_stage_0(engine: Any, value: Any) -> Any:
-    values = [value]
-    if engine.is_pipe_parallel:
-        group = engine.grid.get_pipe_parallel_group()
-        dist.broadcast_object_list(values, src=dist.get_global_rank(group, 0), group=group)
-    return values[0]
 
 
 @contextmanager
@@ -136,11 +132,8 @@ def _recorded(module: Any, folder: Path, share: Share, width: int, dtype: torch.
             for states_td in hidden_btd:
                 append(states_td[: next(row_lengths)])
 
-        handle = end.register_forward_hook(keep)
-        try:
+        with end.register_forward_hook(keep):
             yield
-        finally:
-            handle.remove()
 
 
 class BaseStates:

@@ -88,23 +88,23 @@ def _read_weights_on_demand(
         module.register_forward_hook(lambda module, *_: drop(module))
 
 
-def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_inputs: Sequence[str]) -> float:
-    """Compares the pipeline's logits with the model's. All ranks must call it.
+def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_inputs: Sequence[str]) -> None:
+    """Compares the pipeline's logits with the model's, as ``compare``. All ranks must call it.
 
     ``num_positions`` are those of the job's longest sequence, ``own_inputs`` the names of the tensors that
-    stage 0 gets. Returns on the last stage what ``compare`` returns, elsewhere 0.
+    stage 0 gets.
     """
     inputs = probe(pretrained, own_inputs, num_positions)
     labels = torch.zeros_like(inputs[0] if pretrained.task == "causal" else inputs[0][:, 0])
     fed = inputs if len(inputs) > 1 else inputs[0]
     outputs = engine.eval_batch(iter([(fed, labels)]), compute_loss=False, num_micro_batches=1)
     if not engine.is_last_stage():
-        return 0.0
+        return
     layers = [module for module in engine.module.modules() if isinstance(module, HFLayer)]
     own = {name: tensor for layer in layers for name, tensor in layer.state_dict().items()}
     by_name = {name: tensor.to(engine.device) for name, tensor in zip(own_inputs, inputs, strict=True)}
     expected = reference_logits(pretrained, by_name, pretrained.blueprint().values, own)
-    return compare(outputs[0], expected, by_name, pretrained)
+    compare(outputs[0], expected, by_name, pretrained)
 
 
 def compare(got: Tensor, expected: Tensor, inputs: Mapping[str, Tensor], pretrained: Pretrained) -> float:

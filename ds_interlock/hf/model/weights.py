@@ -16,12 +16,11 @@ import torch
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
+from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.files import read_record
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 _PIECE_NUMBERS = 2**20  # of a tensor, copied at once
 

@@ -142,7 +142,7 @@ def test_data_sets(tmp_path, monkeypatch):
     data = load_records(dataset=str(folder))
     assert [len(record.messages) for record in data.train] == [2, 3]
     assert data.validation == [Chat([USER, ASSISTANT], f"data set {folder}, validation row 0")]
-    assert data.num_labels == 0
+    assert data.classes == ()
 
 
 def test_rows_of_a_data_set_without_text_are_passed_over(tmp_path, monkeypatch):
@@ -168,19 +168,19 @@ def test_classes_with_names_are_numbered_in_sorted_order(tmp_path):
     data = load_records([train], [train], task="classification")
     assert data.train[1] == Classified("b", "c", "ham", f"{train} line 2")
     assert data.train[2].text_pair is None
-    assert (data.label_ids, data.num_labels) == ({"ham": 0, "spam": 1}, 2)
+    assert (data.label_ids, data.classes) == ({"ham": 0, "spam": 1}, ("ham", "spam"))
 
 
 def test_classes_with_numbers_keep_them(tmp_path):
     train = write(tmp_path / "train.jsonl", {"text": "a", "label": 3}, {"text": "b", "label": 0})
     data = load_records([train], [train], task="classification")
-    assert (data.label_ids, data.num_labels) == ({0: 0, 3: 3}, 4)
+    assert (data.label_ids, data.classes) == ({0: 0, 3: 3}, ("0", "LABEL_1", "LABEL_2", "3"))
 
 
 def test_a_class_that_only_the_split_off_share_has_is_known(tmp_path):
     train = write(tmp_path / "train.jsonl", *({"text": "a", "label": f"{n}"} for n in range(5)))
     data = load_records([train], task="classification")
-    assert (len(data.train), data.num_labels) == (4, 5)
+    assert (len(data.train), len(data.classes)) == (4, 5)
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,10 @@ from ds_interlock.hf.data.text import (
 class Letters:
     """A tokenizer with an id for each letter."""
 
-    vocab_size = 27
-    end_of_text_id = 26
+    eos_token_id = 26
 
-    def encode(self, text):
-        return [ord(letter) - ord("a") for letter in text]
+    def __call__(self, texts, **options):
+        return {"input_ids": [[ord(letter) - ord("a") for letter in text] for text in texts]}
 
 
 def blocks_of(num_blocks, seq_length=3):

@@ -9,11 +9,9 @@ from transformers import AutoTokenizer
 from ds_interlock.errors import DataError
 from ds_interlock.hf.data.text import load_text
 from ds_interlock.hf.data.tokenizer import (
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
     default_cache_dir,
     load_tokenizer,
-    same_ids,
+    read_sentencepiece,
     train_sentencepiece,
 )
 
@@ -26,24 +24,30 @@ def speeches():
 
 @pytest.fixture(scope="module")
 def trained(speeches, tmp_path_factory):
+    """The file of a sentencepiece model."""
     return train_sentencepiece(speeches[0], 900, tmp_path_factory.mktemp("cache"))
 
 
-def test_hugging_face_form_gives_the_same_ids(trained, speeches, tmp_path):
-    trained.to_hf().save_pretrained(tmp_path)
+@pytest.fixture
+def processor(trained):
+    return sentencepiece.SentencePieceProcessor(model_file=str(trained))
+
+
+def test_hugging_face_form_gives_sentencepieces_ids(trained, processor, speeches, tmp_path):
+    read_sentencepiece(trained).save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert len(loaded) == trained.vocab_size == 900
-    assert loaded.eos_token_id == trained.end_of_text_id
+    assert len(loaded) == processor.vocab_size() == 900
+    assert loaded.eos_token_id == processor.eos_id()
     for text in speeches[1]:
-        ids = trained.encode(text)
+        ids = processor.encode(text)
         assert loaded.encode(text, add_special_tokens=False) == ids
         assert loaded.decode(ids) == text
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\n a\tb ", "aaaaaaaaa", "naïve 語 \U0001f642", "   2022  "])
-def test_any_text_comes_back(trained, text):
-    fast = trained.to_hf()
-    ids = trained.encode(text)
+def test_any_text_comes_back(trained, processor, text):
+    fast = read_sentencepiece(trained)
+    ids = processor.encode(text)
     assert fast.encode(text, add_special_tokens=False) == ids
     assert fast.decode(ids) == text
 
@@ -59,33 +63,45 @@ def test_given_models_with_sentencepieces_own_defaults_convert(model_type, speec
         user_defined_symbols=["<sep>"],
         minloglevel=2,
     )
-    given = load_tokenizer(str(tmp_path / "given.model"), [], 0)
-    assert isinstance(given, SentencePieceTokenizer)
-    fast = given.to_hf()
+    file = str(tmp_path / "given.model")
+    fast, given = load_tokenizer(file, [], 0), sentencepiece.SentencePieceProcessor(model_file=file)
+    assert len(fast) == 400
     for line in [*lines[300:330], "  two  spaces "]:
-        assert same_ids(given, fast, line)
+        assert fast.encode(line) == given.encode(line)
     assert fast.convert_tokens_to_ids("<sep>") in fast.encode("one<sep>two")
-    assert not same_ids(given, fast, "one<sep>two")
+    assert fast.encode("one<sep>two") != given.encode("one<sep>two"), "parts are normalised one by one"
+
+
+def test_given_models_that_have_no_hugging_face_form_are_refused(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["letters only"] * 9),
+        model_prefix=str(tmp_path / "given"),
+        vocab_size=11,
+        hard_vocab_limit=False,
+        model_type="char",
+        minloglevel=2,
+    )
+    with pytest.raises(DataError, match=r"given.model is neither a BPE nor a unigram"):
+        load_tokenizer(str(tmp_path / "given.model"), [], 0)
 
 
 def test_training_is_cached_by_text_and_settings(speeches, tmp_path, monkeypatch):
     first = train_sentencepiece(speeches[0][:9], 500, tmp_path)
-    stamp = first.path.stat().st_mtime_ns
-    assert train_sentencepiece(speeches[0][:9], 500, tmp_path).path == first.path
-    assert first.path.stat().st_mtime_ns == stamp
-    assert train_sentencepiece(speeches[0][:9], 501, tmp_path).path != first.path
-    assert train_sentencepiece(speeches[0][:8], 500, tmp_path).path != first.path
+    stamp = first.stat().st_mtime_ns
+    assert train_sentencepiece(speeches[0][:9], 500, tmp_path) == first
+    assert first.stat().st_mtime_ns == stamp
+    assert train_sentencepiece(speeches[0][:9], 501, tmp_path) != first
+    assert train_sentencepiece(speeches[0][:8], 500, tmp_path) != first
     assert all(path.suffix == ".model" for path in tmp_path.iterdir())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert default_cache_dir() == tmp_path / "xdg" / "ds_interlock"
 
 
-def test_hugging_face_tokenizers_are_taken_as_they_are(trained, speeches, tmp_path):
-    trained.to_hf().save_pretrained(tmp_path)
+def test_hugging_face_tokenizers_are_taken_as_they_are(trained, processor, speeches, tmp_path):
+    read_sentencepiece(trained).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path), [], 0)
-    assert isinstance(tokenizer, HuggingFaceTokenizer)
-    assert (tokenizer.vocab_size, tokenizer.end_of_text_id) == (900, trained.end_of_text_id)
-    assert tokenizer.encode(speeches[1][0]) == trained.encode(speeches[1][0])
+    assert (len(tokenizer), tokenizer.eos_token_id) == (900, processor.eos_id())
+    assert tokenizer.encode(speeches[1][0]) == processor.encode(speeches[1][0])
 
 
 @pytest.mark.parametrize("vocab_size", [260, 5000])

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.hf.export.adapter import export_adapter
 from ds_interlock.hf.export.draft import export_draft
 from ds_interlock.hf.export.model import export_model
 from ds_interlock.hf.model.surgery import find_anatomy
@@ -164,7 +163,3 @@ def test_what_does_not_go_together_is_said(tmp_path: Path) -> None:
     for options in ({"heads": True}, {"dtype": torch.bfloat16}):
         with pytest.raises(ConfigError, match="go with --merge_adapter"):
             export_model(job.step, tmp_path / "out", **options)
-    model = tiny_model("llama")
-    plain = write_checkpoint(tmp_path / "plain", model, PLAN)
-    with pytest.raises(ConfigError, match="has no adapter"):
-        export_adapter(plain, tmp_path / "out")

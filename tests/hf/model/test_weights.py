@@ -12,10 +12,11 @@ from families import save_tiny, tiny_tokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.model import weights
-from ds_interlock.hf.model.weights import INDEX, Weights
+from ds_interlock.hf.model.weights import Weights
 
 NUM_STAGES = 3
 SIZES = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 8, "num_attention_heads": 12}

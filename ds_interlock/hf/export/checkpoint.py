@@ -5,35 +5,38 @@
       global_step100/
         layer_00-model_states.pt ...     {name: tensor}, one file per layer with weights
         interlock_stage_00.pt ...        heads, untied copies of tied modules, plan; one file per stage
+      hf/                                written once, by the job that fine-tunes a Hugging Face model
+        interlock.json                   ModelDescription
+        config.json  generation_config.json  tokenizer files
 
 Tensors are mapped from the files, not read, so a model may be larger than memory. DeepSpeed is not needed.
 """
 
 import pickle
 import re
+import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from transformers import AutoConfig
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.hf.model.conversion import first_line
+from ds_interlock.files import read_record
+from ds_interlock.hf.model.pretrained import first_line
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
 
+DESCRIPTION_FILE = "interlock.json"
 _LAYER_FILE = re.compile(r"layer_(\d+)-(.*)model_states\.pt")
 _STAGE_FILE = "interlock_stage_*.pt"
 
 
 class PipelineCheckpoint:
-    """The files of one checkpoint, opened when they are needed.
-
-    Args:
-        path: The folder of one checkpoint (``.../global_step100``), or the one above it, whose ``latest``
-            file names it.
-    """
+    """The files of ``.../global_step100``, or of the checkpoint that ``latest`` in ``path`` names."""
 
     def __init__(self, path: str | Path) -> None:
         self.folder = Path(path)
@@ -97,6 +100,52 @@ class PipelineCheckpoint:
             heads=tuple(LossHead(*place) for place in saved["heads"]),
             trained_by=tuple(frozenset(losses) for losses in saved["trained_by"]),
         )
+
+
+class ModelDescription(BaseModel):
+    """How a transformers model was cut into pipeline layers. Paths are names of modules in the model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: str = Field(description='Class of the model in transformers, as "LlamaForCausalLM".')
+    num_front_layers: int = Field(ge=0, description="Pipeline layers before the first block.")
+    num_blocks: int = Field(ge=1)
+    embedding: str
+    norm: str | None = Field(description="The norm before the unembedding; null if it has none.")
+    unembedding: str | None = Field(description="null in a model without one.")
+    peft: dict[str, Any] | None = Field(None, description="The adapters' configuration, in peft's form.")
+    base_model: str = Field(description="The pretrained model, as the user named it.")
+
+
+class FineTunedCheckpoint(PipelineCheckpoint):
+    """A pipeline checkpoint (see there) whose tensors have the names of a transformers model."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self.hf_folder = self.folder.parent / "hf"
+        self.description = read_record(
+            self.hf_folder / DESCRIPTION_FILE,
+            ModelDescription,
+            what="description of a fine-tuned model",
+            hint="launcher/finetune.py writes it beside its checkpoints (launcher/train_lm.py exports its "
+            "model itself, at the end of the job)",
+        )
+
+    def load_config(self) -> Any:
+        """A new object of the model's configuration; ConfigError if it cannot be read."""
+        try:
+            return AutoConfig.from_pretrained(self.hf_folder)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.hf_folder / 'config.json'} cannot be read: {error}") from error
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the layers, adapters included, by full name."""
+        return {name: tensor for state in self.layers.values() for name, tensor in state.items()}
+
+    def copy_companions(self, folder: Path, *but: str) -> None:
+        """Copies tokenizer and generation configuration: all of ``hf/`` but what the export writes itself."""
+        ignored = shutil.ignore_patterns("config.json", DESCRIPTION_FILE, *but)
+        shutil.copytree(self.hf_folder, folder, ignore=ignored, dirs_exist_ok=True)
 
 
 def _load(file: Path) -> Mapping[str, Any]:

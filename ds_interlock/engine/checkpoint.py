@@ -114,6 +114,8 @@ class Checkpoints:
             optimizer = self.engine.optimizer
             own = {dist.get_rank(optimizer.dp_process_group): state["optimizer"]}
             optimizer.load_state_dict(own, load_from_fp32_weights=True)
+        elif self.keeps_optimizer:
+            self.engine.optimizer.refresh_fp32_params()
         self.data.restore(state["consumed_micro_batches"], state["data_iterator"])
         random.setstate(state["python_random"])
         np.random.set_state(state["numpy_random"])

@@ -1,6 +1,7 @@
 """The micro-batches that the first stage reads."""
 
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any
 
 import torch
@@ -24,14 +25,16 @@ class TrainingData:
     _put_back: list[Any] = field(default_factory=list)
 
     def load(self, micro_batch: int) -> tuple[Any, Any]:
-        """Inputs and labels of the next micro-batch, on this rank's device."""
+        """Inputs and labels of the next micro-batch, on this rank's device; a number becomes a tensor."""
         pair = self._put_back.pop() if self._put_back else self.read()
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise DataError(
                 f"the data iterator gave {type(pair).__name__} where a pair (inputs, labels) was expected"
             )
-        inputs, labels = (_to_device(part, self.ranks.device) for part in pair)
-        return inputs, labels
+        inputs, labels = pair
+        if isinstance(labels, Number):
+            labels = torch.tensor(labels, dtype=torch.float64 if isinstance(labels, float) else None)
+        return _to_device(inputs, self.ranks.device), _to_device(labels, self.ranks.device)
 
     def read(self) -> Any:
         """What the iterator gives next."""

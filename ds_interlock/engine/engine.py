@@ -27,15 +27,16 @@ from torch import distributed as dist
 
 from ds_interlock.engine.checkpoint import Checkpoints
 from ds_interlock.engine.data import TrainingData
+from ds_interlock.engine.deepspeed_checkpoint import DeepSpeedCheckpoint, is_from_elsewhere
 from ds_interlock.engine.head_warmup import HeadWarmup
 from ds_interlock.engine.instructions import INSTRUCTIONS, InterlockSchedule
 from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.engine.myopia import MyopiaMeter
 from ds_interlock.engine.optimizer import StageOptimizer
+from ds_interlock.engine.parameter_groups import UnusedHeads
 from ds_interlock.engine.reports import COSINE, Progress
 from ds_interlock.engine.runner import MESSAGE_TIMERS, StageRunner, timed
 from ds_interlock.engine.timeline import Tracer, draw, gather
-from ds_interlock.engine.unused_heads import UnusedHeads
 from ds_interlock.errors import remembers_failure
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.plan import GradientFlowPlan, loss_name
@@ -174,23 +175,25 @@ class InterlockEngine(PipelineEngine):
             return_head_losses: Also return every head's loss, by name (see ``loss_name``).
 
         Returns:
-            The final loss, a float32 scalar, the same on every rank; a tuple if more is asked for.
+            The final loss, a float32 scalar, the same on every rank; a tuple if more is asked for. Without
+            a ``loss_fn`` in its place the mean outputs, if they are no scalar on the last stage alone.
         """
         if compute_loss and reduce_output != "avg":
             raise NotImplementedError(f'reduce_output={reduce_output!r}: losses can only be averaged, "avg"')
+        outputs_only = not compute_loss or (self.module.loss_fn is None and not return_head_losses)
         outputs = self._runner.evaluate(
             data_iter,
             num_micro_batches or self.micro_batches,
-            "none" if not compute_loss else "all" if return_head_losses else "final",
-            keep_outputs=return_logits or not compute_loss,
+            "none" if outputs_only else "all" if return_head_losses else "final",
+            keep_outputs=return_logits or outputs_only,
         )
         if not compute_loss:
             return outputs if self.is_last_stage() else None
-        losses = self._runner.evaluated_losses()
-        result: list[Any] = [losses[self.plan.final]]
+        losses = None if outputs_only else self._runner.evaluated_losses()
+        result = [self._runner.mean_outputs(outputs) if losses is None else losses[self.plan.final]]
         if return_logits:
             result.append(outputs[-1] if outputs else None)
-        if return_head_losses:
+        if losses is not None and return_head_losses:
             result.append({self.loss_name(index): value.item() for index, value in enumerate(losses)})
         return result[0] if len(result) == 1 else tuple(result)
 
@@ -273,26 +276,34 @@ class InterlockEngine(PipelineEngine):
         """Loads a checkpoint. As DeepSpeed's; all ranks must call it.
 
         ``load_module_only`` takes layers, and the heads that sit where this plan has one, from a
-        checkpoint of any mode.
+        checkpoint of any mode. One that DeepSpeed or a converter wrote has no heads: they start anew.
 
         Raises:
-            ConfigError: If it was saved under another plan, without ``load_module_only``.
+            ConfigError: If it was saved under another plan, without ``load_module_only``; if a checkpoint
+                of DeepSpeed has not what this stage needs. Nothing has been loaded then.
         """
         folder = self._checkpoints.find(load_dir, tag)
         if folder is None:
             return None, None
-        self._checkpoints.load_stage(folder, module_only=load_module_only)
-        path, client_state = super().load_checkpoint(
+        load = partial(
+            super().load_checkpoint,
             str(load_dir),
             folder.name,
             load_module_strict,
-            load_optimizer_states and not self._checkpoints.keeps_optimizer,
-            load_lr_scheduler_states,
-            load_module_only,
-            custom_load_fn,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+            load_module_only=load_module_only,
+            custom_load_fn=custom_load_fn,
         )
-        if path is not None and not load_module_only:
-            self._checkpoints.load_rank(folder, with_optimizer=load_optimizer_states)
+        if is_from_elsewhere(folder):
+            wanted = load_module_only, load_optimizer_states, load_lr_scheduler_states
+            path, client_state = DeepSpeedCheckpoint(self, folder, *wanted).load(load, load_module_strict)
+            self._warmup.heads_are_new()
+        else:
+            self._checkpoints.load_stage(folder, module_only=load_module_only)
+            with_optimizer = load_optimizer_states and not self._checkpoints.keeps_optimizer
+            path, client_state = load(load_optimizer_states=with_optimizer)
+            if path is not None and not load_module_only:
+                self._checkpoints.load_rank(folder, with_optimizer=load_optimizer_states)
         self._enter_phase()  # that of the steps done when it was saved
         dist.barrier()
         return path, client_state

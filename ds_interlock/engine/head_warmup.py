@@ -83,12 +83,17 @@ class HeadWarmup:
         self._runner = runner
         self._ranks = runner.ranks
         self._is_done = False
+        self._is_due = False
+
+    def heads_are_new(self) -> None:
+        """To be called where a run is resumed whose layers had no heads before."""
+        self._is_done, self._is_due = False, True
 
     def before_batch(self) -> None:
         """Before the first batch of a new run; the heads of a resumed one are already further."""
         engine = self._runner.engine
         num_steps = engine.module.head_config.warmup_steps or 0
-        if num_steps > 0 and engine.global_steps == 0 and not self._is_done:
+        if num_steps > 0 and (engine.global_steps == 0 or self._is_due) and not self._is_done:
             self.fit(None, num_steps)
 
     def fit(self, data_iter: Iterator[Any] | None, num_steps: int) -> dict[str, list[float]]:

@@ -128,6 +128,12 @@ class InterlockPipelineModule(PipelineModule):
         self.interlock = interlock
         self.head_config = interlock.head.resolve(pretrained=self._pretrained)
         make_head = self._make_head
+        if make_head is None and self.schedule.heads and self.loss_fn is None:
+            raise ConfigError(
+                "loss_fn is None, so the last layer returns the loss, which heads made as interlock.head "
+                "says cannot do: pass heads that return a loss as it does (head=make_head), or "
+                'a loss_fn; mode "global" needs neither'
+            )
         if make_head is None and self.schedule.heads:
             # On every rank, also where there is no head: a model it cannot size one for is refused by all.
             make_head = head_factory(interlock.head, self._layer_specs, self._pretrained)
@@ -143,6 +149,11 @@ class InterlockPipelineModule(PipelineModule):
         """The mode, which ``ds_interlock.initialize`` binds at the latest."""
         assert self.interlock is not None
         return self.interlock
+
+    @property
+    def makes_own_heads(self) -> bool:
+        """Whether heads are made as ``interlock.head`` says, and not by the user's ``head``."""
+        return self._make_head is None
 
     @property
     def plan(self) -> GradientFlowPlan:
@@ -201,17 +212,20 @@ class InterlockPipelineModule(PipelineModule):
     def run_layers(self, hidden: Hidden, start: int, stop: int) -> Hidden:
         """Applies the layers ``start .. stop - 1``, counted over the whole model.
 
-        Otherwise as ``PipelineModule.forward``, with its ``activation_checkpoint_interval``.
+        Otherwise as ``PipelineModule.forward``, with its ``activation_checkpoint_interval``, at which it
+        takes a tensor out of a tuple of one.
         """
         first, last = start - self._local_start, stop - self._local_start
         interval = self.activation_checkpoint_interval
-        if interval == 0 or not torch.is_grad_enabled():
+        if interval == 0:
             return self._run_local(first, last, self.micro_offset + 1, hidden)
         for begin in range(first, last, interval):
+            if isinstance(hidden, tuple) and len(hidden) == 1:
+                (hidden,) = hidden
             end = min(begin + interval, last)
             run = partial(self._run_local, begin, end, self.micro_offset + 1)
             functions = self.forward_funcs[begin:end]
-            if self._is_checkpointable(functions):
+            if torch.is_grad_enabled() and self._is_checkpointable(functions):
                 # A tied layer with a forward of its own is a partial of it and the module.
                 layers = [part for f in functions for part in (f, *getattr(f, "args", ()))]
                 hidden = recomputed(run, hidden, (each for each in layers if isinstance(each, nn.Module)))

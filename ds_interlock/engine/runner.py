@@ -11,6 +11,7 @@ from deepspeed.runtime.pipe import engine as pipeline
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from deepspeed.utils import timer
 from torch import Tensor
+from torch.utils import _pytree
 
 from ds_interlock.engine.data import TrainingData
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
@@ -170,6 +171,19 @@ class StageRunner:
             self.interpreter.outputs = None
             engine.module.train()
         return outputs
+
+    def mean_outputs(self, outputs: list[Hidden]) -> Any:
+        """The mean over micro-batches and replicas: one number on all ranks, else on the last stage only."""
+        mean: Any = None
+        if self.ranks.is_last_stage:
+            mean = _pytree.tree_map(lambda *each: sum(each) / len(each), *outputs)
+            for tensor in _pytree.tree_leaves(mean):
+                self.ranks.sum_over_replicas(tensor)
+                tensor /= self.ranks.num_replicas
+        number = mean.detach().reshape(()).float() if isinstance(mean, Tensor) and mean.numel() == 1 else None
+        if self.ranks.from_last_stage(torch.tensor(float(number is not None), device=self.ranks.device)):
+            return self.ranks.from_last_stage(number)
+        return mean
 
     def evaluated_losses(self) -> Tensor:
         """Every head's mean loss in the batch just evaluated, in the plan's order, on all ranks."""

@@ -30,7 +30,7 @@ from ds_interlock.config import HeadConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.heads.divergence import kl_divergence
 from ds_interlock.heads.labels import IGNORED_LABEL, Labels
-from ds_interlock.heads.output_layers import PASS_HEAD, Layer, find_output_layers, first_tensor
+from ds_interlock.heads.output_layers import PASS_HEAD, Layer, OutputLayers, find_output_layers, first_tensor
 from ds_interlock.heads.readout import UNEMBEDDING, another_like, make_readout
 from ds_interlock.schedule.plan import LossHead
 
@@ -67,31 +67,32 @@ def head_factory(config: HeadConfig, layers: Sequence[Layer], pretrained: bool =
         block = None
         if config.type == "block_linear":
             block = another_like(layers[head.after_layer - 1], f"layer {head.after_layer - 1}")
-        return AuxiliaryHead(make_readout(config, output_layers), output_layers.width, config, block)
+        return AuxiliaryHead(make_readout(config, output_layers), output_layers, config, block)
 
     return make_head
 
 
 class AuxiliaryHead(nn.Module):
-    """A readout of the hidden state of ``width`` d, after one more block if there is a ``block``.
+    """A readout of the hidden state of width d, after one more block if there is a ``block``.
 
     ``readout`` turns hidden states ``[..., d]`` into outputs ``[..., v]``, each position by itself; its part
-    ``unembedding`` makes the outputs.
+    ``unembedding`` makes the outputs, in a tuple if ``output_layers`` do.
     """
 
     def __init__(
-        self, readout: nn.Sequential, width: int, config: HeadConfig, block: nn.Module | None
+        self, readout: nn.Sequential, output_layers: OutputLayers, config: HeadConfig, block: nn.Module | None
     ) -> None:
         super().__init__()
         self.block = block
         self.readout = readout
-        self.width = width
+        self.width = output_layers.width
+        self.in_tuple = output_layers.in_tuple
         self.config = config
         self._unembedding_at = [name for name, _ in readout.named_children()].index(UNEMBEDDING)
 
     def forward(self, hidden: Any) -> Any:
         """What the model would output if it ended at ``hidden``: a tensor, or a tuple starting with it."""
-        return self.readout(self._before_readout(hidden))
+        return self._unembed(self._to_unembedding(self._before_readout(hidden)))
 
     def loss(self, hidden: Any, labels: Any, loss_fn: LossFn) -> Tensor:
         """The loss of this head: in evaluation the model's loss, in training what the head learns from.
@@ -123,7 +124,8 @@ class AuxiliaryHead(nn.Module):
 
     def _unembed(self, hidden_btd: Tensor) -> Any:
         """Outputs of what ``_to_unembedding`` returns."""
-        return self.readout[self._unembedding_at :](hidden_btd)
+        outputs = self.readout[self._unembedding_at](hidden_btd)
+        return self.readout[self._unembedding_at + 1 :]((outputs,) if self.in_tuple else outputs)
 
     def _cross_entropy(self, hidden_btd: Tensor, labels: Any, loss_fn: LossFn) -> Tensor:
         """The model's loss, from what ``_to_unembedding`` returns."""
@@ -145,7 +147,10 @@ class AuxiliaryHead(nn.Module):
         num_outputs = cast(nn.Linear, self.readout[self._unembedding_at]).out_features
         labelled = _labelled_positions(parts.labels)
         hidden_nd, base_nd = _at(labelled, hidden_btd), _at(labelled, parts.base).to(hidden_btd.dtype)
-        return kl_divergence(hidden_nd, base_nd, self._unembed, num_outputs) / parts.divisor
+        divergence = kl_divergence(
+            hidden_nd, base_nd, lambda hidden_nd: first_tensor(self._unembed(hidden_nd)), num_outputs
+        )
+        return divergence / parts.divisor
 
     def _before_readout(self, hidden: Any) -> Tensor:
         hidden_btd = first_tensor(hidden)

@@ -1,6 +1,7 @@
-"""Checks that all ranks of a job have the same configuration, before any rank waits for another."""
+"""What ranks must agree on before one waits for another: the configuration, and whether it is usable."""
 
 from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -29,6 +30,22 @@ def agree(about: Mapping[str, Any], *, may_differ: Container[str] = ()) -> None:
             list_faults("the ranks of this job have different configurations", faults)
             + "\nStart every rank with the same JSON file and the same arguments."
         )
+
+
+@contextmanager
+def raised_by_all() -> Iterator[None]:
+    """A ConfigError of one rank within it is raised by all: no rank waits for one that has left."""
+    error: ConfigError | None = None
+    try:
+        yield
+    except ConfigError as raised:
+        error = raised
+    messages: list[str | None] = [None if error is None else str(error)]
+    if dist.is_initialized():
+        messages *= dist.get_world_size()
+        dist.all_gather_object(messages, messages[0])
+    for message in filter(None, messages):
+        raise ConfigError(message) from error
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -256,6 +256,26 @@ def test_a_checkpoint_that_is_not_there(ranks4: RankPool, tmp_path: Path):
         assert "is missing" in str(error)
 
 
+def load_without_the_optimizer(folder: str) -> float:
+    """How far one step, of a length of 1e-2, leads from what was loaded."""
+    engine = make_engine(Job(INTERLOCK, extra=BF16))
+    for seed in range(8):
+        engine.train_batch(iter(micro_batches(4, seed=seed)))
+    engine.save_checkpoint(folder)
+    engine = make_engine(Job(INTERLOCK, extra=BF16))
+    engine.load_checkpoint(folder, load_optimizer_states=False)
+    loaded = parameters_of(engine)
+    engine.train_batch(iter(micro_batches(4)))
+    engine.drain()
+    return max(float((p - loaded[name]).abs().max()) for name, p in parameters_of(engine).items())
+
+
+def test_without_its_optimizer_state_a_checkpoint_still_replaces_bf16_masters(
+    ranks4: RankPool, tmp_path: Path
+):
+    assert max(ranks4.run(load_without_the_optimizer, folder=str(tmp_path))) < 0.03
+
+
 # Interrupted saves.
 
 

@@ -1,0 +1,231 @@
+"""The groups of parameters that the optimizer gets: the user's, with the heads in them; some stay unused.
+
+    model_parameters     [decay, no_decay]          as the script has them, or one group of all that learns
+    what is not listed    + heads                   join the last group (so does a placeholder)
+    what they need        + their own groups        a rate of their own, phases without them, flat copies
+
+A script lists its parameters before ``initialize`` makes the heads. They join if the list has all that learns
+in this stage's layers; who lists less has to list the heads too.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from torch import Tensor, nn
+
+from ds_interlock.engine.module import InterlockPipelineModule
+from ds_interlock.errors import ConfigError
+
+UNUSED_PHASES = "idle_phases"
+"""Key of a parameter group of the optimizer, also in checkpoints: the phases that do not use it."""
+
+Config = dict[str, Any]
+Group = dict[str, Any]
+
+
+class _Kind(NamedTuple):
+    """What parameters in one group of the optimizer have in common, besides what the user's group says."""
+
+    scale: float = 1.0
+    """Of their learning rate."""
+    unused_phases: tuple[int, ...] = ()
+    """In these they must not change."""
+    apart: bool = False
+    """Whether they count their optimizer's steps themselves: flat copies have one count for each group."""
+
+
+def with_groups_of_heads(
+    model: InterlockPipelineModule, optimizer: Any, model_parameters: Any, config: Config
+) -> tuple[list[Any], Config]:
+    """The parameters for the optimizer, and a config whose scheduler has a rate for each group.
+
+    Args:
+        model: The module, with its heads.
+        optimizer: None for the one of the JSON config, or a function that makes one.
+        model_parameters: The user's: parameters, groups of them, or None for all.
+        config: The DeepSpeed config.
+
+    Raises:
+        ConfigError: If heads cannot join, or a learning rate cannot be scaled.
+    """
+    groups, is_grouped = _users_groups(model, optimizer, model_parameters)
+    _add_what_is_not_listed(model, groups)
+    kinds = _kinds(model, apart=_steps_flat_copies(config) and not model.keeps_ties)
+    parts: list[tuple[int, _Kind, list[nn.Parameter]]] = []
+    for number, group in enumerate(groups):
+        of_kind: dict[_Kind, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            of_kind.setdefault(kinds.get(id(parameter), _Kind()), []).append(parameter)
+        parts += [(number, k, of_kind[k]) for k in sorted(of_kind, key=lambda k: (k.scale != 1.0, k))]
+    if all(kind == _Kind(apart=kind.apart) for _, kind, _ in parts) and len(parts) <= len(groups):
+        return (groups if is_grouped else groups[0]["params"]), config
+    default = None if optimizer is not None else config.get("optimizer", {}).get("params", {}).get("lr", 1e-3)
+    listed = [_part_of(groups[number], kind, parameters, default) for number, kind, parameters in parts]
+    return listed, _with_rates(config, len(groups), [(number, kind.scale) for number, kind, _ in parts])
+
+
+def has_one_rate(model: InterlockPipelineModule) -> bool:
+    """Whether nothing in this stage, or in the configuration of heads, scales a learning rate."""
+    scales = {kind.scale for kind in _kinds(model, apart=False).values()}
+    return scales | {model.bound_config.head.learning_rate_scale} == {1.0}
+
+
+def _users_groups(
+    model: InterlockPipelineModule, optimizer: Any, model_parameters: Any
+) -> tuple[list[Group], bool]:
+    """The user's groups, which generators give only once; and whether they came as groups."""
+    if model_parameters is None:
+        # A function gets what DeepSpeed would give it.
+        all_of_them = optimizer is not None
+        model_parameters = [p for p in model.parameters() if p.requires_grad or all_of_them]
+    given = list(model_parameters)
+    if given and isinstance(given[0], dict):
+        return [{**group, "params": _as_list(group["params"])} for group in given], True
+    return [{"params": given}], False
+
+
+def _as_list(parameters: Any) -> list[nn.Parameter]:
+    return [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+
+
+def _add_what_is_not_listed(model: InterlockPipelineModule, groups: list[Group]) -> None:
+    listed = {id(parameter) for group in groups for parameter in group["params"]}
+    missing = [p for p in model.head_parameters() if id(p) not in listed]
+    left_out = [p for p in model.layer_parameters() if id(p) not in listed]
+    if missing and left_out:
+        names = ", ".join(n for n, p in model.named_parameters() if any(p is other for other in left_out))
+        raise ConfigError(
+            f"model_parameters has not all that learns in the layers of stage {model.stage_id} ({names} are "
+            "missing), so heads cannot join by themselves. Add these parameters, or freeze them "
+            "(requires_grad_(False)); or pass interlock= to InterlockPipelineModule, and add "
+            "model.head_parameters() to model_parameters"
+        )
+    if model.placeholder is not None and id(model.placeholder) not in listed:
+        missing.append(model.placeholder)
+    groups[-1]["params"] += missing
+
+
+def _kinds(model: InterlockPipelineModule, *, apart: bool) -> dict[int, _Kind]:
+    """The kinds of this stage's trainable parameters, by their ids.
+
+    A parameter may have an attribute ``learning_rate_scale`` of its own.
+    """
+    of_heads = {
+        id(parameter): _Kind(
+            model.bound_config.head.learning_rate_scale, model.unused_phases(int(number)), apart
+        )
+        for number, head in model.heads.items()
+        for parameter in head.parameters()
+    }
+    kinds = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        own = getattr(parameter, "learning_rate_scale", 1.0)
+        if not isinstance(own, int | float) or not 0 < own < math.inf:
+            raise ConfigError(f"{name}.learning_rate_scale is {own!r}: expected a number above 0")
+        kind = of_heads.get(id(parameter), _Kind())
+        kinds[id(parameter)] = kind._replace(scale=own * kind.scale)
+    return kinds
+
+
+def _steps_flat_copies(config: Config) -> bool:
+    """Whether DeepSpeed's optimizer steps flat copies of whole groups: under bf16, and ZeRO."""
+    is_bf16 = any(config.get(key, {}).get("enabled") for key in ("bf16", "bfloat16"))
+    return bool(is_bf16 or config.get("zero_optimization", {}).get("stage"))
+
+
+def _part_of(group: Group, kind: _Kind, parameters: list[nn.Parameter], default_rate: float | None) -> Group:
+    part = {**group, "params": parameters}
+    if kind.scale != 1.0:
+        rate = group.get("lr", default_rate)
+        if rate is None:
+            raise ConfigError(
+                "interlock.head.learning_rate_scale, or that of a parameter, needs a rate to multiply: with "
+                'a function that makes the optimizer, pass model_parameters as groups that have an "lr" each'
+            )
+        part["lr"] = rate * kind.scale
+    if kind.unused_phases:
+        part[UNUSED_PHASES] = list(kind.unused_phases)
+    return part
+
+
+def _with_rates(config: Config, num_groups: int, parts: Iterable[tuple[int, float]]) -> Config:
+    """The config with a scheduler's rates for each part of a group: its number, and its scale."""
+    config = copy.deepcopy(config)
+    params = config.get("scheduler", {}).get("params", {})
+    for name, value in params.items():
+        rates = value if isinstance(value, list) else [value] * num_groups
+        if name.endswith("_lr") and len(rates) == num_groups and isinstance(rates[0], int | float):
+            params[name] = [rates[number] * scale for number, scale in parts]
+    return config
+
+
+class UnusedHeads:
+    """Keeps heads as they are that the present phase of a schedule does not use.
+
+    No loss gives them gradients, but DeepSpeed gives a float32 parameter without a gradient one of zeros, and
+    its bf16 and ZeRO optimizers step flat copies of whole groups. So the former are taken away again, and the
+    heads of the same phases are groups of their own, without gradient and step.
+    """
+
+    def __init__(self, module: InterlockPipelineModule, optimizer: Any, device: torch.device) -> None:
+        self._module = module
+        self._device = device
+        if optimizer is None or not has_unused_heads(module):
+            return
+        inner = optimizer.optimizer if isinstance(optimizer, ZeROOptimizer) else optimizer
+        inner.register_step_pre_hook(self._drop_gradients_of_groups)
+        if hasattr(optimizer, "get_grad_norm_direct"):
+            self._leave_out_of_the_norm(optimizer)
+
+    def drop_gradients(self) -> None:
+        """Takes away the gradients of zero that DeepSpeed gives them."""
+        for number, head in self._module.heads.items():
+            if self._module.schedule.is_idle(int(number), self._module.phase):
+                head.zero_grad()
+
+    def _is_unused(self, group: dict[str, Any]) -> bool:
+        return self._module.phase in group.get(UNUSED_PHASES, ())
+
+    def _drop_gradients_of_groups(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in filter(self._is_unused, optimizer.param_groups):
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def _leave_out_of_the_norm(self, zero: Any) -> None:
+        """ZeRO's norm has one collective per group; over the pipe all stages must have equally many."""
+        norm_of = zero.get_grad_norm_direct
+
+        def norm(gradients: Sequence[Tensor], parameters: Sequence[nn.Parameter], norm_type: int = 2) -> Any:
+            for number, group in enumerate(zero.optimizer.param_groups):
+                if parameters is zero.params_in_partition[number] and self._is_unused(group):
+                    return torch.zeros((), device=self._device)
+            return norm_of(gradients, parameters, norm_type)
+
+        zero.get_grad_norm_direct = norm
+
+
+def check_unused_heads(module: InterlockPipelineModule, optimizer: Any, *, own: bool, zero: bool) -> None:
+    """Refuses on every rank what would change unused heads: an optimizer of the user's ``own``, ``zero``."""
+    if not has_unused_heads(module):
+        return
+    if own and isinstance(optimizer, ZeROOptimizer):
+        raise ConfigError(
+            "interlock.schedule: some phases do not use all heads; with bf16 or ZeRO this needs the "
+            "optimizer of the JSON config, or a function that makes it from its parameters"
+        )
+    if module.keeps_ties and zero:
+        raise ConfigError(
+            'interlock.tied_weights: "sync" cannot be combined with ZeRO and a schedule whose phases use '
+            'different heads; use "untie", or zero_optimization.stage 0'
+        )
+
+
+def has_unused_heads(module: InterlockPipelineModule) -> bool:
+    """Whether any head of any stage is unused in some phase: the same on all ranks."""
+    return any(module.unused_phases(head) for head in range(len(module.schedule.heads)))

@@ -149,14 +149,15 @@ def take_from_deepspeed(job: Job, folder: str) -> dict[str, Any]:
         "rates": [rate / rates[0] for rate in engine.get_lr()],
         "steps": engine.global_steps,
     }
+    rate_of_heads = engine.get_lr()[-1]
     train(engine, [3])
     trained = parameters_of(engine)
     result["learned"] = all(not torch.equal(trained[name], loaded[name]) for name in trained)
     result["as theirs"] = all(torch.equal(trained[name], after[name]) for name in after)
-    heads = [name for name in fresh if name.startswith("heads.")]
-    result["largest step of heads"] = max(
-        (float((trained[n] - loaded[n]).abs().max()) for n in heads), default=0
-    )
+    steps = [
+        (trained[n] - p).abs().max() / rate_of_heads for n, p in loaded.items() if n.startswith("heads.")
+    ]
+    result["largest step of heads"] = float(max(steps, default=1.0))
     engine.destroy()
     return result
 
@@ -174,8 +175,8 @@ def test_other_modes_take_layers_and_their_optimizer_state(ranks4: RankPool, tmp
         assert set(result["rates"]) <= {1.0, section.get("head", {}).get("learning_rate_scale", 1.0)}
         assert result["steps"] == 2
         assert result["learned"]
-        # Adam's first step is as long as the rate; the step count of layers would make it longer.
-        assert result["largest step of heads"] < 1.2 * 3e-2
+        # Adam's first step is as long as the rate, its third, with nothing to remember, two thirds of it.
+        assert 0.8 < result["largest step of heads"] < 1.4  # in bf16 it is rounded
     # The last stage has the inputs, loss and optimizer state that it has in DeepSpeed.
     assert [result["as theirs"] for result in results] == [False, False, False, True]
 

@@ -259,8 +259,8 @@ def _groups_of_layers(engine: DeepSpeedSide, sizes: list[int]) -> dict[int, list
         for number, group in enumerate(engine.optimizer.param_groups)
     }
     found = {number: parameters for number, parameters in found.items() if parameters}
-    if len(found) == 1 and sizes == [len(layers)]:
-        return dict.fromkeys(found, layers)  # DeepSpeed lists frozen ones too
+    if len(found) <= 1 and sizes == [len(layers)]:
+        return {max(found, default=0): layers}  # DeepSpeed lists frozen ones too
     expected = [len(parameters) for parameters in found.values()]
     if sizes != expected:
         raise _MismatchError(f"its groups have {sizes} parameters, those of this stage's layers {expected}")

@@ -19,7 +19,7 @@ OUTPUT_DIR ?= runs/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test wheel browser data lint types bench experiments docs clean
+.PHONY: help install demo test wheel browser data lint types matrix bench experiments docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 13
@@ -112,6 +112,9 @@ lint: $(INSTALLED)  ## ruff: rules and format
 
 types: $(INSTALLED)  ## mypy, strict, on the package
 	$(BIN)/mypy
+
+matrix: $(INSTALLED)  ## all combinations of precision, replicas, checkpointing, compilation, mode, into docs/migrating.md
+	PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python tests/whole_matrix.py
 
 BENCHMARKS := pipeline_peers overhead real_stages activation_memory relays head_cost single_gpu
 bench: $(INSTALLED)  ## all benchmarks, half an hour on a quiet machine, into docs/benchmarks

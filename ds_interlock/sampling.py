@@ -1,7 +1,8 @@
-"""The order in which samples come: fixed by a seed, new in each epoch, resumed from one number."""
+"""What a seed fixes: weights; the order of samples, new in each epoch, resumed from one number."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -11,6 +12,21 @@ from torch import Tensor
 from ds_interlock.errors import DataError
 
 Item = TypeVar("Item")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draws from ``seed`` in its body, and puts torch's random state back to what it was.
+
+    That is the state of the CPU and of this process's GPU, if it uses one. The GPUs of others are left alone.
+    """
+    uses_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = [torch.cuda.current_device()] if uses_gpu else []
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed all GPUs
+        if uses_gpu:
+            torch.cuda.manual_seed(seed)
+        yield
 
 
 def epoch_order(num_items: int, seed: int, epoch: int) -> Tensor:

@@ -19,17 +19,17 @@ MAY_IMPORT = {
     "config": {"schedule"},
     "planning": {"config", "schedule"},
     "transport": {"schedule", "stage"},
-    "stage": {"schedule"},
+    "stage": {"sampling", "schedule"},
     "heads": {"config", "schedule"},
     "models": {"heads", "schedule"},
     "engine": {"config", "heads", "schedule", "stage", "transport"},
     "profiling": {"config", "heads", "planning", "schedule", "transport"},
     "hf/data": {"heads", "sampling"},
-    "hf/model": {"config", "heads", "hf/data", "planning", "profiling", "schedule"},
+    "hf/model": {"config", "heads", "hf/data", "planning", "profiling", "sampling", "schedule"},
     "hf/export": {"heads", "hf/model", "models", "schedule"},
     "images": {"heads", "hf/data", "sampling"},
     "jobs": {"config", "hf/data", "hf/export", "hf/model", "images", "models"},
-    "verification": {"config", "heads", "schedule", "stage", "transport"},
+    "verification": {"config", "heads", "sampling", "schedule", "stage", "transport"},
 }
 # What each tree may import of the others.
 TREE_MAY_IMPORT = {

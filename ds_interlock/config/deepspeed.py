@@ -14,11 +14,13 @@ from ds_interlock.errors import ConfigError, list_faults
 
 @dataclass(frozen=True)
 class Refusal:
-    """A DeepSpeed setting that no mode but ``global`` can work with."""
+    """A DeepSpeed setting that the engine cannot work with."""
 
     key: str
     values: tuple[object, ...]
     reason: str
+    switch: str | None = None
+    """A key that must be true for the setting to count."""
 
 
 REFUSALS = (
@@ -40,6 +42,25 @@ REFUSALS = (
         (True,),
         "re-entrant activation checkpointing allows one backward pass per forward and no gradient with "
         "respect to the input alone; to relay gradients, a stage needs both. Use false",
+    ),
+    Refusal(
+        "torch_autocast.dtype",
+        ("float16", "fp16", "half", "torch.float16"),
+        'it needs loss scaling, as fp16 does. Use "bfloat16"',
+        switch="torch_autocast.enabled",
+    ),
+    Refusal(
+        "flops_profiler.enabled",
+        (True,),
+        "DeepSpeed prints its profile in engine.step(), which no pipeline calls, its own neither. Use "
+        "`ds-interlock profile` for seconds, or leave the section out",
+    ),
+    Refusal(
+        "steps_per_print",
+        (None,),
+        "DeepSpeed prints the times of wall_clock_breakdown every steps_per_print batches, and fails without "
+        "it. Give a number",
+        switch="wall_clock_breakdown",
     ),
 )
 
@@ -66,13 +87,19 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
     """Raises ConfigError for DeepSpeed settings that this engine cannot work with, in any mode."""
     faults = []
     for refusal in REFUSALS:
-        value: Any = config
-        for key in refusal.key.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if value in refusal.values:
+        value = _value(config, refusal.key)
+        if value in refusal.values and (refusal.switch is None or _value(config, refusal.switch) is True):
             faults.append(f"{refusal.key}: {shown_as_json(value)} is not supported: {refusal.reason}")
     if faults:
         raise ConfigError(list_faults("DeepSpeed config", faults))
+
+
+def _value(config: Mapping[str, Any], path: str) -> Any:
+    """What the config says at a path like ``fp16.enabled``; None if nothing."""
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def read_deepspeed(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -46,7 +46,9 @@ def reference() -> str:
     """The text of ``docs/config.md``."""
     tables = [f"## `{name}`\n\n{_table(model)}" for name, model in _SECTIONS]
     refusals = "".join(
-        f"- `{refusal.key}` {' or '.join(map(shown_as_json, refusal.values))}: {refusal.reason}.\n"
+        f"- `{refusal.key}` {' or '.join(map(shown_as_json, refusal.values))}"
+        + (f" with `{refusal.switch}`" if refusal.switch else "")
+        + f": {refusal.reason}.\n"
         for refusal in REFUSALS
     )
     return "\n".join([_TOP, *tables, "## DeepSpeed settings that are refused\n\n" + refusals])

@@ -13,6 +13,7 @@ replaces a good one.
 """
 
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import distributed as dist
 
 from ds_interlock.engine.data import TrainingData
@@ -37,6 +39,13 @@ from ds_interlock.transport.ranks import StageRanks
 
 _UNFINISHED = ".unfinished"
 _REPLACED = ".replaced"
+
+_SAFE: list[Any] = [
+    *(fragment_address, np.ndarray, np.dtype, type(np.dtype(np.uint32))),
+    *(value.__reduce__()[0] for value in (np.zeros(1), np.float64(0))),
+]
+"""What these files hold beside tensors and plain values: where DeepSpeed's bf16 optimizer has its parameters,
+and numpy's random state."""
 
 
 @dataclass
@@ -189,5 +198,12 @@ def _check_plan(state: dict[str, Any], module: InterlockPipelineModule, folder: 
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path} is missing: this is no complete checkpoint of as many ranks as now")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+    try:
+        with torch.serialization.safe_globals(_SAFE):
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"{path} holds objects that are not loaded unasked, as from a state_dict() of the data iterator: "
+            f"keep plain values there, or call torch.serialization.add_safe_globals first: {error}"
+        ) from error
     return state

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import torch
+
 from ds_interlock.engine.instructions import InterlockSchedule
 from ds_interlock.engine.module import InterlockPipelineModule
 
@@ -21,6 +23,7 @@ class DeepSpeedSide(Protocol):
     micro_batches: int
     global_steps: int
     global_samples: int
+    timers: Any
     using_bf16_optimizer: bool
     checkpoint_engine: Any
     lr_scheduler: Any
@@ -38,4 +41,7 @@ class DeepSpeedSide(Protocol):
     def set_dataiterator(self, iterator: Iterator[Any]) -> None: ...
     def set_dataloader(self, loader: Any) -> None: ...
     def steps_per_print(self) -> int | None: ...
+    def torch_autocast_dtype(self) -> torch.dtype | None: ...
+    def torch_autocast_enabled(self) -> bool: ...
+    def wall_clock_breakdown(self) -> bool: ...
     def zero_optimization(self) -> bool: ...

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.pipe import schedule as deepspeed_schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils.timer import BACKWARD_REDUCE_GLOBAL_TIMER, BACKWARD_REDUCE_MICRO_TIMER, NoopTimer
 from torch import Tensor
 from torch import distributed as dist
 
@@ -34,7 +35,7 @@ from ds_interlock.engine.myopia import MyopiaMeter
 from ds_interlock.engine.optimizer import StageOptimizer
 from ds_interlock.engine.parameter_groups import UnusedHeads
 from ds_interlock.engine.reports import COSINE, Progress
-from ds_interlock.engine.runner import StageRunner
+from ds_interlock.engine.runner import MESSAGE_TIMERS, StageRunner, timed
 from ds_interlock.engine.timeline import Tracer, draw, gather
 from ds_interlock.errors import remembers_failure
 from ds_interlock.schedule.action import Action, Kind
@@ -319,7 +320,9 @@ class InterlockEngine(PipelineEngine):
         self._steps.exercise_placeholder()
         if self.module.tied_comms:
             self._exec_reduce_tied_grads()
-        super()._exec_reduce_grads()
+        timers = self.timers if self.wall_clock_breakdown() else NoopTimer()
+        with timed(timers, BACKWARD_REDUCE_MICRO_TIMER, BACKWARD_REDUCE_GLOBAL_TIMER):
+            super()._exec_reduce_grads()
         self._unused_heads.drop_gradients()
         self._progress.set_losses(self._runner.interpreter.work.mean_losses())
 
@@ -328,6 +331,8 @@ class InterlockEngine(PipelineEngine):
         self._steps.measure_norm()
         with self._recorder.span(Action(self.stage_id, Kind.STEP, self.micro_batches)):
             super()._exec_optimizer_step(lr_kwargs)
+        if self.wall_clock_breakdown() and self.global_steps % self.steps_per_print() == 0:
+            self.timers.log(MESSAGE_TIMERS)
         values: dict[str, float | Tensor | None] = {
             "gradient_norm": self._steps.norm_of_step(),
             "learning_rate": learning_rate,

@@ -1,12 +1,15 @@
 """Runs programs on this stage: makes them, verifies them, and gives their actions to the interpreter."""
 
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe import engine as pipeline
+from deepspeed.runtime.torch_autocast import autocast_if_enabled
+from deepspeed.utils import timer
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -15,7 +18,7 @@ from ds_interlock.engine.deepspeed_side import DeepSpeedSide
 from ds_interlock.engine.instructions import InterlockSchedule
 from ds_interlock.engine.timeline import Recorder
 from ds_interlock.schedule import Program, evaluation_program, training_program, verify, verify_evaluation
-from ds_interlock.schedule.action import Kind
+from ds_interlock.schedule.action import RECV_KINDS, SEND_KINDS, Action, Kind
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.backward import Backward
 from ds_interlock.stage.hidden import Hidden
@@ -33,6 +36,57 @@ def without_loss(program: Program, loss: int) -> Program:
     left_out = Kind.HEAD, (loss,)
     stages = (tuple(a for a in actions if (a.kind, a.losses) != left_out) for actions in program.stages)
     return replace(program, stages=tuple(stages))
+
+
+_FORWARD = timer.FORWARD_MICRO_TIMER, timer.FORWARD_GLOBAL_TIMER
+_BACKWARD = (
+    *(timer.BACKWARD_MICRO_TIMER, timer.BACKWARD_GLOBAL_TIMER),
+    *(timer.BACKWARD_INNER_MICRO_TIMER, timer.BACKWARD_INNER_GLOBAL_TIMER),
+)
+_TIMERS: dict[Kind, tuple[str, ...]] = {
+    Kind.LOAD: (pipeline.BATCH_INPUT_TIMER,),
+    Kind.FORWARD: _FORWARD,
+    Kind.HEAD: _BACKWARD,  # a head's forward and backward pass are one action
+    Kind.INPUT_GRADIENT: _BACKWARD,
+    Kind.WEIGHT_GRADIENT: _BACKWARD,
+    Kind.BACKWARD: _BACKWARD,
+    Kind.SEND_FORWARD: (pipeline.PIPE_SEND_OUTPUT_TIMER,),
+    Kind.SEND_GRADIENT: (pipeline.PIPE_SEND_GRAD_TIMER,),
+    Kind.RECV_FORWARD: (pipeline.PIPE_RECV_INPUT_TIMER,),
+    Kind.RECV_GRADIENT: (pipeline.PIPE_RECV_GRAD_TIMER,),
+}
+MESSAGE_TIMERS = [name for kind in SEND_KINDS | RECV_KINDS for name in _TIMERS[kind]]
+
+
+@contextmanager
+def timed(timers: Any, *names: str) -> Iterator[None]:
+    """Adds the time of its body to those of DeepSpeed's ``timers`` that have these names."""
+    for name in names:
+        timers(name).start()
+    yield
+    for name in names:
+        timers(name).stop()
+
+
+@dataclass(eq=False)
+class TimedInterpreter(Interpreter):
+    """Runs the timers that DeepSpeed prints under ``wall_clock_breakdown``. A receive is the wait for it."""
+
+    timers: Any = None
+
+    def run(self, action: Action, takes: Sequence[Action]) -> None:
+        """See ``Interpreter.run``."""
+        is_whole = action.kind in (Kind.LOAD, Kind.SEND_FORWARD, Kind.SEND_GRADIENT)
+        with timed(self.timers, *(_TIMERS[action.kind] if is_whole else ())):
+            super().run(action, takes)
+
+    def _compute(self, action: Action) -> None:
+        with timed(self.timers, *_TIMERS[action.kind]):
+            super()._compute(action)
+
+    def _take(self, receive: Action) -> None:
+        with timed(self.timers, *_TIMERS[receive.kind]):
+            super()._take(receive)
 
 
 class StageRunner:
@@ -53,6 +107,8 @@ class StageRunner:
         self._links = Links(ranks.of_pipeline, ranks.stage, ranks.device, self.config.timeout_seconds)
         self._num_issued = self._num_flushed = 0  # programs, of training and evaluation
         self._schedules: dict[tuple[int, str, int], InterlockSchedule] = {}
+        if engine.torch_autocast_enabled():
+            self._autocast_heads()
         self.interpreter = self._interpreter(engine.module.plan, backward)
 
     @property
@@ -159,14 +215,31 @@ class StageRunner:
 
     def _interpreter(self, plan: GradientFlowPlan, backward: Backward, *, record: bool = True) -> Interpreter:
         """Does this stage's work under ``plan``, the one in force or another one for the same layers."""
-        module, stage = self.engine.module, self.ranks.stage
+        engine, stage = self.engine, self.ranks.stage
+        module = engine.module
         heads = module.heads.by_loss(plan, stage)
-        return Interpreter(
+        interpreter, options = Interpreter, {}
+        if engine.wall_clock_breakdown():
+            interpreter, options = TimedInterpreter, {"timers": engine.timers}
+        return interpreter(
             StageWork(
-                plan, stage, module.run_layers, module.layer_parameters(), heads, module.loss_fn, backward
+                plan, stage, self._run_layers, module.layer_parameters(), heads, module.loss_fn, backward
             ),
             self._links,
             self.data.load,
             begin_micro_batch=module.begin_micro_batch,
             span=self.recorder.span if record else lambda action: nullcontext(),
+            **options,
         )
+
+    def _run_layers(self, hidden: Hidden, start: int, stop: int) -> Hidden:
+        with autocast_if_enabled(self.engine):
+            return self.engine.module.run_layers(hidden, start, stop)
+
+    def _autocast_heads(self) -> None:
+        """Makes heads run under ``torch_autocast``, as the layers that they stand for do."""
+        device, dtype = self.ranks.device.type, self.engine.torch_autocast_dtype()
+        for head in self.engine.module.heads.values():
+            for name in ("forward", "loss"):
+                if hasattr(head, name):
+                    setattr(head, name, torch.autocast(device, dtype)(getattr(head, name)))

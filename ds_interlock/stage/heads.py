@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from ds_interlock.errors import ConfigError
+from ds_interlock.sampling import seeded
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
 
 MakeHead = Callable[[LossHead], nn.Module]
@@ -41,8 +41,7 @@ def build_head(make_head: MakeHead, number: int, head: LossHead, seed: int = 123
 
     The random state that the layers are drawn from stays unchanged.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed + number)
+    with seeded(seed + number):
         module = make_head(head)
     if not isinstance(module, nn.Module):
         raise ConfigError(f"head({head}) returned {type(module).__name__}: expected a torch.nn.Module")

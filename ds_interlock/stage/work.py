@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.schedule.action import Action, Kind
@@ -73,6 +74,8 @@ class StageWork:
     def __post_init__(self) -> None:
         self.num_micro_batches = 1
         self._num_passes = len(backward_actions(self.plan, self.stage, 0))
+        if self._num_passes > 1:  # or torch.compile's backward would free what the next pass needs
+            functorch.donated_buffer = False
         self._in_flight: dict[int, _InFlight] = {}
         self._loss_sums: dict[int, Tensor] = {}
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ds_interlock.sampling import seeded
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.in_process import InProcessPipeline
 
@@ -46,8 +47,7 @@ def small_model(num_layers: int, seed: int) -> list[nn.Module]:
     Weights are float32 and all random: at the usual ones and zeros of norms and biases some mistakes
     would not show.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         end = [nn.LayerNorm(WIDTH), nn.Linear(WIDTH, NUM_CLASSES)][-num_layers:]
         layers = [*(Block() for _ in range(num_layers - len(end))), *end]
         for layer in layers:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ds_interlock import ConfigError
+from ds_interlock.engine.checkpoint import _load
 
 HEAD = {"type": "block_linear", "token_fraction": 0.4, "weight": 0.7}
 INTERLOCK = {"mode": "interlock", "window": 2, "head": HEAD}
@@ -364,3 +365,23 @@ def test_a_checkpoint_can_be_replaced_and_leaves_nothing_behind(ranks4: RankPool
     for on_disk, newest, loaded in ranks4.run(save_twice, folder=str(tmp_path)):
         assert [name for name in on_disk if name != "zero_to_fp32.py"] == ["latest", "only"]
         assert all(torch.equal(loaded[name], parameter) for name, parameter in newest.items())
+
+
+class Harmful:
+    """What writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_loading_a_checkpoint_runs_no_code_of_it(tmp_path: Path):
+    trace, file = tmp_path / "trace", tmp_path / "interlock_rank_00000.pt"
+    torch.save({"data_iterator": Harmful(trace)}, file)
+    with pytest.raises(
+        ConfigError, match=r"rank_00000.pt holds objects.*torch.serialization.add_safe_globals"
+    ):
+        _load(file)
+    assert not trace.exists()

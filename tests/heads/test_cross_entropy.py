@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest_result import LargestResult
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -166,15 +167,6 @@ def test_only_the_gradients_that_are_wanted_are_computed(backend: Backend) -> No
 
 
 def test_no_tensor_is_larger_than_a_chunk() -> None:
-    class LargestResult(torch.utils._python_dispatch.TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, Tensor):
-                self.numel = max(self.numel, result.numel())
-            return result
-
     tensors = inputs(bias=False, n=400)
     sizes = {}
     for backend in ("chunked", "full"):

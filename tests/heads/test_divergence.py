@@ -7,9 +7,9 @@ import engine_jobs as jobs
 import pytest
 import torch
 from head_models import VOCABULARY, WIDTH, build, cross_entropy, hidden_and_labels
+from largest_result import LargestResult
 from ranks import RankPool
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_interlock import InProcessPipeline
 from ds_interlock.config import HeadConfig, InterlockConfig
@@ -85,15 +85,6 @@ def test_gradients_can_be_taken_once() -> None:
 
 
 def test_no_tensor_is_larger_than_a_chunk() -> None:
-    class LargestResult(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, Tensor):
-                self.numel = max(self.numel, result.numel())
-            return result
-
     hidden_nd, base_nd, unembed = inputs(n=400)
     with LargestResult() as largest:
         kl_divergence(hidden_nd, base_nd, unembed, V, chunk_bytes=2 * 100 * V * 8).backward()

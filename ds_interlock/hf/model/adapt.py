@@ -10,12 +10,12 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.model.cut import Block, Blueprint, End
+from ds_interlock.sampling import seeded
 
 Prepare = Callable[[nn.Module], None]
 
@@ -110,8 +110,7 @@ def add_lora(config: Any, seed: int) -> Prepare:
         is_new = isinstance(layer, End) and layer.blueprint.skeleton.anatomy.unembedding is None
         layer.requires_grad_(is_new)
         if isinstance(layer, Block):
-            with torch.random.fork_rng():
-                torch.manual_seed(seed + zlib.crc32(layer.paths[0].encode()))
+            with seeded(seed + zlib.crc32(layer.paths[0].encode())):
                 inject_adapter_in_model(config, layer)
 
     return prepare

@@ -94,8 +94,11 @@ class DeepSpeedCheckpoint:
             optimizer.load_state_dict(state)
 
     def _say_what_there_is(self) -> None:
+        module = self.engine.module
         loaded = "layers" if self._optimizer_state is None else "layers and their optimizer state"
-        heads = "; heads start anew" if self.engine.module.schedule.heads else ""
+        heads = "; heads start anew" if module.schedule.heads else ""
+        if heads and module.makes_own_heads and module.head_config.type == "lens":
+            heads += ' (a "lens" has the output layers as it was built, not as they are in it: docs/heads.md)'
         logger.warning(
             f"interlock: {self.folder} was not written by ds_interlock: loaded {loaded}{heads}; random state "
             "and data position are not in it (put the data iterator where it was)"
@@ -107,12 +110,6 @@ class DeepSpeedCheckpoint:
             if hasattr(layer, "load_state_dict") and not self._files_of_layer(index):
                 name = f"layer_{index + module._local_start:02d}-model_states.pt"
                 raise ConfigError(f"{self.folder / name} is missing: this is no checkpoint of such a model")
-        if module.schedule.heads and module.head_config.type == "lens" and module.makes_own_heads:
-            raise ConfigError(
-                'interlock.head.type: a "lens" keeps a frozen copy of the output layers as they were when it '
-                f"was built, not as they are in {self.folder}: choose another type, or layers that bring "
-                "their weights"
-            )
 
     def _files_of_layer(self, index: int) -> list[str]:
         files: list[str] = self.engine.module.ckpt_layer_path_list(str(self.folder), index)
@@ -259,8 +256,8 @@ def _groups_of_layers(engine: DeepSpeedSide, sizes: list[int]) -> dict[int, list
         for number, group in enumerate(engine.optimizer.param_groups)
     }
     found = {number: parameters for number, parameters in found.items() if parameters}
-    if len(found) == 1 and sizes == [len(layers)]:
-        return dict.fromkeys(found, layers)  # DeepSpeed lists frozen ones too
+    if len(found) <= 1 and sizes == [len(layers)]:
+        return {max(found, default=0): layers}  # DeepSpeed lists frozen ones too
     expected = [len(parameters) for parameters in found.values()]
     if sizes != expected:
         raise _MismatchError(f"its groups have {sizes} parameters, those of this stage's layers {expected}")

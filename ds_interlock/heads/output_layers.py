@@ -1,7 +1,8 @@
 """Finds the output layers of a model, which auxiliary heads repeat: norm, unembedding, what follows it.
 
 The layers are looked at from the last one backwards (picture in ``factory.py``). Specifications are built on
-the meta device, so the look allocates nothing and draws no random number.
+the meta device, and the layer that unembeds is called there: the look allocates nothing and draws no random
+number.
 """
 
 import copy
@@ -213,7 +214,7 @@ def _outputs_on_meta(last: _Part, weight: Tensor) -> Any:
         with suppress(Exception), torch.no_grad():  # a layer may fail in any way on what it does not take
             if forward_fn is not None:
                 return forward_fn(last.module, inputs)
-            return functional_call(last.module, values, (inputs,))
+            return functional_call(copy.copy(last.module), values, (inputs,))  # attributes stay as they are
     return None
 
 

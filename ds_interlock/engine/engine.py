@@ -186,6 +186,17 @@ class InterlockEngine(PipelineEngine):
             result.append({self.loss_name(index): value.item() for index, value in enumerate(losses)})
         return result[0] if len(result) == 1 else tuple(result)
 
+    def check_walks(self, data_iter: Iterator[Any]) -> None:
+        """Refuses layers whose backward passes cannot be repeated, if the plan repeats them.
+
+        Gradients of each layer are computed twice and compared, on a micro-batch of ``data_iter``. All ranks
+        must call it.
+
+        Raises:
+            ConfigError: On the ranks of such a layer, if a kernel's backward pass overwrites what it saved.
+        """
+        self._runner.check_walks(data_iter)
+
     def drain(self) -> Tensor:
         """Waits until all stages have finished every issued batch. All ranks must call it.
 

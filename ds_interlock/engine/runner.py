@@ -15,7 +15,7 @@ from ds_interlock.engine.timeline import Recorder
 from ds_interlock.schedule import Program, evaluation_program, training_program, verify, verify_evaluation
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.backward import Backward
-from ds_interlock.stage.hidden import Hidden
+from ds_interlock.stage.hidden import Hidden, copied
 from ds_interlock.stage.interpreter import Interpreter
 from ds_interlock.stage.work import StageWork
 from ds_interlock.transport.links import Links
@@ -100,6 +100,21 @@ class StageRunner:
             self.interpreter.outputs = None
         engine.module.train()
         return outputs
+
+    def check_walks(self, data_iter: Iterator[Any]) -> None:
+        """Evaluates a micro-batch, and then does as ``InterlockPipelineModule.check_walks`` says."""
+        work, starts = self.interpreter.work, list[Hidden]()
+
+        def run_layers(hidden: Hidden, start: int, stop: int) -> Hidden:
+            starts.append(copied(hidden) if not starts else None)
+            return self.engine.module.run_layers(hidden, start, stop)
+
+        work.run_layers = run_layers
+        try:
+            self.evaluate(data_iter, 1, all_heads=False, keep_outputs=False)
+        finally:
+            work.run_layers = self.engine.module.run_layers
+        self.engine.module.check_walks(starts[0])
 
     def evaluated_losses(self) -> Tensor:
         """Every head's mean loss in the batch just evaluated, in the plan's order, on all ranks."""

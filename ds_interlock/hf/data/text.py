@@ -119,7 +119,7 @@ def _text_files(path: Path) -> list[Path]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
     except UnicodeDecodeError as error:
         raise DataError(f"text file {file} is not UTF-8 ({error}): convert it, as with iconv") from error
     except OSError as error:

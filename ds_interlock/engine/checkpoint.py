@@ -16,7 +16,7 @@ import os
 import pickle
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,9 @@ from ds_interlock.errors import ConfigError
 from ds_interlock.files import replace_folder, replace_text
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
 from ds_interlock.transport.ranks import StageRanks
+
+Loaded = tuple[str | None, dict[str, Any] | None]
+"""What DeepSpeed's ``load_checkpoint`` returns."""
 
 _UNFINISHED = ".unfinished"
 _REPLACED = ".replaced"
@@ -95,7 +98,17 @@ class Checkpoints:
         replaced = folder.with_name(folder.name + _REPLACED)
         return replaced if not folder.is_dir() and replaced.is_dir() else folder
 
-    def load_stage(self, folder: Path, *, module_only: bool) -> None:
+    def load(
+        self, folder: Path, deepspeed_loads: Callable[..., Loaded], module_only: bool, with_optimizer: bool
+    ) -> Loaded:
+        """Loads it; returns what ``deepspeed_loads``, which loads DeepSpeed's files, returns."""
+        self._load_stage(folder, module_only=module_only)
+        result = deepspeed_loads(load_optimizer_states=with_optimizer and not self.keeps_optimizer)
+        if result[0] is not None and not module_only:
+            self._load_rank(folder, with_optimizer=with_optimizer)
+        return result
+
+    def _load_stage(self, folder: Path, *, module_only: bool) -> None:
         """Loads heads and untied modules. They must have their values before the optimizer copies them."""
         state, module = _load(self._stage_file(folder)), self.engine.module
         if module_only:
@@ -107,7 +120,7 @@ class Checkpoints:
             module.tied_modules.load_state_dict(state["tied_modules"])
         module.micro_offset = state["micro_offset"]
 
-    def load_rank(self, folder: Path, *, with_optimizer: bool) -> None:
+    def _load_rank(self, folder: Path, *, with_optimizer: bool) -> None:
         """Loads random state and data position, and an optimizer that DeepSpeed cannot load."""
         state = _load(self._rank_file(folder))
         if self.keeps_optimizer and with_optimizer:

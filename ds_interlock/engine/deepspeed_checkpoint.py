@@ -25,6 +25,7 @@ from deepspeed.utils import logger
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from ds_interlock.engine.checkpoint import Loaded
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
 from ds_interlock.errors import ConfigError
 from ds_interlock.transport.agreement import raised_by_all
@@ -54,7 +55,7 @@ class DeepSpeedCheckpoint:
     """Those of the optimizer that it is for; the others are of heads."""
     _rates: dict[str, list[float]] = field(default_factory=dict)
 
-    def load(self, deepspeed_loads: Callable[..., Any], strict: bool) -> Any:
+    def load(self, deepspeed_loads: Callable[..., Loaded], strict: bool) -> Loaded:
         """Loads what is wanted of it, layers and counters with ``deepspeed_loads``; returns what that does.
 
         Raises:
@@ -69,7 +70,7 @@ class DeepSpeedCheckpoint:
             module.load_state_dict(state)
         if self.module_only and not self._files_of_stages():  # which some converters do not write
             self.engine.module.load_state_dir(str(self.folder), self.engine.checkpoint_engine, strict)
-            result: Any = str(self.folder), {}
+            result: Loaded = str(self.folder), {}
         else:
             result = deepspeed_loads(load_optimizer_states=False)
         self._load_optimizer()

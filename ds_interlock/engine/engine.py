@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from deepspeed.runtime.pipe import schedule as deepspeed_schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.utils.timer import BACKWARD_REDUCE_GLOBAL_TIMER, BACKWARD_REDUCE_MICRO_TIMER, NoopTimer
 from torch import Tensor
 from torch import distributed as dist
 
@@ -29,13 +28,13 @@ from ds_interlock.engine.checkpoint import Checkpoints
 from ds_interlock.engine.data import TrainingData
 from ds_interlock.engine.deepspeed_checkpoint import DeepSpeedCheckpoint, is_from_elsewhere
 from ds_interlock.engine.head_warmup import HeadWarmup
-from ds_interlock.engine.instructions import INSTRUCTIONS, InterlockSchedule
+from ds_interlock.engine.instructions import INSTRUCTIONS, MESSAGE_TIMERS, InterlockSchedule
 from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.engine.myopia import MyopiaMeter
 from ds_interlock.engine.optimizer import StageOptimizer
 from ds_interlock.engine.parameter_groups import UnusedHeads
 from ds_interlock.engine.reports import COSINE, Progress
-from ds_interlock.engine.runner import MESSAGE_TIMERS, StageRunner, timed
+from ds_interlock.engine.runner import StageRunner
 from ds_interlock.engine.timeline import Tracer, draw, gather
 from ds_interlock.errors import remembers_failure
 from ds_interlock.schedule.action import Action, Kind
@@ -198,6 +197,15 @@ class InterlockEngine(PipelineEngine):
         return result[0] if len(result) == 1 else tuple(result)
 
     @remembers_failure
+    def check_walks(self, data_iter: Iterator[Any]) -> None:
+        """Computes gradients of each layer twice on a micro-batch, if the plan does. All ranks must call it.
+
+        Raises:
+            ConfigError: On the ranks of a layer whose backward pass overwrites what its forward saved.
+        """
+        self._runner.check_walks(data_iter)
+
+    @remembers_failure
     def drain(self) -> Tensor:
         """Waits until all stages have finished every issued batch. All ranks must call it.
 
@@ -216,7 +224,7 @@ class InterlockEngine(PipelineEngine):
         return loss
 
     def destroy(self) -> None:
-        """Frees threads, connections and DeepSpeed's own. All ranks must call it, after ``drain``."""
+        """Frees threads and connections. All ranks must call it, after ``drain``."""
         atexit.unregister(self._at_exit)
         self._progress.reporter.close()  # threads first: they end even where the groups are gone
         if self._tracer:
@@ -296,17 +304,13 @@ class InterlockEngine(PipelineEngine):
         )
         if is_from_elsewhere(folder):
             wanted = load_module_only, load_optimizer_states, load_lr_scheduler_states
-            path, client_state = DeepSpeedCheckpoint(self, folder, *wanted).load(load, load_module_strict)
+            result = DeepSpeedCheckpoint(self, folder, *wanted).load(load, load_module_strict)
             self._warmup.heads_are_new()
         else:
-            self._checkpoints.load_stage(folder, module_only=load_module_only)
-            with_optimizer = load_optimizer_states and not self._checkpoints.keeps_optimizer
-            path, client_state = load(load_optimizer_states=with_optimizer)
-            if path is not None and not load_module_only:
-                self._checkpoints.load_rank(folder, with_optimizer=load_optimizer_states)
+            result = self._checkpoints.load(folder, load, load_module_only, load_optimizer_states)
         self._enter_phase()  # that of the steps done when it was saved
         dist.barrier()
-        return path, client_state
+        return result
 
     # What DeepSpeed calls.
 
@@ -320,8 +324,7 @@ class InterlockEngine(PipelineEngine):
         self._steps.exercise_placeholder()
         if self.module.tied_comms:
             self._exec_reduce_tied_grads()
-        timers = self.timers if self.wall_clock_breakdown() else NoopTimer()
-        with timed(timers, BACKWARD_REDUCE_MICRO_TIMER, BACKWARD_REDUCE_GLOBAL_TIMER):
+        with self._recorder.span(Action(self.stage_id, Kind.REDUCE, self.micro_batches)):
             super()._exec_reduce_grads()
         self._unused_heads.drop_gradients()
         self._progress.set_losses(self._runner.interpreter.work.mean_losses())
@@ -388,10 +391,7 @@ class InterlockEngine(PipelineEngine):
 
 
 def _drain_at_exit(reference: "weakref.ref[InterlockEngine]") -> None:
-    """Drains for scripts that do not, as neighbours need what was sent. After an error no stage waits.
-
-    An error may have ended the script, or a method here, after which the script left by ``sys.exit``.
-    """
+    """Drains for scripts that do not, as neighbours need what was sent; not after an error, here or there."""
     engine = reference()
     failed = getattr(sys, "last_value", None) is not None
     if engine is None or failed or engine.has_failed or not dist.is_initialized():

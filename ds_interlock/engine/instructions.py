@@ -6,10 +6,12 @@ receives whose messages it is the first to need.
 
 from collections.abc import Iterator
 
+from deepspeed.runtime.pipe import engine
 from deepspeed.runtime.pipe import schedule as deepspeed_schedule
 from deepspeed.runtime.pipe.schedule import BufferOpInstruction, PipeInstruction, PipeSchedule
+from deepspeed.utils import timer
 
-from ds_interlock.schedule.action import Kind
+from ds_interlock.schedule.action import RECV_KINDS, SEND_KINDS, Kind
 from ds_interlock.schedule.lower import Program
 from ds_interlock.stage.interpreter import Step, steps
 
@@ -39,6 +41,26 @@ INSTRUCTIONS: dict[Kind, type[BufferOpInstruction]] = {
     Kind.RECV_GRADIENT: deepspeed_schedule.RecvGrad,
 }
 """The instruction of each action, but those that end a batch."""
+
+
+_FORWARD = timer.FORWARD_MICRO_TIMER, timer.FORWARD_GLOBAL_TIMER
+_BACKWARD = (
+    *(timer.BACKWARD_MICRO_TIMER, timer.BACKWARD_GLOBAL_TIMER),
+    *(timer.BACKWARD_INNER_MICRO_TIMER, timer.BACKWARD_INNER_GLOBAL_TIMER),
+)
+TIMERS: dict[Kind, tuple[str, ...]] = {
+    Kind.FORWARD: _FORWARD,
+    **dict.fromkeys((Kind.HEAD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT, Kind.BACKWARD), _BACKWARD),
+    Kind.LOAD: (engine.BATCH_INPUT_TIMER,),
+    Kind.SEND_FORWARD: (engine.PIPE_SEND_OUTPUT_TIMER,),
+    Kind.RECV_FORWARD: (engine.PIPE_RECV_INPUT_TIMER,),
+    Kind.SEND_GRADIENT: (engine.PIPE_SEND_GRAD_TIMER,),
+    Kind.RECV_GRADIENT: (engine.PIPE_RECV_GRAD_TIMER,),
+    Kind.REDUCE: (timer.BACKWARD_REDUCE_MICRO_TIMER, timer.BACKWARD_REDUCE_GLOBAL_TIMER),
+}
+"""DeepSpeed's timers of each action; a head's forward pass counts as its backward pass."""
+
+MESSAGE_TIMERS = [name for kind in SEND_KINDS | RECV_KINDS for name in TIMERS[kind]]
 
 
 class InterlockSchedule(PipeSchedule):

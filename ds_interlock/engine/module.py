@@ -25,6 +25,7 @@ from ds_interlock.schedule.plan import GradientFlowPlan, rises
 from ds_interlock.stage.heads import Heads, MakeHead, build_head
 from ds_interlock.stage.hidden import Hidden
 from ds_interlock.stage.recomputation import recomputed
+from ds_interlock.stage.walks import compare_walks, modules_of, num_walks
 
 # DeepSpeed's default, and what it replaces it with under "pipeline": {"use_reentrant": false}.
 _CHECKPOINTS = (checkpointing.checkpoint, checkpointing.non_reentrant_checkpoint)
@@ -226,12 +227,34 @@ class InterlockPipelineModule(PipelineModule):
             run = partial(self._run_local, begin, end, self.micro_offset + 1)
             functions = self.forward_funcs[begin:end]
             if torch.is_grad_enabled() and self._is_checkpointable(functions):
-                # A tied layer with a forward of its own is a partial of it and the module.
-                layers = [part for f in functions for part in (f, *getattr(f, "args", ()))]
-                hidden = recomputed(run, hidden, (each for each in layers if isinstance(each, nn.Module)))
+                hidden = recomputed(run, hidden, modules_of(functions))
             else:
                 hidden = run(hidden)
         return hidden
+
+    def check_walks(self, hidden: Hidden) -> None:
+        """Refuses layers of this stage whose gradients change when their graph is walked again, as it is.
+
+        ``hidden`` is what the stage starts from. Parameters, ``.grad`` and buffers stay as they are.
+
+        Raises:
+            ConfigError: If a kernel's backward pass overwrites what it saved.
+        """
+        walks = max(num_walks(phase.plan, self.stage_id) for phase in self.schedule.phases)
+        if walks == 1:
+            return
+        for local, function in enumerate(self.forward_funcs):
+            layer = local + self._local_start
+            run = partial(self.run_layers, start=layer, stop=layer + 1)
+            hidden, error, functions = compare_walks(run, hidden, modules_of([function]))
+            if not error <= 1:
+                kind = type(getattr(function, "args", (function,))[0]).__name__
+                raise ConfigError(
+                    f"layer {layer} ({kind}) gives other gradients when its graph is walked back again, and "
+                    f"stage {self.stage_id} walks back {walks} times, for relays and weights: the backward "
+                    f"pass of {functions or 'an operation'} changes what its forward saved; use another "
+                    'kernel, or "interlock": {"mode": "local"} or "global", which walk once'
+                )
 
     def _partition_layers(self, method: str | list[int] = "uniform") -> None:
         """As DeepSpeed's, by the name of a method; or at these bounds."""

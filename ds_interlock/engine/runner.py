@@ -1,15 +1,13 @@
 """Runs programs on this stage: makes them, verifies them, and gives their actions to the interpreter."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.pipe import engine as pipeline
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
-from deepspeed.utils import timer
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -18,10 +16,10 @@ from ds_interlock.engine.deepspeed_side import DeepSpeedSide
 from ds_interlock.engine.instructions import InterlockSchedule
 from ds_interlock.engine.timeline import Recorder
 from ds_interlock.schedule import Program, evaluation_program, training_program, verify, verify_evaluation
-from ds_interlock.schedule.action import RECV_KINDS, SEND_KINDS, Action, Kind
+from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.backward import Backward
-from ds_interlock.stage.hidden import Hidden
+from ds_interlock.stage.hidden import Hidden, copied
 from ds_interlock.stage.interpreter import Interpreter
 from ds_interlock.stage.work import StageWork
 from ds_interlock.transport.links import Links
@@ -38,57 +36,6 @@ def without_loss(program: Program, loss: int) -> Program:
     return replace(program, stages=tuple(stages))
 
 
-_FORWARD = timer.FORWARD_MICRO_TIMER, timer.FORWARD_GLOBAL_TIMER
-_BACKWARD = (
-    *(timer.BACKWARD_MICRO_TIMER, timer.BACKWARD_GLOBAL_TIMER),
-    *(timer.BACKWARD_INNER_MICRO_TIMER, timer.BACKWARD_INNER_GLOBAL_TIMER),
-)
-_TIMERS: dict[Kind, tuple[str, ...]] = {
-    Kind.LOAD: (pipeline.BATCH_INPUT_TIMER,),
-    Kind.FORWARD: _FORWARD,
-    Kind.HEAD: _BACKWARD,  # a head's forward and backward pass are one action
-    Kind.INPUT_GRADIENT: _BACKWARD,
-    Kind.WEIGHT_GRADIENT: _BACKWARD,
-    Kind.BACKWARD: _BACKWARD,
-    Kind.SEND_FORWARD: (pipeline.PIPE_SEND_OUTPUT_TIMER,),
-    Kind.SEND_GRADIENT: (pipeline.PIPE_SEND_GRAD_TIMER,),
-    Kind.RECV_FORWARD: (pipeline.PIPE_RECV_INPUT_TIMER,),
-    Kind.RECV_GRADIENT: (pipeline.PIPE_RECV_GRAD_TIMER,),
-}
-MESSAGE_TIMERS = [name for kind in SEND_KINDS | RECV_KINDS for name in _TIMERS[kind]]
-
-
-@contextmanager
-def timed(timers: Any, *names: str) -> Iterator[None]:
-    """Adds the time of its body to those of DeepSpeed's ``timers`` that have these names."""
-    for name in names:
-        timers(name).start()
-    yield
-    for name in names:
-        timers(name).stop()
-
-
-@dataclass(eq=False)
-class TimedInterpreter(Interpreter):
-    """Runs the timers that DeepSpeed prints under ``wall_clock_breakdown``. A receive is the wait for it."""
-
-    timers: Any = None
-
-    def run(self, action: Action, takes: Sequence[Action]) -> None:
-        """See ``Interpreter.run``."""
-        is_whole = action.kind in (Kind.LOAD, Kind.SEND_FORWARD, Kind.SEND_GRADIENT)
-        with timed(self.timers, *(_TIMERS[action.kind] if is_whole else ())):
-            super().run(action, takes)
-
-    def _compute(self, action: Action) -> None:
-        with timed(self.timers, *_TIMERS[action.kind]):
-            super()._compute(action)
-
-    def _take(self, receive: Action) -> None:
-        with timed(self.timers, *_TIMERS[receive.kind]):
-            super()._take(receive)
-
-
 class StageRunner:
     """What runs on this stage, one program after another. Every rank of the job must make one.
 
@@ -102,7 +49,8 @@ class StageRunner:
         self.ranks = ranks
         self.data = data
         self.config = engine.module.bound_config
-        self.recorder = Recorder(get_accelerator().synchronize)
+        timers = engine.timers if engine.wall_clock_breakdown() else None
+        self.recorder = Recorder(get_accelerator().synchronize, timers)
         self._backward = backward
         self._links = Links(ranks.of_pipeline, ranks.stage, ranks.device, self.config.timeout_seconds)
         self._num_issued = self._num_flushed = 0  # programs, of training and evaluation
@@ -185,6 +133,21 @@ class StageRunner:
             return self.ranks.from_last_stage(number)
         return mean
 
+    def check_walks(self, data_iter: Iterator[Any]) -> None:
+        """Evaluates a micro-batch, and then does as ``InterlockPipelineModule.check_walks`` says."""
+        work, starts = self.interpreter.work, list[Hidden]()
+
+        def run_layers(hidden: Hidden, start: int, stop: int) -> Hidden:
+            starts.append(copied(hidden) if not starts else None)
+            return self._run_layers(hidden, start, stop)
+
+        work.run_layers = run_layers
+        try:
+            self.evaluate(data_iter, 1, "none", keep_outputs=False)
+        finally:
+            work.run_layers = self._run_layers
+        self.engine.module.check_walks(starts[0])
+
     def evaluated_losses(self) -> Tensor:
         """Every head's mean loss in the batch just evaluated, in the plan's order, on all ranks."""
         engine, work = self.engine, self.interpreter.work
@@ -215,13 +178,9 @@ class StageRunner:
 
     def _interpreter(self, plan: GradientFlowPlan, backward: Backward, *, record: bool = True) -> Interpreter:
         """Does this stage's work under ``plan``, the one in force or another one for the same layers."""
-        engine, stage = self.engine, self.ranks.stage
-        module = engine.module
+        module, stage = self.engine.module, self.ranks.stage
         heads = module.heads.by_loss(plan, stage)
-        interpreter, options = Interpreter, {}
-        if engine.wall_clock_breakdown():
-            interpreter, options = TimedInterpreter, {"timers": engine.timers}
-        return interpreter(
+        return Interpreter(
             StageWork(
                 plan, stage, self._run_layers, module.layer_parameters(), heads, module.loss_fn, backward
             ),
@@ -229,7 +188,6 @@ class StageRunner:
             self.data.load,
             begin_micro_batch=module.begin_micro_batch,
             span=self.recorder.span if record else lambda action: nullcontext(),
-            **options,
         )
 
     def _run_layers(self, hidden: Hidden, start: int, stop: int) -> Hidden:

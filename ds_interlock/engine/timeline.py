@@ -23,9 +23,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
 from ds_interlock.config.monitoring import TraceConfig
+from ds_interlock.engine.instructions import TIMERS
 from ds_interlock.engine.reports import job_store
 from ds_interlock.files import replace_text
-from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.action import COMPUTE_KINDS, Action, Kind
 from ds_interlock.schedule.cost import CostModel
 from ds_interlock.schedule.lower import Program
 from ds_interlock.schedule.plan import GradientFlowPlan
@@ -35,18 +36,23 @@ from ds_interlock.schedule.trace import chrome_trace
 from ds_interlock.transport.ranks import StageRanks
 
 _TRACE = "interlock.trace"
+_RECORDED = COMPUTE_KINDS | {Kind.STEP}
 _FINAL = "final head"
 _WHOLE = CostModel(input_gradient=1.0)
 """Says what share of its stage a relay crosses."""
 
 
 class Recorder:
-    """Notes start and end of this stage's actions for as many recordings as are under way."""
+    """Notes start and end of this stage's actions for as many recordings as are under way.
 
-    def __init__(self, synchronize: Callable[[], None]) -> None:
+    With ``timers``, DeepSpeed's, it also runs those that DeepSpeed prints under ``wall_clock_breakdown``.
+    """
+
+    def __init__(self, synchronize: Callable[[], None], timers: Any = None) -> None:
         self.batch = 0
         """Training batches so far: the number of the one that actions belong to."""
         self._synchronize = synchronize  # an accelerator works on after its calls have returned
+        self._timers = timers
         self._recordings: dict[str, list[Span]] = {}
 
     def start(self, name: str) -> None:
@@ -65,12 +71,16 @@ class Recorder:
     @contextmanager
     def span(self, action: Action) -> Iterator[None]:
         """Records the time its body takes as the time of ``action``."""
-        if not self._recordings:
-            yield
-            return
+        timers = [self._timers(name) for name in TIMERS.get(action.kind, ())] if self._timers else []
+        for timer in timers:
+            timer.start()
         # Wall-clock time, so that the rows of ranks on one machine can be laid over each other.
         start = time.time()
         yield
+        for timer in timers:
+            timer.stop()
+        if not self._recordings or action.kind not in _RECORDED:
+            return
         self._synchronize()
         span = Span(action, self.batch, start, time.time())
         for spans in self._recordings.values():

@@ -66,8 +66,9 @@ def encode(
             encoded = encode_records(some, tokenizer, args.seq_length)
         if dist.get_rank() == 0:
             print(f"{what}: {encoded.summary()}")
-        rows = kind(encoded.samples[:most], args.seq_length, padding_id(tokenizer))
-        _check_vocabulary(rows, pretrained)
+        vocab_size = pretrained.config.get_text_config().vocab_size
+        rows = kind(encoded.samples[:most], args.seq_length, padding_id(tokenizer, vocab_size))
+        _check_vocabulary(rows, vocab_size, pretrained.name)
         return rows
 
     data = None
@@ -78,12 +79,11 @@ def encode(
     return data, broadcast_from_rank_0(data[0].names if data else ())
 
 
-def _check_vocabulary(rows: Rows, pretrained: Pretrained) -> None:
+def _check_vocabulary(rows: Rows, known: int, model: str) -> None:
     largest = max((max(sample.ids) for sample in rows.samples), default=0)
-    known = pretrained.config.get_text_config().vocab_size
     if largest >= known:
         raise ConfigError(
-            f"--model {pretrained.name}: its tokenizer gives the token id {largest}, and the model knows "
+            f"--model {model}: its tokenizer gives the token id {largest}, and the model knows "
             f"{known} tokens (vocab_size): tokenizer and weights do not belong together"
         )
 

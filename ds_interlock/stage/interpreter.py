@@ -61,7 +61,7 @@ class Interpreter:
     begin_micro_batch: Callable[[], None] = lambda: None
     """Called when a micro-batch reaches this stage."""
     span: Callable[[Action], AbstractContextManager[None]] = lambda action: nullcontext()
-    """A context for the time of each compute action."""
+    """A context for the time of each action; of a receive, for the wait until its message is there."""
     outputs: list[Hidden] | None = None
     """If not None, what leaves the last layer of the stage is added here."""
 
@@ -79,13 +79,14 @@ class Interpreter:
         """Does one step, but not the end of a batch, ``REDUCE`` and ``STEP``."""
         match action.kind:
             case Kind.LOAD:
-                self._feed(action.micro_batch, *self.load(action.micro_batch))
+                with self.span(action):
+                    self._feed(action.micro_batch, *self.load(action.micro_batch))
             case Kind.RECV_FORWARD | Kind.RECV_GRADIENT:
                 self.messenger.post(action, self._batch)
             case Kind.SEND_FORWARD:
-                self.messenger.send(action, self._batch, *self.work.output(action.micro_batch))
+                self._send(action, *self.work.output(action.micro_batch))
             case Kind.SEND_GRADIENT:
-                self.messenger.send(action, self._batch, self._gradients.pop(action))
+                self._send(action, self._gradients.pop(action))
             case Kind.REDUCE | Kind.STEP:
                 pass
             case _:
@@ -104,8 +105,13 @@ class Interpreter:
         if self.outputs is not None and action.kind is Kind.FORWARD and not action.losses:
             self.outputs.append(copied(work.output(action.micro_batch)[0]))
 
+    def _send(self, send: Action, *structures: Any) -> None:
+        with self.span(send):
+            self.messenger.send(send, self._batch, *structures)
+
     def _take(self, receive: Action) -> None:
-        structures = self.messenger.take(receive)
+        with self.span(receive):
+            structures = self.messenger.take(receive)
         if receive.kind is Kind.RECV_FORWARD:
             self._feed(receive.micro_batch, *structures)
         else:

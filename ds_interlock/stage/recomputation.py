@@ -20,12 +20,12 @@ def recomputed(run: Callable[[Hidden], Hidden], hidden: Hidden, layers: Iterable
         lambda inputs: run(copied(inputs)),  # the inputs are needed again
         hidden,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), _BuffersKept(layers)),
+        context_fn=lambda: (nullcontext(), BuffersKept(layers)),
     )
     return result
 
 
-class _BuffersKept:
+class BuffersKept:
     """A context, for any number of times, in which buffers are copies; the copies are dropped.
 
     All are copied: batch norm updates its own without a trace in their version.

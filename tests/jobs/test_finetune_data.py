@@ -68,6 +68,19 @@ def test_packing_is_no_other_data(family: str, ranks2: RankPool, data: Path, tmp
     assert packed["eval_loss"] < packed["first_eval_loss"]
 
 
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_a_padding_token_that_the_model_does_not_know(
+    packing: bool, ranks2: RankPool, data: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = save_tiny("llama", tmp_path / "model"), tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[pad]"})
+    assert tokenizer.pad_token_id >= model.config.vocab_size
+    tokenizer.save_pretrained(tmp_path / "model")
+    metrics = run(ranks2, tmp_path, data, *["--packing"] * packing, section=LOCAL)
+    expected = loss_of(model, rows_of(data / "valid.jsonl"))
+    assert metrics["first_eval_loss"] == pytest.approx(expected, abs=1e-5)
+
+
 CHAT = [
     [("user", "ab"), ("assistant", "ba ba")],
     [("system", "a"), ("user", "b"), ("assistant", "c")],

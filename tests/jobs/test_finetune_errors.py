@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from finetuning import (
     tiny_model,
     tiny_tokenizer,
 )
+from kernels import ScalesWhatItSaved
 from ranks import RankPool
 from transformers import (
     CONFIG_MAPPING,
@@ -28,6 +30,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ds_interlock.hf.export.model import export_model
 from ds_interlock.jobs import finetune_task
@@ -244,6 +247,29 @@ def test_a_classifier_of_other_classes(ranks2: RankPool, data: Path, tmp_path: P
     save_tiny("bert", tmp_path / "model", num_labels=3)
     why = r"classifier.weight is \[3, 32\] in the files, expected \[2, 32\], for 2 classes in the data"
     assert_refused(ranks2, why, tmp_path, data, task="classification")
+
+
+def with_a_fused_kernel(argv: list[str], job: Callable[[list[str]], str | None]) -> str | None:
+    """The job with an MLP whose backward pass changes what it saved, as in Liger's kernels. On a rank."""
+    forward = LlamaMLP.forward
+    LlamaMLP.forward = lambda mlp, x: ScalesWhatItSaved.apply(forward(mlp, x))
+    try:
+        return job(argv)
+    finally:
+        LlamaMLP.forward = forward
+
+
+def test_a_kernel_that_cannot_be_walked_back_twice(
+    llama: Path, ranks4: RankPool, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model").symlink_to(llama)
+    for mode in ({"mode": "local"}, {"mode": "global"}):
+        ranks4.run(with_a_fused_kernel, argv=arguments(tmp_path, data, section=mode), job=finetune)
+    window = {"mode": "interlock", "window": 2}
+    argv = arguments(tmp_path, data, section=window, out="window")
+    answers = [answer for answer in ranks4.run(with_a_fused_kernel, argv=argv, job=refused) if answer]
+    (message,) = answers
+    assert re.search(r"layer \d \(Block\) gives other gradients .* ScalesWhatItSaved changes", message)
 
 
 def refused_when_the_disk_is_full(argv: list[str]) -> str | None:

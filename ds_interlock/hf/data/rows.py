@@ -29,10 +29,13 @@ _PADDING_MULTIPLE = 8  # padded rows are rounded up to it: fewer shapes, and bet
 _MAX_OPEN_ROWS = 256  # rows that a sample may still join; with more, packing gains little and takes longer
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token id for padding, which is masked."""
+def padding_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """A token id for padding, which is masked; one that a model of ``vocab_size`` tokens can embed.
+
+    Tokenizers often have a padding token that was added after the model was trained.
+    """
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(token) for token in ids if token is not None)
+    return next(int(token) for token in ids if token is not None and token in range(vocab_size))
 
 
 class Rows(ABC):

@@ -8,6 +8,7 @@ The first object of a file says which format (``records``) the whole file has.
 """
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +109,9 @@ def _json_objects(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if line.strip():
+                if text := line.removeprefix(BOM_UTF8).rstrip():
                     where = f"{file} line {number}"
-                    yield where, _json_object(line.rstrip(), where)
+                    yield where, _json_object(text, where)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
 

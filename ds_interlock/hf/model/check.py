@@ -89,7 +89,9 @@ def _read_weights_on_demand(
 
 
 def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_inputs: Sequence[str]) -> None:
-    """Compares the pipeline's logits with the model's, as ``compare``. All ranks must call it.
+    """Compares the pipeline's logits with the model's, as ``compare``, and repeated gradients.
+
+    All ranks must call it. Kernels whose backward passes cannot be repeated are refused if they would be.
 
     ``num_positions`` are those of the job's longest sequence, ``own_inputs`` the names of the tensors that
     stage 0 gets.
@@ -98,6 +100,7 @@ def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_in
     labels = torch.zeros_like(inputs[0] if pretrained.task == "causal" else inputs[0][:, 0])
     fed = inputs if len(inputs) > 1 else inputs[0]
     outputs = engine.eval_batch(iter([(fed, labels)]), compute_loss=False, num_micro_batches=1)
+    engine.check_walks(iter([(fed, labels)]))
     if not engine.is_last_stage():
         return
     layers = [module for module in engine.module.modules() if isinstance(module, HFLayer)]

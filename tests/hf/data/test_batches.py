@@ -98,9 +98,13 @@ def test_classified_rows():
 
 
 def test_padding_ids():
-    assert padding_id(bert()) == 0
-    assert padding_id(letters()) == 1  # the end
-    assert padding_id(letters(eos_token=None)) == 0
+    assert padding_id(bert(), VOCABULARY) == 0
+    assert padding_id(letters(), VOCABULARY) == 1  # the end
+    assert padding_id(letters(eos_token=None), VOCABULARY) == 0
+    added = letters(pad_token="[pad]")
+    assert padding_id(added, len(added)) == added.pad_token_id > 1
+    assert padding_id(added, added.pad_token_id) == 1  # added after the model was trained
+    assert padding_id(added, 1) == 0
 
 
 @settings(deadline=None)

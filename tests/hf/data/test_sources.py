@@ -43,6 +43,17 @@ def test_blank_lines_are_passed_over_and_counted(tmp_path):
     ]
 
 
+def test_byte_order_marks_are_no_text(tmp_path):
+    mark = "\N{BYTE ORDER MARK}".encode()
+    lines, text = tmp_path / "data.jsonl", tmp_path / "data.txt"
+    lines.write_bytes(mark + b'{"text": "a"}\n' + mark + b'{"text": "b"}\n')  # one file behind another
+    text.write_bytes(mark + b"c\n\nd")
+    assert [record.text for record in read_records([str(lines), str(text)])] == ["c", "d", "a", "b"]
+    lines.write_bytes(mark)
+    with pytest.raises(DataError, match="is empty"):
+        read_records([str(lines)])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tiny_tokenizers import letters
 
 from ds_interlock.errors import DataError
 from ds_interlock.hf.data.text import (
@@ -21,6 +22,7 @@ class Letters:
     """A tokenizer with an id for each letter."""
 
     eos_token_id = 26
+    is_fast = False
 
     def __call__(self, texts, **options):
         return {"input_ids": [[ord(letter) - ord("a") for letter in text] for text in texts]}
@@ -117,6 +119,16 @@ def test_other_unusable_sources(tmp_path):
 
 def test_documents_end_with_the_end_of_text():
     assert encode_documents(["ab", "c"], Letters()).tolist() == [0, 1, 26, 2, 26]
+
+
+def test_fast_tokenizers_give_the_ids_of_a_call():
+    tokenizer = letters(model_max_length=5, pad_token="<s>")
+    texts = [letter * number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz", 1)]
+    tokenizer(texts, padding=True, truncation=True)  # which stays set
+    expected = [id for text in texts for id in (*tokenizer(text, add_special_tokens=False).input_ids, 1)]
+    tokenizer(texts, padding=True, truncation=True)
+    ids = encode_documents(texts, tokenizer)
+    assert (ids.dtype, ids.tolist()) == (torch.int64, expected)
 
 
 def test_labels_are_the_next_tokens_and_cover_all_but_a_rest():

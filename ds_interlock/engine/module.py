@@ -19,7 +19,8 @@ from torch import nn
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
-from ds_interlock.heads.factory import head_factory
+from ds_interlock.heads.factory import AuxiliaryHead, head_factory
+from ds_interlock.heads.output_layers import look_at
 from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan, rises
 from ds_interlock.stage.heads import Heads, MakeHead, build_head
@@ -220,18 +221,33 @@ class InterlockPipelineModule(PipelineModule):
         if interval == 0:
             return self._run_local(first, last, self.micro_offset + 1, hidden)
         for begin in range(first, last, interval):
-            if isinstance(hidden, tuple) and len(hidden) == 1:
-                (hidden,) = hidden
+            hidden = _unwrapped(hidden)
             end = min(begin + interval, last)
             run = partial(self._run_local, begin, end, self.micro_offset + 1)
             functions = self.forward_funcs[begin:end]
-            if torch.is_grad_enabled() and self._is_checkpointable(functions):
+            if not self._is_checkpointable(functions):
+                hidden = run(hidden)
+            elif torch.is_grad_enabled():
                 # A tied layer with a forward of its own is a partial of it and the module.
                 layers = [part for f in functions for part in (f, *getattr(f, "args", ()))]
-                hidden = recomputed(run, hidden, (each for each in layers if isinstance(each, nn.Module)))
+                modules = (each for each in layers if isinstance(each, nn.Module))
+                hidden = _unwrapped(recomputed(run, hidden, modules))
             else:
-                hidden = run(hidden)
+                hidden = _unwrapped(run(hidden))
         return hidden
+
+    def let_heads_return_what_the_model_does(self) -> None:
+        """No tuple of one where the last layer is recomputed. Call it once the interval is settled."""
+        interval = self.activation_checkpoint_interval
+        heads = [head for head in self.heads.values() if isinstance(head, AuxiliaryHead) and head.in_tuple]
+        if interval == 0 or not heads:
+            return
+        start, stop = self.parts[-2:]
+        last = self._layer_specs[start + (stop - start - 1) // interval * interval : stop]
+        functions = [getattr(spec, "forward_fn", None) or look_at(spec, "the last layer") for spec in last]
+        if self._is_checkpointable(functions):
+            for head in heads:
+                head.in_tuple = False
 
     def _partition_layers(self, method: str | list[int] = "uniform") -> None:
         """As DeepSpeed's, by the name of a method; or at these bounds."""
@@ -277,6 +293,10 @@ class InterlockPipelineModule(PipelineModule):
                 parameter.ds_pipe_replicated = False
         if self.global_rank == 0:
             logger.info("interlock: %s (interlock.tied_weights)", message)
+
+
+def _unwrapped(hidden: Hidden) -> Hidden:
+    return hidden[0] if isinstance(hidden, tuple) and len(hidden) == 1 else hidden
 
 
 def _checked_bounds(stage_bounds: Sequence[int], num_layers: int, num_stages: int | None) -> list[int]:

@@ -76,6 +76,7 @@ def initialize(
         config=config,
         config_class=DeepSpeedConfig(config, grid),
     )
+    model.let_heads_return_what_the_model_does()
     own = hasattr(optimizer, "param_groups")
     check_unused_heads(model, engine.optimizer, own=own, zero=engine.zero_optimization())
     engine._configure_python_gc()

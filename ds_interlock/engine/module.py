@@ -5,6 +5,7 @@ of this stage, a forward over a range of layers, and what becomes of tied weight
 span the pipe when stages step on their own.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +20,8 @@ from torch import nn
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
-from ds_interlock.heads.factory import head_factory
+from ds_interlock.heads.factory import AuxiliaryHead, head_factory
+from ds_interlock.heads.output_layers import look_at
 from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan, rises
 from ds_interlock.stage.heads import Heads, MakeHead, build_head
@@ -63,7 +65,7 @@ class InterlockPipelineModule(PipelineModule):
             means: for gradient flows that the configuration has no words for, as deep supervision.
         stage_bounds: Where to cut, in place of a ``partition_method``: stage k gets the layers
             ``stage_bounds[k] .. stage_bounds[k + 1] - 1``.
-        **pipeline: The other keyword arguments of ``PipelineModule``.
+        *positional, **pipeline: The other arguments of ``PipelineModule``, in its order or by name.
 
     Raises:
         ConfigError: If stages, layers and configuration do not fit together.
@@ -72,7 +74,7 @@ class InterlockPipelineModule(PipelineModule):
     def __init__(
         self,
         layers: Any,
-        *,
+        *positional: Any,
         interlock: InterlockConfig | None = None,
         head: MakeHead | None = None,
         pretrained: bool = False,
@@ -81,6 +83,8 @@ class InterlockPipelineModule(PipelineModule):
         **pipeline: Any,
     ) -> None:
         layers = list(layers)
+        names = list(inspect.signature(PipelineModule.__init__).parameters)[2:]  # after self and layers
+        pipeline |= dict(zip(names, positional, strict=False))
         topology = pipeline.get("topology")
         num_stages = topology.get_dim("pipe") if topology else pipeline.get("num_stages")
         if stage_bounds is not None:
@@ -221,15 +225,16 @@ class InterlockPipelineModule(PipelineModule):
         if interval == 0:
             return self._run_local(first, last, self.micro_offset + 1, hidden)
         for begin in range(first, last, interval):
-            if isinstance(hidden, tuple) and len(hidden) == 1:
-                (hidden,) = hidden
+            hidden = _unwrapped(hidden)
             end = min(begin + interval, last)
             run = partial(self._run_local, begin, end, self.micro_offset + 1)
             functions = self.forward_funcs[begin:end]
-            if torch.is_grad_enabled() and self._is_checkpointable(functions):
-                hidden = recomputed(run, hidden, modules_of(functions))
-            else:
+            if not self._is_checkpointable(functions):
                 hidden = run(hidden)
+            elif torch.is_grad_enabled():
+                hidden = _unwrapped(recomputed(run, hidden, modules_of(functions)))
+            else:
+                hidden = _unwrapped(run(hidden))
         return hidden
 
     def check_walks(self, hidden: Hidden) -> None:
@@ -255,6 +260,19 @@ class InterlockPipelineModule(PipelineModule):
                     f"pass of {functions or 'an operation'} changes what its forward saved; use another "
                     'kernel, or "interlock": {"mode": "local"} or "global", which walk once'
                 )
+
+    def let_heads_return_what_the_model_does(self) -> None:
+        """No tuple of one where the last layer is recomputed. Call it once the interval is settled."""
+        interval = self.activation_checkpoint_interval
+        heads = [head for head in self.heads.values() if isinstance(head, AuxiliaryHead) and head.in_tuple]
+        if interval == 0 or not heads:
+            return
+        start, stop = self.parts[-2:]
+        last = self._layer_specs[start + (stop - start - 1) // interval * interval : stop]
+        functions = [getattr(spec, "forward_fn", None) or look_at(spec, "the last layer") for spec in last]
+        if self._is_checkpointable(functions):
+            for head in heads:
+                head.in_tuple = False
 
     def _partition_layers(self, method: str | list[int] = "uniform") -> None:
         """As DeepSpeed's, by the name of a method; or at these bounds."""
@@ -300,6 +318,10 @@ class InterlockPipelineModule(PipelineModule):
                 parameter.ds_pipe_replicated = False
         if self.global_rank == 0:
             logger.info("interlock: %s (interlock.tied_weights)", message)
+
+
+def _unwrapped(hidden: Hidden) -> Hidden:
+    return hidden[0] if isinstance(hidden, tuple) and len(hidden) == 1 else hidden
 
 
 def _checked_bounds(stage_bounds: Sequence[int], num_layers: int, num_stages: int | None) -> list[int]:

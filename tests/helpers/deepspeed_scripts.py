@@ -41,15 +41,15 @@ class Kit:
 
         return (ds_interlock if self.ours else deepspeed).initialize(**arguments)
 
-    def pipeline(self, head: Any = None, **arguments: Any) -> Any:
+    def pipeline(self, *positional: Any, head: Any = None, **arguments: Any) -> Any:
         """``head`` is for models whose output layers are not those of a language model."""
         from deepspeed.pipe import PipelineModule
 
         from ds_interlock import InterlockPipelineModule
 
         if self.ours:
-            return InterlockPipelineModule(**arguments, head=head)
-        return PipelineModule(**arguments)
+            return InterlockPipelineModule(*positional, **arguments, head=head)
+        return PipelineModule(*positional, **arguments)
 
     def config(self, **keys: Any) -> dict[str, Any]:
         section = MODES[self.mode]
@@ -97,9 +97,9 @@ def convolutional_network(kit: Kit, partition_method: str) -> Outcome:
 
     torch.manual_seed(0)
     net = kit.pipeline(
-        layers=convolutional_layers(),
+        convolutional_layers(),
+        NUM_STAGES,
         loss_fn=nn.CrossEntropyLoss(),
-        num_stages=NUM_STAGES,
         partition_method=partition_method,
         head=lambda _: ImageHead(),
     )

@@ -51,6 +51,16 @@ def test_names_of_the_package_exist(page: Path) -> None:
         assert _module(name) or re.search(rf"\b{attribute}\b", source.read_text(encoding="utf-8")), name
 
 
+def test_each_row_of_what_a_script_may_do_names_its_tests() -> None:
+    page = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    rows = page.split("| a script may |")[1].split("\n\n")[0].split("\n")[2:]
+    assert len(rows) > 40
+    for row in rows:
+        tests = re.findall(r"`([^`]+)`", row.rstrip("| ").rpartition("|")[2])
+        assert tests, row
+        assert all((ROOT / "tests" / f"{name}.py").is_file() for name in tests), row
+
+
 def test_the_readme_is_short_and_lists_every_page() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(readme.split()) <= MOST_WORDS

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.pipe.engine import PipelineError
 from engine_jobs import VOCABULARY, WIDTH, Job, layers, make_engine, make_module, micro_batches
 from ranks import RankPool, caught
 from torch import nn
@@ -239,6 +240,8 @@ def misuse() -> dict[str, Exception | None]:
         "no config": initialize(model=make_module(job)),
         "no such file": initialize(model=make_module(job), config="missing.json"),
         "mpu": initialize(model=make_module(job), config=config, mpu=object()),
+        "mesh": initialize(model=make_module(job), config=config, mesh_param=(1, 4)),
+        "forward": caught(engine.forward, 1),
         "rate": initialize(model=(net := make_module(job)), config=config, optimizer=adam(net)),
         "heads": initialize(model=unbound, config=unscaled, optimizer=adam(unbound)),
         "checkpoint": caught(make_module, job, activation_checkpoint_func=print),
@@ -255,6 +258,8 @@ def test_misuse(ranks4: RankPool):
         "no config": (ConfigError, "no DeepSpeed config"),
         "no such file": (ConfigError, "missing.json: cannot read"),
         "mpu": (ConfigError, "mpu must be None"),
+        "mesh": (ConfigError, "mesh_param is not supported"),
+        "forward": (PipelineError, "Only train_batch() is accessible"),
         "rate": (ConfigError, "interlock.head.learning_rate_scale works with the optimizer of the JSON"),
         "heads": (ConfigError, "the optimizer does not train the heads (0.readout.norm.weight"),
         "checkpoint": (ConfigError, "activation_checkpoint_func"),

@@ -229,7 +229,6 @@ def hand_written_llama(kit: Kit, folder: Path, *, bf16: bool, checkpointing: boo
         num_stages=NUM_STAGES,
         partition_method="uniform",
         activation_checkpoint_interval=int(checkpointing),
-        head=lambda _: Unembedding(),
     )
     engine, _, _, _ = kit.initialize(
         model=net,
@@ -309,7 +308,6 @@ def driven_by_hand(kit: Kit, folder: Path) -> Outcome:
             loss_fn=next_token_loss,
             num_stages=NUM_STAGES,
             partition_method="uniform",
-            head=lambda _: Unembedding(),
         )
         return kit.initialize(
             model=net,

@@ -30,7 +30,7 @@ class Case:
 
 CASES = [
     *(Case(mode, in_place) for mode in MODES for in_place in (True, False)),
-    *(Case(mode, rows=2100) for mode in MODES),
+    *(Case(mode, rows=2100) for mode in MODES if mode != "window 1.5"),
     *(Case(mode, in_place=False, rows=2100) for mode in ("local", "window 2")),
     *(Case(mode, checkpointing=True) for mode in MODES if mode != "DeepSpeed"),
 ]

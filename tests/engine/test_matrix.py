@@ -8,10 +8,8 @@ from ranks import RankPool
 
 PART = [
     Combination("fp32", 2, True, False, "window 3"),
-    Combination("bf16", 2, False, False, "window 1.5"),
     Combination("bf16, ZeRO-1", 2, True, True, "window 2"),
-    Combination("bf16, ZeRO-1, CPU offload", 2, False, False, "global"),
-    Combination("autocast", 2, True, False, "local"),
+    Combination("autocast", 2, False, False, "window 1.5"),
 ]
 
 

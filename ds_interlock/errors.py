@@ -7,9 +7,19 @@ disagreed. ``assert`` is for what cannot happen.
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
-Method = TypeVar("Method", bound=Callable[..., Any])
+
+class MayFail(Protocol):
+    """Has methods that ``remembers_failure`` watches."""
+
+    has_failed: bool
+    """Whether the last of them that was called has raised."""
+
+
+Owner = TypeVar("Owner", bound=MayFail)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class ConfigError(ValueError):
@@ -39,17 +49,19 @@ def list_faults(subject: str, faults: Sequence[str]) -> str:
     return "\n".join([f"{subject}: {len(faults)} faults", *(f"  - {fault}" for fault in faults)])
 
 
-def remembers_failure(method: Method) -> Method:
+def remembers_failure(
+    method: Callable[Concatenate[Owner, Arguments], Result],
+) -> Callable[Concatenate[Owner, Arguments], Result]:
     """Makes ``method`` note in the object's ``has_failed`` whether it raised, until the next one returns."""
 
     @wraps(method)
-    def remembering(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def remembering(owner: Owner, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         try:
-            result = method(self, *args, **kwargs)
+            result = method(owner, *args, **kwargs)
         except BaseException:
-            self.has_failed = True
+            owner.has_failed = True
             raise
-        self.has_failed = False
+        owner.has_failed = False
         return result
 
-    return remembering  # type: ignore[return-value]
+    return remembering

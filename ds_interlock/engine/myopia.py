@@ -15,9 +15,9 @@ from ds_interlock.stage.myopia import (
     cosine,
     gradient_products,
     probe_program,
-    unchanged_buffers,
     unchanged_random_state,
 )
+from ds_interlock.stage.recomputation import BuffersKept
 
 
 class MyopiaMeter:
@@ -55,7 +55,7 @@ class MyopiaMeter:
         module, probe = self._module, Probe(self._module.layer_parameters())
         self._runner.data.put_back(micro_batch)
         micro_offset = module.micro_offset
-        with unchanged_random_state(self._ranks.device), unchanged_buffers(module):
+        with unchanged_random_state(self._ranks.device), BuffersKept([module]):
             self._runner.run_beside_training(probe_program(plan), probe, record=False)
         module.micro_offset = micro_offset
         for gradient in probe.gradients:

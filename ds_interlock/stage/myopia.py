@@ -25,6 +25,7 @@ from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.backward import Backward, HeadLoss, LayerPass
 from ds_interlock.stage.hidden import Gradients, Hidden, floats, leaves, or_zeros
 from ds_interlock.stage.in_process import InProcessPipeline, MicroBatch, run_program
+from ds_interlock.stage.recomputation import BuffersKept
 
 
 def gradient_cosines(net: InProcessPipeline, micro_batches: Iterable[MicroBatch]) -> list[float]:
@@ -56,7 +57,7 @@ def _gradients(
     stages = net.stage_works(plan, probes)
     program = probe_program(plan)
     device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
-    with unchanged_random_state(device), unchanged_buffers(net):
+    with unchanged_random_state(device), BuffersKept([net]):
         for micro_batch in micro_batches:
             run_program(program, stages, [micro_batch])
     return [probe.gradients for probe in probes]
@@ -131,15 +132,3 @@ def unchanged_random_state(device: torch.device) -> Iterator[None]:
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
         yield
-
-
-@contextmanager
-def unchanged_buffers(module: nn.Module) -> Iterator[None]:
-    """Puts all buffers, as the running statistics of batch norm, back to what they were."""
-    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)

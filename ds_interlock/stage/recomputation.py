@@ -1,6 +1,6 @@
 """Activation checkpointing under which a recomputation changes nothing but the time."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_interlock.stage.hidden import Hidden, copied
 
 
-def recomputed(run: Callable[[Hidden], Hidden], hidden: Hidden, layers: Iterable[nn.Module]) -> Hidden:
+def recomputed(run: Callable[[Hidden], Hidden], hidden: Hidden, layers: Sequence[nn.Module]) -> Hidden:
     """Applies ``run``, which calls ``layers``, without keeping their activations for the backward.
 
     Layers may change what they receive in place. Buffers that their forward updates, such as the running
@@ -28,20 +28,23 @@ def recomputed(run: Callable[[Hidden], Hidden], hidden: Hidden, layers: Iterable
 class BuffersKept:
     """A context, for any number of times, in which buffers are copies; the copies are dropped.
 
-    All are copied: batch norm updates its own without a trace in their version.
+    All are copied: batch norm updates its own without a trace in their version. A buffer that several modules
+    share stays shared.
     """
 
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
-        self._modules = [module for layer in layers for module in layer.modules()]
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
 
     def __enter__(self) -> None:
         self._buffers: dict[tuple[nn.Module, str], Tensor] = {
             (module, name): buffer
-            for module in self._modules
-            for name, buffer in module.named_buffers(recurse=False)
+            for layer in self._layers
+            for module in layer.modules()
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
         }
+        copies = {buffer: buffer.clone() for buffer in self._buffers.values()}
         for place, buffer in self._buffers.items():
-            setattr(*place, buffer.clone())
+            setattr(*place, copies[buffer])
 
     def __exit__(self, *error: Any) -> None:
         for place, buffer in self._buffers.items():

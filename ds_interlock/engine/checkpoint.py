@@ -124,9 +124,7 @@ class Checkpoints:
         """Loads random state and data position, and an optimizer that DeepSpeed cannot load."""
         state = _load(self._rank_file(folder))
         if self.keeps_optimizer and with_optimizer:
-            optimizer = self.engine.optimizer
-            own = {dist.get_rank(optimizer.dp_process_group): state["optimizer"]}
-            optimizer.load_state_dict(own, load_from_fp32_weights=True)
+            load_flat_copies(self.engine.optimizer, state["optimizer"])
         elif self.keeps_optimizer:
             self.engine.optimizer.refresh_fp32_params()
         self.data.restore(state["consumed_micro_batches"], state["data_iterator"])
@@ -163,6 +161,12 @@ class Checkpoints:
 
     def _rank_file(self, folder: Path) -> Path:
         return folder / f"interlock_rank_{self.ranks.global_rank:05d}.pt"
+
+
+def load_flat_copies(optimizer: Any, state: dict[str, Any]) -> None:
+    """Loads this rank's part of DeepSpeed's bf16 or ZeRO optimizer, the float32 weights with it."""
+    own = {dist.get_rank(optimizer.dp_process_group): state}
+    optimizer.load_state_dict(own, load_from_fp32_weights=True)
 
 
 def stage_state(module: InterlockPipelineModule) -> dict[str, Any]:
@@ -216,7 +220,8 @@ def _load(path: Path) -> dict[str, Any]:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConfigError(
-            f"{path} holds objects that are not loaded unasked, as from a state_dict() of the data iterator: "
-            f"keep plain values there, or call torch.serialization.add_safe_globals first: {error}"
+            f"{path} holds objects, such as a state_dict() of the data iterator may return, that torch loads "
+            "only if they are declared safe: keep plain values there, or call "
+            f"torch.serialization.add_safe_globals first: {error}"
         ) from error
     return state

@@ -25,7 +25,7 @@ from deepspeed.utils import logger
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from ds_interlock.engine.checkpoint import Loaded
+from ds_interlock.engine.checkpoint import Loaded, load_flat_copies
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
 from ds_interlock.errors import ConfigError
 from ds_interlock.transport.agreement import raised_by_all
@@ -89,8 +89,7 @@ class DeepSpeedCheckpoint:
             if hasattr(optimizer, "refresh_fp32_params"):
                 optimizer.refresh_fp32_params()
         elif isinstance(optimizer, ZeROOptimizer):
-            own = {dist.get_rank(optimizer.dp_process_group): state}
-            optimizer.load_state_dict(own, load_from_fp32_weights=True)
+            load_flat_copies(optimizer, state)
         else:
             optimizer.load_state_dict(state)
 
@@ -212,13 +211,6 @@ class _MismatchError(Exception):
     """Why the state of the optimizer does not fit."""
 
 
-def _layer_parameters(engine: DeepSpeedSide) -> list[nn.Parameter]:
-    """All parameters of this stage's layers, frozen ones too, in DeepSpeed's order."""
-    module = engine.module
-    others = {id(module.placeholder), *map(id, module.heads.parameters())}
-    return [parameter for parameter in module.parameters() if id(parameter) not in others]
-
-
 def _state(engine: DeepSpeedSide, saved: State | None, *, is_flat: bool) -> tuple[State, list[int]]:
     """The state of torch's optimizer for its parameters now, from one that has numbers in place of names.
 
@@ -250,7 +242,7 @@ def _state(engine: DeepSpeedSide, saved: State | None, *, is_flat: bool) -> tupl
 
 def _groups_of_layers(engine: DeepSpeedSide, sizes: list[int]) -> dict[int, list[nn.Parameter]]:
     """The parameters of layers in each group of the optimizer that has some; as many as ``sizes`` says."""
-    layers = _layer_parameters(engine)
+    layers = engine.module.layer_parameters(frozen=True)
     ids = set(map(id, layers))
     found = {
         number: [p for p in group["params"] if id(p) in ids]
@@ -335,7 +327,7 @@ def _flat_state(engine: DeepSpeedSide, saved: Mapping[str, _Saved]) -> tuple[Sta
 
 def _check_names(engine: DeepSpeedSide, saved: Mapping[str, _Saved]) -> None:
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    for parameter in _layer_parameters(engine):
+    for parameter in engine.module.layer_parameters(frozen=True):
         of_it = saved.get(names[id(parameter)])
         if parameter.requires_grad and (of_it is None or of_it.whole(_FP32).numel() != parameter.numel()):
             raise _MismatchError(f"it has no {names[id(parameter)]} of {parameter.numel()} values")

@@ -22,12 +22,13 @@ from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.heads.factory import AuxiliaryHead, head_factory
 from ds_interlock.heads.output_layers import look_at
+from ds_interlock.schedule.dependency import num_backward_passes
 from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan, rises
 from ds_interlock.stage.heads import Heads, MakeHead, build_head
 from ds_interlock.stage.hidden import Hidden
 from ds_interlock.stage.recomputation import recomputed
-from ds_interlock.stage.walks import compare_walks, modules_of, num_walks
+from ds_interlock.stage.walks import compare_walks, modules_of
 
 # DeepSpeed's default, and what it replaces it with under "pipeline": {"use_reentrant": false}.
 _CHECKPOINTS = (checkpointing.checkpoint, checkpointing.non_reentrant_checkpoint)
@@ -185,10 +186,10 @@ class InterlockPipelineModule(PipelineModule):
         """The trainable parameters of this stage's heads."""
         return [parameter for parameter in self.heads.parameters() if parameter.requires_grad]
 
-    def layer_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters of this stage's layers."""
+    def layer_parameters(self, *, frozen: bool = False) -> list[nn.Parameter]:
+        """The trainable parameters of this stage's layers; the ``frozen`` ones too if asked for."""
         others = {id(self.placeholder), *map(id, self.heads.parameters())}
-        return [p for p in self.parameters() if p.requires_grad and id(p) not in others]
+        return [p for p in self.parameters() if (p.requires_grad or frozen) and id(p) not in others]
 
     def add_placeholder(self) -> None:
         """Gives a stage in which nothing learns, in some phase, a parameter that nothing depends on.
@@ -245,7 +246,7 @@ class InterlockPipelineModule(PipelineModule):
         Raises:
             ConfigError: If a kernel's backward pass overwrites what it saved.
         """
-        walks = max(num_walks(phase.plan, self.stage_id) for phase in self.schedule.phases)
+        walks = max(num_backward_passes(phase.plan, self.stage_id) for phase in self.schedule.phases)
         if walks == 1:
             return
         for local, function in enumerate(self.forward_funcs):

@@ -49,6 +49,11 @@ def backward_actions(plan: GradientFlowPlan, stage: int, micro_batch: int) -> tu
     return (*relays, Action(stage, Kind.WEIGHT_GRADIENT, micro_batch))
 
 
+def num_backward_passes(plan: GradientFlowPlan, stage: int) -> int:
+    """How often the graph of a micro-batch is walked back on ``stage``."""
+    return len(backward_actions(plan, stage, 0))
+
+
 def received_bundles(
     plan: GradientFlowPlan, stage: int, losses: frozenset[int]
 ) -> tuple[tuple[int, ...], ...]:

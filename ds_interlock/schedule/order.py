@@ -13,7 +13,7 @@ from collections import defaultdict
 from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.cost import CostModel
-from ds_interlock.schedule.dependency import backward_actions, dependencies, stage_actions
+from ds_interlock.schedule.dependency import dependencies, num_backward_passes, stage_actions
 from ds_interlock.schedule.plan import GradientFlowPlan
 
 
@@ -48,7 +48,7 @@ class _Dispatcher:
         self.busy = [False] * plan.num_stages
         for stage in range(plan.num_stages):
             for micro_batch in range(num_micro_batches):
-                self.passes_left[stage, micro_batch] = len(backward_actions(plan, stage, micro_batch))
+                self.passes_left[stage, micro_batch] = num_backward_passes(plan, stage)
                 for action in stage_actions(plan, stage, micro_batch):
                     needs = dependencies(plan, action)
                     self.waiting[action] = len(needs)

@@ -11,18 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_interlock.schedule.dependency import backward_actions
-from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.hidden import Hidden, copied, detached, floats, leaves
 from ds_interlock.stage.recomputation import BuffersKept
 
 _LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
 _HALF_LIMIT = 1e-2  # of other types; kernels that add atomically vary by less
-
-
-def num_walks(plan: GradientFlowPlan, stage: int) -> int:
-    """How often the graph of a micro-batch is walked back on ``stage``."""
-    return len(backward_actions(plan, stage, 0))
 
 
 def modules_of(layers: Iterable[Any]) -> list[nn.Module]:

@@ -24,7 +24,7 @@ from torch._functorch import config as functorch
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.schedule.action import Action, Kind
-from ds_interlock.schedule.dependency import backward_actions, received_bundles
+from ds_interlock.schedule.dependency import num_backward_passes, received_bundles
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.backward import Backward, HeadLoss, LayerPass
 from ds_interlock.stage.hidden import (
@@ -73,7 +73,7 @@ class StageWork:
 
     def __post_init__(self) -> None:
         self.num_micro_batches = 1
-        self._num_passes = len(backward_actions(self.plan, self.stage, 0))
+        self._num_passes = num_backward_passes(self.plan, self.stage)
         if self._num_passes > 1:  # or torch.compile's backward would free what the next pass needs
             functorch.donated_buffer = False
         self._in_flight: dict[int, _InFlight] = {}

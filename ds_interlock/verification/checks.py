@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.heads.factory import head_factory
+from ds_interlock.schedule.dependency import num_backward_passes
 from ds_interlock.schedule.lower import Program, training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.verify import verify as verify_program
 from ds_interlock.stage.hidden import Hidden
 from ds_interlock.stage.in_process import InProcessPipeline
-from ds_interlock.stage.walks import compare_walks, modules_of, num_walks
+from ds_interlock.stage.walks import compare_walks, modules_of
 from ds_interlock.verification.job import Outcome, Run, run_job
 from ds_interlock.verification.reference import (
     loss_fn,
@@ -224,7 +225,7 @@ def _checks_by_stage(
 def _checks_by_layer(plan: GradientFlowPlan, layers: Sequence[Any], hidden: Hidden) -> list[Check]:
     """Errors relative to what rounding may give."""
     checks = []
-    if max(num_walks(plan, stage) for stage in range(plan.num_stages)) > 1:
+    if max(num_backward_passes(plan, stage) for stage in range(plan.num_stages)) > 1:
         for number, spec in enumerate(layers):
             layer = spec.build() if isinstance(spec, LayerSpec) else spec
             if isinstance(spec, TiedLayerSpec) and spec.forward_fn is not None:

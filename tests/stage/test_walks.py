@@ -6,8 +6,9 @@ import pytest
 import torch
 from kernels import WIDTH, Frees, KernelLayer, ReusesMemory, ScalesWhatItSaved
 
+from ds_interlock.schedule.dependency import num_backward_passes
 from ds_interlock.schedule.plan import GradientFlowPlan
-from ds_interlock.stage.walks import compare_walks, num_walks
+from ds_interlock.stage.walks import compare_walks
 
 
 @pytest.mark.parametrize("kernel", [ScalesWhatItSaved, ReusesMemory, Frees])
@@ -42,4 +43,8 @@ def test_what_has_no_gradient_passes() -> None:
 
 def test_walks_of_a_stage() -> None:
     plans = GradientFlowPlan.end_to_end(3), GradientFlowPlan.local(3), GradientFlowPlan.n_wise(3, window=2)
-    assert [[num_walks(plan, stage) for stage in range(3)] for plan in plans] == [[1] * 3, [1] * 3, [1, 2, 2]]
+    assert [[num_backward_passes(plan, stage) for stage in range(3)] for plan in plans] == [
+        [1] * 3,
+        [1] * 3,
+        [1, 2, 2],
+    ]

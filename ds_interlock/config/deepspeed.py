@@ -52,7 +52,7 @@ REFUSALS = (
     Refusal(
         "flops_profiler.enabled",
         (True,),
-        "DeepSpeed prints its profile in engine.step(), which no pipeline calls, its own neither. Use "
+        "DeepSpeed prints its profile in engine.step(), which no pipeline calls, not even its own. Use "
         "`ds-interlock profile` for seconds, or leave the section out",
     ),
     Refusal(

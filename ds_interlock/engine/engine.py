@@ -288,7 +288,7 @@ class InterlockEngine(PipelineEngine):
 
         Raises:
             ConfigError: If it was saved under another plan, without ``load_module_only``; if a checkpoint
-                of DeepSpeed has not what this stage needs. Nothing has been loaded then.
+                of DeepSpeed lacks what this stage needs. Nothing has been loaded then.
         """
         folder = self._checkpoints.find(load_dir, tag)
         if folder is None:

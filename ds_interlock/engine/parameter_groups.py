@@ -99,8 +99,8 @@ def _add_what_is_not_listed(model: InterlockPipelineModule, groups: list[Group])
     if missing and left_out:
         names = ", ".join(n for n, p in model.named_parameters() if any(p is other for other in left_out))
         raise ConfigError(
-            f"model_parameters has not all that learns in the layers of stage {model.stage_id} ({names} are "
-            "missing), so heads cannot join by themselves. Add these parameters, or freeze them "
+            f"model_parameters lacks some of what learns in the layers of stage {model.stage_id} ({names} "
+            "are missing), so heads cannot join by themselves. Add these parameters, or freeze them "
             "(requires_grad_(False)); or pass interlock= to InterlockPipelineModule, and add "
             "model.head_parameters() to model_parameters"
         )

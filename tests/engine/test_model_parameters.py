@@ -144,7 +144,7 @@ def test_heads_that_cannot_join_are_an_error_on_every_rank(ranks4: RankPool, ext
         assert "add model.head_parameters() to the optimizer" in str(error)
     for error in ranks4.run(initialize_with, job=job, model_parameters=biases):
         assert isinstance(error, ConfigError)
-        assert "model_parameters has not all that learns in the layers of stage 1 (3." in str(error)
+        assert "model_parameters lacks some of what learns in the layers of stage 1 (3." in str(error)
 
 
 def test_without_heads_a_script_may_train_what_it_likes(ranks4: RankPool):

@@ -3,9 +3,9 @@
 import json
 import re
 import resource
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -249,14 +249,15 @@ def test_a_classifier_of_other_classes(ranks2: RankPool, data: Path, tmp_path: P
     assert_refused(ranks2, why, tmp_path, data, task="classification")
 
 
-def with_a_fused_kernel(argv: list[str], job: Callable[[list[str]], str | None]) -> str | None:
+def refused_with_a_fused_kernel(argv: list[str]) -> str | None:
     """The job with an MLP whose backward pass changes what it saved, as in Liger's kernels. On a rank."""
     forward = LlamaMLP.forward
-    LlamaMLP.forward = lambda mlp, x: ScalesWhatItSaved.apply(forward(mlp, x))
-    try:
-        return job(argv)
-    finally:
-        LlamaMLP.forward = forward
+
+    def fused(mlp: LlamaMLP, x: torch.Tensor) -> Any:
+        return ScalesWhatItSaved.apply(forward(mlp, x))
+
+    with mock.patch.object(LlamaMLP, "forward", fused):
+        return refused(argv)
 
 
 def test_a_kernel_that_cannot_be_walked_back_twice(
@@ -265,7 +266,7 @@ def test_a_kernel_that_cannot_be_walked_back_twice(
     (tmp_path / "model").symlink_to(llama)
     window = {"mode": "interlock", "window": 2}
     argv = arguments(tmp_path, data, section=window, out="window")
-    answers = [answer for answer in ranks4.run(with_a_fused_kernel, argv=argv, job=refused) if answer]
+    answers = [answer for answer in ranks4.run(refused_with_a_fused_kernel, argv=argv) if answer]
     (message,) = answers
     assert re.search(r"layer \d \(Block\) gives other gradients .* ScalesWhatItSaved changes", message)
 
@@ -282,11 +283,8 @@ def refused_when_the_disk_is_full(argv: list[str]) -> str | None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    finetune_task.export_model = export_model
-    try:
+    with mock.patch.object(finetune_task, "export_model", export_model):
         return refused(argv)
-    finally:
-        finetune_task.export_model = export
 
 
 def test_a_disk_that_is_full_at_export_leaves_the_old_model_and_the_checkpoint(

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
-from ranks import RankPool
+from ranks import RankPool, start_server
 
 # Hypothesis's own profile for this: the same examples in every run, and no limit on their time.
 settings.load_profile("ci")
@@ -26,6 +26,12 @@ LONG = [
     f"tests/{room}/" for room in ("launcher", "jobs", "engine", "experiments", "benchmarks", "commands", "hf")
 ]
 """Where the tests are that take longest."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With ``-n``, the server of ranks starts while tests are collected: every worker will need it."""
+    if hasattr(config, "workerinput"):
+        start_server()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

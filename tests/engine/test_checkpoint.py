@@ -122,14 +122,25 @@ def assert_resumes(pool: RankPool, job: Job, folder: Path, training_data: Any = 
         assert [o.returned for o in undisturbed] == [o.returned for o in resumed]
 
 
-@pytest.mark.parametrize("extra", [{}, BF16, BF16_ZERO_1], ids=["fp32", "bf16", "bf16, ZeRO 1"])
-@pytest.mark.parametrize("section", [INTERLOCK, {"mode": "global"}], ids=["interlock", "global"])
+@pytest.mark.parametrize(
+    ("section", "extra"),
+    [
+        (INTERLOCK, BF16),
+        (INTERLOCK, BF16_ZERO_1),
+        ({"mode": "global"}, {}),
+        ({"mode": "global"}, BF16_ZERO_1),
+    ],
+    ids=["interlock, bf16", "interlock, bf16, ZeRO 1", "global, fp32", "global, bf16, ZeRO 1"],
+)
 def test_resumed_run(ranks4: RankPool, tmp_path: Path, section, extra):
     assert_resumes(ranks4, Job(section, extra=extra | WARMUP, dropout=0.2), tmp_path)
 
 
-@pytest.mark.parametrize("extra", [{}, BF16, BF16_ZERO_1], ids=["fp32", "bf16", "bf16, ZeRO 1"])
-@pytest.mark.parametrize("steps", [(3, 7), (HALF, 8)], ids=["within a phase", "between phases"])
+@pytest.mark.parametrize(
+    ("steps", "extra"),
+    [((3, 7), {}), ((3, 7), BF16_ZERO_1), ((HALF, 8), BF16), ((HALF, 8), BF16_ZERO_1)],
+    ids=["within, fp32", "within, bf16, ZeRO 1", "between, bf16", "between, bf16, ZeRO 1"],
+)
 def test_resumed_run_whose_plan_changes(ranks4: RankPool, tmp_path: Path, steps, extra):
     """Window 1 uses a head that window 2 does not, before and after the checkpoint: it is unused in it."""
     phases = [{"from_step": step, "window": w} for step, w in zip((0, *steps), (1, 2, 1), strict=True)]

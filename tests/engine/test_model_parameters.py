@@ -90,22 +90,16 @@ WAYS = [as_the_tutorial_does, as_a_generator, as_groups, with_a_function]
 @pytest.mark.parametrize(
     ("section", "extra", "frozen", "ways"),
     [
-        (LOCAL, {}, False, WAYS),
         (LOCAL, BF16, True, WAYS[:1]),
         (SCALED, WARMUP, False, WAYS),
-        (SCALED, BF16, False, WAYS[2:]),
         (SCALED, FP32_ZERO_1 | WARMUP, True, WAYS[:1]),
-        (PHASES, {}, False, WAYS[:3]),
         (PHASES, BF16_ZERO_1, False, WAYS[1:3]),
         ({"mode": "interlock", "window": 1.5}, BF16_ZERO_1, False, WAYS[:1]),
     ],
     ids=[
-        "local",
         "local, bf16, a frozen stage",
         "window 2, rates",
-        "window 2, rates, bf16",
         "window 2, rates, ZeRO 1, a frozen stage",
-        "phases",
         "phases, bf16, ZeRO 1",
         "window 1.5, bf16, ZeRO 1",
     ],

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_jobs import BF16, FP32_ZERO_1, Job, data_for, make_engine, make_module, parameters_of
+from engine_jobs import BF16, BF16_ZERO_1, FP32_ZERO_1, Job, data_for, make_engine, make_module, parameters_of
 from ranks import RankPool, caught
 from test_frozen import assert_only_the_rest_learned, train_frozen
 from test_phases import OPTIMIZERS, WIDENING, scheduled
@@ -54,9 +54,12 @@ def assert_heads_rest(results: Sequence[dict[str, Any]], num_batches: int) -> No
                 assert used or same[1], f"batch {batch}: {name}"
 
 
-@OPTIMIZERS
-@pytest.mark.parametrize("num_stages", [4, 2], ids=["4 stages", "2 stages, 2 replicas"])
-def test_a_head_that_is_not_in_use_does_not_change(ranks4: RankPool, extra, num_stages):
+@pytest.mark.parametrize(
+    ("num_stages", "extra"),
+    [(4, {}), (4, BF16_ZERO_1), (2, BF16), (2, FP32_ZERO_1)],
+    ids=["fp32", "bf16, ZeRO 1", "2 replicas, bf16", "2 replicas, fp32, ZeRO 1"],
+)
+def test_a_head_that_is_not_in_use_does_not_change(ranks4: RankPool, num_stages, extra):
     """Under AdamW, which decays and moves by momentum whatever has a gradient, also one of zero."""
     phases = [
         {"from_step": 0, "window": 1},

@@ -4,10 +4,13 @@ import contextlib
 import io
 import json
 import random
+import runpy
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from families import save_tiny as save_tiny
@@ -20,7 +23,6 @@ from torch import Tensor
 from ds_interlock.hf.data.rows import PaddedRows, Rows
 from ds_interlock.hf.data.samples import encode_records
 from ds_interlock.hf.data.sources import read_records
-from ds_interlock.jobs import finetune as job
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,8 +42,14 @@ LOCAL: dict[str, Any] = {"mode": "local", "timeout_seconds": 60}
 def finetune(argv: list[str]) -> str:
     """The job, as a function that the pool's ranks can call; returns what it wrote to stderr."""
     with contextlib.redirect_stderr(io.StringIO()) as written:
-        job.main(argv)
+        run_launcher("finetune", argv)
     return written.getvalue()
+
+
+def run_launcher(name: str, argv: list[str]) -> None:
+    """What ``launcher/NAME.py`` does on a rank."""
+    with mock.patch.object(sys, "argv", [f"{name}.py", *argv]):
+        runpy.run_path(str(ROOT / "launcher" / f"{name}.py"), run_name="__main__")
 
 
 def refused(argv: list[str], module: str = "finetune") -> str | None:

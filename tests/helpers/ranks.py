@@ -29,7 +29,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -47,7 +47,22 @@ GRACE_SECONDS = 5.0
 END_SECONDS = 5.0
 """How long a rank without work may take to end (it may have to write what it covered)."""
 
-_PRELOADED = ["deepspeed", "torch._dynamo", "ds_interlock.engine.initialize"]
+_PRELOADED = [
+    "deepspeed",
+    "torch._dynamo",
+    "torch.distributed.pipelining",
+    "ds_interlock.engine.initialize",
+    "ds_interlock.jobs.finetune",
+    "ds_interlock.jobs.train_lm",
+    "ds_interlock.jobs.train_resnet",
+    "families",
+    "hypothesis",
+    "pandas",
+    "pytest",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "gpt2", "gemma2", "bert")),
+]
+"""What ranks need, so that one process imports it and not every rank. ``datasets`` is not here: it starts a
+thread, and a process with threads is not to be forked."""
 
 _LOG_LINES = 40
 
@@ -80,6 +95,12 @@ class RankError(AssertionError):
             parts.append(f"rank {rank}: {failure.type_name}: {text}")
         parts += [f"--- end of the log of rank {rank}\n{log}" for rank, log in logs.items()]
         super().__init__("\n".join(parts))
+
+
+def start_server() -> None:
+    """Starts the server from which this process's ranks are forked; ``run_local_ranks`` uses it too."""
+    get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    forkserver.ensure_running()
 
 
 class RankPool:
@@ -158,8 +179,8 @@ class RankPool:
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
         }
+        start_server()
         context = get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
         for rank in range(self.num_ranks):
             ours, theirs = context.Pipe()
             environment = job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -1,6 +1,6 @@
-"""Whole jobs under the ``deepspeed`` launcher, one of each: what a user starts, and what a fault does to it.
+"""A whole job under the ``deepspeed`` launcher: what a user starts, and what a fault does to it.
 
-Everything else about jobs is tested on ranks that are up already.
+Everything else about jobs, and the other jobs, is tested on ranks that are up already.
 """
 
 import json
@@ -10,15 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetuning import LOCAL, arguments, loss_of, rows_of, save_tiny, tiny_tokenizer, write_lines
-from image_files import write_idx
 from launching import launch
 from ranks import RankPool
 from safetensors.torch import load_file
 from test_train_lm import SMALL, train_lm, write_text
-from test_train_resnet import SMALL as SMALL_RESNET
-from test_train_resnet import TEST, TRAIN
-from tiny_tokenizers import CHATML
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
@@ -53,34 +48,6 @@ def test_train_lm_leaves_a_hugging_face_model_and_can_be_resumed(ranks2: RankPoo
     undisturbed = load_file(whole / "hf" / "model.safetensors")
     for name, weight in load_file(tmp_path / "halves" / "hf" / "model.safetensors").items():
         assert torch.equal(weight, undisturbed[name]), name
-
-
-def test_finetune_turns_chats_into_a_model(tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path / "model", max_position_embeddings=128)
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(tmp_path / "model")
-    turns = [[("user", "ab" * n), ("assistant", "ba" * n)] for n in range(1, 9)]
-    chats = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in turns]
-    write_lines(tmp_path / "train.jsonl", chats)
-    write_lines(tmp_path / "valid.jsonl", chats[:3])
-    words = arguments(tmp_path, tmp_path, "--seq_length", 128, "--max_steps", 10, section=LOCAL)
-    job = launch("launcher/finetune.py", *words)
-    assert job.returncode == 0, job.stdout + job.stderr
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics["eval_loss"] < metrics["first_eval_loss"]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf", dtype=torch.float32)
-    rows = rows_of(tmp_path / "valid.jsonl", tokenizer, 128)
-    assert loss_of(model, rows) == pytest.approx(metrics["eval_loss"], abs=1e-5)
-
-
-def test_train_resnet_counts_errors(tmp_path: Path) -> None:
-    write_idx(tmp_path, TRAIN, TEST, zipped=True)
-    words = "--deepspeed_config", "configs/resnet/local.json", "--data_dir", tmp_path, "--max_steps", 2
-    job = launch("launcher/train_resnet.py", *words, *SMALL_RESNET, "--output_dir", tmp_path / "out")
-    assert job.returncode == 0, job.stdout + job.stderr
-    assert re.search(r"mode local: 2 stages, 2 steps.*\ntest error \d+\.\d\d %", job.stdout)
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["num_stages"] == 2
 
 
 def test_the_death_of_a_rank_ends_the_job() -> None:

@@ -1,12 +1,15 @@
 """The job ``train_resnet`` on small images: what it counts is exact, and what it saves is the model."""
 
+import contextlib
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from finetuning import refusal
+from finetuning import refusal, run_launcher
 from image_files import evaluate, striped_images, write_idx
 from ranks import RankPool
 from torch import nn
@@ -31,9 +34,11 @@ SMALL = ("--depth", 8, "--width", 4, "--head_channels", 6)
 RESNET = ResNetConfig(depth=8, num_classes=10, in_channels=1, width=4, seed=42)
 
 
-def train_resnet(argv: list[str]) -> None:
-    """The job, as a function that the pool's ranks can call."""
-    job.main(argv)
+def train_resnet(argv: list[str]) -> str:
+    """The job, as a function that the pool's ranks can call; returns what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_launcher("train_resnet", argv)
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +83,13 @@ def assert_score_is(metrics: dict[str, Any], score: Score) -> None:
 
 
 INTERLOCK = {"mode": "interlock", "window": 2}
+
+
+def test_a_config_of_ours_and_what_is_printed(ranks2: RankPool, images: Path, tmp_path: Path) -> None:
+    words = ("--deepspeed_config", ROOT / "configs" / "resnet" / "local.json", "--data_dir", images)
+    argv = [*words, *SMALL, "--max_steps", 2, "--output_dir", tmp_path]
+    printed = ranks2.run(train_resnet, argv=[str(word) for word in argv])
+    assert re.search(r"mode local: 2 stages, 2 steps.*\ntest error \d+\.\d\d %", printed[0])
 
 
 def test_four_stages_learn_and_resume_bit_for_bit(ranks4: RankPool, images: Path, tmp_path: Path) -> None:

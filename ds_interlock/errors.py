@@ -13,8 +13,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 class MayFail(Protocol):
     """Has methods that ``remembers_failure`` watches."""
 
-    has_failed: bool
-    """Whether the last of them that was called has raised."""
+    has_failed: bool  # whether the last of them that was called has raised
 
 
 Owner = TypeVar("Owner", bound=MayFail)

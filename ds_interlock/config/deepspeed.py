@@ -19,8 +19,7 @@ class Refusal:
     key: str
     values: tuple[object, ...]
     reason: str
-    switch: str | None = None
-    """A key that must be true for the setting to count."""
+    switch: str | None = None  # a key that must be true for the setting to count
 
 
 REFUSALS = (

@@ -31,10 +31,7 @@ def render_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, li
     """The text of a chat, special tokens included, and the spans in it that the assistant wrote.
 
     A span holds all that the template adds after its prompt for the assistant, the end of the turn included.
-
-    Raises:
-        DataError: If there is no template, it refuses the chat, or it does not show what the assistant
-            wrote; names where the chat came from.
+    DataError if there is no template, it refuses the chat, or it does not show what the assistant wrote.
     """
     try:
         template = tokenizer.get_chat_template()
@@ -80,13 +77,10 @@ def _render_with_tags(
 
 
 def _render_turn_by_turn(chat: Chat, tokenizer: Any) -> tuple[str, list[Span]]:
-    def render(num_messages: int, add_generation_prompt: bool) -> str:
-        text: str = tokenizer.apply_chat_template(
-            chat.messages[:num_messages], tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return text
+    def render(num_messages: int, **prompt: bool) -> str:
+        return str(tokenizer.apply_chat_template(chat.messages[:num_messages], tokenize=False, **prompt))
 
-    whole = render(len(chat.messages), add_generation_prompt=False)
+    whole = render(len(chat.messages))
     spans = []
     for number, message in enumerate(chat.messages):
         if message["role"] != "assistant":
@@ -94,7 +88,7 @@ def _render_turn_by_turn(chat: Chat, tokenizer: Any) -> tuple[str, list[Span]]:
         if number == 0:
             raise DataError(f"{chat.where}: the first message is the assistant's; expected the user's")
         before = render(number, add_generation_prompt=True)
-        after = render(number + 1, add_generation_prompt=False)
+        after = render(number + 1)
         if not (after.startswith(before) and whole.startswith(after)):
             raise DataError(
                 f"{chat.where}: the chat template renders messages[{number}] differently once it knows what "

@@ -49,10 +49,8 @@ def load_text(
 ) -> TextData:
     """The documents of text files (see ``read_documents``) or of a data set (see ``read_sources``).
 
-    Without validation documents a share of the training documents, drawn by ``seed``, validates.
-
-    Raises:
-        DataError: If a file is missing, there is no text, or too little to split.
+    Without validation documents a share of the training documents, drawn by ``seed``, validates. DataError if
+    a file is missing, there is no text, or too little to split.
     """
     train, validation = read_sources(
         train_files, validation_files, dataset, dataset_config, read=read_documents, read_split=_texts
@@ -93,9 +91,7 @@ def read_documents(paths: Sequence[str]) -> list[str]:
     """The documents in text files and in folders of ``*.txt``, in the order of ``paths``.
 
     Each file is a document. A single file is split at its form feeds or, without any, at blank lines.
-
-    Raises:
-        DataError: If a path is missing, is not UTF-8 text, or no document has any text.
+    DataError if a path is missing, is not UTF-8 text, or no document has any text.
     """
     files = [file for path in paths for file in _text_files(Path(path))]
     texts = [_read(file) for file in files]

@@ -32,9 +32,7 @@ def load_tokenizer(
     """A sentencepiece ``.model`` or a Hugging Face tokenizer, by name or folder.
 
     None trains a BPE of ``vocab_size`` ids on the documents, and keeps it in ``default_cache_dir()``.
-
-    Raises:
-        DataError: If it is unreadable, or has no token to end a document.
+    DataError if it is unreadable, or has no token to end a document.
     """
     if name_or_path is None:
         return read_sentencepiece(train_sentencepiece(documents, vocab_size, default_cache_dir()))
@@ -96,9 +94,7 @@ def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Pa
     """The file of a BPE trained on ``documents``. Decoding restores any text: rare characters become bytes.
 
     It is named by a hash of text and settings, and appears whole: several processes may train at once.
-
-    Raises:
-        DataError: If the documents hold too little text for ``vocab_size`` ids.
+    DataError if the documents hold too little text for ``vocab_size`` ids.
     """
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,

@@ -48,6 +48,11 @@ def list_faults(subject: str, faults: Sequence[str]) -> str:
     return "\n".join([f"{subject}: {len(faults)} faults", *(f"  - {fault}" for fault in faults)])
 
 
+def first_names(names: Sequence[str], most: int = 5) -> str:
+    """``names`` as a list for a message, which names the first ones and counts the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def remembers_failure(
     method: Callable[Concatenate[Owner, Arguments], Result],
 ) -> Callable[Concatenate[Owner, Arguments], Result]:

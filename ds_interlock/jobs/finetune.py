@@ -35,13 +35,10 @@ _HIGH_LEARNING_RATE = 5e-4  # for weights that are trained already
 
 
 def run(args: FinetuneArguments) -> Metrics:
-    """Fine-tunes, and exports the model. To be called on every rank of a job.
+    """Fine-tunes, and exports the model; returns the contents of ``metrics.json``.
 
-    Returns:
-        The contents of ``metrics.json``.
-
-    Raises:
-        ConfigError, DataError, PlanError: If arguments, config, model, data or stages cannot be used.
+    To be called on every rank of a job. ConfigError, DataError or PlanError if arguments, config, model, data
+    or stages cannot be used.
     """
     job = start(args, partial(_complete_config, args=args))
     rate = job.config["optimizer"]["params"]["lr"]
@@ -118,14 +115,8 @@ def prepare(
         head["head"] = lambda _: End(blueprint)
     elif not job.interlock.is_global:
         _check_heads_fit(blueprint)
-    net = job.build_pipeline(
-        blueprint.layers(),
-        loss_fn=lm_loss(),
-        stage_bounds=bounds,
-        pretrained=True,
-        base_seed=args.seed,
-        **head,
-    )
+    how = {"stage_bounds": bounds, "pretrained": True, "base_seed": args.seed, **head}
+    net = job.build_pipeline(blueprint.layers(), loss_fn=lm_loss(), **how)
     return net, _describe_for_export(pretrained, blueprint, adapters)
 
 

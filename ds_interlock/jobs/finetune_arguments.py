@@ -19,8 +19,8 @@ class ModelArguments:
     task: Literal["causal", "classification"] = argument("causal")
     stage_bounds: str | None = argument(
         None,
-        "first layer of each stage, and the number of layers (default: stages of equal work)",
-        metavar="0,9,18,27,33",
+        "first layer of each stage, number of layers (default: stages of equal work)",
+        metavar="0,9,18,33",
     )
     skip_load_check: bool = argument(
         False, "do not compare the pipeline with the whole model, which reads all weights on one rank"
@@ -34,9 +34,7 @@ class DataArguments:
     _argument_group_name: ClassVar[str] = "data"
 
     train_file: list[str] = argument(
-        [],
-        "*.txt, folders of them, or *.jsonl with {text}, {prompt, completion} or {messages} a line",
-        metavar="FILE",
+        [], "*.txt, folders of them; *.jsonl of {text}, {prompt, completion} or {messages}", metavar="FILE"
     )
     validation_file: list[str] = argument([], "default: 5 %% of the training data", metavar="FILE")
     dataset: str | None = argument(
@@ -44,9 +42,7 @@ class DataArguments:
     )
     dataset_config: str | None = argument(None, "name of the data set's configuration")
     seq_length: int = argument(512, "tokens of a sample (%(default)s)")
-    packing: bool = argument(
-        False, "several samples in a row, which do not see each other (default: padding)"
-    )
+    packing: bool = argument(False, "several samples in a row, which do not see each other")
 
 
 @dataclass(kw_only=True)
@@ -75,7 +71,6 @@ class FinetuneRunArguments(RunArguments):
     max_eval_samples: int | None = argument(None, "default: all of them")
     max_train_samples: int | None = argument(None, "default: all of them")
     output_dir: str = argument("runs/finetune", "(%(default)s)")
-    seed: int = argument(42, "of heads, data, dropout (%(default)s)")
 
 
 @dataclass(kw_only=True)
@@ -117,9 +112,7 @@ class FinetuneArguments(
         if self.load_best_model_at_end and not self.eval_steps:
             raise ConfigError("--load_best_model_at_end needs --eval_steps: the best of which evaluations?")
         if self.export_heads and self.exports_adapter:
-            raise ConfigError(
-                "--export_heads writes the heads beside a whole model: it needs --merge_adapter here"
-            )
+            raise ConfigError("--export_heads writes heads beside a whole model: it needs --merge_adapter")
 
     @property
     def exports_adapter(self) -> bool:

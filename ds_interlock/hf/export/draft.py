@@ -44,9 +44,7 @@ def export_draft(
 
     Adapters are merged. The head is in the last of ``num_stages`` stages; ``head`` is the index of its loss
     in the plan, by default the last one in that stage. The other arguments are those of ``export_model``.
-
-    Raises:
-        ConfigError: If there is no such head, it has another form, or the folder cannot be written.
+    ConfigError if there is no such head, it has another form, or the folder cannot be written.
     """
     source = FineTunedCheckpoint(checkpoint)
     loss = _choose_head(source, num_stages, head)
@@ -80,12 +78,10 @@ def _choose_head(source: FineTunedCheckpoint, num_stages: int, head: int | None)
 
 def _shortened_config(source: FineTunedCheckpoint, num_blocks: int) -> Any:
     """The model's configuration, for its first ``num_blocks`` blocks and an unembedding of its own."""
-    config = source.load_config()
-    of_all = source.description.num_blocks
+    config, of_all = source.load_config(), source.description.num_blocks
     if not 1 <= num_blocks <= of_all:
-        raise ConfigError(
-            f"{source.folder}: a head after {num_blocks} of {of_all} blocks makes no smaller model"
-        )
+        where = f"a head after {num_blocks} of {of_all} blocks"
+        raise ConfigError(f"{source.folder}: {where} makes no smaller model")
     settings = config.to_dict()
     for name, value in settings.items():
         # One entry for each block, as layer_types; token ids may be a list, too, and of any length.

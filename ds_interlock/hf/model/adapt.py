@@ -56,7 +56,7 @@ def _compiled(pattern: str, flag: str, blueprint: Blueprint) -> re.Pattern[str]:
     except re.error as error:
         raise ConfigError(f"{flag} {pattern}: not a regular expression: {error}") from error
     names = list(blueprint.parameters())
-    if not any(compiled.search(name) for name in names):
+    if not any(map(compiled.search, names)):
         raise ConfigError(f"{flag} {pattern}: no parameter has a name like this; names are like {names[-2]}")
     return compiled
 

@@ -42,20 +42,16 @@ Hidden: TypeAlias = Tensor | tuple[Tensor, ...]
 class Blueprint:
     """Everything that a process needs to build its layers.
 
-    Attributes:
-        skeleton: The model without weights.
-        values: Reads the weights when a layer is built.
-        inputs: Of stage 0, in order: ``input_ids`` and perhaps ``attention_mask``, ``position_ids``,
-            ``token_type_ids``, ``[b, t]`` each.
-        tie: Whether a tied unembedding stays tied in training; frozen ones need no tie.
-        prepare: Called with each layer once it has its weights: adapters, freezing.
+    ``inputs`` are those of stage 0, in order: ``input_ids`` and perhaps ``attention_mask``, ``position_ids``,
+    ``token_type_ids``, ``[b, t]`` each.
     """
 
     skeleton: Skeleton
-    values: Values
+    values: Values  # reads the weights when a layer is built
     inputs: tuple[str, ...] = ("input_ids",)
-    tie: bool = True
+    tie: bool = True  # a tied unembedding stays tied in training; frozen ones need no tie
     prepare: list[Callable[[nn.Module], None]] = field(default_factory=list)
+    """Called with each layer once it has its weights: adapters, freezing."""
 
     @property
     def context(self) -> tuple[str, ...]:
@@ -121,8 +117,8 @@ class HFLayer(nn.Module):
             paths = [named] if isinstance(named, str) else named
         self.paths = tuple(paths)
         for path in paths:
-            *owners, name = path.split(".")
             owner: nn.Module = self
+            *owners, name = path.split(".")
             for part in owners:
                 if part not in owner._modules:
                     owner.add_module(part, nn.Module())

@@ -38,10 +38,8 @@ def estimate_profile(
     """A profile from sizes alone, in bf16: matrix products at an assumed speed. Loads no weights.
 
     ``name`` is what to call the model, ``flops_per_second`` what a device reaches, not its peak, and ``link``
-    latency in seconds and bandwidth in bytes per second between two stages.
-
-    Raises:
-        ConfigError: If the model cannot be cut into layers.
+    latency in seconds and bandwidth in bytes per second between two stages. ConfigError if the model cannot
+    be cut into layers.
     """
     source = (
         f"estimated: matrix products and attention at {flops_per_second / 1e12:g} TFLOP/s, links of "

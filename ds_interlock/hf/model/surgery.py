@@ -23,7 +23,7 @@ Shape suffixes: b batch, t position, d hidden width, v vocabulary.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -185,6 +185,8 @@ Visit = Callable[[int, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
+Inputs = Mapping[str, Tensor]
+
 
 class Skeleton:
     """A model's own forward, without its weights.
@@ -235,8 +237,7 @@ class Skeleton:
             raise _Captured(hidden)
 
         training = any(part.training for part in parts.values())
-        hidden_btd: Tensor = self._run(self.model.base_model, inputs, stop, parts, training)
-        return hidden_btd
+        return cast(Tensor, self._run(self.model.base_model, inputs, stop, parts, training))
 
     def arguments(self, index: int, hidden_btd: Tensor, context: Mapping[str, Tensor]) -> Arguments:
         """The arguments of block ``index`` besides the hidden state, positional and by name.
@@ -266,11 +267,7 @@ class Skeleton:
         return arguments
 
     def end(
-        self,
-        parts: Mapping[str, nn.Module],
-        hidden_btd: Tensor,
-        context: Mapping[str, Tensor],
-        training: bool,
+        self, parts: Mapping[str, nn.Module], hidden_btd: Tensor, context: Inputs, training: bool
     ) -> Tensor:
         """The input of the unembedding ``[b, t, d]``; in a model without one, its logits.
 
@@ -278,12 +275,11 @@ class Skeleton:
         block's output. In ``training``, dropout without weights is on.
         """
         self._hidden = hidden_btd
-        inputs = {"inputs_embeds": hidden_btd, **context}
         is_language_model = self.anatomy.unembedding is not None
         model = self.model.base_model if is_language_model else self.model
+        inputs = {"inputs_embeds": hidden_btd, **context}
         outputs = self._run(model, inputs, lambda *_: hidden_btd, parts, training)
-        result: Tensor = outputs.last_hidden_state if is_language_model else outputs.logits
-        return result
+        return cast(Tensor, outputs.last_hidden_state if is_language_model else outputs.logits)
 
     def logits(self, unembedded_btv: Tensor) -> Tensor:
         """The model's logits, scaled or soft-capped, from its unembedding's output."""
@@ -293,8 +289,7 @@ class Skeleton:
         parts = {self.anatomy.unembedding: _StandIn(original, lambda *_: unembedded_btv)}
         inputs = {"inputs_embeds": self._hidden}
         outputs = self._run(self.model, inputs, lambda *_: self._hidden, parts, training=False)
-        logits_btv: Tensor = outputs.logits
-        return logits_btv
+        return cast(Tensor, outputs.logits)
 
     def changes_logits(self) -> bool:
         """Whether ``logits`` changes its argument."""
@@ -302,12 +297,7 @@ class Skeleton:
         return not torch.equal(self.logits(probe_btv), probe_btv)
 
     def _run(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Tensor],
-        visit: Visit,
-        parts: Mapping[str, nn.Module],
-        training: bool,
+        self, model: nn.Module, inputs: Inputs, visit: Visit, parts: Mapping[str, nn.Module], training: bool
     ) -> Any:
         self._visit = visit
         device = next(iter(inputs.values())).device

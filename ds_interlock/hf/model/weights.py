@@ -35,18 +35,19 @@ class Weights:
 
     Floating-point ones are converted to ``dtype``. Checkpoints of the bare model leave out ``prefix``, its
     ``base_model_prefix``. ``same`` has tied tensors: ``{"lm_head.weight": "model.embed_tokens.weight"}``.
-
-    Raises:
-        ConfigError: If the folder has no safetensors, an index without its shards, or a file cut short.
+    ConfigError if the folder has no safetensors, an index without its shards, or a file cut short.
     """
 
     def __init__(
         self, folder: Path, dtype: torch.dtype, prefix: str = "", same: Mapping[str, str] | None = None
     ) -> None:
-        self.dtype = dtype
-        self._prefix = prefix
-        self._same = dict(same or {})
-        self._stored = _stored_tensors(folder)
+        self.dtype, self._prefix, self._same = dtype, prefix, dict(same or {})
+        self._stored: dict[str, _Stored] = {}
+        for file in _files(folder):
+            with _opened(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    tensor = tensors.get_tensor(name)
+                    self._stored[name] = _Stored(file, name, tensor.shape, tensor.dtype)
 
     def lacking(self, names: Iterable[str]) -> list[str]:
         """Those of ``names`` that the files do not have."""
@@ -92,16 +93,6 @@ class _Stored(NamedTuple):
 
 class _Index(BaseModel):
     weight_map: dict[str, str]
-
-
-def _stored_tensors(folder: Path) -> dict[str, _Stored]:
-    stored: dict[str, _Stored] = {}
-    for file in _files(folder):
-        with _opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                tensor = tensors.get_tensor(name)
-                stored[name] = _Stored(file, name, tensor.shape, tensor.dtype)
-    return stored
 
 
 def _files(folder: Path) -> list[Path]:

@@ -18,9 +18,7 @@ class ModelArguments:
     gguf_file: str | None = argument(None, "GGUF file in it; converted once, then cached", metavar="FILE")
     task: Literal["causal", "classification"] = argument("causal")
     stage_bounds: str | None = argument(
-        None,
-        "first layer of each stage, number of layers (default: stages of equal work)",
-        metavar="0,9,18,33",
+        None, "first layer of each stage, and number of layers (default: equal work)", metavar="0,9,18,33"
     )
     skip_load_check: bool = argument(
         False, "do not compare the pipeline with the whole model, which reads all weights on one rank"

@@ -27,8 +27,7 @@ from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity
 from ds_interlock.jobs.process import broadcast_from_rank_0, gather, propagate_errors, writing
 
-Data: TypeAlias = tuple[Rows, Rows]
-"""To train on, and to validate on."""
+Data: TypeAlias = tuple[Rows, Rows]  # to train on, and to validate on
 
 
 def read_data(args: FinetuneArguments, *, has_data: bool) -> tuple[RecordData | None, tuple[str, ...]]:

@@ -15,11 +15,8 @@ from ds_interlock.jobs.arguments import RunArguments
 from ds_interlock.jobs.process import Job, Result, broadcast_from_rank_0, propagate_errors, writing
 from ds_interlock.jobs.reports import Progress, TrainLog, write_metrics
 
-Metrics = dict[str, Any]
-"""The contents of ``metrics.json``: numbers by name, and the mode."""
-
-Losses = dict[str, float]
-"""Results of an evaluation by name."""
+Metrics = dict[str, Any]  # the contents of ``metrics.json``: numbers by name, and the mode
+Losses = dict[str, float]  # results of an evaluation by name
 
 _BEST = "best"
 _TIMELINE_STEPS = 20  # the timeline shows a typical one of the last
@@ -152,9 +149,8 @@ class Loop:
     def _evaluate(self) -> Losses:
         """Evaluates; if the task keeps the best checkpoint, saves one that is better than all before."""
         losses = self.task.evaluate()
-        loss = losses[self.task.loss_name]
-        if self.task.keeps_best and self.args.eval_steps and loss < self.best:
-            self.best = loss
+        if self.task.keeps_best and self.args.eval_steps and losses[self.task.loss_name] < self.best:
+            self.best = losses[self.task.loss_name]
             self._save(_BEST)
         return losses
 
@@ -195,9 +191,8 @@ class Loop:
                 metrics |= self.task.export(trained)
                 write_metrics(self.output / "metrics.json", metrics)
                 rate = f", {speed:.0f} {self.task.unit}/s" if self.task.unit else ""
-                run = f"{self.step} steps, {self.seconds:.0f} s{rate}"
-                print(f"{self.job.mode}: {self.job.num_stages} stages, {run}")
-                print(self.task.summary(metrics), flush=True)
+                run = f"{self.job.num_stages} stages, {self.step} steps, {self.seconds:.0f} s{rate}"
+                print(f"{self.job.mode}: {run}\n{self.task.summary(metrics)}", flush=True)
         return broadcast_from_rank_0(metrics)
 
     def _units_per_second(self) -> float:
@@ -224,9 +219,8 @@ class Loop:
         self.log.append({"step": self.step, **losses})
         if self.engine.monitor.enabled:
             samples = self.engine.global_samples
-            self.engine.monitor.write_events(
-                [(f"Eval/{name}", loss, samples) for name, loss in losses.items()]
-            )
+            events = [(f"Eval/{name}", value, samples) for name, value in losses.items()]
+            self.engine.monitor.write_events(events)
 
 
 def perplexity(loss: float) -> float:

@@ -131,9 +131,8 @@ class LMTask(Task):
         return {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
 
     def describe(self, losses: Losses) -> str:
-        return "validation loss {validation_loss:.4f}, perplexity {validation_perplexity:.2f}".format(
-            **losses
-        )
+        loss, of_tokens = losses["validation_loss"], losses["validation_perplexity"]
+        return f"validation loss {loss:.4f}, perplexity {of_tokens:.2f}"
 
     def export(self, trained: Trained) -> Metrics:
         """Writes ``hf/`` and evaluates it as a user would: from the folder alone."""

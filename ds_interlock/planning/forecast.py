@@ -99,11 +99,9 @@ def compare(
 ) -> Comparison:
     """Plays ``interlock`` through, and what else one might choose.
 
-    Raises:
-        ConfigError: If the configured setting, the stages and the profile do not fit together.
+    ConfigError if the configured setting, the stages and the profile do not fit together.
     """
-    if stage_bounds[-1] != len(profile.layers):
-        number = len(profile.layers)
+    if stage_bounds[-1] != (number := len(profile.layers)):
         raise ConfigError(f"stage bounds {list(stage_bounds)} do not end at {number}, the profile's layers")
     configured = forecast(interlock, profile, stage_bounds, num_micro_batches)
     played: list[Forecast] = []
@@ -170,8 +168,7 @@ def play(
 ) -> tuple[GradientFlowPlan, Simulation]:
     """The plan of a setting, and a simulation of some batches of it; ``tied``: if stages share weights.
 
-    Raises:
-        ConfigError: If the setting does not exist for these stages, or has a schedule.
+    ConfigError if the setting does not exist for these stages, or has a schedule.
     """
     plan = interlock.plan(stage_bounds)
     program = training_program(plan, num_micro_batches, extra_in_flight=interlock.extra_in_flight)

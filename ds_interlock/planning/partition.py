@@ -9,8 +9,7 @@ from ds_interlock.errors import ConfigError
 def balanced_bounds(seconds: Sequence[float], num_stages: int) -> list[int]:
     """Stage bounds under which the slowest stage is fastest; ties go to the evener cut.
 
-    Raises:
-        ConfigError: If there are fewer layers than stages.
+    ConfigError if there are fewer layers than stages.
     """
     num_layers = len(seconds)
     if not 1 <= num_stages <= num_layers:

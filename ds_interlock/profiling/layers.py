@@ -27,11 +27,8 @@ from ds_interlock.planning.profile import HeadProfile, LayerProfile
 
 MakeOptimizer = Callable[[list[Tensor]], Any]
 
-_BYTES_PER_PARAMETER_AND_STEP = 28
-"""Adam in float32: weight, gradient and two moments read, three of them written."""
-
-_FLOPS_PER_BYTE = 100
-"""Assumed where nothing is measured: operations a device does in the time its memory moves a byte."""
+_BYTES_PER_PARAMETER_AND_STEP = 28  # Adam in float32: weight, gradient, two moments read, three written
+_FLOPS_PER_BYTE = 100  # assumed where nothing is measured: operations in the time that memory moves a byte
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,7 @@ class LayerCall:
 
     name: str
     module: nn.Module
-    inputs: tuple[Any, ...]
-    """The first floating-point tensor is the hidden state."""
+    inputs: tuple[Any, ...]  # the first floating-point tensor is the hidden state
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -135,9 +131,7 @@ class _Layer:
 
 
 def profile_layers(
-    calls: Sequence[LayerCall],
-    meter: Meter,
-    optimizer: MakeOptimizer | None,
+    calls: Sequence[LayerCall], meter: Meter, optimizer: MakeOptimizer | None
 ) -> list[LayerProfile]:
     """The costs of layers, each timed by itself, one after the other in the order of training.
 
@@ -180,13 +174,9 @@ def profile_head(
     """The cost of one auxiliary head: ``loss(hidden)`` forward, and backward to its weights and its input."""
     parameters = [p for p in head.parameters() if p.requires_grad]
     seconds = loss_seconds(loss, hidden, meter)
-    steps = [_step_seconds(parameters, meter, optimizer) for _ in range(meter.num_rounds)]
-    return HeadProfile(
-        type=head_type,
-        seconds=seconds,
-        optimizer_seconds=_median(steps),
-        num_parameters=sum(p.numel() for p in parameters),
-    )
+    step = _median([_step_seconds(parameters, meter, optimizer) for _ in range(meter.num_rounds)])
+    size = sum(p.numel() for p in parameters)
+    return HeadProfile(type=head_type, seconds=seconds, optimizer_seconds=step, num_parameters=size)
 
 
 def _step_seconds(parameters: Sequence[Tensor], meter: Meter, optimizer: MakeOptimizer | None) -> float:

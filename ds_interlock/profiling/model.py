@@ -95,13 +95,9 @@ def device_name(device: torch.device) -> str:
 def _head(config: HeadConfig, calls: list[LayerCall], hidden_btd: Tensor) -> nn.Module:
     """A head as the pipeline would build it after the middle of the model."""
     make_head = head_factory(config, [call.module for call in calls])
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(hidden_btd.dtype)
-    try:
-        with hidden_btd.device:
-            return make_head(LossHead(stage=0, after_layer=len(calls) // 2)).train()
-    finally:
-        torch.set_default_dtype(before)
+    with hidden_btd.device:
+        head = make_head(LossHead(stage=0, after_layer=len(calls) // 2))
+    return head.to(hidden_btd.dtype).train()
 
 
 def _head_loss(

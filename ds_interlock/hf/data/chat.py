@@ -21,8 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ds_interlock.errors import DataError
 from ds_interlock.hf.data.records import Chat
 
-Span: TypeAlias = tuple[int, int]
-"""First character, and the one after the last."""
+Span: TypeAlias = tuple[int, int]  # first character, and the one after the last
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

@@ -25,9 +25,7 @@ from ds_interlock.errors import DataError
 from ds_interlock.hf.data.tokenizer import end_token_id
 from ds_interlock.sampling import EpochIterator, set_aside
 
-VALIDATION_SHARE = 0.05
-"""Share of the documents that validate when no validation text is given."""
-
+VALIDATION_SHARE = 0.05  # of the documents, if no validation text is given
 _ENCODED_TOGETHER = 16  # documents: enough for all cores, and what comes back is large
 
 Item = TypeVar("Item")

@@ -9,13 +9,11 @@
                           └──► base_states/replica_00.safetensors ─────────────────────────┘
 
 A head that learns from the base model (``interlock.head.kl_weight``) needs the input of its unembedding at
-every position, and no stage could compute that beside its own work. Neither padding nor other samples in its
-row change a sample's states, so they are stored sample by sample, without padding, in the order in which the
-replica evaluated them. Stage 0 knows that order.
+every position. Neither padding nor other samples in its row change a sample's states, so they are stored
+sample by sample, without padding, in the order in which the replica evaluated them, which stage 0 knows.
 
 A file is in safetensors' format: one tensor, ``states``, ``[n, d]``, and a fingerprint as metadata. It may be
-larger than memory, and safetensors' own writer takes tensors in memory: so the header is written here, and
-then the states as they come.
+larger than memory, which safetensors' own writer takes tensors from: so header and states are written here.
 
 Shape suffixes: b rows, t positions in a row, n positions of all samples of a replica, d hidden width.
 """

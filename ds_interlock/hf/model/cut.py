@@ -27,9 +27,7 @@ from torch import Tensor, nn
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.model.surgery import Skeleton
 
-TIE = "embedding"
-"""Key of the tied weights, as ``TiedLayerSpec`` has it."""
-
+TIE = "embedding"  # key of the tied weights, as ``TiedLayerSpec`` has it
 _TRAVELS = ("attention_mask", "position_ids")
 
 Values: TypeAlias = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -106,8 +104,7 @@ def build_all(specs: Sequence[LayerSpec]) -> list[Callable[[Any], Any]]:
 class HFLayer(nn.Module):
     """Some of a model's modules (``paths``) under their own names, with their weights (none on meta)."""
 
-    part: str
-    """Which modules, as the model's ``Anatomy`` calls them."""
+    part: str  # which modules, as the model's ``Anatomy`` calls them
 
     def __init__(self, blueprint: Blueprint, paths: Sequence[str] | None = None) -> None:
         super().__init__()

@@ -78,10 +78,7 @@ def measure_profile(
     num_rounds: int,
     link: tuple[float, float] | None,
 ) -> Profile:
-    """A profile measured on this process's accelerator, with random weights, as ``estimate_profile``.
-
-    Each time is the median of ``num_rounds``.
-    """
+    """A profile measured here, medians of ``num_rounds``, with random weights; see ``estimate_profile``."""
     accelerator = get_accelerator()
     device = torch.device(accelerator.current_device_name())
     ids_bt = torch.randint(config.vocab_size, (micro_batch_size, seq_length), device=device)
@@ -105,8 +102,7 @@ def measure_profile(
 def _layers(config: Any, dtype: torch.dtype, device: torch.device) -> tuple[list[nn.Module], tuple[int, ...]]:
     """The layers of a job, as they train, and the numbers of those that a job would tie.
 
-    A tied unembedding has a weight of its own, as on a pipeline: the last stage has a copy, computes a
-    gradient for it and steps it.
+    A tied unembedding has a weight of its own, as the last stage has a copy, and steps it.
     """
 
     def values(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -115,9 +111,7 @@ def _layers(config: Any, dtype: torch.dtype, device: torch.device) -> tuple[list
         return {n: torch.empty_like(like, device=device).normal_(std=_STD) for n, like in weights.items()}
 
     skeleton = Skeleton(empty_model(config, "causal", dtype))
-    tied = Blueprint(skeleton, values).layers()
-    layers = Blueprint(skeleton, values, tie=False).layers()
-    return (
-        [spec.build().to(device).train() for spec in layers],
-        tuple(number for number, spec in enumerate(tied) if isinstance(spec, TiedLayerSpec)),
-    )
+    tied = enumerate(Blueprint(skeleton, values).layers())
+    layers = [spec.build() for spec in Blueprint(skeleton, values, tie=False).layers()]
+    numbers = tuple(number for number, spec in tied if isinstance(spec, TiedLayerSpec))
+    return [layer.to(device).train() for layer in layers], numbers

@@ -5,17 +5,13 @@
     GPT2LMHeadModel    wte, wpe             transformer.h.0 .. ln_f           lm_head (tied to wte)
     BertForSequence..  bert.embeddings      encoder.layer.0 .. bert.pooler, classifier
 
-No forward is written again. What happens between those modules (masks, rotary angles, the scale of
-embeddings, soft-capping) is left to the model's own forward, run on a ``Skeleton``: the model without
-weights, in which a *guest* takes the place of every block and records its arguments.
+No forward is written again: what happens between those modules (masks, rotary angles, soft-capping) is left
+to the model's own, run on a ``Skeleton``, in which a *guest* takes the place of every block.
 
     front    the forward runs up to the first block, whose first argument is the hidden state
     block    the forward runs past all blocks; the other arguments of this one are recorded, the same for all
              micro-batches of one shape without masks
     end      the last block returns the hidden state of the pipeline; the forward continues from there
-
-Which module is what follows from transformers' own pipeline plans (``config.base_model_pp_plan``); a small
-table covers families without one.
 
 Shape suffixes: b batch, t position, d hidden width, v vocabulary.
 """
@@ -39,7 +35,7 @@ class _Family(NamedTuple):
     returns_tuple: bool = False  # a block returns a tuple that begins with the hidden state
 
 
-# Families without a plan in transformers, by ``config.model_type``.
+# Families without a pipeline plan in transformers (``config.base_model_pp_plan``), by ``config.model_type``.
 _WITHOUT_PLAN = {
     "bert": _Family("encoder.layer", ("embeddings",)),
     "bloom": _Family("h", ("word_embeddings", "word_embeddings_layernorm"), returns_tuple=True),
@@ -196,8 +192,7 @@ class Skeleton:
     """
 
     def __init__(self, model: Any) -> None:
-        self.anatomy = find_anatomy(model)
-        self.model = model
+        self.anatomy, self.model = find_anatomy(model), model
         self._originals: dict[str, nn.Module] = {}
         self._hidden: Any = None
         self._visit: Visit = lambda *_: None

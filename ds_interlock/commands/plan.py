@@ -107,12 +107,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _check_phases(options: argparse.Namespace, interlock: InterlockConfig) -> None:
     """Raises ConfigError if pictures are wanted of a plan that changes."""
-    flags = [f"--{name}" for name in ("svg", "trace", "html") if getattr(options, name)]
-    if len(interlock.phases) > 1 and flags:
-        number = len(interlock.phases)
-        raise ConfigError(
-            f"{', '.join(flags)}: a picture is of one plan, but interlock.schedule has {number} phases"
-        )
+    flags = ", ".join(f"--{name}" for name in ("svg", "trace", "html") if getattr(options, name))
+    if (number := len(interlock.phases)) > 1 and flags:
+        raise ConfigError(f"{flags}: a picture is of one plan, but interlock.schedule has {number} phases")
 
 
 def _print_report(comparison: Comparison, forecasts: Sequence[Forecast]) -> None:
@@ -156,10 +153,7 @@ def _as_json(comparison: Comparison, forecasts: Sequence[Forecast]) -> dict[str,
         "num_micro_batches": comparison.num_micro_batches,
         "stage_bounds": list(comparison.reference.plan.stage_bounds),
         "configured": comparison.configured.name,
-        "settings": [
-            {name: value for name, value in vars(each).items() if name not in _NOT_IN_JSON}
-            for each in forecasts
-        ],
+        "settings": [{k: v for k, v in vars(each).items() if k not in _NOT_IN_JSON} for each in forecasts],
         "skipped": list(comparison.skipped),
         "pays": pays(comparison),
         "best_interlock": best.name if best else None,

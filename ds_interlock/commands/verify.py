@@ -86,9 +86,8 @@ def _function(text: str) -> Callable[[], Any]:
     try:
         function: Callable[[], Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"--layers-from {text}: expected MODULE:FUNCTION, as model:make_layers ({error})"
-        ) from None
+        expected = "expected MODULE:FUNCTION, as model:make_layers"
+        raise ConfigError(f"--layers-from {text}: {expected} ({error})") from None
     return function
 
 

@@ -220,10 +220,8 @@ class InterlockConfig(Section):
         section does not fit them, or has a schedule.
         """
         if self.schedule is not None:
-            number = len(self.schedule)
-            raise ConfigError(
-                f"{SECTION}.schedule: a schedule of {number} phases has no single plan, see phases"
-            )
+            number = f"a schedule of {len(self.schedule)} phases"
+            raise ConfigError(f"{SECTION}.schedule: {number} has no single plan, see phases")
         end_to_end = GradientFlowPlan.end_to_end(stage_bounds=stage_bounds)
         if self.is_global:
             return end_to_end

@@ -43,11 +43,11 @@ def run(args: FinetuneArguments) -> Metrics:
     job = start(args, partial(_complete_config, args=args))
     rate = job.config["optimizer"]["params"]["lr"]
     if rate > _HIGH_LEARNING_RATE and not args.lora_r and dist.get_rank() == 0:
-        print(
+        text = (
             f"finetune: warning: the learning rate is {rate:g}; above {_HIGH_LEARNING_RATE:g} a pretrained "
-            "model soon forgets what it knew: --learning_rate 5e-5 is usual when all weights train",
-            file=sys.stderr,
         )
+        text += "model soon forgets what it knew: --learning_rate 5e-5 is usual when all weights train"
+        print(text, file=sys.stderr)
     records, classes = read_data(args, has_data=job.has_data)
     dtype = torch.bfloat16 if job.config.get("bf16", {}).get("enabled") else torch.float32
     pretrained = in_turns(lambda: open_model(args, dtype, classes))
@@ -142,10 +142,8 @@ def _check_classifier_heads(head: HeadConfig) -> None:
             'with --task classification use "auto", a copy of the classifier on every stage'
         )
     if head.kl_weight > 0:
-        raise ConfigError(
-            f"interlock.head.kl_weight is {head.kl_weight:g}: the heads of a classifier learn from the "
-            "labels alone; set it to 0 with --task classification"
-        )
+        why = "the heads of a classifier learn from the labels alone; set it to 0 with --task classification"
+        raise ConfigError(f"interlock.head.kl_weight is {head.kl_weight:g}: {why}")
 
 
 def _check_heads_fit(blueprint: Blueprint) -> None:

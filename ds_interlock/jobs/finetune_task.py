@@ -181,9 +181,8 @@ class FinetuneTask(Task):
         right = total = 0
         if self.validation is not None:
             labels = [int(label) for _, (labels_b, _) in self.validation for label in labels_b]
-            for label, guess in zip(labels, predicted, strict=True):
-                right += label == guess
-                total += label >= 0
+            right = sum(label == guess for label, guess in zip(labels, predicted, strict=True))
+            total = sum(label >= 0 for label in labels)
         counts = gather((right, total))
         return sum(right for right, _ in counts) / sum(total for _, total in counts)
 

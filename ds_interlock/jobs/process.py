@@ -82,9 +82,8 @@ def start(args: RunArguments, complete: Callable[[Config], Config] = lambda conf
         check_deepspeed(config)
         interlock = InterlockConfig.from_deepspeed(config)
         if num_stages < 1 or world_size % num_stages:
-            raise ConfigError(
-                f"--num_stages is {num_stages}: expected a divisor of {world_size}, the number of processes"
-            )
+            expected = f"a divisor of {world_size}, the number of processes"
+            raise ConfigError(f"--num_stages is {num_stages}: expected {expected}")
     return Job(config, interlock, num_stages)
 
 

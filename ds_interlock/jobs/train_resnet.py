@@ -110,10 +110,8 @@ main = partial(run_command, "train_resnet", ResNetArguments, run, __doc__)
 def check_heads(interlock: InterlockConfig) -> None:
     """Refuses a type of head that would be ignored."""
     if interlock.head.type != "auto":
-        raise ConfigError(
-            f'interlock.head.type: "{interlock.head.type}" is for language models: leave it out, the heads '
-            "of a ResNet are set with --head_channels"
-        )
+        advice = "leave it out, the heads of a ResNet are set with --head_channels"
+        raise ConfigError(f'interlock.head.type: "{interlock.head.type}" is for language models: {advice}')
 
 
 def step_schedule(max_steps: int) -> Callable[[torch.optim.Optimizer], Any]:

@@ -45,8 +45,7 @@ class Stopwatch:
     """Times work on the device that ``synchronize`` waits for: in ``num_rounds``, after one left out."""
 
     def __init__(self, synchronize: Callable[[], None], num_rounds: int = 5) -> None:
-        self.synchronize = synchronize
-        self.num_rounds = num_rounds + 1
+        self.synchronize, self.num_rounds = synchronize, num_rounds + 1
 
     def __call__(self, work: Callable[[], Any]) -> tuple[float, Any]:
         """Seconds that ``work`` takes, and its result."""
@@ -113,17 +112,14 @@ class _Layer:
             tensor.grad = None
         del self.output, self.gradient
 
-    def step(self, meter: Meter, optimizer: MakeOptimizer | None) -> None:
-        self.seconds["step"].append(_step_seconds(self.parameters, meter, optimizer))
-
     def profile(self) -> LayerProfile:
-        seconds = {name: _median(values) for name, values in self.seconds.items()}
+        forward, relay, backward, step = map(_median, self.seconds.values())
         return LayerProfile(
             name=self.call.name,
-            forward_seconds=seconds["forward"],
-            input_gradient_seconds=seconds["relay"],
-            weight_gradient_seconds=max(0.0, seconds["backward"] - seconds["relay"]),
-            optimizer_seconds=seconds["step"],
+            forward_seconds=forward,
+            input_gradient_seconds=relay,
+            weight_gradient_seconds=max(0.0, backward - relay),
+            optimizer_seconds=step,
             num_parameters=sum(p.numel() for p in self.parameters),
             activation_bytes=self.kept_bytes,
             output_bytes=self.output_bytes,
@@ -147,7 +143,7 @@ def profile_layers(
         for layer in reversed(layers):
             layer.backward(meter)
         for layer in layers:
-            layer.step(meter, optimizer)
+            layer.seconds["step"].append(_step_seconds(layer.parameters, meter, optimizer))
     return [layer.profile() for layer in layers]
 
 

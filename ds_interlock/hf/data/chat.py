@@ -11,7 +11,7 @@ the start and up to the end of each turn of the assistant: the span is the diffe
 
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
@@ -41,7 +41,7 @@ def render_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, li
         ) from error
     try:
         if _GENERATION_TAG.search(template):
-            return _render_with_tags(chat.messages, template, tokenizer)
+            return _render_with_tags(chat, template, tokenizer)
         return _render_turn_by_turn(chat, tokenizer)
     except (TemplateError, TypeError) as error:
         raise DataError(f"{chat.where}: the chat template refuses this chat ({error})") from error
@@ -60,14 +60,12 @@ def is_learned(offsets: Sequence[Span], is_special: Sequence[bool], spans: Seque
     return learned
 
 
-def _render_with_tags(
-    messages: Sequence[Mapping[str, Any]], template: str, tokenizer: Any
-) -> tuple[str, list[Span]]:
+def _render_with_tags(chat: Chat, template: str, tokenizer: Any) -> tuple[str, list[Span]]:
     # Not through apply_chat_template(return_assistant_tokens_mask=True): where a span begins or ends with
     # a space that the tokenizer trims off its offsets, that marks the rest of the chat, or nothing more.
     render: Any = render_jinja_template  # its types say less than it takes and returns
     rendered, spans = render(
-        conversations=[messages],
+        conversations=[chat.messages],
         chat_template=template,
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,

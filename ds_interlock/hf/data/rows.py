@@ -39,13 +39,9 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
 
 
 class Rows(ABC):
-    """A way to fill rows of at most ``seq_length`` positions; DataError if a sample is longer.
+    """A way to fill rows of ``seq_length``, what is left with ``pad_id``; DataError if a sample is longer."""
 
-    ``pad_id`` is the token id of empty positions.
-    """
-
-    names: tuple[str, ...]
-    """What the inputs are, by the names of a Hugging Face model's arguments."""
+    names: tuple[str, ...]  # what the inputs are, by the names of a Hugging Face model's arguments
 
     def __init__(self, samples: Sequence[Sample], seq_length: int, pad_id: int = 0) -> None:
         self.samples, self.seq_length, self.pad_id = samples, seq_length, pad_id

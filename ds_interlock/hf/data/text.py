@@ -171,14 +171,10 @@ def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 class TokenBlocks:
-    """Tokens cut into blocks of inputs and labels: every token but the first is a label once.
-
-    The last tokens, which fill no block, are left out.
-    """
+    """Tokens cut into blocks of inputs and labels; the last tokens, which fill no block, are left out."""
 
     def __init__(self, tokens: Tensor, seq_length: int) -> None:
-        self.tokens = tokens
-        self.seq_length = seq_length
+        self.tokens, self.seq_length = tokens, seq_length
 
     def __len__(self) -> int:
         return max(0, (len(self.tokens) - 1) // self.seq_length)
@@ -226,10 +222,7 @@ class BlockIterator(EpochIterator[tuple[Tensor, Tensor]]):
 
 
 def unigram_perplexity(train_tokens: Tensor, validation_tokens: Tensor, vocab_size: int) -> float:
-    """Perplexity on ``validation_tokens`` of the token frequencies in ``train_tokens``, plus one each.
-
-    A model without context reaches it: any language model must fall well below.
-    """
+    """Perplexity on ``validation_tokens`` of the token frequencies in ``train_tokens``, plus one each."""
     counts = torch.bincount(train_tokens, minlength=vocab_size).double() + 1
     log_probabilities = (counts / counts.sum()).log()
     return math.exp(-log_probabilities[validation_tokens].mean().item())

@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sentencepiece
 from tokenizers import Regex, decoders, normalizers
@@ -75,14 +75,9 @@ def read_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
             "to mark where a document ends; train the model with either"
         )
     fast_tokenizer: Any = PreTrainedTokenizerFast  # its constructor is not typed
-    tokenizer: PreTrainedTokenizerBase = fast_tokenizer(
-        tokenizer_object=_to_fast(path),
-        unk_token=processor.id_to_piece(unknown),
-        eos_token=end,
-        bos_token=end,
-        clean_up_tokenization_spaces=False,
-    )
-    return tokenizer
+    special = {"unk_token": processor.id_to_piece(unknown), "eos_token": end, "bos_token": end}
+    fast = fast_tokenizer(tokenizer_object=_to_fast(path), clean_up_tokenization_spaces=False, **special)
+    return cast(PreTrainedTokenizerBase, fast)
 
 
 def default_cache_dir() -> Path:
@@ -135,12 +130,10 @@ def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Pa
 
 
 def _training_lines(documents: Sequence[str]) -> list[str]:
-    """Lines from all documents alike, about ``_TRAINING_CHARACTERS`` in all: every n-th one.
-
-    Long ones are cut, because sentencepiece leaves out lines of more than 4,192 bytes.
-    """
+    """Lines from all documents alike, about ``_TRAINING_CHARACTERS`` in all: every n-th one."""
     lines = [line for document in documents for line in document.splitlines() if line.strip()]
     step = max(1, sum(map(len, lines)) // _TRAINING_CHARACTERS)
+    # Sentencepiece leaves out lines of more than 4,192 bytes.
     return [line[start : start + 1000] for line in lines[::step] for start in range(0, len(line), 1000)]
 
 

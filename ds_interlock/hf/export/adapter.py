@@ -25,10 +25,7 @@ _PREFIX = "base_model.model."
 
 
 def export_adapter(source: FineTunedCheckpoint, output: str | PathLike[str]) -> ExportReport:
-    """Writes a checkpoint's adapters as a folder that ``PeftModel.from_pretrained`` loads.
-
-    ConfigError if the checkpoint lacks some of them, or the folder cannot be written.
-    """
+    """Writes the adapters as a folder for ``PeftModel.from_pretrained``; ConfigError if some are missing."""
     model = _peft_model(source)
     from peft import get_peft_model_state_dict
 
@@ -74,11 +71,8 @@ def merged_name(name: str) -> str:
 
 
 def _peft_tensors(source: FineTunedCheckpoint, model: Any) -> dict[str, Tensor]:
-    """The checkpoint's tensors by their names within the peft model.
-
-    A peft model has a module that is trained as a whole, such as a new classifier, twice: before and after
-    training. The pipeline has only the trained one.
-    """
+    """The checkpoint's tensors by their names within the peft model."""
+    # That has a module trained as a whole, such as a new classifier, twice: before and after.
     saved = source.tensors()
     tensors = dict(saved)
     for name in model.get_base_model().state_dict():

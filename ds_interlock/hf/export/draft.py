@@ -51,7 +51,11 @@ def export_draft(
     after_layer = source.plan.heads[loss].after_layer
     num_blocks = after_layer - source.description.num_front_layers
     model = empty_model(_shortened_config(source, num_blocks), source.description.architecture)
-    tensors = {**_front(source, after_layer), **_end(source, loss, model, dtype)}
+    whole = source.tensors() if source.description.peft is None else merged_tensors(source)
+    before = [state for number, state in source.layers.items() if number < after_layer]
+    names = [merged_name(name) for state in before for name in state]
+    front = {name: whole[name] for name in names if name in whole}
+    tensors = {**front, **_end(source, loss, model, dtype)}
     note = f"blocks 0 to {num_blocks - 1} of {source.description.num_blocks}, with head {loss}"
     return write_model(
         output, source, model, tensors, dtype=dtype, max_shard_size=max_shard_size, notes=[note]
@@ -96,13 +100,6 @@ def _shortened_config(source: FineTunedCheckpoint, num_blocks: int) -> Any:
         raise ConfigError(
             f"{type(config).__name__} cannot be cut to {num_blocks} blocks: {str(error).strip()}"
         ) from error
-
-
-def _front(source: FineTunedCheckpoint, after_layer: int) -> dict[str, Tensor]:
-    tensors = source.tensors() if source.description.peft is None else merged_tensors(source)
-    layers = [state for number, state in source.layers.items() if number < after_layer]
-    names = (merged_name(name) for state in layers for name in state)
-    return {name: tensors[name] for name in names if name in tensors}
 
 
 def _end(source: FineTunedCheckpoint, loss: int, model: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:

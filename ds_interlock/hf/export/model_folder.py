@@ -41,7 +41,6 @@ class ExportReport:
     notes: Sequence[str] = ()  # what a user may not expect, one sentence each
 
     def __str__(self) -> str:
-        """Lines for a terminal."""
         size = f"{self.num_parameters:,} parameters, {self.num_bytes / 2**20:,.1f} MiB"
         return "\n".join([f"{self.output}: {self.what}, {size}", *(f"note: {note}" for note in self.notes)])
 

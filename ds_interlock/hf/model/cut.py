@@ -70,8 +70,8 @@ class Blueprint:
     def layers(self) -> list[LayerSpec]:
         """The whole model as layer specifications; see the picture at the top of the file."""
         anatomy = self.skeleton.anatomy
-        specs = [LayerSpec(Front, self), *(LayerSpec(Block, self, i) for i in range(anatomy.num_blocks))]
-        specs.append(LayerSpec(End, self))
+        blocks = (LayerSpec(Block, self, index) for index in range(anatomy.num_blocks))
+        specs = [LayerSpec(Front, self), *blocks, LayerSpec(End, self)]
         if anatomy.unembedding is None:
             return specs
         if anatomy.tied and self.tie:

@@ -235,8 +235,7 @@ def _load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
 def _converted(auto_model: Any, folder: Path, name: str, gguf_file: str | None, cache_dir: Path) -> Path:
     """The folder of the model as safetensors with the names of its modules, from the cache or made now.
 
-    Parameters that the files lack, such as a new classifier's, are left out. In the cache a model is found by
-    a hash of its files' sizes and dates.
+    Parameters that the files lack are left out. The cache knows a model by its files' sizes and dates.
     """
     sources = [folder / gguf_file] if gguf_file else sorted(p for p in folder.iterdir() if p.is_file())
     if gguf_file and not sources[0].is_file():

@@ -246,6 +246,7 @@ class Skeleton:
             self._context = tuple(context.values())  # kept, so that no other tensor gets their ids
         return self._arguments[index]
 
+    @torch.no_grad()
     def _arguments_of_all(self, hidden_btd: Tensor, context: Mapping[str, Tensor]) -> dict[int, Arguments]:
         arguments: dict[int, Arguments] = {}
 
@@ -255,10 +256,9 @@ class Skeleton:
                 raise _Captured(None)
             return hidden
 
-        with torch.no_grad():
-            self._hidden = hidden_btd.detach()
-            inputs = {"inputs_embeds": self._hidden, **context}
-            self._run(self.model.base_model, inputs, note, {}, training=False)
+        self._hidden = hidden_btd.detach()
+        inputs = {"inputs_embeds": self._hidden, **context}
+        self._run(self.model.base_model, inputs, note, {}, training=False)
         return arguments
 
     def end(

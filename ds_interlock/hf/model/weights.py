@@ -3,9 +3,8 @@
     model.safetensors.index.json      names of tensors -> shards
     model-00001-of-00003.safetensors  ...
 
-A safetensors file is mapped, not read: a rank that owns three layers of eighty touches three layers of
-the file. Large tensors are copied in pieces, and the file is closed after each: what was copied does not stay
-mapped, so a process never holds much more than what it keeps.
+A safetensors file is mapped, not read. Large tensors are copied in pieces, and the file is closed after each:
+what was copied does not stay mapped, so a process never holds much more than what it keeps.
 """
 
 from collections.abc import Iterable, Mapping

@@ -43,11 +43,11 @@ def run(args: FinetuneArguments) -> Metrics:
     job = start(args, partial(_complete_config, args=args))
     rate = job.config["optimizer"]["params"]["lr"]
     if rate > _HIGH_LEARNING_RATE and not args.lora_r and dist.get_rank() == 0:
-        text = (
+        print(
             f"finetune: warning: the learning rate is {rate:g}; above {_HIGH_LEARNING_RATE:g} a pretrained "
+            "model soon forgets what it knew: --learning_rate 5e-5 is usual when all weights train",
+            file=sys.stderr,
         )
-        text += "model soon forgets what it knew: --learning_rate 5e-5 is usual when all weights train"
-        print(text, file=sys.stderr)
     records, classes = read_data(args, has_data=job.has_data)
     dtype = torch.bfloat16 if job.config.get("bf16", {}).get("enabled") else torch.float32
     pretrained = in_turns(lambda: open_model(args, dtype, classes))

@@ -6,7 +6,7 @@
 A micro-batch is ``(inputs, (labels, normaliser))``, or ``(inputs, (labels, normaliser, base))``: the forms
 of ``ds_interlock.heads.labels``. DeepSpeed takes the mean of the losses of the M micro-batches of a batch and
 of R replicas. With the normaliser (labels in the whole batch) / (M * R) that is the mean over the labels of
-the batch, however its rows are distributed. Every replica goes through the same rows, so each can count them.
+the batch, however its rows are distributed. Every replica goes through the same rows, so it knows all labels.
 """
 
 from collections.abc import Callable, Iterator, Sequence

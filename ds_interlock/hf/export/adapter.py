@@ -72,7 +72,7 @@ def merged_name(name: str) -> str:
 
 def _peft_tensors(source: FineTunedCheckpoint, model: Any) -> dict[str, Tensor]:
     """The checkpoint's tensors by their names within the peft model."""
-    # That has a module trained as a whole, such as a new classifier, twice: before and after.
+    # It has a module trained as a whole, such as a new classifier, twice; the pipeline only as it is trained.
     saved = source.tensors()
     tensors = dict(saved)
     for name in model.get_base_model().state_dict():

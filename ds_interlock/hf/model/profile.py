@@ -88,7 +88,7 @@ def _layers(config: Any, dtype: torch.dtype, device: torch.device) -> tuple[list
 
     skeleton = Skeleton(empty_model(config, "causal", dtype))
     tied = enumerate(Blueprint(skeleton, values).layers())
-    # A tied unembedding has a weight of its own: the last stage has a copy, computes its gradient and steps it.
+    # A tied unembedding has a weight of its own: the last stage has a copy, and steps it.
     layers = [spec.build() for spec in Blueprint(skeleton, values, tie=False).layers()]
     numbers = tuple(number for number, spec in tied if isinstance(spec, TiedLayerSpec))
     return [layer.to(device).train() for layer in layers], numbers

@@ -93,13 +93,12 @@ def run(options: argparse.Namespace) -> int:
             _print_report(comparison, forecasts)
     if options.json:
         terminal.print_json(interlock, reports)
+    pictured = _timelines(comparison, forecasts)
     if options.svg:
         title = f"{num_micro_batches} micro-batches on {num_stages} stages"
-        replace_text(options.svg, render_svg(_timelines(comparison, forecasts), title))
+        replace_text(options.svg, render_svg(pictured, title))
     if options.trace:
-        replace_text(
-            options.trace, json.dumps(chrome_trace(_timelines(comparison, forecasts), profile.model))
-        )
+        replace_text(options.trace, json.dumps(chrome_trace(pictured, profile.model)))
     if options.html:
         replace_text(options.html, render_page(interlock, profile, bounds, num_micro_batches))
     return 0

@@ -220,8 +220,8 @@ class InterlockConfig(Section):
         section does not fit them, or has a schedule.
         """
         if self.schedule is not None:
-            number = f"a schedule of {len(self.schedule)} phases"
-            raise ConfigError(f"{SECTION}.schedule: {number} has no single plan, see phases")
+            what = f"a schedule of {len(self.schedule)} phases"
+            raise ConfigError(f"{SECTION}.schedule: {what} has no single plan, see phases")
         end_to_end = GradientFlowPlan.end_to_end(stage_bounds=stage_bounds)
         if self.is_global:
             return end_to_end

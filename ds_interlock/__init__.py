@@ -7,37 +7,33 @@
     engine, *_ = ds_interlock.initialize(model=net, config="configs/interlock.json", training_data=data)
     loss = engine.train_batch()
 
-Names are imported when they are first used: planning needs neither torch nor DeepSpeed.
+What needs torch and DeepSpeed is imported when it is first used: planning does without.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ds_interlock.config import HeadConfig, InterlockConfig
+from ds_interlock.errors import ConfigError, DataError, PeerError, PlanError, ScheduleError
+from ds_interlock.schedule.phases import PlanSchedule
+from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
 
 if TYPE_CHECKING:
-    from ds_interlock.config import HeadConfig, InterlockConfig
     from ds_interlock.engine.engine import InterlockEngine
     from ds_interlock.engine.initialize import initialize
     from ds_interlock.engine.module import InterlockPipelineModule
-    from ds_interlock.errors import ConfigError, DataError, PeerError, PlanError, ScheduleError
-    from ds_interlock.schedule.phases import PlanSchedule
-    from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
     from ds_interlock.stage.in_process import InProcessPipeline
     from ds_interlock.transport.start import init_distributed
 
-_NAMES = {
-    "config": ("HeadConfig", "InterlockConfig"),
-    "errors": ("ConfigError", "DataError", "PeerError", "PlanError", "ScheduleError"),
-    "engine.engine": ("InterlockEngine",),
-    "engine.initialize": ("initialize",),
-    "engine.module": ("InterlockPipelineModule",),
-    "schedule.phases": ("PlanSchedule",),
-    "schedule.plan": ("GradientFlowPlan", "LossHead"),
-    "stage.in_process": ("InProcessPipeline",),
-    "transport.start": ("init_distributed",),
+__version__ = "0.1.0"
+
+_IMPORTED_LATER = {
+    "InProcessPipeline": "stage.in_process",
+    "InterlockEngine": "engine.engine",
+    "InterlockPipelineModule": "engine.module",
+    "init_distributed": "transport.start",
+    "initialize": "engine.initialize",
 }
-_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "ConfigError",
@@ -59,10 +55,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _IMPORTED_LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return getattr(import_module(f"{__name__}.{_IMPORTED_LATER[name]}"), name)

@@ -22,27 +22,7 @@ FAILED, BAD_INPUT = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs ``ds-interlock``.
-
-    Args:
-        arguments: The command line without the program's name; by default the process's own.
-
-    Returns:
-        The exit status.
-    """
-    options = _parser().parse_args(arguments)
-    try:
-        status: int = options.run(options)
-    except (ConfigError, PlanError) as error:
-        print(f"ds-interlock: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except (PeerError, ScheduleError) as error:
-        print(f"ds-interlock: {error}", file=sys.stderr)
-        return FAILED
-    return status
-
-
-def _parser() -> argparse.ArgumentParser:
+    """Runs ``ds-interlock`` with ``arguments``, by default the process's own; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="ds-interlock",
         description="Interlocking backpropagation for DeepSpeed pipelines.",
@@ -52,7 +32,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (plan, profile, verify, export):
         command.add_parser(commands)
-    return parser
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except (ConfigError, PlanError, PeerError, ScheduleError) as error:
+        print(f"ds-interlock: {error}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, ConfigError | PlanError) else FAILED
+    return status
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 class MayFail(Protocol):
     """Has methods that ``remembers_failure`` watches."""
 
-    has_failed: bool
-    """Whether the last of them that was called has raised."""
+    has_failed: bool  # whether the last of them that was called has raised
 
 
 Owner = TypeVar("Owner", bound=MayFail)
@@ -47,6 +46,11 @@ def list_faults(subject: str, faults: Sequence[str]) -> str:
     if len(faults) == 1:
         return f"{subject}: {faults[0]}"
     return "\n".join([f"{subject}: {len(faults)} faults", *(f"  - {fault}" for fault in faults)])
+
+
+def first_names(names: Sequence[str], most: int = 5) -> str:
+    """``names`` as a list for a message, which names the first ones and counts the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def remembers_failure(

@@ -23,11 +23,7 @@ _MOST_FAULTS = 10
 def read_record(path: str | os.PathLike[str], kind: type[Record], *, what: str, hint: str) -> Record:
     """Reads a JSON file into a pydantic model, or raises a ConfigError that says what is wrong with it.
 
-    Args:
-        path: The file.
-        kind: The model.
-        what: What to call such a file, as "profile".
-        hint: What to do about a file that cannot be read, or is another kind of file.
+    ``what`` is what to call such a file, as "profile", and ``hint`` what to do if it cannot be used.
     """
     try:
         return kind.model_validate_json(Path(path).read_text(encoding="utf-8"))

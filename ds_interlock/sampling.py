@@ -36,10 +36,9 @@ def epoch_order(num_items: int, seed: int, epoch: int) -> Tensor:
 
 
 def set_aside(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Splits off a random ``share`` (0 to 1) of at least two items: at least one, at most all but one.
+    """The items without a random ``share`` (0 to 1) of them, and that share, both in their original order.
 
-    Returns:
-        The others, and those split off, both in their original order.
+    It has at least one item, and at most all but one. DataError if there are fewer than two.
     """
     if len(items) < 2:
         raise DataError(
@@ -56,12 +55,9 @@ class ResumableIterator(Iterator[Item], ABC):
     """An iterator whose order depends on its settings alone, so that its state is one number.
 
     The engine saves ``state_dict()`` with a checkpoint and gives it to ``load_state_dict`` on resume.
-
-    Attributes:
-        position: Items returned so far.
     """
 
-    position: int = 0
+    position: int = 0  # items returned so far
 
     @abstractmethod
     def fingerprint(self) -> dict[str, int | str]:

@@ -4,8 +4,7 @@ import argparse
 import re
 from typing import Any
 
-from ds_interlock.commands.arguments import add_command, at_least_one
-from ds_interlock.commands.printing import print_progress
+from ds_interlock.commands.terminal import add_command, at_least_one, print_progress
 from ds_interlock.errors import ConfigError
 
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -8,24 +8,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ds_interlock.commands.arguments import add_command, at_least_one, positive
-from ds_interlock.commands.printing import print_json, print_progress, print_table
+from ds_interlock.commands import terminal
 from ds_interlock.commands.profile import DEFAULT_SEQ_LENGTH, micro_batch_size_of
+from ds_interlock.commands.terminal import at_least_one, positive
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError
 from ds_interlock.files import replace_text
 from ds_interlock.planning.forecast import Comparison, Forecast, compare
 from ds_interlock.planning.page import render_page
 from ds_interlock.planning.profile import Profile, unit_profile
-from ds_interlock.planning.report import as_json, timelines, unit_of
-from ds_interlock.planning.verdict import verdict
+from ds_interlock.planning.verdict import best_interlock, pays, verdict
 from ds_interlock.schedule.picture import draw_plan
 from ds_interlock.schedule.plan import rises
-from ds_interlock.schedule.render import render_svg
+from ds_interlock.schedule.render import Timeline, render_svg
 from ds_interlock.schedule.trace import chrome_trace
 
 _DEFAULT_STAGES = 4
 _UNIT_LAYERS_PER_STAGE = 4
+_BATCHES_IN_PICTURES = (1, 2)  # the first to start while the pipeline is running, and the next
+_NOT_IN_JSON = {"spans", "plan"}
 
 _PLAN = """\
 Simulates CONFIG's plan (of a schedule, the plan of each phase) and prints the time of a batch, the
@@ -42,7 +43,7 @@ equal layers: a stage's forward, input gradient and weight gradient 1 each, a he
 def add_parser(commands: Any) -> None:
     """Adds ``plan`` to the subcommands."""
     summary = "predict a config's speed and memory, and whether interlocking pays"
-    parser = add_command(commands, "plan", run, summary=summary, description=_PLAN)
+    parser = terminal.add_command(commands, "plan", run, summary=summary, description=_PLAN)
     add = parser.add_argument
     add("config", metavar="CONFIG", help="DeepSpeed JSON config")
     stages = f"pipeline stages (default: {_DEFAULT_STAGES})"
@@ -85,18 +86,19 @@ def run(options: argparse.Namespace) -> int:
         forecasts = comparison.all
         if not options.compare:  # the configured setting and global, once if they are the same
             forecasts = tuple(each for each in forecasts if each in (forecasts[0], comparison.reference))
-        reports.append(as_json(comparison, forecasts))
+        reports.append(_as_json(comparison, forecasts))
         if not options.json:
             if interlock.schedule is not None:
                 print(f"From step {from_step}:\n")
             _print_report(comparison, forecasts)
     if options.json:
-        print_json(interlock, reports)
+        terminal.print_json(interlock, reports)
+    pictured = _timelines(comparison, forecasts)
     if options.svg:
         title = f"{num_micro_batches} micro-batches on {num_stages} stages"
-        replace_text(options.svg, render_svg(timelines(comparison, forecasts), title))
+        replace_text(options.svg, render_svg(pictured, title))
     if options.trace:
-        replace_text(options.trace, json.dumps(chrome_trace(timelines(comparison, forecasts), profile.model)))
+        replace_text(options.trace, json.dumps(chrome_trace(pictured, profile.model)))
     if options.html:
         replace_text(options.html, render_page(interlock, profile, bounds, num_micro_batches))
     return 0
@@ -104,12 +106,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _check_phases(options: argparse.Namespace, interlock: InterlockConfig) -> None:
     """Raises ConfigError if pictures are wanted of a plan that changes."""
-    flags = [f"--{name}" for name in ("svg", "trace", "html") if getattr(options, name)]
-    if len(interlock.phases) > 1 and flags:
-        number = len(interlock.phases)
-        raise ConfigError(
-            f"{', '.join(flags)}: a picture is of one plan, but interlock.schedule has {number} phases"
-        )
+    flags = ", ".join(f"--{name}" for name in ("svg", "trace", "html") if getattr(options, name))
+    if (number := len(interlock.phases)) > 1 and flags:
+        raise ConfigError(f"{flags}: a picture is of one plan, but interlock.schedule has {number} phases")
 
 
 def _print_report(comparison: Comparison, forecasts: Sequence[Forecast]) -> None:
@@ -122,10 +121,10 @@ def _print_report(comparison: Comparison, forecasts: Sequence[Forecast]) -> None
     print(f"costs: {profile.source}")
     if not profile.is_unit:
         print(f"a job with these stages: --stage_bounds {bounds.replace(' ', '')}")
-    batch = f"batch ({unit_of(comparison)})"
+    batch = f"batch ({_unit_of(comparison)})"
     heads = ("setting", batch, "x global", "bubble", "heads", "in flight", "activations", "relays")
     print()
-    print_table(heads, [_row(comparison, each) for each in forecasts])
+    terminal.print_table(heads, [_row(comparison, each) for each in forecasts])
     print(
         "\n* configured. In flight: micro-batches, by stage. "
         "Activations, relays: per batch, of the stage with the most."
@@ -135,6 +134,43 @@ def _print_report(comparison: Comparison, forecasts: Sequence[Forecast]) -> None
     if comparison.syncs_ties:
         print('stages share weights, interlock.tied_weights is "sync": no setting streams')
     print(f"\n{verdict(comparison)}")
+
+
+def _unit_of(comparison: Comparison) -> str:
+    """The unit of a comparison's times: seconds, or forwards of a stage where nothing was measured."""
+    return "forwards" if comparison.profile.is_unit else "s"
+
+
+def _as_json(comparison: Comparison, forecasts: Sequence[Forecast]) -> dict[str, Any]:
+    """What ``--json`` prints: every forecast without its spans, and the verdict."""
+    best = best_interlock(comparison)
+    return {
+        "model": comparison.profile.model,
+        "costs": comparison.profile.source,
+        "unit": _unit_of(comparison),
+        "num_stages": comparison.reference.plan.num_stages,
+        "num_micro_batches": comparison.num_micro_batches,
+        "stage_bounds": list(comparison.reference.plan.stage_bounds),
+        "configured": comparison.configured.name,
+        "settings": [{k: v for k, v in vars(each).items() if k not in _NOT_IN_JSON} for each in forecasts],
+        "skipped": list(comparison.skipped),
+        "pays": pays(comparison),
+        "best_interlock": best.name if best else None,
+        "verdict": verdict(comparison),
+    }
+
+
+def _timelines(comparison: Comparison, forecasts: Sequence[Forecast]) -> list[Timeline]:
+    """Two batches of each setting in the running pipeline."""
+    unit = _unit_of(comparison)
+    return [
+        Timeline(
+            f"{each.name}: {each.batch_seconds:.4g} {unit} per batch",
+            unit,
+            tuple(tuple(span for span in row if span.batch in _BATCHES_IN_PICTURES) for row in each.spans),
+        )
+        for each in forecasts
+    ]
 
 
 def _row(comparison: Comparison, each: Forecast) -> tuple[str, ...]:
@@ -168,7 +204,7 @@ def _profile(
     if not options.model:
         num_layers = options.bounds[-1] if options.bounds else _UNIT_LAYERS_PER_STAGE * num_stages
         return unit_profile(num_layers, num_layers / num_stages)
-    print_progress("importing transformers")
+    terminal.print_progress("importing transformers")
     from ds_interlock.hf.model.pretrained import load_config
     from ds_interlock.hf.model.profile import estimate_profile
 

@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_interlock.commands.arguments import add_command, at_least_one
-from ds_interlock.commands.printing import print_progress
+from ds_interlock.commands.terminal import add_command, at_least_one, print_progress
 from ds_interlock.config import InterlockConfig, read_deepspeed
 from ds_interlock.errors import ConfigError
 

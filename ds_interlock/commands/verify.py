@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ds_interlock.commands.arguments import add_command, at_least_one, positive
-from ds_interlock.commands.printing import print_json, print_progress, print_table
+from ds_interlock.commands import terminal
+from ds_interlock.commands.terminal import at_least_one, positive, print_progress
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError
 from ds_interlock.schedule.picture import draw_plan
@@ -37,7 +37,7 @@ precision) is ignored: gradients are compared before any of it applies. No launc
 def add_parser(commands: Any) -> None:
     """Adds ``verify`` to the subcommands."""
     summary = "check a config's gradients on a small model against plain autograd"
-    add = add_command(commands, "verify", run, summary=summary, description=_VERIFY).add_argument
+    add = terminal.add_command(commands, "verify", run, summary=summary, description=_VERIFY).add_argument
     add("config", metavar="CONFIG", help="DeepSpeed JSON config")
     stages = "stages, and processes (default: %(default)s)"
     add("--stages", type=at_least_one, default=4, metavar="K", help=stages)
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
         for phase, (_, section) in zip(schedule.phases, interlock.phases, strict=True)
     ]
     if options.json:
-        print_json(interlock, [_as_json(report) for report in reports])
+        terminal.print_json(interlock, [_as_json(report) for report in reports])
     else:
         for (step, _), report in zip(interlock.phases, reports, strict=True):
             if interlock.schedule is not None:
@@ -86,9 +86,8 @@ def _function(text: str) -> Callable[[], Any]:
     try:
         function: Callable[[], Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"--layers-from {text}: expected MODULE:FUNCTION, as model:make_layers ({error})"
-        ) from None
+        expected = "expected MODULE:FUNCTION, as model:make_layers"
+        raise ConfigError(f"--layers-from {text}: {expected} ({error})") from None
     return function
 
 
@@ -107,13 +106,12 @@ def _print_report(report: "Report") -> None:
         limit = f"{check.limit:.0e}" if check.limit else "none"
         result = "pass" if check.passed else "FAIL"
         rows.append((check.name, str(check.num_parameters), f"{check.error:.1e}", limit, result))
-    print_table(("check", "parameters", "worst error", "limit", "result"), rows)
+    terminal.print_table(("check", "parameters", "worst error", "limit", "result"), rows)
     print()
     for note in report.notes:
         print(f"note: {note}")
     print(f"{report.num_programs} programs verified: all work in order, no standstill")
-    num_failed = sum(not check.passed for check in report.checks)
-    total = f"{len(report.checks)} checks"
+    num_failed, total = sum(not check.passed for check in report.checks), f"{len(report.checks)} checks"
     print(f"{num_failed} of {total} failed" if num_failed else f"all {total} passed")
 
 

@@ -19,8 +19,7 @@ class Refusal:
     key: str
     values: tuple[object, ...]
     reason: str
-    switch: str | None = None
-    """A key that must be true for the setting to count."""
+    switch: str | None = None  # a key that must be true for the setting to count
 
 
 REFUSALS = (
@@ -76,11 +75,10 @@ MUST_AGREE = (
 """The sections and keys that all ranks of a job must share: they decide on numbers and messages. The others
 are a rank's own: what it prints, where it writes, and what scripts keep in the same file."""
 
-MAY_DIFFER = (
+MAY_DIFFER = (  # the exceptions in these sections
     *("interlock.timeout_seconds", "interlock.trace.path"),
     *("zero_optimization.offload_optimizer.nvme_path", "zero_optimization.offload_param.nvme_path"),
 )
-"""The exceptions in these sections."""
 
 
 def check_deepspeed(config: Mapping[str, Any]) -> None:

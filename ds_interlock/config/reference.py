@@ -9,9 +9,7 @@ from pydantic.fields import FieldInfo
 
 from ds_interlock.config import REFUSALS, HeadConfig, InterlockConfig
 from ds_interlock.config.faults import shown_as_json
-from ds_interlock.config.monitoring import MyopiaConfig, TraceConfig
-from ds_interlock.config.schedule import PhaseConfig
-from ds_interlock.config.strict import SECTION
+from ds_interlock.config.parts import SECTION, MyopiaConfig, PhaseConfig, TraceConfig
 
 _TOP = """\
 # The `"interlock"` section

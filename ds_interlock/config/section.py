@@ -15,11 +15,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from ds_interlock.config import parts
 from ds_interlock.config.deepspeed import read_deepspeed
 from ds_interlock.config.faults import fault_of, misspelt_sections, shown_as_json
-from ds_interlock.config.monitoring import MyopiaConfig, TraceConfig
-from ds_interlock.config.schedule import PhaseConfig
-from ds_interlock.config.strict import DEFAULT_WINDOW, SECTION, Mode, Section, window_of
+from ds_interlock.config.parts import DEFAULT_WINDOW, SECTION, Mode, PhaseConfig, Section, window_of
 from ds_interlock.errors import ConfigError, PlanError, list_faults
 from ds_interlock.schedule.phases import PlanSchedule, faults_of_steps
 from ds_interlock.schedule.plan import Combine, GradientFlowPlan
@@ -129,9 +128,9 @@ class InterlockConfig(Section):
     """Micro-batches a stage may hold beyond what the plan needs, to hide a slow network."""
     head: HeadConfig = HeadConfig()
     """The auxiliary heads; see below."""
-    trace: TraceConfig | None = None
+    trace: parts.TraceConfig | None = None
     """Record some batches as a trace and a picture; see below."""
-    myopia: MyopiaConfig | None = None
+    myopia: parts.MyopiaConfig | None = None
     """Measure how far each stage's gradient is from the global one; see below."""
 
     @field_validator("window", mode="after")
@@ -157,10 +156,7 @@ class InterlockConfig(Section):
 
     @classmethod
     def from_deepspeed(cls, config: str | os.PathLike[str] | Mapping[str, Any]) -> "InterlockConfig":
-        """Reads the ``"interlock"`` section of a DeepSpeed config.
-
-        Args:
-            config: Path of a DeepSpeed JSON config, or its contents as a dictionary.
+        """Reads the ``"interlock"`` section of a DeepSpeed config: of its path, or of its contents.
 
         Raises:
             ConfigError: Listing every fault of the section, or saying why the file cannot be read.
@@ -220,18 +216,12 @@ class InterlockConfig(Section):
     def plan(self, stage_bounds: Sequence[int]) -> GradientFlowPlan:
         """The gradient-flow plan of a section without a schedule, for a model cut at ``stage_bounds``.
 
-        Args:
-            stage_bounds: ``num_stages + 1`` rising layer numbers, the first 0.
-
-        Raises:
-            PlanError: If ``stage_bounds`` are no bounds.
-            ConfigError: If the section does not fit them, or has a schedule.
+        These are ``num_stages + 1`` rising layer numbers, the first 0; a PlanError if not. ConfigError if the
+        section does not fit them, or has a schedule.
         """
         if self.schedule is not None:
-            number = len(self.schedule)
-            raise ConfigError(
-                f"{SECTION}.schedule: a schedule of {number} phases has no single plan, see phases"
-            )
+            what = f"a schedule of {len(self.schedule)} phases"
+            raise ConfigError(f"{SECTION}.schedule: {what} has no single plan, see phases")
         end_to_end = GradientFlowPlan.end_to_end(stage_bounds=stage_bounds)
         if self.is_global:
             return end_to_end

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
-from ds_interlock.config.monitoring import TraceConfig
+from ds_interlock.config.parts import TraceConfig
 from ds_interlock.engine.instructions import TIMERS
 from ds_interlock.engine.reports import job_store
 from ds_interlock.files import replace_text

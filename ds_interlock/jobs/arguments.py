@@ -41,9 +41,8 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         if self.deepspeed_config is None:
-            raise ConfigError(
-                f"--deepspeed_config is needed: the mode is set there, as in {self._example_config}"
-            )
+            example = f"the mode is set there, as in {self._example_config}"
+            raise ConfigError(f"--deepspeed_config is needed: {example}")
         for name, least in self._least.items():
             value = getattr(self, name)
             if value is not None and value < least:

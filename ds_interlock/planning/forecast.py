@@ -97,13 +97,8 @@ def settings_to_compare(interlock: InterlockConfig) -> list[InterlockConfig]:
 def compare(
     interlock: InterlockConfig, profile: Profile, stage_bounds: Sequence[int], num_micro_batches: int
 ) -> Comparison:
-    """Plays ``interlock`` through, and what else one might choose.
-
-    Raises:
-        ConfigError: If the configured setting, the stages and the profile do not fit together.
-    """
-    if stage_bounds[-1] != len(profile.layers):
-        number = len(profile.layers)
+    """Plays ``interlock`` through, and what else one might choose; ConfigError if all that does not fit."""
+    if stage_bounds[-1] != (number := len(profile.layers)):
         raise ConfigError(f"stage bounds {list(stage_bounds)} do not end at {number}, the profile's layers")
     configured = forecast(interlock, profile, stage_bounds, num_micro_batches)
     played: list[Forecast] = []
@@ -120,14 +115,8 @@ def compare(
     configured, *played = [
         replace(each, speed=played[0].batch_seconds / each.batch_seconds) for each in (configured, *played)
     ]
-    return Comparison(
-        profile=profile,
-        num_micro_batches=num_micro_batches,
-        configured=configured,
-        others=tuple(played),
-        skipped=tuple(skipped),
-        syncs_ties=profile.is_tied_across(stage_bounds) and interlock.tied_weights == "sync",
-    )
+    syncs_ties = profile.is_tied_across(stage_bounds) and interlock.tied_weights == "sync"
+    return Comparison(profile, num_micro_batches, configured, tuple(played), tuple(skipped), syncs_ties)
 
 
 def forecast(
@@ -170,8 +159,7 @@ def play(
 ) -> tuple[GradientFlowPlan, Simulation]:
     """The plan of a setting, and a simulation of some batches of it; ``tied``: if stages share weights.
 
-    Raises:
-        ConfigError: If the setting does not exist for these stages, or has a schedule.
+    ConfigError if the setting does not exist for these stages, or has a schedule.
     """
     plan = interlock.plan(stage_bounds)
     program = training_program(plan, num_micro_batches, extra_in_flight=interlock.extra_in_flight)

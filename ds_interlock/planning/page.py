@@ -20,19 +20,10 @@ from tqdm import tqdm
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
-from ds_interlock.planning.forecast import (
-    GLOBAL,
-    ZERO_BUBBLE,
-    Comparison,
-    Forecast,
-    compare,
-    play,
-    setting_name,
-    settings_to_compare,
-)
+from ds_interlock.planning import forecast
+from ds_interlock.planning.forecast import Comparison, Forecast, setting_name
 from ds_interlock.planning.profile import Profile
 from ds_interlock.planning.verdict import verdict
-from ds_interlock.schedule.action import Action
 from ds_interlock.schedule.render import COLOURS, LABELS, fill_template
 from ds_interlock.schedule.simulate import Rows, Span
 
@@ -40,14 +31,9 @@ _NUM_STAGES = (2, 4, 8, 16)
 _NUM_MICRO_BATCHES = (1, 2, 4, 8, 16)
 _TICKS = 100_000
 
-_MOST_PLAYED = 96
-"""Micro-batches after which stages are assumed to run at a steady pace."""
-
-_SLACK = 0.03
-"""What a batch may differ from its steady time, as a share of it."""
-
-_MOST_FOR_TWO = 16
-"""A batch of more micro-batches than this is drawn once, not twice: the page stays small and readable."""
+_MOST_PLAYED = 96  # micro-batches after which stages are assumed to run at a steady pace
+_SLACK = 0.03  # what a batch may differ from its steady time, as a share of it
+_MOST_FOR_TWO = 16  # a batch of more micro-batches is drawn once, not twice: the page stays small
 
 
 def render_page(
@@ -55,26 +41,21 @@ def render_page(
 ) -> str:
     """The page, as HTML: one file that needs no network.
 
-    Args:
-        interlock: The configured setting; its timeline comes first.
-        profile: What the layers cost.
-        stage_bounds: Where to cut the layers into the number of stages at which the slider for K is at
-            first. For the others they are cut as evenly as can be.
-        num_micro_batches: Where the slider for M is at first.
-
-    Raises:
-        ConfigError: If the configured setting, the stages and the profile do not fit together.
+    The sliders are first at the number of stages of ``stage_bounds``, and at ``num_micro_batches``. For other
+    numbers of stages the layers are cut as evenly as can be. ConfigError if the configured setting, the
+    stages and the profile do not fit together.
     """
     stages, left_out = _stage_choices(interlock, profile, stage_bounds)
     micro_batches = sorted({*_NUM_MICRO_BATCHES, num_micro_batches})
-    settings = {setting_name(setting): setting for setting in (interlock, *settings_to_compare(interlock))}
+    compared = interlock, *forecast.settings_to_compare(interlock)
+    settings = {setting_name(setting): setting for setting in compared}
     maker = _Views(settings)
     positions = [*itertools.product(stages.values(), micro_batches)]
     views = [
-        maker.view(compare(interlock, profile, bounds, m))
+        maker.view(forecast.compare(interlock, profile, bounds, m))
         for bounds, m in tqdm(positions, "positions of the sliders", leave=False, disable=None)
     ]
-    names = dict.fromkeys([setting_name(interlock), GLOBAL, ZERO_BUBBLE, *settings])
+    names = dict.fromkeys([setting_name(interlock), forecast.GLOBAL, forecast.ZERO_BUBBLE, *settings])
     data = {
         "isUnit": profile.is_unit,
         "profile": profile.model_dump(mode="json", exclude={"layers", "head", "versions"}),
@@ -110,14 +91,10 @@ def _stage_choices(
 
 
 class _Views:
-    """Turns comparisons into views.
-
-    Attributes:
-        actions: The first number of a span by what it refers to: actions without stage and micro-batch,
-            in their text form ("F", "I@3").
-    """
+    """Turns comparisons into views."""
 
     def __init__(self, settings: Mapping[str, InterlockConfig]) -> None:
+        # The first number of a span by its action without stage and micro-batch, as text ("F", "I@3").
         self.actions: dict[str, int] = {}
         self._settings = settings
 
@@ -152,16 +129,14 @@ class _Views:
             },
         }
 
-    def _excerpt(
-        self, comparison: Comparison, forecast: Forecast, num_batches: int
-    ) -> tuple[Rows, float, float]:
+    def _excerpt(self, comparison: Comparison, each: Forecast, num_batches: int) -> tuple[Rows, float, float]:
         """Spans that cover some batches of the running pipeline, and the times these begin and end.
 
         At first, stages upstream run ahead of slower ones downstream; where a forecast is too short to get
         past that, more of it is simulated here.
         """
-        length = num_batches * forecast.batch_seconds
-        for rows in self._longer(comparison, forecast):
+        length = num_batches * each.batch_seconds
+        for rows in self._longer(comparison, each):
             start = _steady_start(rows, num_batches, length)
             if min(row[-1].end for row in rows) >= (start + length) * (1 - _SLACK):
                 return rows, start, start + length
@@ -169,17 +144,16 @@ class _Views:
         end = min(row[-1].end for row in rows)
         return rows, end - length, end
 
-    def _longer(self, comparison: Comparison, forecast: Forecast) -> Iterator[Rows]:
+    def _longer(self, comparison: Comparison, each: Forecast) -> Iterator[Rows]:
         """The rows of the forecast, and then ever more batches of them."""
-        yield forecast.spans
-        setting, num_micro_batches = self._settings[forecast.name], comparison.num_micro_batches
-        bounds, profile = forecast.plan.stage_bounds, comparison.profile
-        costs, tied = profile.cost_model(bounds), profile.is_tied_across(bounds)
-        num_played = 1 + forecast.spans[0][-1].batch
-        while num_played * num_micro_batches < _MOST_PLAYED:
+        yield each.spans
+        bounds, profile, number = each.plan.stage_bounds, comparison.profile, comparison.num_micro_batches
+        setting = self._settings[each.name], profile.cost_model(bounds), bounds, number
+        num_played = 1 + each.spans[0][-1].batch
+        while num_played * number < _MOST_PLAYED:
             num_played *= 2
-            _, longer = play(setting, costs, bounds, num_micro_batches, tied=tied, num_batches=num_played)
-            yield longer.spans
+            tied = profile.is_tied_across(bounds)
+            yield forecast.play(*setting, tied=tied, num_batches=num_played)[1].spans
 
     def _row(self, row: Sequence[Span], start: float, end: float, tick: float) -> list[int]:
         """The spans between ``start`` and ``end``; times are rounded once, so that errors do not add up."""
@@ -188,13 +162,11 @@ class _Views:
         now = 0
         for span in spans:
             begins, ends = round((span.start - start) / tick), round((span.end - start) / tick)
-            numbers += [self._code(span.action), span.action.micro_batch, begins - now, ends - begins]
+            text = span.action.kind.value + "".join(str(span.action).partition("@")[1:])
+            code = self.actions.setdefault(text, len(self.actions))
+            numbers += [code, span.action.micro_batch, begins - now, ends - begins]
             now = ends
         return numbers
-
-    def _code(self, action: Action) -> int:
-        text = action.kind.value + "".join(str(action).partition("@")[1:])
-        return self.actions.setdefault(text, len(self.actions))
 
 
 def _steady_start(rows: Rows, num_batches: int, length: float) -> float:

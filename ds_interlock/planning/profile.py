@@ -10,16 +10,41 @@ All times are for one micro-batch of ``micro_batch_size`` samples.
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ds_interlock.errors import ConfigError
 from ds_interlock.files import read_record, replace_text
-from ds_interlock.planning.partition import balanced_bounds
 from ds_interlock.schedule.cost import CostModel
 
 _NO_DEVICE = "none"
+
+
+def balanced_bounds(seconds: Sequence[float], num_stages: int) -> list[int]:
+    """Stage bounds under which the slowest stage is fastest; ties go to the evener cut.
+
+    ConfigError if there are fewer layers than stages.
+    """
+    num_layers = len(seconds)
+    if not 1 <= num_stages <= num_layers:
+        raise ConfigError(f"{num_stages} stages for {num_layers} layers: every stage needs at least one")
+    ends = [0.0, *accumulate(seconds)]
+    # Of the best cut of some first layers into the stages so far: slowest stage, sum of squares, bounds.
+    best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [0])}
+
+    def with_stage(start: int, stop: int) -> tuple[float, float, list[int]]:
+        slowest, squares, bounds = best[start]
+        own = ends[stop] - ends[start]
+        return max(slowest, own), squares + own * own, [*bounds, stop]
+
+    for stage in range(1, num_stages + 1):
+        best = {
+            stop: min((with_stage(start, stop) for start in best if start < stop), key=lambda cut: cut[:2])
+            for stop in range(stage, num_layers + 1)
+        }
+    return best[num_layers][2]
 
 
 class _Record(BaseModel):
@@ -135,10 +160,7 @@ class Profile(_Record):
 
 
 def unit_profile(num_layers: int, layers_per_stage: float, head_share: float = 0.3) -> Profile:
-    """Layers that are all alike, a stage's forward, input and weight gradient taking 1 s each.
-
-    For plans made without a model: all results are then multiples of a stage's forward.
-    """
+    """Layers all alike, a stage's forward, input and weight gradient 1 s each, for plans without a model."""
     share = 1.0 / layers_per_stage
     layer = LayerProfile(
         name="layer", forward_seconds=share, input_gradient_seconds=share, weight_gradient_seconds=share

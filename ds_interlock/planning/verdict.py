@@ -2,18 +2,14 @@
 
 from ds_interlock.planning.forecast import ZERO_BUBBLE, Comparison, Forecast
 
-_WORTHWHILE = 1.05
-"""A gain below 5 % is within what a prediction is worth: it does not pay for inexact gradients."""
-
-_DEAR_HEADS = 0.15
-"""A share of the work from which cheaper heads are worth a word."""
+_WORTHWHILE = 1.05  # a smaller gain is within what a prediction is worth: inexact gradients do not pay
+_DEAR_HEADS = 0.15  # a share of the work from which cheaper heads are worth a word
 
 
 def best_interlock(comparison: Comparison) -> Forecast | None:
     """The fastest setting whose stages still talk to each other; None if no setting does."""
-    interlocking = [
-        each for each in comparison.all if not each.is_reference and 1 < each.window < each.plan.num_stages
-    ]
+    runnable = [each for each in comparison.all if not each.is_reference]
+    interlocking = [each for each in runnable if 1 < each.window < each.plan.num_stages]
     return max(interlocking, key=lambda each: each.speed, default=None)
 
 

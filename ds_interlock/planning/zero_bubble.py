@@ -27,8 +27,7 @@ def zero_bubble_batch(plan: GradientFlowPlan, num_micro_batches: int, costs: Cos
     links = LinkTimes(costs)
     while any(len(row) < len(order) for row, order in zip(rows, orders, strict=True)):
         for row, order in zip(rows, orders, strict=True):
-            while len(row) < len(order):
-                action = order[len(row)]
+            for action in order[len(row) :]:
                 start = row[-1].end if row else 0.0
                 needed = _from_neighbour(plan, action)
                 if needed is not None:
@@ -72,10 +71,7 @@ def zero_bubble_batches(
 
 
 def _order(plan: GradientFlowPlan, stage: int, num_micro_batches: int) -> list[Action]:
-    """1F1B, its backward split: weight gradients follow ``stage`` micro-batches later.
-
-    Every stage then holds K micro-batches, as the first stage does under 1F1B.
-    """
+    """1F1B, its backward split: weight gradients follow ``stage`` micro-batches later, so that all hold K."""
     forwards = [Action(stage, Kind.FORWARD, number) for number in range(num_micro_batches)]
     weights = [Action(stage, Kind.WEIGHT_GRADIENT, number) for number in range(num_micro_batches)]
     ahead = plan.num_stages - stage

@@ -27,11 +27,8 @@ from ds_interlock.planning.profile import HeadProfile, LayerProfile
 
 MakeOptimizer = Callable[[list[Tensor]], Any]
 
-_BYTES_PER_PARAMETER_AND_STEP = 28
-"""Adam in float32: weight, gradient and two moments read, three of them written."""
-
-_FLOPS_PER_BYTE = 100
-"""Assumed where nothing is measured: operations a device does in the time its memory moves a byte."""
+_BYTES_PER_PARAMETER_AND_STEP = 28  # Adam in float32: weight, gradient, two moments read, three written
+_FLOPS_PER_BYTE = 100  # assumed where nothing is measured: operations in the time that memory moves a byte
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,7 @@ class LayerCall:
 
     name: str
     module: nn.Module
-    inputs: tuple[Any, ...]
-    """The first floating-point tensor is the hidden state."""
+    inputs: tuple[Any, ...]  # the first floating-point tensor is the hidden state
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -49,8 +45,7 @@ class Stopwatch:
     """Times work on the device that ``synchronize`` waits for: in ``num_rounds``, after one left out."""
 
     def __init__(self, synchronize: Callable[[], None], num_rounds: int = 5) -> None:
-        self.synchronize = synchronize
-        self.num_rounds = num_rounds + 1
+        self.synchronize, self.num_rounds = synchronize, num_rounds + 1
 
     def __call__(self, work: Callable[[], Any]) -> tuple[float, Any]:
         """Seconds that ``work`` takes, and its result."""
@@ -117,17 +112,14 @@ class _Layer:
             tensor.grad = None
         del self.output, self.gradient
 
-    def step(self, meter: Meter, optimizer: MakeOptimizer | None) -> None:
-        self.seconds["step"].append(_step_seconds(self.parameters, meter, optimizer))
-
     def profile(self) -> LayerProfile:
-        seconds = {name: _median(values) for name, values in self.seconds.items()}
+        forward, relay, backward, step = map(_median, self.seconds.values())
         return LayerProfile(
             name=self.call.name,
-            forward_seconds=seconds["forward"],
-            input_gradient_seconds=seconds["relay"],
-            weight_gradient_seconds=max(0.0, seconds["backward"] - seconds["relay"]),
-            optimizer_seconds=seconds["step"],
+            forward_seconds=forward,
+            input_gradient_seconds=relay,
+            weight_gradient_seconds=max(0.0, backward - relay),
+            optimizer_seconds=step,
             num_parameters=sum(p.numel() for p in self.parameters),
             activation_bytes=self.kept_bytes,
             output_bytes=self.output_bytes,
@@ -135,9 +127,7 @@ class _Layer:
 
 
 def profile_layers(
-    calls: Sequence[LayerCall],
-    meter: Meter,
-    optimizer: MakeOptimizer | None,
+    calls: Sequence[LayerCall], meter: Meter, optimizer: MakeOptimizer | None
 ) -> list[LayerProfile]:
     """The costs of layers, each timed by itself, one after the other in the order of training.
 
@@ -153,7 +143,7 @@ def profile_layers(
         for layer in reversed(layers):
             layer.backward(meter)
         for layer in layers:
-            layer.step(meter, optimizer)
+            layer.seconds["step"].append(_step_seconds(layer.parameters, meter, optimizer))
     return [layer.profile() for layer in layers]
 
 
@@ -180,13 +170,9 @@ def profile_head(
     """The cost of one auxiliary head: ``loss(hidden)`` forward, and backward to its weights and its input."""
     parameters = [p for p in head.parameters() if p.requires_grad]
     seconds = loss_seconds(loss, hidden, meter)
-    steps = [_step_seconds(parameters, meter, optimizer) for _ in range(meter.num_rounds)]
-    return HeadProfile(
-        type=head_type,
-        seconds=seconds,
-        optimizer_seconds=_median(steps),
-        num_parameters=sum(p.numel() for p in parameters),
-    )
+    step = _median([_step_seconds(parameters, meter, optimizer) for _ in range(meter.num_rounds)])
+    size = sum(p.numel() for p in parameters)
+    return HeadProfile(type=head_type, seconds=seconds, optimizer_seconds=step, num_parameters=size)
 
 
 def _step_seconds(parameters: Sequence[Tensor], meter: Meter, optimizer: MakeOptimizer | None) -> float:

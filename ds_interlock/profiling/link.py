@@ -52,19 +52,18 @@ def _play(num_bytes: int) -> tuple[float, float]:
 
 def _one_way_seconds(links: Links, rank: int, message: torch.Tensor) -> float:
     """Half of the median time there and back."""
-    there, back = Action(0, Kind.SEND_FORWARD, 0), Action(1, Kind.SEND_GRADIENT, 0)
     seconds = []
     for turn in range(_NUM_TURNS):
         start = time.perf_counter()
         if rank == 0:
             links.post(Action(0, Kind.RECV_GRADIENT, 0), turn)
-            links.send(there, turn, message)
+            links.send(Action(0, Kind.SEND_FORWARD, 0), turn, message)
             links.take(Action(0, Kind.RECV_GRADIENT, 0))
             get_accelerator().synchronize()
         else:
             links.post(Action(1, Kind.RECV_FORWARD, 0), turn)
             links.take(Action(1, Kind.RECV_FORWARD, 0))
-            links.send(back, turn, message)
+            links.send(Action(1, Kind.SEND_GRADIENT, 0), turn, message)
         seconds.append(time.perf_counter() - start)
     links.flush()
     return statistics.median(seconds) / 2

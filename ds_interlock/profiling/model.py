@@ -1,7 +1,6 @@
 """The profile of a model from the calls of its layers: each layer, a head, the loss, by one meter."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import cast
 
 import deepspeed
@@ -42,19 +41,16 @@ def profile_model(
     labels_bt: Tensor,
     meter: Meter,
     make_optimizer: MakeOptimizer | None,
-    *,
-    model: str,
-    device: str,
-    source: str,
     link: tuple[float, float] | None = None,
     tied_layers: tuple[int, ...] = (),
+    **about: str,
 ) -> Profile:
     """Measures everything a plan of this model depends on.
 
     The last of ``calls`` with weights makes the outputs from a hidden state ``[b, t, d]``. Heads of type
     ``auto`` are those of a model that is not pretrained, unless they learn from a base model. ``link`` is
     latency in seconds and bandwidth in bytes per second between two stages, if known. Where nothing runs
-    ``make_optimizer`` is None.
+    ``make_optimizer`` is None. ``about`` is the profile's ``model``, ``device`` and ``source``.
     """
     head_config = head_config.resolve(pretrained=head_config.kl_weight > 0)
     layers = profile_layers(calls, meter, make_optimizer)
@@ -68,16 +64,14 @@ def profile_model(
         outputs = first_tensor(last.module(*last.inputs, **last.options))
     latency_seconds, bandwidth = link or (0.0, None)
     return Profile(
-        model=model,
-        device=device,
-        source=source,
+        **about,
         dtype=str(hidden_btd.dtype).removeprefix("torch."),
         micro_batch_size=labels_bt.shape[0],
         seq_length=labels_bt.shape[1],
         layers=tuple(layers),
         head=head_profile,
         loss_seconds=loss_seconds(lambda outputs: loss_fn(outputs, labels_bt), outputs, meter),
-        label_bytes=labels_bt.numel() * labels_bt.element_size(),
+        label_bytes=labels_bt.nbytes,
         tied_layers=tied_layers,
         latency_seconds=latency_seconds,
         bandwidth_bytes_per_second=bandwidth,
@@ -108,11 +102,8 @@ def _head_loss(
     head: nn.Module, config: HeadConfig, loss_fn: LossFn, labels_bt: Tensor, meter: Meter
 ) -> Callable[[Tensor], Tensor]:
     """From a hidden state to the head's loss, on the share of positions it is computed on."""
-    if isinstance(meter, FlopMeter):
-        # Which positions are drawn depends on labels, and they have no contents: as many, but the first.
-        chosen = max(1, round(config.token_fraction * labels_bt.shape[1]))
-        return partial(_products_of_head, head, config, chosen)
-
+    # Which positions are drawn depends on labels. Where these have no contents: as many, but the first.
+    chosen = max(1, round(config.token_fraction * labels_bt.shape[1]))
     normaliser_1 = torch.full((1,), float(labels_bt.numel()), device=labels_bt.device)
 
     def loss(hidden_btd: Tensor) -> Tensor:
@@ -120,14 +111,12 @@ def _head_loss(
         labels = (labels_bt, normaliser_1, hidden_btd.detach()) if config.kl_weight > 0 else labels_bt
         return cast(AuxiliaryHead, head).loss(hidden_btd, labels, loss_fn)
 
-    return loss
+    def products(hidden_btd: Tensor) -> Tensor:
+        objectives = [weight for weight in (config.cross_entropy_weight, config.kl_weight) if weight > 0]
+        outputs = [head(hidden_btd[:, :chosen]).sum() for _ in objectives]
+        if config.kl_weight > 0:  # the base model's outputs
+            with torch.no_grad():
+                head(hidden_btd.detach()[:, :chosen])
+        return torch.stack(outputs).sum()
 
-
-def _products_of_head(head: nn.Module, config: HeadConfig, chosen: int, hidden_btd: Tensor) -> Tensor:
-    """The matrix products of a head's loss: those of each objective, and of the base model's outputs."""
-    objectives = [weight for weight in (config.cross_entropy_weight, config.kl_weight) if weight > 0]
-    outputs = [head(hidden_btd[:, :chosen]).sum() for _ in objectives]
-    if config.kl_weight > 0:
-        with torch.no_grad():
-            head(hidden_btd.detach()[:, :chosen])
-    return torch.stack(outputs).sum()
+    return products if isinstance(meter, FlopMeter) else loss

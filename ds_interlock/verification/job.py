@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ds_interlock
 from ds_interlock.config import InterlockConfig
-from ds_interlock.config.strict import SECTION
+from ds_interlock.config.parts import SECTION
 from ds_interlock.errors import PeerError
 from ds_interlock.transport.local_ranks import RankError, report, run_local_ranks
 from ds_interlock.verification.reference import (

@@ -10,8 +10,7 @@ from pydantic import ValidationError
 
 from ds_interlock.config import HeadConfig, InterlockConfig, check_deepspeed
 from ds_interlock.config import reference as config_reference
-from ds_interlock.config.monitoring import MyopiaConfig, TraceConfig
-from ds_interlock.config.schedule import PhaseConfig
+from ds_interlock.config.parts import MyopiaConfig, PhaseConfig, TraceConfig
 from ds_interlock.errors import ConfigError, PlanError
 from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan

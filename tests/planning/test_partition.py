@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.planning.partition import balanced_bounds
+from ds_interlock.planning.profile import balanced_bounds
 
 
 def slowest(seconds: list[float], bounds: list[int]) -> float:

@@ -6,8 +6,7 @@
 A micro-batch is ``(inputs, (labels, normaliser))``, or ``(inputs, (labels, normaliser, base))``: the forms
 of ``ds_interlock.heads.labels``. DeepSpeed takes the mean of the losses of the M micro-batches of a batch and
 of R replicas. With the normaliser (labels in the whole batch) / (M * R) that is the mean over the labels of
-the batch, however its rows are distributed; a mean of means would give a label more weight where there are
-few. Every replica goes through the same rows, so each can count the labels of the others.
+the batch, however its rows are distributed. Every replica goes through the same rows, so it knows all labels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -55,16 +54,11 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
     """Endless micro-batches for one data-parallel replica, in an order fixed by the arguments.
 
     In every epoch the samples are shuffled and put into rows again; the last rows, which fill no batch, are
-    left out.
-
-    Attributes:
-        base_of_rows: If set, the base model's hidden states for the rows are the labels' third part.
-
-    Raises:
-        DataError: If the samples may not fill a batch.
+    left out. DataError if the samples may not fill a batch.
     """
 
     base_of_rows: BaseOfRows | None = None
+    """If set, the base model's hidden states for the rows are the labels' third part."""
 
     def __init__(self, rows: Rows, shape: BatchShape, *, replica: int = 0, seed: int = 0) -> None:
         if rows.fewest < shape.num_rows:
@@ -75,10 +69,7 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
                 f"gradient_accumulation_steps {shape.num_micro_batches} x {shape.num_replicas} replicas): "
                 "give more data, or make one of these smaller in the DeepSpeed config"
             )
-        self.rows = rows
-        self.shape = shape
-        self.replica = replica
-        self.seed = seed
+        self.rows, self.shape, self.replica, self.seed = rows, shape, replica, seed
         self._begin_epoch(0, first_position=0)
 
     def __next__(self) -> MicroBatch:
@@ -102,18 +93,14 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
             "num_tokens": sum(len(sample.ids) for sample in self.rows.samples),
             "inputs": ", ".join(self.rows.names),
             "seq_length": self.rows.seq_length,
-            "micro_batch_size": self.shape.micro_batch_size,
-            "num_micro_batches": self.shape.num_micro_batches,
-            "num_replicas": self.shape.num_replicas,
+            **vars(self.shape),
             "seed": self.seed,
         }
 
     def _begin_epoch(self, epoch: int, first_position: int) -> None:
-        order = epoch_order(len(self.rows.samples), self.seed, epoch).tolist()
-        self._epoch = epoch
-        self._epoch_rows = self.rows.arrange(order)
+        self._epoch, self._first_position = epoch, first_position
+        self._epoch_rows = self.rows.arrange(epoch_order(len(self.rows.samples), self.seed, epoch).tolist())
         num_batches = len(self._epoch_rows) // self.shape.num_rows
-        self._first_position = first_position
         self._end_position = first_position + num_batches * self.shape.num_micro_batches
 
 
@@ -127,9 +114,7 @@ class EvaluationBatches:
     def __init__(self, rows: Rows, shape: BatchShape, *, replica: int = 0) -> None:
         if not rows.samples:
             raise DataError("no validation sample: expected at least one")
-        self.rows = rows
-        self.shape = shape
-        self.replica = replica
+        self.rows, self.shape, self.replica = rows, shape, replica
         arranged = rows.arrange(range(len(rows.samples)))
         self.num_batches = -(-len(arranged) // shape.num_rows)
         self._normaliser = shape.normaliser(rows.num_labels(arranged), self.num_batches)

@@ -11,7 +11,7 @@ the start and up to the end of each turn of the assistant: the span is the diffe
 
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
@@ -21,8 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ds_interlock.errors import DataError
 from ds_interlock.hf.data.records import Chat
 
-Span: TypeAlias = tuple[int, int]
-"""First character, and the one after the last."""
+Span: TypeAlias = tuple[int, int]  # first character, and the one after the last
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -31,10 +30,7 @@ def render_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, li
     """The text of a chat, special tokens included, and the spans in it that the assistant wrote.
 
     A span holds all that the template adds after its prompt for the assistant, the end of the turn included.
-
-    Raises:
-        DataError: If there is no template, it refuses the chat, or it does not show what the assistant
-            wrote; names where the chat came from.
+    DataError if there is no template, it refuses the chat, or it does not show what the assistant wrote.
     """
     try:
         template = tokenizer.get_chat_template()
@@ -45,7 +41,7 @@ def render_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, li
         ) from error
     try:
         if _GENERATION_TAG.search(template):
-            return _render_with_tags(chat.messages, template, tokenizer)
+            return _render_with_tags(chat, template, tokenizer)
         return _render_turn_by_turn(chat, tokenizer)
     except (TemplateError, TypeError) as error:
         raise DataError(f"{chat.where}: the chat template refuses this chat ({error})") from error
@@ -64,14 +60,12 @@ def is_learned(offsets: Sequence[Span], is_special: Sequence[bool], spans: Seque
     return learned
 
 
-def _render_with_tags(
-    messages: Sequence[Mapping[str, Any]], template: str, tokenizer: Any
-) -> tuple[str, list[Span]]:
+def _render_with_tags(chat: Chat, template: str, tokenizer: Any) -> tuple[str, list[Span]]:
     # Not through apply_chat_template(return_assistant_tokens_mask=True): where a span begins or ends with
     # a space that the tokenizer trims off its offsets, that marks the rest of the chat, or nothing more.
     render: Any = render_jinja_template  # its types say less than it takes and returns
     rendered, spans = render(
-        conversations=[messages],
+        conversations=[chat.messages],
         chat_template=template,
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
@@ -80,13 +74,10 @@ def _render_with_tags(
 
 
 def _render_turn_by_turn(chat: Chat, tokenizer: Any) -> tuple[str, list[Span]]:
-    def render(num_messages: int, add_generation_prompt: bool) -> str:
-        text: str = tokenizer.apply_chat_template(
-            chat.messages[:num_messages], tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return text
+    def render(num_messages: int, **prompt: bool) -> str:
+        return str(tokenizer.apply_chat_template(chat.messages[:num_messages], tokenize=False, **prompt))
 
-    whole = render(len(chat.messages), add_generation_prompt=False)
+    whole = render(len(chat.messages))
     spans = []
     for number, message in enumerate(chat.messages):
         if message["role"] != "assistant":
@@ -94,7 +85,7 @@ def _render_turn_by_turn(chat: Chat, tokenizer: Any) -> tuple[str, list[Span]]:
         if number == 0:
             raise DataError(f"{chat.where}: the first message is the assistant's; expected the user's")
         before = render(number, add_generation_prompt=True)
-        after = render(number + 1, add_generation_prompt=False)
+        after = render(number + 1)
         if not (after.startswith(before) and whole.startswith(after)):
             raise DataError(
                 f"{chat.where}: the chat template renders messages[{number}] differently once it knows what "

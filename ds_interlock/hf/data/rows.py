@@ -39,27 +39,18 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
 
 
 class Rows(ABC):
-    """A way to fill rows of at most ``seq_length`` positions; ``pad_id`` is the token id of empty ones.
+    """A way to fill rows of ``seq_length``, what is left with ``pad_id``; DataError if a sample is longer."""
 
-    Raises:
-        DataError: If a sample is longer than ``seq_length``.
-    """
-
-    names: tuple[str, ...]
-    """What the inputs are, by the names of a Hugging Face model's arguments."""
+    names: tuple[str, ...]  # what the inputs are, by the names of a Hugging Face model's arguments
 
     def __init__(self, samples: Sequence[Sample], seq_length: int, pad_id: int = 0) -> None:
-        self.samples = samples
-        self.seq_length = seq_length
-        self.pad_id = pad_id
+        self.samples, self.seq_length, self.pad_id = samples, seq_length, pad_id
         self._ids = [sample.ids for sample in samples]
         self._labels = [sample.labels for sample in samples]
         self._num_labels = [sample.num_labels for sample in samples]
         longest = max(map(len, self._ids), default=0)
         if longest > seq_length:
-            raise DataError(
-                f"a sample has {longest} positions: expected at most {seq_length}, the --seq_length"
-            )
+            raise DataError(f"a sample has {longest} positions: expected at most {seq_length}, --seq_length")
 
     @property
     def fewest(self) -> int:

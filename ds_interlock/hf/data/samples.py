@@ -29,16 +29,13 @@ _TOGETHER = 1000  # texts given to the tokenizer at once: it works on them in pa
 class Sample:
     """A sequence, or a classified pair of them.
 
-    Attributes:
-        ids: Token ids.
-        labels: For each position the id of the next token, or ``IGNORED_LABEL`` where there is nothing to
-            learn. The last token predicts nothing, and is not in ``ids``. Of a classified text: its class.
-        token_type_ids: Which text of a pair each token belongs to, where the tokenizer says it.
+    A label is the id of the next token, or ``IGNORED_LABEL`` where there is nothing to learn. The last token
+    predicts nothing, and is not in ``ids``. Of a classified text the only label is its class.
     """
 
-    ids: list[int]
-    labels: list[int]
-    token_type_ids: list[int] | None = None
+    ids: list[int]  # of tokens
+    labels: list[int]  # one for each position
+    token_type_ids: list[int] | None = None  # which text of a pair a token is of, where the tokenizer says it
 
     @property
     def num_labels(self) -> int:
@@ -48,16 +45,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Samples in the order of their records, and what became of records that were too long.
-
-    Attributes:
-        num_cut: Those cut at the end; of documents none, which are cut into pieces.
-        num_dropped: Those among them that lost all their labels, and so make no sample.
-    """
+    """Samples in the order of their records, and what became of records that were too long."""
 
     samples: Sequence[Sample]
-    num_cut: int
-    num_dropped: int = 0
+    num_cut: int  # cut at the end; of documents none, which are cut into pieces
+    num_dropped: int = 0  # of these: lost all their labels, and so make no sample
 
     def summary(self) -> str:
         """The numbers in one line."""
@@ -78,10 +70,8 @@ def encode_records(
 
     Special tokens are those that the tokenizer adds itself, and one at the end of each document and each
     completion. A chat has those of its template instead. Prompt and completion are joined as they are: a
-    space between them must be part of one of them. A sample has at most ``seq_length`` positions.
-
-    Raises:
-        DataError: If the tokenizer lacks what a record needs, or nothing is left to learn.
+    space between them must be part of one of them. A sample has at most ``seq_length`` positions. DataError
+    if the tokenizer lacks what a record needs, or nothing is left to learn.
     """
     samples: list[Sample] = []
     num_cut = num_dropped = 0
@@ -118,10 +108,10 @@ def encode_classified(
     samples, num_cut = [], 0
     for record in records:
         assert isinstance(record, Classified)
-        encoded: Any = tokenizer(record.text, record.text_pair, verbose=False)
+        texts = record.text, record.text_pair
+        encoded: Any = tokenizer(*texts, verbose=False)
         if len(encoded["input_ids"]) > seq_length:
-            options = {"truncation": True, "max_length": seq_length}
-            encoded = tokenizer(record.text, record.text_pair, verbose=False, **options)
+            encoded = tokenizer(*texts, verbose=False, truncation=True, max_length=seq_length)
             num_cut += 1
         types = encoded.get("token_type_ids")
         samples.append(Sample(encoded["input_ids"], [label_ids[record.label]], types))

@@ -47,10 +47,8 @@ def load_records(
     """The records of files (see ``read_records``) or of a data set (see ``text.read_sources``).
 
     Without validation records a share of the training records, drawn by ``seed``, validates. The task
-    "classification" expects classes, "causal" the other formats.
-
-    Raises:
-        DataError: If anything is missing, malformed or empty; names the file and the line.
+    "classification" expects classes, "causal" the other formats. DataError if anything is missing, malformed
+    or empty; it names the file and the line.
     """
     train, validation = read_sources(
         train_files,

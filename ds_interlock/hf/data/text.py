@@ -25,9 +25,7 @@ from ds_interlock.errors import DataError
 from ds_interlock.hf.data.tokenizer import end_token_id
 from ds_interlock.sampling import EpochIterator, set_aside
 
-VALIDATION_SHARE = 0.05
-"""Share of the documents that validate when no validation text is given."""
-
+VALIDATION_SHARE = 0.05  # of the documents, if no validation text is given
 _ENCODED_TOGETHER = 16  # documents: enough for all cores, and what comes back is large
 
 Item = TypeVar("Item")
@@ -49,10 +47,8 @@ def load_text(
 ) -> TextData:
     """The documents of text files (see ``read_documents``) or of a data set (see ``read_sources``).
 
-    Without validation documents a share of the training documents, drawn by ``seed``, validates.
-
-    Raises:
-        DataError: If a file is missing, there is no text, or too little to split.
+    Without validation documents a share of the training documents, drawn by ``seed``, validates. DataError if
+    a file is missing, there is no text, or too little to split.
     """
     train, validation = read_sources(
         train_files, validation_files, dataset, dataset_config, read=read_documents, read_split=_texts
@@ -93,9 +89,7 @@ def read_documents(paths: Sequence[str]) -> list[str]:
     """The documents in text files and in folders of ``*.txt``, in the order of ``paths``.
 
     Each file is a document. A single file is split at its form feeds or, without any, at blank lines.
-
-    Raises:
-        DataError: If a path is missing, is not UTF-8 text, or no document has any text.
+    DataError if a path is missing, is not UTF-8 text, or no document has any text.
     """
     files = [file for path in paths for file in _text_files(Path(path))]
     texts = [_read(file) for file in files]
@@ -177,14 +171,10 @@ def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 class TokenBlocks:
-    """Tokens cut into blocks of inputs and labels: every token but the first is a label once.
-
-    The last tokens, which fill no block, are left out.
-    """
+    """Tokens cut into blocks of inputs and labels; the last tokens, which fill no block, are left out."""
 
     def __init__(self, tokens: Tensor, seq_length: int) -> None:
-        self.tokens = tokens
-        self.seq_length = seq_length
+        self.tokens, self.seq_length = tokens, seq_length
 
     def __len__(self) -> int:
         return max(0, (len(self.tokens) - 1) // self.seq_length)
@@ -232,10 +222,7 @@ class BlockIterator(EpochIterator[tuple[Tensor, Tensor]]):
 
 
 def unigram_perplexity(train_tokens: Tensor, validation_tokens: Tensor, vocab_size: int) -> float:
-    """Perplexity on ``validation_tokens`` of the token frequencies in ``train_tokens``, plus one each.
-
-    A model without context reaches it: any language model must fall well below.
-    """
+    """Perplexity on ``validation_tokens`` of the token frequencies in ``train_tokens``, plus one each."""
     counts = torch.bincount(train_tokens, minlength=vocab_size).double() + 1
     log_probabilities = (counts / counts.sum()).log()
     return math.exp(-log_probabilities[validation_tokens].mean().item())

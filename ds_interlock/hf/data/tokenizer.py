@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sentencepiece
 from tokenizers import Regex, decoders, normalizers
@@ -32,9 +32,7 @@ def load_tokenizer(
     """A sentencepiece ``.model`` or a Hugging Face tokenizer, by name or folder.
 
     None trains a BPE of ``vocab_size`` ids on the documents, and keeps it in ``default_cache_dir()``.
-
-    Raises:
-        DataError: If it is unreadable, or has no token to end a document.
+    DataError if it is unreadable, or has no token to end a document.
     """
     if name_or_path is None:
         return read_sentencepiece(train_sentencepiece(documents, vocab_size, default_cache_dir()))
@@ -77,14 +75,9 @@ def read_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
             "to mark where a document ends; train the model with either"
         )
     fast_tokenizer: Any = PreTrainedTokenizerFast  # its constructor is not typed
-    tokenizer: PreTrainedTokenizerBase = fast_tokenizer(
-        tokenizer_object=_to_fast(path),
-        unk_token=processor.id_to_piece(unknown),
-        eos_token=end,
-        bos_token=end,
-        clean_up_tokenization_spaces=False,
-    )
-    return tokenizer
+    special = {"unk_token": processor.id_to_piece(unknown), "eos_token": end, "bos_token": end}
+    fast = fast_tokenizer(tokenizer_object=_to_fast(path), clean_up_tokenization_spaces=False, **special)
+    return cast(PreTrainedTokenizerBase, fast)
 
 
 def default_cache_dir() -> Path:
@@ -96,9 +89,7 @@ def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Pa
     """The file of a BPE trained on ``documents``. Decoding restores any text: rare characters become bytes.
 
     It is named by a hash of text and settings, and appears whole: several processes may train at once.
-
-    Raises:
-        DataError: If the documents hold too little text for ``vocab_size`` ids.
+    DataError if the documents hold too little text for ``vocab_size`` ids.
     """
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -139,12 +130,10 @@ def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Pa
 
 
 def _training_lines(documents: Sequence[str]) -> list[str]:
-    """Lines from all documents alike, about ``_TRAINING_CHARACTERS`` in all: every n-th one.
-
-    Long ones are cut, because sentencepiece leaves out lines of more than 4,192 bytes.
-    """
+    """Lines from all documents alike, about ``_TRAINING_CHARACTERS`` in all: every n-th one."""
     lines = [line for document in documents for line in document.splitlines() if line.strip()]
     step = max(1, sum(map(len, lines)) // _TRAINING_CHARACTERS)
+    # Sentencepiece leaves out lines of more than 4,192 bytes.
     return [line[start : start + 1000] for line in lines[::step] for start in range(0, len(line), 1000)]
 
 

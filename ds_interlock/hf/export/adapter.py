@@ -15,21 +15,17 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ds_interlock.errors import ConfigError
+from ds_interlock.errors import ConfigError, first_names
 from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, FineTunedCheckpoint
 from ds_interlock.hf.export.model_folder import ExportReport, check_tensors, new_folder
 from ds_interlock.hf.model.pretrained import empty_model
 from ds_interlock.hf.model.surgery import find_anatomy
 
 _PREFIX = "base_model.model."
-_ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def export_adapter(source: FineTunedCheckpoint, output: str | PathLike[str]) -> ExportReport:
-    """Writes a checkpoint's adapters as a folder that ``PeftModel.from_pretrained`` loads.
-
-    ConfigError if the checkpoint lacks some of them, or the folder cannot be written.
-    """
+    """Writes the adapters as a folder for ``PeftModel.from_pretrained``; ConfigError if some are missing."""
     model = _peft_model(source)
     from peft import get_peft_model_state_dict
 
@@ -40,15 +36,14 @@ def export_adapter(source: FineTunedCheckpoint, output: str | PathLike[str]) -> 
     tensors = {_PREFIX + name: tensor for name, tensor in _peft_tensors(source, model).items()}
     missing = [name.removeprefix(_PREFIX) for name in names.values() if name not in tensors]
     if missing:
-        raise ConfigError(f"{source.folder} lacks weights of its adapter: {', '.join(missing[:5])}")
+        raise ConfigError(f"{source.folder} lacks weights of its adapter: {first_names(missing)}")
     adapter = {file_name: tensors[name].contiguous() for file_name, name in names.items()}
     num_bytes = sum(tensor.nbytes for tensor in adapter.values())
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.inference_mode = source.description.base_model, True
     with new_folder(output, num_bytes, source.hf_folder) as folder:
         source.copy_companions(folder, "generation_config.json")
-        save_file(adapter, folder / _ADAPTER_FILE, {"format": "pt"})
-        config = model.peft_config["default"]
-        config.base_model_name_or_path = source.description.base_model
-        config.inference_mode = True
+        save_file(adapter, folder / "adapter_model.safetensors", {"format": "pt"})
         config.save_pretrained(folder)
     what = f"adapter of {source.description.base_model}"
     return ExportReport(Path(output), what, sum(map(Tensor.numel, adapter.values())), num_bytes)
@@ -59,8 +54,7 @@ def merged_tensors(source: FineTunedCheckpoint) -> dict[str, Tensor]:
     model = _peft_model(source)
     tensors = _peft_tensors(source, model)
     check_tensors(model.get_base_model(), tensors, str(source.folder))
-    named = {_PREFIX + name: tensor for name, tensor in tensors.items()}
-    model.load_state_dict(named, strict=False, assign=True)
+    model.get_base_model().load_state_dict(tensors, strict=False, assign=True)
     with warnings.catch_warnings():
         # Assigned one by one, tied weights look untied to peft. Whether they are is decided by the caller.
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
@@ -77,11 +71,8 @@ def merged_name(name: str) -> str:
 
 
 def _peft_tensors(source: FineTunedCheckpoint, model: Any) -> dict[str, Tensor]:
-    """The checkpoint's tensors by their names within the peft model.
-
-    A peft model has a module that is trained as a whole, such as a new classifier, twice: before and after
-    training. The pipeline has only the trained one.
-    """
+    """The checkpoint's tensors by their names within the peft model."""
+    # It has a module trained as a whole, such as a new classifier, twice; the pipeline only as it is trained.
     saved = source.tensors()
     tensors = dict(saved)
     for name in model.get_base_model().state_dict():

@@ -44,16 +44,18 @@ def export_draft(
 
     Adapters are merged. The head is in the last of ``num_stages`` stages; ``head`` is the index of its loss
     in the plan, by default the last one in that stage. The other arguments are those of ``export_model``.
-
-    Raises:
-        ConfigError: If there is no such head, it has another form, or the folder cannot be written.
+    ConfigError if there is no such head, it has another form, or the folder cannot be written.
     """
     source = FineTunedCheckpoint(checkpoint)
     loss = _choose_head(source, num_stages, head)
     after_layer = source.plan.heads[loss].after_layer
     num_blocks = after_layer - source.description.num_front_layers
     model = empty_model(_shortened_config(source, num_blocks), source.description.architecture)
-    tensors = {**_front(source, after_layer), **_end(source, loss, model, dtype)}
+    whole = source.tensors() if source.description.peft is None else merged_tensors(source)
+    before = [state for number, state in source.layers.items() if number < after_layer]
+    names = [merged_name(name) for state in before for name in state]
+    front = {name: whole[name] for name in names if name in whole}
+    tensors = {**front, **_end(source, loss, model, dtype)}
     note = f"blocks 0 to {num_blocks - 1} of {source.description.num_blocks}, with head {loss}"
     return write_model(
         output, source, model, tensors, dtype=dtype, max_shard_size=max_shard_size, notes=[note]
@@ -80,12 +82,10 @@ def _choose_head(source: FineTunedCheckpoint, num_stages: int, head: int | None)
 
 def _shortened_config(source: FineTunedCheckpoint, num_blocks: int) -> Any:
     """The model's configuration, for its first ``num_blocks`` blocks and an unembedding of its own."""
-    config = source.load_config()
-    of_all = source.description.num_blocks
+    config, of_all = source.load_config(), source.description.num_blocks
     if not 1 <= num_blocks <= of_all:
-        raise ConfigError(
-            f"{source.folder}: a head after {num_blocks} of {of_all} blocks makes no smaller model"
-        )
+        where = f"a head after {num_blocks} of {of_all} blocks"
+        raise ConfigError(f"{source.folder}: {where} makes no smaller model")
     settings = config.to_dict()
     for name, value in settings.items():
         # One entry for each block, as layer_types; token ids may be a list, too, and of any length.
@@ -100,13 +100,6 @@ def _shortened_config(source: FineTunedCheckpoint, num_blocks: int) -> Any:
         raise ConfigError(
             f"{type(config).__name__} cannot be cut to {num_blocks} blocks: {str(error).strip()}"
         ) from error
-
-
-def _front(source: FineTunedCheckpoint, after_layer: int) -> dict[str, Tensor]:
-    tensors = source.tensors() if source.description.peft is None else merged_tensors(source)
-    layers = [state for number, state in source.layers.items() if number < after_layer]
-    names = (merged_name(name) for state in layers for name in state)
-    return {name: tensors[name] for name in names if name in tensors}
 
 
 def _end(source: FineTunedCheckpoint, loss: int, model: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:

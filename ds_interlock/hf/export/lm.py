@@ -29,22 +29,13 @@ _BLOCK_PARTS = {
 
 
 def export_gpt2(
-    layer_states: LayerStates,
-    config: LMConfig,
-    output_dir: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
+    layer_states: LayerStates, config: LMConfig, output_dir: str | Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Writes a checkpoint that ``AutoModelForCausalLM.from_pretrained`` loads.
+    """Writes a folder that ``AutoModelForCausalLM.from_pretrained`` loads, the tokenizer included.
 
-    Args:
-        layer_states: State dict of every layer by its number. The unembedding may be missing if the
-            embeddings are tied; if it differs from the embedding, they are exported untied.
-        config: The model.
-        output_dir: Folder to write.
-        tokenizer: Saved with the model; its end-of-text token becomes the model's.
-
-    Raises:
-        ConfigError: If the layers are not those of ``config``, or the folder cannot be written.
+    ``layer_states`` has the state dict of every layer by its number. The unembedding may be missing if the
+    embeddings are tied; if it differs from the embedding, they are exported untied. ConfigError if the layers
+    are not those of ``config``, or the folder cannot be written.
     """
     tensors = _gpt2_tensors(layer_states, config)
     tied = torch.equal(tensors["lm_head.weight"], tensors["transformer.wte.weight"])
@@ -62,8 +53,7 @@ def export_gpt2(
 def read_layer_states(checkpoint_dir: str | Path) -> dict[int, dict[str, Tensor]]:
     """State dict of every layer in a pipeline checkpoint; argument and errors as of ``PipelineCheckpoint``.
 
-    A tied unembedding has no file of its own. If it was trained apart (``tied_weights: "untie"``), it comes
-    as the layer after the last.
+    A tied unembedding has no file. If it was trained apart, it comes as the layer after the last.
     """
     checkpoint = PipelineCheckpoint(checkpoint_dir)
     states = {number: dict(state) for number, state in checkpoint.layers.items()}
@@ -108,7 +98,6 @@ def _gpt2_tensors(layer_states: LayerStates, config: LMConfig) -> dict[str, Tens
             tensors[f"transformer.h.{number}.{_BLOCK_PARTS.get(part, part)}.{kind}"] = value
     tensors["transformer.wte.weight"] = layer_states[0]["weight"]
     tensors["transformer.wpe.weight"] = layer_states[1]["weight"]
-    tensors["transformer.ln_f.weight"] = layer_states[last - 1]["weight"]
-    tensors["transformer.ln_f.bias"] = layer_states[last - 1]["bias"]
+    tensors |= {f"transformer.ln_f.{name}": layer_states[last - 1][name] for name in ("weight", "bias")}
     tensors["lm_head.weight"] = layer_states.get(last, layer_states[0])["weight"]
     return {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}

@@ -41,15 +41,10 @@ def export_model(
         dtype: Of the weights written; None keeps the checkpoint's, bit for bit.
         max_shard_size: Files larger than this are split, as "5GB".
         heads: Write the auxiliary heads to ``heads.safetensors`` beside the model.
-        merge_adapter: Write a model with adapters merged in. Without it the adapters are written alone, in
-            peft's format.
-
-    Returns:
-        What was written, and what the user may not expect of it.
+        merge_adapter: Merge adapters into the model, instead of writing them alone, in peft's format.
 
     Raises:
-        ConfigError: If the checkpoint or an option is unusable, or the folder cannot be written; then
-            nothing is.
+        ConfigError: If checkpoint or option is unusable, or the folder cannot be written; then nothing is.
     """
     source = FineTunedCheckpoint(checkpoint)
     if source.description.peft is None and merge_adapter:

@@ -21,13 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ds_interlock.errors import ConfigError, list_faults
+from ds_interlock.errors import ConfigError, first_names, list_faults
 from ds_interlock.files import unfinished_folder
 from ds_interlock.hf.export.checkpoint import FineTunedCheckpoint
 
 HEADS_FILE = "heads.safetensors"
 MAX_SHARD_SIZE = "5GB"
-_NAMED = 5  # tensors that a message names before it only counts
 _OF_A_MODEL = ("config.json", "adapter_config.json")
 
 
@@ -42,7 +41,6 @@ class ExportReport:
     notes: Sequence[str] = ()  # what a user may not expect, one sentence each
 
     def __str__(self) -> str:
-        """Lines for a terminal."""
         size = f"{self.num_parameters:,} parameters, {self.num_bytes / 2**20:,.1f} MiB"
         return "\n".join([f"{self.output}: {self.what}, {size}", *(f"note: {note}" for note in self.notes)])
 
@@ -51,26 +49,19 @@ def check_tensors(model: Any, tensors: Mapping[str, Tensor], subject: str) -> No
     """Makes sure that ``tensors`` are those of ``model``; a tied weight's other name may be missing."""
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    wrong_shape = [
-        f"{name} is {list(tensor.shape)}, expected {list(expected[name])}"
-        for name, tensor in tensors.items()
-        if name in expected and tensor.shape != expected[name]
-    ]
     groups = {
         "missing": [name for name in expected if name not in tensors and name not in tied],
         "unknown to the architecture": [name for name in tensors if name not in expected],
-        "of another shape": wrong_shape,
+        "of another shape": [
+            f"{name} is {list(tensor.shape)}, expected {list(expected[name])}"
+            for name, tensor in tensors.items()
+            if name in expected and tensor.shape != expected[name]
+        ],
     }
-    faults = [f"{what}: {_listed(names)}" for what, names in groups.items() if names]
+    faults = [f"{what}: {first_names(names)}" for what, names in groups.items() if names]
     if faults:
-        raise ConfigError(
-            list_faults(f"{subject}: its tensors are not those of {type(model).__name__}", faults)
-        )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+        what = f"{subject}: its tensors are not those of {type(model).__name__}"
+        raise ConfigError(list_faults(what, faults))
 
 
 def write_model(
@@ -79,15 +70,15 @@ def write_model(
     model: Any,
     tensors: Mapping[str, Tensor],
     *,
-    dtype: torch.dtype | None = None,
-    max_shard_size: str = MAX_SHARD_SIZE,
+    dtype: torch.dtype | None,
+    max_shard_size: str,
     heads: bool = False,
-    notes: Sequence[str] = (),
+    notes: Sequence[str],
 ) -> ExportReport:
     """Writes a folder that ``from_pretrained`` loads; for the options see ``export_model``.
 
-    ``source`` has tokenizer, generation configuration and heads. ``model`` is the architecture without
-    weights, with the configuration to write. ``notes`` are for the report.
+    ``model`` is the architecture without weights, with the configuration to write; ``notes`` are for the
+    report.
     """
     check_tensors(model, tensors, str(source.folder))
     if dtype is not None:

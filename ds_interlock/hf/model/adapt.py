@@ -24,14 +24,7 @@ ALL_LINEAR = "all-linear"
 
 def freeze(patterns: Sequence[str], blueprint: Blueprint) -> Prepare:
     """Freezes the parameters whose names match; gradients still flow through them."""
-    compiled = [_compiled(pattern, "--freeze", blueprint) for pattern in patterns]
-
-    def prepare(layer: nn.Module) -> None:
-        for name, parameter in layer.named_parameters():
-            if any(pattern.search(name) for pattern in compiled):
-                parameter.requires_grad_(False)
-
-    return prepare
+    return _set_attribute("--freeze", "requires_grad", dict.fromkeys(patterns, False), blueprint)
 
 
 def scale_learning_rates(scales: Mapping[str, float], blueprint: Blueprint) -> Prepare:
@@ -39,13 +32,17 @@ def scale_learning_rates(scales: Mapping[str, float], blueprint: Blueprint) -> P
     wrong = next((f"{pattern}={scale:g}" for pattern, scale in scales.items() if not scale > 0), None)
     if wrong:
         raise ConfigError(f"--learning_rate_scale {wrong}: expected a factor above 0; --freeze is for 0")
-    compiled = {_compiled(pattern, "--learning_rate_scale", blueprint): s for pattern, s in scales.items()}
+    return _set_attribute("--learning_rate_scale", "learning_rate_scale", scales, blueprint)
+
+
+def _set_attribute(flag: str, attribute: str, values: Mapping[str, float], blueprint: Blueprint) -> Prepare:
+    compiled = {_compiled(pattern, flag, blueprint): value for pattern, value in values.items()}
 
     def prepare(layer: nn.Module) -> None:
         for name, parameter in layer.named_parameters():
-            scale = next((scale for pattern, scale in compiled.items() if pattern.search(name)), None)
-            if scale is not None:
-                parameter.learning_rate_scale = scale  # type: ignore[attr-defined]
+            value = next((value for pattern, value in compiled.items() if pattern.search(name)), None)
+            if value is not None:
+                setattr(parameter, attribute, value)
 
     return prepare
 
@@ -56,7 +53,7 @@ def _compiled(pattern: str, flag: str, blueprint: Blueprint) -> re.Pattern[str]:
     except re.error as error:
         raise ConfigError(f"{flag} {pattern}: not a regular expression: {error}") from error
     names = list(blueprint.parameters())
-    if not any(compiled.search(name) for name in names):
+    if not any(map(compiled.search, names)):
         raise ConfigError(f"{flag} {pattern}: no parameter has a name like this; names are like {names[-2]}")
     return compiled
 

@@ -8,7 +8,7 @@ from torch import nn
 from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.model.cut import Block, Blueprint, Front, Logits
-from ds_interlock.planning.partition import balanced_bounds
+from ds_interlock.planning.profile import balanced_bounds
 
 
 def default_bounds(blueprint: Blueprint, interlock: InterlockConfig, num_stages: int) -> list[int]:

@@ -9,13 +9,11 @@
                           └──► base_states/replica_00.safetensors ─────────────────────────┘
 
 A head that learns from the base model (``interlock.head.kl_weight``) needs the input of its unembedding at
-every position, and no stage could compute that beside its own work. Neither padding nor other samples in its
-row change a sample's states, so they are stored sample by sample, without padding, in the order in which the
-replica evaluated them. Stage 0 knows that order.
+every position. Neither padding nor other samples in its row change a sample's states, so they are stored
+sample by sample, without padding, in the order in which the replica evaluated them, which stage 0 knows.
 
 A file is in safetensors' format: one tensor, ``states``, ``[n, d]``, and a fingerprint as metadata. It may be
-larger than memory, and safetensors' own writer takes tensors in memory: so the header is written here, and
-then the states as they come.
+larger than memory, which safetensors' own writer takes tensors from: so header and states are written here.
 
 Shape suffixes: b rows, t positions in a row, n positions of all samples of a replica, d hidden width.
 """
@@ -91,25 +89,19 @@ def digest_of_model(folder: Path) -> str:
 
 
 def record(
-    engine: Any,
-    folder: Path,
-    batches: EvaluationBatches | None,
-    share: Share | None,
-    *,
-    width: int,
-    dtype: torch.dtype,
+    engine: Any, folder: Path, own: tuple[EvaluationBatches, Share] | None, width: int, dtype: torch.dtype
 ) -> None:
     """Evaluates all samples once, and stores what the pipeline's ``End`` returns. All ranks must call it.
 
-    ``batches`` and their ``share`` are those of stage 0, None elsewhere. ConfigError if a file of ``folder``,
+    ``own`` has the batches of stage 0 and their share, None elsewhere. ConfigError if a file of ``folder``,
     the same for all ranks, cannot be written.
     """
-    about: list[Any] = [(batches.num_batches if batches else 0, share)]
+    about: list[Any] = [own and (own[0].num_batches, own[1])]
     if engine.is_pipe_parallel:
         group = engine.grid.get_pipe_parallel_group()
         dist.broadcast_object_list(about, src=dist.get_global_rank(group, 0), group=group)
     num_batches, share = about[0]
-    data = None if batches is None else iter(batches)
+    data = own and iter(own[0])
     with _recorded(engine.module, folder, share, width, dtype):
         hidden = None if engine.global_rank == 0 else True  # None: a bar on a terminal only
         for _ in tqdm(range(num_batches), "base model's states", unit="batch", disable=hidden):
@@ -124,8 +116,7 @@ def _recorded(module: Any, folder: Path, share: Share, width: int, dtype: torch.
     if end is None:
         yield
         return
-    row_lengths = iter(share.row_lengths)
-    shape = sum(share.lengths), width
+    row_lengths, shape = iter(share.row_lengths), (sum(share.lengths), width)
     with new_states_file(share.path(folder), shape, dtype, share.fingerprint) as append:
 
         def keep(_module: Any, _inputs: Any, hidden_btd: Tensor) -> None:

@@ -70,7 +70,7 @@ def _read_weights_on_demand(
     parts = [*anatomy.parts, *(f"{anatomy.blocks}.{index}" for index in range(anatomy.num_blocks))]
 
     def fill(path: str, module: nn.Module) -> None:
-        state = {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
+        state = module.state_dict(prefix=f"{path}.")
         tensors = dict(values({name: tensor for name, tensor in state.items() if name not in own}))
         tensors |= {name: own[name] for name in state if name in own}
         inside = {name.removeprefix(f"{path}."): tensor.to(device) for name, tensor in tensors.items()}
@@ -92,9 +92,7 @@ def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_in
     """Compares the pipeline's logits with the model's, as ``compare``, and repeated gradients.
 
     All ranks must call it. Kernels whose backward passes cannot be repeated are refused if they would be.
-
-    ``num_positions`` are those of the job's longest sequence, ``own_inputs`` the names of the tensors that
-    stage 0 gets.
+    ``num_positions`` has the job's longest sequence; ``own_inputs`` are names of the tensors for stage 0.
     """
     inputs = probe(pretrained, own_inputs, num_positions)
     labels = torch.zeros_like(inputs[0] if pretrained.task == "causal" else inputs[0][:, 0])
@@ -105,7 +103,7 @@ def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_in
         return
     layers = [module for module in engine.module.modules() if isinstance(module, HFLayer)]
     own = {name: tensor for layer in layers for name, tensor in layer.state_dict().items()}
-    by_name = {name: tensor.to(engine.device) for name, tensor in zip(own_inputs, inputs, strict=True)}
+    by_name = dict(zip(own_inputs, (tensor.to(engine.device) for tensor in inputs), strict=True))
     expected = reference_logits(pretrained, by_name, pretrained.blueprint().values, own)
     compare(outputs[0], expected, by_name, pretrained)
 

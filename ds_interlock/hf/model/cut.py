@@ -27,9 +27,7 @@ from torch import Tensor, nn
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.model.surgery import Skeleton
 
-TIE = "embedding"
-"""Key of the tied weights, as ``TiedLayerSpec`` has it."""
-
+TIE = "embedding"  # key of the tied weights, as ``TiedLayerSpec`` has it
 _TRAVELS = ("attention_mask", "position_ids")
 
 Values: TypeAlias = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -42,20 +40,16 @@ Hidden: TypeAlias = Tensor | tuple[Tensor, ...]
 class Blueprint:
     """Everything that a process needs to build its layers.
 
-    Attributes:
-        skeleton: The model without weights.
-        values: Reads the weights when a layer is built.
-        inputs: Of stage 0, in order: ``input_ids`` and perhaps ``attention_mask``, ``position_ids``,
-            ``token_type_ids``, ``[b, t]`` each.
-        tie: Whether a tied unembedding stays tied in training; frozen ones need no tie.
-        prepare: Called with each layer once it has its weights: adapters, freezing.
+    ``inputs`` are those of stage 0, in order: ``input_ids`` and perhaps ``attention_mask``, ``position_ids``,
+    ``token_type_ids``, ``[b, t]`` each.
     """
 
     skeleton: Skeleton
-    values: Values
+    values: Values  # reads the weights when a layer is built
     inputs: tuple[str, ...] = ("input_ids",)
-    tie: bool = True
+    tie: bool = True  # a tied unembedding stays tied in training; frozen ones need no tie
     prepare: list[Callable[[nn.Module], None]] = field(default_factory=list)
+    """Called with each layer once it has its weights: adapters, freezing."""
 
     @property
     def context(self) -> tuple[str, ...]:
@@ -76,8 +70,8 @@ class Blueprint:
     def layers(self) -> list[LayerSpec]:
         """The whole model as layer specifications; see the picture at the top of the file."""
         anatomy = self.skeleton.anatomy
-        specs = [LayerSpec(Front, self), *(LayerSpec(Block, self, i) for i in range(anatomy.num_blocks))]
-        specs.append(LayerSpec(End, self))
+        blocks = (LayerSpec(Block, self, index) for index in range(anatomy.num_blocks))
+        specs = [LayerSpec(Front, self), *blocks, LayerSpec(End, self)]
         if anatomy.unembedding is None:
             return specs
         if anatomy.tied and self.tie:
@@ -110,8 +104,7 @@ def build_all(specs: Sequence[LayerSpec]) -> list[Callable[[Any], Any]]:
 class HFLayer(nn.Module):
     """Some of a model's modules (``paths``) under their own names, with their weights (none on meta)."""
 
-    part: str
-    """Which modules, as the model's ``Anatomy`` calls them."""
+    part: str  # which modules, as the model's ``Anatomy`` calls them
 
     def __init__(self, blueprint: Blueprint, paths: Sequence[str] | None = None) -> None:
         super().__init__()
@@ -121,8 +114,8 @@ class HFLayer(nn.Module):
             paths = [named] if isinstance(named, str) else named
         self.paths = tuple(paths)
         for path in paths:
-            *owners, name = path.split(".")
             owner: nn.Module = self
+            *owners, name = path.split(".")
             for part in owners:
                 if part not in owner._modules:
                     owner.add_module(part, nn.Module())

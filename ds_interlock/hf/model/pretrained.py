@@ -19,15 +19,9 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ds_interlock.errors import ConfigError
+from ds_interlock.errors import ConfigError, first_names
 from ds_interlock.files import unfinished_folder
 from ds_interlock.hf.data.records import Task
 from ds_interlock.hf.data.tokenizer import default_cache_dir
@@ -36,8 +30,8 @@ from ds_interlock.hf.model.surgery import Skeleton, refuse_other_models
 from ds_interlock.hf.model.weights import Weights, has_safetensors
 
 _AUTO_MODELS: Mapping[str, Any] = {
-    "causal": AutoModelForCausalLM,
-    "classification": AutoModelForSequenceClassification,
+    "causal": transformers.AutoModelForCausalLM,
+    "classification": transformers.AutoModelForSequenceClassification,
 }
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth")
 
@@ -77,10 +71,7 @@ def empty_model(config: Any, kind: str, dtype: torch.dtype | None = None) -> Any
     """A transformers model in evaluation mode, parameters on the meta device, buffers in memory.
 
     ``kind`` is a task, or the name of a class in transformers, as "LlamaForCausalLM". The parameters have
-    ``dtype``, by default the configuration's.
-
-    Raises:
-        ConfigError: If transformers has no such class, or cannot build it from this configuration.
+    ``dtype``, by default the configuration's. ConfigError if transformers cannot build it.
     """
     refuse_other_models(config, type(config).__name__)
     automatic = _AUTO_MODELS.get(kind)
@@ -183,16 +174,13 @@ def open_pretrained(
 def _check_weights(pretrained: Pretrained, values: _Values, parameters: Mapping[str, Tensor]) -> None:
     lacking, misfits = values.lacking(parameters), values.weights.misfits(parameters)
     if lacking:
-        named = ", ".join(lacking[:5]) + " ..." * (len(lacking) > 5)
-        kind = type(pretrained.config).__name__
-        raise ConfigError(f"--model {pretrained.name}: its weights lack {named}, which {kind} needs")
+        fault = f"its weights lack {first_names(lacking)}, which {type(pretrained.config).__name__} needs"
+        raise ConfigError(f"--model {pretrained.name}: {fault}")
     if misfits:
         why = " by its config.json; these files do not belong together"
         if pretrained.task == "classification":
-            why = (
-                f", for {pretrained.config.num_labels} classes in the data: give a model without a "
-                "classifier, or one that was trained for these classes"
-            )
+            classes = f", for {pretrained.config.num_labels} classes in the data"
+            why = f"{classes}: give a model without a classifier, or one that was trained for these classes"
         raise ConfigError(f"--model {pretrained.name}: {misfits[0]}{why}")
 
 
@@ -247,8 +235,7 @@ def _load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
 def _converted(auto_model: Any, folder: Path, name: str, gguf_file: str | None, cache_dir: Path) -> Path:
     """The folder of the model as safetensors with the names of its modules, from the cache or made now.
 
-    Parameters that the files lack, such as a new classifier's, are left out. In the cache a model is found by
-    a hash of its files' sizes and dates.
+    Parameters that the files lack are left out. The cache knows a model by its files' sizes and dates.
     """
     sources = [folder / gguf_file] if gguf_file else sorted(p for p in folder.iterdir() if p.is_file())
     if gguf_file and not sources[0].is_file():

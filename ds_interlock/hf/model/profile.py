@@ -38,34 +38,21 @@ def estimate_profile(
     """A profile from sizes alone, in bf16: matrix products at an assumed speed. Loads no weights.
 
     ``name`` is what to call the model, ``flops_per_second`` what a device reaches, not its peak, and ``link``
-    latency in seconds and bandwidth in bytes per second between two stages.
-
-    Raises:
-        ConfigError: If the model cannot be cut into layers.
+    latency in seconds and bandwidth in bytes per second between two stages. ConfigError if the model cannot
+    be cut into layers.
     """
-    source = (
-        f"estimated: matrix products and attention at {flops_per_second / 1e12:g} TFLOP/s, links of "
-        f"{link[1] / 1e9:g} GB/s and {link[0] * 1e6:g} us"
-    )
+    source = f"estimated: matrix products and attention at {flops_per_second / 1e12:g} TFLOP/s, links of "
+    source += f"{link[1] / 1e9:g} GB/s and {link[0] * 1e6:g} us"
+    about = {"model": name, "device": "assumed", "source": source}
     device = torch.device("meta")
     layers, tied_layers = _layers(config, torch.bfloat16, device)
     # transformers reads values of meta tensors, but not of this mode's. Buffers outside the layers, such as
     # rotary frequencies, are real tensors.
     with FakeTensorMode(allow_non_fake_inputs=True):
         ids_bt = torch.zeros(micro_batch_size, seq_length, dtype=torch.int64, device=device)
-        return profile_model(
-            calls_in_sequence((layer.to_empty(device=device) for layer in layers), ids_bt),
-            head,
-            lm_loss(),
-            ids_bt,
-            FlopMeter(flops_per_second),
-            None,
-            model=name,
-            device="assumed",
-            source=source,
-            link=link,
-            tied_layers=tied_layers,
-        )
+        calls = calls_in_sequence((layer.to_empty(device=device) for layer in layers), ids_bt)
+        meter = FlopMeter(flops_per_second)
+        return profile_model(calls, head, lm_loss(), ids_bt, meter, None, link, tied_layers, **about)
 
 
 def measure_profile(
@@ -80,36 +67,19 @@ def measure_profile(
     num_rounds: int,
     link: tuple[float, float] | None,
 ) -> Profile:
-    """A profile measured on this process's accelerator, with random weights, as ``estimate_profile``.
-
-    Each time is the median of ``num_rounds``.
-    """
+    """A profile measured here, medians of ``num_rounds``, with random weights; see ``estimate_profile``."""
     accelerator = get_accelerator()
     device = torch.device(accelerator.current_device_name())
     ids_bt = torch.randint(config.vocab_size, (micro_batch_size, seq_length), device=device)
     layers, tied_layers = _layers(config, dtype, device)
-    measured = f"measured on {device_name(device)}" + ("" if link else "; the link was not measured")
-    return profile_model(
-        calls_in_sequence(layers, ids_bt),
-        head,
-        lm_loss(),
-        ids_bt,
-        Stopwatch(accelerator.synchronize, num_rounds),
-        make_optimizer,
-        model=name,
-        device=device_name(device),
-        source=measured,
-        link=link,
-        tied_layers=tied_layers,
-    )
+    calls, meter = calls_in_sequence(layers, ids_bt), Stopwatch(accelerator.synchronize, num_rounds)
+    source = f"measured on {device_name(device)}" + ("" if link else "; the link was not measured")
+    about = {"model": name, "device": device_name(device), "source": source}
+    return profile_model(calls, head, lm_loss(), ids_bt, meter, make_optimizer, link, tied_layers, **about)
 
 
 def _layers(config: Any, dtype: torch.dtype, device: torch.device) -> tuple[list[nn.Module], tuple[int, ...]]:
-    """The layers of a job, as they train, and the numbers of those that a job would tie.
-
-    A tied unembedding has a weight of its own, as on a pipeline: the last stage has a copy, computes a
-    gradient for it and steps it.
-    """
+    """The layers of a job, as they train, and the numbers of those that a job would tie."""
 
     def values(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # Tensors that are not on the meta device are buffers with their values.
@@ -117,9 +87,8 @@ def _layers(config: Any, dtype: torch.dtype, device: torch.device) -> tuple[list
         return {n: torch.empty_like(like, device=device).normal_(std=_STD) for n, like in weights.items()}
 
     skeleton = Skeleton(empty_model(config, "causal", dtype))
-    tied = Blueprint(skeleton, values).layers()
-    layers = Blueprint(skeleton, values, tie=False).layers()
-    return (
-        [spec.build().to(device).train() for spec in layers],
-        tuple(number for number, spec in enumerate(tied) if isinstance(spec, TiedLayerSpec)),
-    )
+    tied = enumerate(Blueprint(skeleton, values).layers())
+    # A tied unembedding has a weight of its own: the last stage has a copy, and steps it.
+    layers = [spec.build() for spec in Blueprint(skeleton, values, tie=False).layers()]
+    numbers = tuple(number for number, spec in tied if isinstance(spec, TiedLayerSpec))
+    return [layer.to(device).train() for layer in layers], numbers

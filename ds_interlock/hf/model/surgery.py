@@ -5,17 +5,13 @@
     GPT2LMHeadModel    wte, wpe             transformer.h.0 .. ln_f           lm_head (tied to wte)
     BertForSequence..  bert.embeddings      encoder.layer.0 .. bert.pooler, classifier
 
-No forward is written again. What happens between those modules (masks, rotary angles, the scale of
-embeddings, soft-capping) is left to the model's own forward, run on a ``Skeleton``: the model without
-weights, in which a *guest* takes the place of every block and records its arguments.
+No forward is written again: what happens between those modules (masks, rotary angles, soft-capping) is left
+to the model's own, run on a ``Skeleton``, in which a *guest* takes the place of every block.
 
     front    the forward runs up to the first block, whose first argument is the hidden state
     block    the forward runs past all blocks; the other arguments of this one are recorded, the same for all
              micro-batches of one shape without masks
     end      the last block returns the hidden state of the pipeline; the forward continues from there
-
-Which module is what follows from transformers' own pipeline plans (``config.base_model_pp_plan``); a small
-table covers families without one.
 
 Shape suffixes: b batch, t position, d hidden width, v vocabulary.
 """
@@ -23,7 +19,7 @@ Shape suffixes: b batch, t position, d hidden width, v vocabulary.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +35,7 @@ class _Family(NamedTuple):
     returns_tuple: bool = False  # a block returns a tuple that begins with the hidden state
 
 
-# Families without a plan in transformers, by ``config.model_type``.
+# Families without a pipeline plan in transformers (``config.base_model_pp_plan``), by ``config.model_type``.
 _WITHOUT_PLAN = {
     "bert": _Family("encoder.layer", ("embeddings",)),
     "bloom": _Family("h", ("word_embeddings", "word_embeddings_layernorm"), returns_tuple=True),
@@ -185,6 +181,8 @@ Visit = Callable[[int, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
+Inputs = Mapping[str, Tensor]
+
 
 class Skeleton:
     """A model's own forward, without its weights.
@@ -194,8 +192,7 @@ class Skeleton:
     """
 
     def __init__(self, model: Any) -> None:
-        self.anatomy = find_anatomy(model)
-        self.model = model
+        self.anatomy, self.model = find_anatomy(model), model
         self._originals: dict[str, nn.Module] = {}
         self._hidden: Any = None
         self._visit: Visit = lambda *_: None
@@ -235,8 +232,7 @@ class Skeleton:
             raise _Captured(hidden)
 
         training = any(part.training for part in parts.values())
-        hidden_btd: Tensor = self._run(self.model.base_model, inputs, stop, parts, training)
-        return hidden_btd
+        return cast(Tensor, self._run(self.model.base_model, inputs, stop, parts, training))
 
     def arguments(self, index: int, hidden_btd: Tensor, context: Mapping[str, Tensor]) -> Arguments:
         """The arguments of block ``index`` besides the hidden state, positional and by name.
@@ -250,6 +246,7 @@ class Skeleton:
             self._context = tuple(context.values())  # kept, so that no other tensor gets their ids
         return self._arguments[index]
 
+    @torch.no_grad()
     def _arguments_of_all(self, hidden_btd: Tensor, context: Mapping[str, Tensor]) -> dict[int, Arguments]:
         arguments: dict[int, Arguments] = {}
 
@@ -259,18 +256,13 @@ class Skeleton:
                 raise _Captured(None)
             return hidden
 
-        with torch.no_grad():
-            self._hidden = hidden_btd.detach()
-            inputs = {"inputs_embeds": self._hidden, **context}
-            self._run(self.model.base_model, inputs, note, {}, training=False)
+        self._hidden = hidden_btd.detach()
+        inputs = {"inputs_embeds": self._hidden, **context}
+        self._run(self.model.base_model, inputs, note, {}, training=False)
         return arguments
 
     def end(
-        self,
-        parts: Mapping[str, nn.Module],
-        hidden_btd: Tensor,
-        context: Mapping[str, Tensor],
-        training: bool,
+        self, parts: Mapping[str, nn.Module], hidden_btd: Tensor, context: Inputs, training: bool
     ) -> Tensor:
         """The input of the unembedding ``[b, t, d]``; in a model without one, its logits.
 
@@ -278,12 +270,11 @@ class Skeleton:
         block's output. In ``training``, dropout without weights is on.
         """
         self._hidden = hidden_btd
-        inputs = {"inputs_embeds": hidden_btd, **context}
         is_language_model = self.anatomy.unembedding is not None
         model = self.model.base_model if is_language_model else self.model
+        inputs = {"inputs_embeds": hidden_btd, **context}
         outputs = self._run(model, inputs, lambda *_: hidden_btd, parts, training)
-        result: Tensor = outputs.last_hidden_state if is_language_model else outputs.logits
-        return result
+        return cast(Tensor, outputs.last_hidden_state if is_language_model else outputs.logits)
 
     def logits(self, unembedded_btv: Tensor) -> Tensor:
         """The model's logits, scaled or soft-capped, from its unembedding's output."""
@@ -293,8 +284,7 @@ class Skeleton:
         parts = {self.anatomy.unembedding: _StandIn(original, lambda *_: unembedded_btv)}
         inputs = {"inputs_embeds": self._hidden}
         outputs = self._run(self.model, inputs, lambda *_: self._hidden, parts, training=False)
-        logits_btv: Tensor = outputs.logits
-        return logits_btv
+        return cast(Tensor, outputs.logits)
 
     def changes_logits(self) -> bool:
         """Whether ``logits`` changes its argument."""
@@ -302,12 +292,7 @@ class Skeleton:
         return not torch.equal(self.logits(probe_btv), probe_btv)
 
     def _run(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Tensor],
-        visit: Visit,
-        parts: Mapping[str, nn.Module],
-        training: bool,
+        self, model: nn.Module, inputs: Inputs, visit: Visit, parts: Mapping[str, nn.Module], training: bool
     ) -> Any:
         self._visit = visit
         device = next(iter(inputs.values())).device

@@ -3,9 +3,8 @@
     model.safetensors.index.json      names of tensors -> shards
     model-00001-of-00003.safetensors  ...
 
-A safetensors file is mapped, not read: a rank that owns three layers of eighty touches three layers of
-the file. Large tensors are copied in pieces, and the file is closed after each: what was copied does not stay
-mapped, so a process never holds much more than what it keeps.
+A safetensors file is mapped, not read. Large tensors are copied in pieces, and the file is closed after each:
+what was copied does not stay mapped, so a process never holds much more than what it keeps.
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,18 +34,19 @@ class Weights:
 
     Floating-point ones are converted to ``dtype``. Checkpoints of the bare model leave out ``prefix``, its
     ``base_model_prefix``. ``same`` has tied tensors: ``{"lm_head.weight": "model.embed_tokens.weight"}``.
-
-    Raises:
-        ConfigError: If the folder has no safetensors, an index without its shards, or a file cut short.
+    ConfigError if the folder has no safetensors, an index without its shards, or a file cut short.
     """
 
     def __init__(
         self, folder: Path, dtype: torch.dtype, prefix: str = "", same: Mapping[str, str] | None = None
     ) -> None:
-        self.dtype = dtype
-        self._prefix = prefix
-        self._same = dict(same or {})
-        self._stored = _stored_tensors(folder)
+        self.dtype, self._prefix, self._same = dtype, prefix, dict(same or {})
+        self._stored: dict[str, _Stored] = {}
+        for file in _files(folder):
+            with _opened(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    tensor = tensors.get_tensor(name)
+                    self._stored[name] = _Stored(file, name, tensor.shape, tensor.dtype)
 
     def lacking(self, names: Iterable[str]) -> list[str]:
         """Those of ``names`` that the files do not have."""
@@ -92,16 +92,6 @@ class _Stored(NamedTuple):
 
 class _Index(BaseModel):
     weight_map: dict[str, str]
-
-
-def _stored_tensors(folder: Path) -> dict[str, _Stored]:
-    stored: dict[str, _Stored] = {}
-    for file in _files(folder):
-        with _opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                tensor = tensors.get_tensor(name)
-                stored[name] = _Stored(file, name, tensor.shape, tensor.dtype)
-    return stored
 
 
 def _files(folder: Path) -> list[Path]:

@@ -75,8 +75,8 @@ def states_of_a_pipeline(
     replica = engine.grid.get_data_parallel_rank()
     batches = [EvaluationBatches(rows, shape, replica=r) for r in range(shape.num_replicas)]
     shares = [Share.of(of_replica, model="tiny") for of_replica in batches]
-    own = (batches[replica], shares[replica]) if engine.is_first_stage() else (None, None)
-    record(engine, Path(folder), *own, width=WIDTH, dtype=torch.float32)
+    own = (batches[replica], shares[replica]) if engine.is_first_stage() else None
+    record(engine, Path(folder), own, WIDTH, torch.float32)
     found = []
     if engine.is_first_stage():
         training = TrainingBatches(rows, shape, replica=replica, seed=5)

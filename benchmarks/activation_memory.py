@@ -24,7 +24,6 @@ from benchmarks.language_models import GLOBAL, pipeline_of
 from ds_interlock import InProcessPipeline
 from ds_interlock.models.lm import LMConfig, Unembedding
 from ds_interlock.schedule.action import Action, Kind
-from measuring.results import add_legend, new_figure, table_of
 
 WINDOWS: tuple[float, ...] = (1, 1.25, 2, 3)
 OPTIONS: results.Options = {
@@ -125,34 +124,6 @@ def _peaks(net: InProcessPipeline, micro_batches: list[tuple[Tensor, Tensor]]) -
     net.accumulate_gradients(micro_batches)
     stage.run = run  # type: ignore[method-assign]
     return of_layers.peak, of_head.peak
-
-
-def table(found: dict[str, Any]) -> str:
-    """Peak bytes of stage 0 for each setting and number of stages, as Markdown."""
-    columns = {
-        "setting": "setting",
-        "K": "stages",
-        "M": "micro_batches",
-        "peak KiB": ("peak_bytes", 1024),
-        "one micro-batch KiB": ("micro_batch_bytes", 1024),
-        "in flight (plan)": "in_flight",
-        "planned KiB": ("planned_bytes", 1024),
-        "head KiB, while it runs": ("head_peak_bytes", 1024),
-    }
-    return table_of(found["rows"], columns)
-
-
-def draw(found: dict[str, Any]) -> Any:
-    """Peak bytes over K, a line for each setting."""
-    figure, ((axis,),) = new_figure(1, "Activation memory of stage 0, M = 2 K")
-    by_setting = results.grouped(found["rows"], "setting")
-    for number, (setting, rows) in enumerate(by_setting.items()):
-        kib = [row["peak_bytes"] / 1024 for row in rows]
-        width = 2 * (len(by_setting) - number)
-        axis.plot([row["stages"] for row in rows], kib, "o-", label=setting, linewidth=width)
-    axis.set(xlabel="pipeline stages K", ylabel="peak KiB kept by autograd", ylim=(0, None))
-    add_legend(figure, axis)
-    return figure
 
 
 if __name__ == "__main__":

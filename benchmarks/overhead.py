@@ -10,7 +10,6 @@ backpropagation (heads, relays), which is counted in.
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,6 @@ from benchmarks import results
 from benchmarks.peers import DEEPSPEED, make_peer
 from measuring.engines import Workload, seconds_of_a_batch
 from measuring.ranks import run_ranks
-from measuring.results import new_figure, table_of
 from measuring.sleeping import sleeping_loss
 
 ENGINES = (DEEPSPEED, "global", "local", "window 2")
@@ -85,32 +83,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             for m in args.micro_batches
         ]
     results.publish("overhead", args, rows, argv)
-
-
-def table(found: dict[str, Any]) -> str:
-    """Microseconds for each micro-batch, and how they compare with DeepSpeed's."""
-    rows = sorted(found["rows"], key=lambda row: row["num_micro_batches"])
-    deepspeed = {row["num_micro_batches"]: row["microseconds"] for row in rows if row["engine"] == DEEPSPEED}
-    columns = {
-        "M": "num_micro_batches",
-        "engine": "engine",
-        "us/micro-batch": lambda row: round(row["microseconds"]),
-        "of DeepSpeed's": lambda row: f"{row['microseconds'] / deepspeed[row['num_micro_batches']]:.0%}",
-        "processor us/micro-batch": lambda row: round(row["processor_microseconds"]),
-    }
-    return table_of(rows, columns)
-
-
-def draw(found: dict[str, Any]) -> Any:
-    """Microseconds for each micro-batch over the number of micro-batches."""
-    figure, ((axis,),) = new_figure(1, f"An engine's own time, {found['arguments']['stages']} stages")
-    for engine, rows in results.grouped(found["rows"], "engine").items():
-        x = [row["num_micro_batches"] for row in rows]
-        axis.plot(x, [row["microseconds"] for row in rows], marker="o", label=engine)
-    axis.set(xlabel="micro-batches per batch", ylabel="microseconds per micro-batch", ylim=(0, None))
-    axis.set_xscale("log", base=2)
-    axis.legend()
-    return figure
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ rank: the model is then cut into twice as many stages of half the work each.
             ZBV           rank 0: stages 0, 3   rank 1: stages 1, 2
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -101,8 +102,31 @@ def time_batches(engine: Any, work: Workload, num_batches: dict[int, int]) -> di
     return seconds
 
 
-def compare(seconds: float | str, deepspeed: float, floor: float) -> dict[str, Any]:
-    """The part of a row that says how long a batch takes, beside DeepSpeed's engine and the floor."""
-    if isinstance(seconds, str):
-        return {"refused": seconds}
-    return {"seconds": seconds, "times_deepspeed": deepspeed / seconds, "times_floor": seconds / floor}
+def compare(
+    seconds: Mapping[str, Mapping[int, float | str]],
+    floor: Mapping[int, float],
+    predict: Callable[[str, int], float],
+) -> list[dict[str, Any]]:
+    """Rows for each number of micro-batches M and engine: its time beside DeepSpeed's and the floor.
+
+    Args:
+        seconds: By engine and M, what ``time_batches`` returns.
+        floor: By M, seconds of a batch without a bubble and without extra work.
+        predict: From one of our modes and M to the seconds that a batch should take.
+    """
+    rows = []
+    for m, engine in product(floor, seconds):
+        taken, row = seconds[engine][m], {"micro_batches": m, "engine": engine}
+        if isinstance(taken, str):
+            rows.append(row | {"refused": taken})
+            continue
+        row |= {
+            "seconds": taken,
+            "times_deepspeed": seconds[DEEPSPEED][m] / taken,
+            "times_floor": taken / floor[m],
+        }
+        if engine in MODES:
+            predicted = predict(engine, m)
+            row |= {"predicted_seconds": predicted, "share_of_predicted_speed": predicted / taken}
+        rows.append(row)
+    return rows

@@ -14,7 +14,6 @@ import statistics
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -23,7 +22,6 @@ from benchmarks.language_models import GLOBAL, pipeline_of
 from ds_interlock import HeadConfig
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.models.lm import LMConfig, lm_layers
-from measuring.results import table_of
 
 # The shapes of GPT-2 (Radford et al. 2019, table 2), between them one of 760 M, and a small one for CPUs.
 MODEL_SIZES: dict[str, dict[str, int]] = {
@@ -91,19 +89,6 @@ def measure(mode: str, args: Namespace) -> results.Row:
         if on_gpu
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-
-
-def table(found: dict[str, Any]) -> str:
-    """Speed and memory of every mode, as Markdown."""
-    columns = {
-        "mode": "mode",
-        "tokens/s": "tokens_per_second",
-        "relative to global": ("tokens_per_second", found["rows"][0]["tokens_per_second"]),
-        "peak GiB": ("peak_bytes", 2**30),
-        "parameters": "layer_parameters",
-        "in heads": "head_parameters",
-    }
-    return table_of(found["rows"], columns)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from experiments.efficiency import phase_sections
 from experiments.sleeping_pipeline import Pipeline
 from experiments.stage_profile import LEARNING_KEYS, TaskProfile, without_learning
 from experiments.tasks import make_task
-from measuring.results import machine, table_of, versions
+from measuring.results import machine, table, versions
 from measuring.results_file import RESULTS
 
 Section = dict[str, Any]
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     replace_text(args.output, times.model_dump_json(indent=1) + "\n")
-    print(_table(times))
+    print(table([row.model_dump(exclude={"interlock"}) for row in times.rows]))
     return 0
 
 
@@ -255,19 +255,6 @@ def _stages(profile: TaskProfile) -> tuple[dict[str, Any], ...]:
         }
         for number, (start, stop) in enumerate(bounds)
     )
-
-
-def _table(times: BatchTimes) -> str:
-    columns = {
-        "mode": "mode",
-        "from step": "phase",
-        "M": "micro_batches",
-        "stage forwards per batch": "relative_seconds",
-        "predicted": "predicted",
-        "floor": "floor",
-        "times global": "times_global",
-    }
-    return table_of([row.model_dump() for row in times.rows], columns)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 
 from experiments.comparison import Comparison
 from experiments.definition import GLOBAL, LOCAL
-from measuring.results import add_legend, new_figure
 
 _NUM_COLUMNS = 4
-_PANEL_INCHES = (2.6, 2.2)
 
 Floats = NDArray[np.float64]
 
@@ -33,8 +31,8 @@ def curves(comparison: Comparison) -> Figure:
     On the left whole curves; on the right the second half of the budget and what follows, between the
     best mode and the worse of global and local.
     """
-    figure, axes = new_figure(2, f"{comparison.name}: validation loss")
-    whole, close = axes[0]
+    figure = _new_figure(12, 4, f"{comparison.name}: validation loss")
+    whole, close = figure.subplots(1, 2)
     half = comparison.budget / 2
     lowest, highest = math.inf, -math.inf  # in the second half; of all modes, and of global and local
     for number, mode in enumerate(comparison.modes):
@@ -56,8 +54,7 @@ def curves(comparison: Comparison) -> Figure:
     margin = 0.05 * (highest - lowest)
     whole.set_ylabel("nats")
     close.set(xlim=(half, None), ylim=(lowest - margin, highest + margin))
-    add_legend(figure, whole)
-    return figure
+    return _with_legend(figure, whole)
 
 
 def stage_rms(comparison: Comparison) -> Figure:
@@ -75,6 +72,20 @@ def modes_with(comparison: Comparison, key: str) -> list[str]:
     return [mode for mode in comparison.modes if len(_over_seeds(comparison, mode, key)[0])]
 
 
+def _new_figure(width: float, height: float, title: str) -> Figure:
+    """A figure of so many inches that needs no display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title)
+    return figure
+
+
+def _with_legend(figure: Figure, axis: Any) -> Figure:
+    """Puts a legend of ``axis`` on the right, beside all plots."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize="small")
+    return figure
+
+
 def _over_seeds(comparison: Comparison, mode: str, key: str) -> tuple[Floats, Floats]:
     """The steps at which all seeds have ``key``; its values [seed, step] or [seed, step, stage], or nan."""
     series = [result.series(key) for result in comparison.results[mode].values()]
@@ -87,8 +98,9 @@ def _panels(comparison: Comparison, key: str, title: str) -> Figure:
     """A panel for each mode that has ``key``, a line for each stage, all in the same limits."""
     modes = modes_with(comparison, key)
     num_rows = math.ceil(len(modes) / _NUM_COLUMNS)
-    figure, axes = new_figure(_NUM_COLUMNS, f"{comparison.name}: {title}", num_rows=num_rows)
-    figure.set_size_inches(_PANEL_INCHES[0] * _NUM_COLUMNS + 1, _PANEL_INCHES[1] * num_rows + 0.6)
+    inches = (2.6 * _NUM_COLUMNS + 1, 2.2 * num_rows + 0.6)
+    figure = _new_figure(*inches, f"{comparison.name}: {title}")
+    axes = figure.subplots(num_rows, _NUM_COLUMNS, squeeze=False)
     used = axes.flat[: len(modes)]
     for axis, mode in zip(used, modes, strict=True):
         if key == "stage_rms":
@@ -103,8 +115,7 @@ def _panels(comparison: Comparison, key: str, title: str) -> Figure:
     limits = np.array([axis.get_ylim() for axis in used])
     for axis in used:
         axis.set_ylim(limits.min(), limits.max())
-    add_legend(figure, axes.flat[0])
-    return figure
+    return _with_legend(figure, axes.flat[0])
 
 
 def _draw_stages(axis: Any, steps: Floats, values_stk: Floats) -> None:

@@ -9,15 +9,14 @@ the bytes of one. Under local learning stage 0 has a head, whose own activations
 they are counted apart.
 """
 
-import weakref
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks import results
 from benchmarks.language_models import GLOBAL, pipeline_of
@@ -43,9 +42,8 @@ class LiveBytes:
 
     def __init__(self, excluded: Iterator[Tensor]) -> None:
         self.peak = 0
-        self._now = 0
         self._excluded = {tensor.untyped_storage().data_ptr() for tensor in excluded}
-        self._holders: Counter[int] = Counter()
+        self._live: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def counting(self) -> saved_tensors_hooks:
         """Counts what is saved within this context, until it is released, within it or later."""
@@ -54,20 +52,11 @@ class LiveBytes:
     def _save(self, tensor: Tensor) -> Tensor:
         # An operator's own result, kept with its history, would keep the operator, which keeps the result.
         saved = tensor.detach()
-        storage = tensor.untyped_storage()
-        address, num_bytes = storage.data_ptr(), storage.nbytes()
-        if address not in self._excluded:
-            if self._holders[address] == 0:
-                self._now += num_bytes
-                self.peak = max(self.peak, self._now)
-            self._holders[address] += 1
-            weakref.finalize(saved, self._release, address, num_bytes)
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in self._excluded:
+            self._live[saved] = storage.data_ptr(), storage.nbytes()
+            self.peak = max(self.peak, sum(num_bytes for _, num_bytes in set(self._live.values())))
         return saved
-
-    def _release(self, address: int, num_bytes: int) -> None:
-        self._holders[address] -= 1
-        if self._holders[address] == 0:
-            self._now -= num_bytes
 
 
 def main(argv: Sequence[str] | None = None) -> None:

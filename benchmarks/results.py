@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_interlock.files import replace_text
+from measuring.command import command_parser
 from measuring.results import machine, table, versions
 
 Row = dict[str, Any]
@@ -27,8 +28,7 @@ def parse(description: str | None, options: Options, argv: Sequence[str] | None)
 
     An option has the type of its default; a list takes one value or more.
     """
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser = command_parser(description)
     for name, (default, meaning, *choices) in options.items():
         several = isinstance(default, list)
         parser.add_argument(
@@ -74,7 +74,7 @@ def show(rows: Sequence[Row]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Shows the results in a file."""
-    parser = argparse.ArgumentParser(description="Prints a benchmark's table again, from its JSON.")
+    parser = command_parser("Prints a benchmark's table again, from its JSON.")
     parser.add_argument("results", type=Path, help="JSON file that a benchmark has written")
     show(json.loads(parser.parse_args(argv).results.read_text(encoding="utf-8"))["rows"])
 

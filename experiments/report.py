@@ -9,7 +9,6 @@ give the same page and pictures, byte for byte. The page's text is in report.md.
 tables.md.jinja.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,13 +19,14 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from ds_interlock.errors import ConfigError, DataError
+from ds_interlock.errors import DataError
 from ds_interlock.files import replace_text
 from experiments import batch_times, comparison, definition, figures, finetune
 from experiments.comparison import NOTHING, Comparison, PerSeed, cell, percent
 from experiments.definition import Definition
 from experiments.efficiency import Efficiency
 from measuring import results_file
+from measuring.command import command_parser, exit_status
 from measuring.results_file import RESULTS
 
 ENVIRONMENT = Environment(
@@ -79,21 +79,12 @@ class Experiment:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the page; the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results files (%(default)s)")
-    output = Path("docs/results.md")
     text = "the page; pictures go to a folder beside it (%(default)s)"
-    parser.add_argument("--output", type=Path, default=output, help=text)
+    parser.add_argument("--output", type=Path, default=Path("docs/results.md"), help=text)
     args = parser.parse_args(argv)
-    try:
-        write(args.results, args.output)
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(args.output)
-    return 0
+    return exit_status(partial(write, args.results, args.output))
 
 
 def write(results: Path, output: Path) -> None:
@@ -119,6 +110,7 @@ def write(results: Path, output: Path) -> None:
         picture=partial(_picture, output.with_suffix("")),
     )
     replace_text(output, page)
+    print(output)
 
 
 def _picture(folder: Path, experiment: Experiment, draw: Callable[[Comparison], Figure]) -> str:

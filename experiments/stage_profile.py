@@ -1,12 +1,16 @@
-"""What the stages of an experiment's model cost, measured on this machine.
+"""What the stages of an experiment's model cost, measured here; and a pipeline whose stages sleep as long.
 
 Every layer is timed by itself, with its arguments in the whole model: forward, input gradient, weight
 gradient; then the final loss and the auxiliary heads. Costs are in *units*: one is the mean forward of a
 stage for a micro-batch.
+
+The pipeline is a real one: every stage is a process with our engine, and all work at once, however few
+cores there are, since sleeping needs none. The time of a batch is then that of the schedule, the engine and
+the model's proportions.
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,12 +19,16 @@ from torch import Tensor
 from ds_interlock import InterlockConfig
 from ds_interlock.config import HeadConfig
 from ds_interlock.heads.output_layers import first_tensor
+from ds_interlock.planning.forecast import play
 from ds_interlock.planning.profile import HeadProfile, LayerProfile, Profile
 from ds_interlock.profiling.layers import Stopwatch, loss_seconds, profile_layers
 from ds_interlock.profiling.model import calls_in_sequence
 from ds_interlock.schedule.cost import CostModel
 from ds_interlock.stage.heads import build_head
 from experiments.tasks import Task
+from measuring.engines import Workload, make_engine, seconds_of_a_batch
+from measuring.ranks import run_ranks
+from measuring.sleeping import sleeping_workload
 
 NUM_ROUNDS = 50
 """How often everything is timed; medians count."""
@@ -95,22 +103,21 @@ class TaskProfile:
         """
         positions = section.plan(self.model.stage_bounds).heads[:-1]
         config = without_learning(section.head)
-        for loss, position in enumerate(positions):
+        for number, position in enumerate(positions):
             if (config, position.after_layer) not in self.heads:
-                head = build_head(self.task.heads(section), loss, position)
+                head = build_head(self.task.heads(section), number, position)
                 self.heads[config, position.after_layer] = self._head_units(head, position.after_layer)
         return {place.after_layer: self.heads[config, place.after_layer] for place in positions}
 
     def _head_units(self, head: Any, after_layer: int) -> float:
         inputs, labels = self.task.batch(0)[0]
-        layers = self.task.layers[: after_layer + 1]
+        layers, loss_fn = self.task.layers[: after_layer + 1], self.task.loss_fn
         hidden = first_tensor(calls_in_sequence(layers, first_tensor(inputs))[after_layer].inputs)
 
         def loss(hidden: Tensor) -> Tensor:
-            if hasattr(head, "loss"):
-                own_loss: Tensor = head.loss(hidden, labels, self.task.loss_fn)
-                return own_loss
-            return self.task.loss_fn(head(hidden), labels)
+            own = hasattr(head, "loss")
+            value: Tensor = head.loss(hidden, labels, loss_fn) if own else loss_fn(head(hidden), labels)
+            return value
 
         return loss_seconds(loss, hidden, self.stopwatch) / self.unit_seconds
 
@@ -118,3 +125,43 @@ class TaskProfile:
 def without_learning(head: HeadConfig) -> HeadConfig:
     """The part of a head's section that its time depends on."""
     return HeadConfig(**head.resolve(pretrained=False).model_dump(exclude=LEARNING_KEYS))
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model in a mode; its costs are in units, those of auxiliary heads by their ``after_layer``."""
+
+    interlock: InterlockConfig
+    model: StagedModel
+    heads: dict[int, float]
+
+    def seconds(self, micro_batches: Sequence[int], unit_seconds: float) -> dict[int, float]:
+        """Measured seconds of a batch by its number of micro-batches; units sleep ``unit_seconds``."""
+        num_stages = len(self.model.stage_bounds) - 1
+        arguments = {"pipeline": self, "unit_seconds": unit_seconds, "micro_batches": micro_batches}
+        seconds: dict[int, float] = run_ranks(_measure, num_stages, **arguments)[0]
+        return seconds
+
+    def predicted(self, num_micro_batches: int) -> float:
+        """A batch according to the simulator, in units; the engine itself needs no time there."""
+        costs, bounds = self.model.costs(self.heads), self.model.stage_bounds
+        return play(self.interlock, costs, bounds, num_micro_batches, num_batches=10)[1].batch_seconds
+
+    def workload(self, unit_seconds: float) -> Workload:
+        """The layers, heads and final loss, each of which sleeps."""
+        return sleeping_workload(
+            [[unit_seconds * getattr(layer, name) for name in PASSES] for layer in self.model.layers],
+            lambda position: unit_seconds * self.heads[position.after_layer],
+            unit_seconds * self.model.loss,
+            self.model.stage_bounds,
+        )
+
+
+def _measure(pipeline: Pipeline, unit_seconds: float, micro_batches: Sequence[int]) -> dict[int, float]:
+    """On every rank of a job: seconds of a batch, by its number of micro-batches."""
+    work = pipeline.workload(unit_seconds)
+    # A head sleeps whatever its section is; fitting it first, and measuring during training, only takes time.
+    section = pipeline.interlock.model_dump(exclude={"head", "trace", "myopia"}, exclude_defaults=True)
+    engine = make_engine(work, section)
+    # 16 micro-batches, as far as 3 to 8 batches make them.
+    return {m: seconds_of_a_batch(engine, work, m, min(max(16 // m, 3), 8)) for m in micro_batches}

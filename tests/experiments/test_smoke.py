@@ -8,8 +8,7 @@ import pytest
 
 from experiments import batch_times, definition, report, run
 from experiments.definition import Definition
-from experiments.sleeping_pipeline import Pipeline
-from experiments.stage_profile import TaskProfile
+from experiments.stage_profile import Pipeline, TaskProfile
 from experiments.training import Training
 
 FEW_MODES = ("global", "local", "window 2")

@@ -31,7 +31,7 @@ from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.cost import CostModel
 from measuring.engines import Workload
 from measuring.ranks import run_ranks
-from measuring.sleeping import SleepingHead, sleeping_loss
+from measuring.sleeping import SleepingHead
 
 ENGINES = (*TORCH_SCHEDULES, "global", "local", "window 1.25", "window 1.25, 1 extra", "window 2")
 OPTIONS: results.Options = {
@@ -89,7 +89,7 @@ def stage_costs(engine: Any, work: Workload, head_seconds: float) -> dict[str, f
         "forward": stage.forward_seconds,
         "input_gradient": stage.input_gradient_seconds,
         "weight_gradient": stage.weight_gradient_seconds,
-        "head": loss_seconds(lambda hidden: sleeping_loss(head(hidden), labels), hidden, stopwatch),
+        "head": loss_seconds(lambda hidden: head.loss(hidden, labels, None), hidden, stopwatch),
         "optimizer": _optimizer_seconds(engine, work),
     }
 

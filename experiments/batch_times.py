@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from tqdm import tqdm
 
 from ds_interlock import InterlockConfig
@@ -45,11 +45,7 @@ _Phase = tuple[str, int | None, Section]
 """A mode, the step that a phase of it begins at (None: it has no others), the section then in force."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ProfileOfStages(_Record):
+class ProfileOfStages(BaseModel, frozen=True):
     """The proportions of the stages' sleeps. The unit is the mean forward of a stage."""
 
     stage_bounds: tuple[int, ...]
@@ -60,7 +56,7 @@ class ProfileOfStages(_Record):
     """The unit on the machine that was profiled, for a whole batch of the experiment."""
 
 
-class Row(_Record):
+class Row(BaseModel, frozen=True, allow_inf_nan=False):
     """A mode, or a phase of one, with M micro-batches."""
 
     mode: str
@@ -74,13 +70,9 @@ class Row(_Record):
     """The same in units of the mean stage forward of a whole batch: of the same work whatever M."""
     predicted: float
     """What the simulator says, in the same unit."""
-    floor: float
-    """No bubble, no extra work: the slowest stage's own passes, in the same unit."""
-    times_global: float
-    """Speed: global's time with as many micro-batches, over this one."""
 
 
-class BatchTimes(_Record):
+class BatchTimes(BaseModel, frozen=True):
     """The contents of the file."""
 
     format: Literal[1] = 1
@@ -205,7 +197,6 @@ def _rows(
             pipeline = Pipeline(config, model, profile.heads_of(config))
             measured[key] = pipeline, pipeline.seconds(micro_batches, unit_seconds)
         pipeline, seconds = measured[key]
-        _, of_global = next(iter(measured.values()))
         rows += [
             Row(
                 mode=mode,
@@ -215,8 +206,6 @@ def _rows(
                 seconds=seconds[m],
                 relative_seconds=seconds[m] / (m * unit_seconds),
                 predicted=pipeline.predicted(m) / m,
-                floor=model.floor,
-                times_global=of_global[m] / seconds[m],
             )
             for m in micro_batches
         ]

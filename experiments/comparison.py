@@ -8,7 +8,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -188,14 +187,13 @@ class Comparison:
 
         The ratio is the largest on average over the seeds, so that the deviation is that of one stage.
         """
-
-        def ratio(stage: int, one: Result, reference: Result) -> float:
-            return float(one.at_the_end("stage_rms")[stage] / reference.at_the_end("stage_rms")[stage])
-
+        ends = [[one.at_the_end("stage_rms") for one in runs] for runs in self._with_one_seed([mode, GLOBAL])]
         stages = range(self.reference.run.num_stages - 1)
-        ratios = {stage: self.paired([mode, GLOBAL], partial(ratio, stage)) for stage in stages}
+        ratios = {
+            stage: PerSeed.of(one[stage] / of_global[stage] for one, of_global in ends) for stage in stages
+        }
         known = {stage: numbers for stage, numbers in ratios.items() if numbers}
-        return max(known.items(), key=lambda item: item[1].mean) if len(known) == len(ratios) else None
+        return max(known.items(), key=lambda item: item[1].mean, default=None)
 
     def cosines(self, mode: str) -> list[PerSeed | None]:
         """Of each stage with the global gradient, last measured within the budget; empty if not measured."""
@@ -204,9 +202,12 @@ class Comparison:
 
     def paired(self, modes: Sequence[str], measure: Callable[..., float | None]) -> PerSeed | None:
         """``measure`` of the runs of ``modes`` with one seed, for each seed that all of them have."""
+        return PerSeed.of(measure(*runs) for runs in self._with_one_seed(modes))
+
+    def _with_one_seed(self, modes: Sequence[str]) -> list[list[Result]]:
+        """For each seed that all of ``modes`` have, their runs."""
         runs = [self.results.get(mode, {}) for mode in modes]
-        seeds = [seed for seed in runs[0] if all(seed in of_mode for of_mode in runs)]
-        return PerSeed.of(measure(*(of_mode[seed] for of_mode in runs)) for seed in seeds)
+        return [[of_mode[seed] for of_mode in runs] for seed in sorted(set.intersection(*map(set, runs)))]
 
     def _quality(self, result: Result) -> float:
         """Test error in %, or validation loss in nats; less is better."""
@@ -242,8 +243,8 @@ def read(path: Path, order: Sequence[str]) -> Comparison:
         )
     comparison = Comparison(path.stem, results)
     for run in (result.run for result in comparison.all):
-        first = comparison.run_of(run.mode)
-        if _common(run) != _common(comparison.reference.run) or _of_mode(run) != _of_mode(first):
+        of_mode = comparison.run_of(run.mode).model_copy(update={"seed": run.seed})
+        if run != of_mode or _common(run) != _common(comparison.reference.run):
             raise DataError(
                 f"{path}: mode {run.mode}, seed {run.seed} is not of the same experiment as the runs before: "
                 "remove the lines that are out of date, and run it again with --resume"
@@ -253,10 +254,4 @@ def read(path: Path, order: Sequence[str]) -> Comparison:
 
 def _common(run: Run) -> tuple[Any, ...]:
     """Equal for all runs of an experiment."""
-    samples = (run.measurements.num_samples, run.measurements.num_final_samples)
-    return run.training, run.num_stages, run.model.kind, samples
-
-
-def _of_mode(run: Run) -> tuple[Any, ...]:
-    """Equal for all runs of a mode, too."""
-    return run.model, run.interlock, run.num_steps
+    return run.training, run.num_stages, run.model.kind, run.measurements

@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ds_interlock import InterlockConfig
 from ds_interlock.errors import ConfigError, list_faults
@@ -23,8 +23,8 @@ GLOBAL = "global"
 LOCAL = "local"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Section(BaseModel, frozen=True, extra="forbid"):
+    pass
 
 
 class ProseModel(_Section):

@@ -114,16 +114,12 @@ class Efficiency:
 
     def speed_up(self, mode: str, m: int) -> PerSeed | None:
         """Global's time to the target over the mode's, by seed; None if one seed does not get there."""
-        reference, phases = self.steps(GLOBAL), self.phases
-
-        def of_seed(seed: int, steps: float | None) -> float | None:
-            of_global = reference[seed]
-            assert of_global is not None, "the target is on global's own curve"
-            if steps is None:
-                return None
-            return seconds_of(of_global, phases[GLOBAL][m]) / seconds_of(steps, phases[mode][m])
-
-        return PerSeed.of(of_seed(seed, steps) for seed, steps in self.steps(mode).items())
+        of_global: dict[int, Any] = self.steps(GLOBAL)  # never None: the target is on its own curve
+        return PerSeed.of(
+            steps
+            and seconds_of(of_global[seed], self.phases[GLOBAL][m]) / seconds_of(steps, self.phases[mode][m])
+            for seed, steps in self.steps(mode).items()
+        )
 
     def fastest(self, m: int) -> tuple[str, PerSeed] | None:
         """The mode with windows that reaches global's loss first, and its speed-up; None if none does."""

@@ -34,21 +34,15 @@ def curves(comparison: Comparison) -> Figure:
     figure = _new_figure(12, 4, f"{comparison.name}: validation loss")
     whole, close = figure.subplots(1, 2)
     half = comparison.budget / 2
-    lowest, highest = math.inf, -math.inf  # in the second half; of all modes, and of global and local
-    for number, mode in enumerate(comparison.modes):
-        steps, losses_st = _over_seeds(comparison, mode, "loss")
-        late_st = losses_st[:, steps >= half]
-        lowest = min(lowest, late_st.min())
-        if mode in (GLOBAL, LOCAL):
-            highest = max(highest, late_st.max())
-        color = f"C{number % 10}"
-        for axis in (whole, close):
-            style = "-" if number < 10 else "--"
-            axis.plot(steps, losses_st.mean(axis=0), label=mode, color=color, linestyle=style)
-            axis.fill_between(
-                steps, losses_st.min(axis=0), losses_st.max(axis=0), color=color, alpha=0.2, lw=0
-            )
+    losses = {mode: _over_seeds(comparison, mode, "loss") for mode in comparison.modes}
+    late = {mode: losses_st[:, steps >= half] for mode, (steps, losses_st) in losses.items()}
+    lowest = min(losses_st.min() for losses_st in late.values())
+    highest = max(losses_st.max() for mode, losses_st in late.items() if mode in (GLOBAL, LOCAL))
     for axis in (whole, close):
+        for number, (mode, (steps, losses_st)) in enumerate(losses.items()):
+            color, style = f"C{number % 10}", "-" if number < 10 else "--"
+            axis.plot(steps, losses_st.mean(axis=0), label=mode, color=color, linestyle=style)
+            axis.fill_between(steps, losses_st.min(0), losses_st.max(0), color=color, alpha=0.2, lw=0)
         axis.set_xlabel("steps")
         axis.axvline(comparison.budget, color="grey", linestyle=":")
     margin = 0.05 * (highest - lowest)

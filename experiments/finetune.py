@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from ds_interlock.errors import DataError
 from experiments.comparison import NOTHING, PerSeed, cell
@@ -43,10 +43,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-class Run(BaseModel):
+class Run(BaseModel, frozen=True):
     """Everything that decides what a run does; its line in the results file has more."""
-
-    model_config = ConfigDict(frozen=True)
 
     mode: str
     heads: str

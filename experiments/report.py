@@ -64,10 +64,11 @@ class Experiment:
     @property
     def missing(self) -> dict[str, list[int]]:
         """Seeds that are still to be run, by mode."""
-        missing: dict[str, list[int]] = {mode: [] for mode in self.definition.modes}
-        for run in self.definition.runs(self.name):
-            if run.seed not in self.comparison.results.get(run.mode, {}):
-                missing[run.mode].append(run.seed)
+        runs, done = self.definition.runs(self.name), self.comparison.results
+        missing = {
+            mode: [run.seed for run in runs if run.mode == mode and run.seed not in done.get(mode, {})]
+            for mode in self.definition.modes
+        }
         return {mode: seeds for mode, seeds in missing.items() if seeds}
 
     @property

@@ -57,14 +57,6 @@ class StagedModel:
             of_stages[bisect_left(self.stage_bounds, after_layer) - 1] = units
         return replace(profile.cost_model(self.stage_bounds), head=of_stages)
 
-    @property
-    def floor(self) -> float:
-        """A micro-batch without a bubble and without extra work: the slowest stage's own."""
-        costs = self.costs({})
-        passes: list[Any] = [costs.forward, costs.input_gradient, costs.weight_gradient]
-        *others, last = (sum(of_stage) for of_stage in zip(*passes, strict=True))
-        return float(max(*others, last + self.loss))
-
 
 @dataclass
 class TaskProfile:

@@ -99,14 +99,10 @@ class SleepingHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.seconds = seconds
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
-        sleep(self.seconds)
-        return x + self.weight
-
     def loss(self, hidden: Tensor, labels: Tensor, loss_fn: Any) -> Tensor:
-        """Is part of the head's seconds, whatever ``loss_fn`` takes."""
-        return sleeping_loss(self(hidden), labels)
+        """Of ``hidden`` [..., width]; is part of the head's seconds, whatever ``loss_fn`` takes."""
+        sleep(self.seconds)
+        return sleeping_loss(hidden + self.weight, labels)
 
 
 def sleeping_loss(outputs: Tensor, labels: Tensor) -> Tensor:

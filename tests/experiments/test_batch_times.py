@@ -95,8 +95,6 @@ def row(section: dict[str, Any], micro_batches: int, relative_seconds: float) ->
         seconds=1.0,
         relative_seconds=relative_seconds,
         predicted=3.0,
-        floor=3.0,
-        times_global=1.0,
     )
 
 
@@ -123,12 +121,9 @@ def test_every_plan_is_measured_on_a_pipeline(folder: Path, capsys: pytest.Captu
     # What is measured on a busy machine can be late in any order; it is compared with what must be slept.
     predicted = [of_mode[mode].predicted for mode in ("global", "window 2", "local")]
     assert predicted == sorted(predicted, reverse=True)
-    assert of_mode["global"].times_global == 1
-    assert of_mode["local"].times_global == of_mode["global"].seconds / of_mode["local"].seconds
     for one in times.rows:
         assert one.relative_seconds == pytest.approx(one.seconds / 0.02)
         assert one.relative_seconds > 0.98 * one.predicted  # no stage sleeps too short
-        assert one.predicted >= 0.999 * one.floor
     # Sections that differ in how heads learn share a pipeline.
     assert of_mode["window 2, eager heads"].seconds == of_mode["window 2"].seconds
     growing = {one.phase: one.seconds for one in times.rows if one.mode == "growing"}
@@ -159,7 +154,6 @@ def test_heads_and_final_loss_sleep(
 
 def test_predictions_worked_by_hand() -> None:
     model = unequal_model()
-    assert model.floor == pytest.approx(3.3 + 0.25)
     heads = {2: 0.1, 4: 1.0}
     local = Pipeline(InterlockConfig(mode="local"), model, heads)
     # Streaming: the slowest stage sets the pace. Stage 1, with its head, takes 2.8 + 1.0.

@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks import results
 from benchmarks.language_models import GLOBAL, pipeline_of
-from ds_interlock import InProcessPipeline
-from ds_interlock.models.lm import LMConfig, Unembedding
+from ds_interlock import HeadConfig, InProcessPipeline
+from ds_interlock.models.lm import LMConfig
 from ds_interlock.schedule.action import Action, Kind
 
 WINDOWS: tuple[float, ...] = (1, 1.25, 2, 3)
@@ -76,12 +76,7 @@ def measure(window: float | None, num_stages: int, args: Namespace) -> results.R
     """Trains one batch and counts what stage 0 holds; without a window under global backpropagation."""
     num_blocks = args.blocks_per_stage * num_stages
     config = LMConfig(args.vocab_size, args.seq_length, args.width, num_blocks, num_heads=4)
-    net = pipeline_of(
-        config,
-        window,
-        num_stages,
-        lambda place: nn.Sequential(nn.LayerNorm(args.width), Unembedding(args.width, args.vocab_size)),
-    )
+    net = pipeline_of(config, window, num_stages, HeadConfig(type="norm_linear", fused=False))
     ids_mbt = torch.randint(args.vocab_size, (2 * num_stages, 1, args.seq_length + 1))
     micro_batches = [(ids_bt[:, :-1].clone(), ids_bt[:, 1:].clone()) for ids_bt in ids_mbt]
     one, _ = _peaks(net, micro_batches[:1])

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import results
@@ -69,7 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     # All rows have timed the stage: the shortest is the least disturbed.
     forward, stage = (min(row[key] for row in heads) for key in ("forward_seconds", "stage_seconds"))
     for row in heads:
-        row["of_stage_flops"] = row["flops"] / row["stage_flops"]
         row |= {"of_forward": row["head_seconds"] / forward, "of_stage": row["head_seconds"] / stage}
         row["step_of_stage"] = row["step_seconds"] / stage
     rows = heads + [bench.measure_backend(*how) for how in product(args.backends, (False, True))]
@@ -112,11 +111,14 @@ class Bench:
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained)
         run_head = partial(self.run_head, head)
+        flops = round(FlopMeter(flops_per_second=1.0)(partial(self.run_head, unfused))[0])
+        of_stage = stage_flops(self.lm, self.labels_bt.numel())
         return {
             "part": "head",
             "setting": setting,
-            "flops": round(FlopMeter(flops_per_second=1.0)(partial(self.run_head, unfused))[0]),
-            "stage_flops": stage_flops(self.lm, self.labels_bt.numel()),
+            "flops": flops,
+            "stage_flops": of_stage,
+            "of_stage_flops": flops / of_stage,
             "peak_bytes": peak_memory(run_head, self.device),
             "num_trained": sum(parameter.numel() for parameter in trained),
             **self._shortest(
@@ -136,7 +138,13 @@ class Bench:
         weight_vd.normal_(std=0.02).requires_grad_(not frozen)
 
         def run() -> None:
-            backend_loss(backend, hidden_nd.detach().requires_grad_(), weight_vd, labels_n).backward()
+            hidden = hidden_nd.detach().requires_grad_()
+            if backend == TORCH_CHUNKS:
+                options = nn.LinearCrossEntropyOptions()
+                loss = F.linear_cross_entropy(hidden, weight_vd, labels_n, reduction="sum", options=options)
+            else:
+                loss = linear_cross_entropy(hidden, weight_vd, None, labels_n, backend=backend)  # type: ignore[arg-type]
+            loss.backward()
 
         peak_bytes = peak_memory(run, self.device)
         row = {"part": "backend", "setting": backend, "frozen": frozen, "peak_bytes": peak_bytes}
@@ -157,15 +165,6 @@ class Bench:
                 if turn:
                     seconds[name].append(clock() - started)
         return {name: min(values) for name, values in seconds.items()}
-
-
-def backend_loss(backend: str, hidden_nd: Tensor, weight_vd: Tensor, labels_n: Tensor) -> Tensor:
-    """The loss by one implementation; torch's own also with the size of chunks that it chooses."""
-    if backend == TORCH_CHUNKS:
-        return F.linear_cross_entropy(
-            hidden_nd, weight_vd, labels_n, reduction="sum", options=nn.LinearCrossEntropyOptions()
-        )
-    return linear_cross_entropy(hidden_nd, weight_vd, None, labels_n, backend=backend)  # type: ignore[arg-type]
 
 
 def stage_flops(lm: LMConfig, num_tokens: int) -> int:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks import results
 from benchmarks.peers import DEEPSPEED, make_peer, time_batches
-from measuring.engines import Workload
-from measuring.ranks import run_ranks
+from measuring.engines import Workload, run_ranks
 from measuring.sleeping import sleeping_loss
 
 ENGINES = (DEEPSPEED, "global", "local", "window 2")

@@ -23,15 +23,13 @@ import torch.distributed as dist
 
 from benchmarks import results
 from benchmarks.peers import DEEPSPEED, MODES, TORCH_SCHEDULES, compare, make_peer, time_batches
-from benchmarks.sleeping_stages import HEAD_SHARE, equal_bounds, equal_stages
 from ds_interlock import InterlockConfig
 from ds_interlock.planning.forecast import play
 from ds_interlock.profiling.layers import LayerCall, Stopwatch, loss_seconds, profile_layers
 from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.cost import CostModel
-from measuring.engines import Workload
-from measuring.ranks import run_ranks
-from measuring.sleeping import SleepingHead
+from measuring.engines import Workload, run_ranks
+from measuring.sleeping import HEAD_SHARE, SleepingHead, equal_bounds, equal_stages
 
 ENGINES = (*TORCH_SCHEDULES, "global", "local", "window 1.25", "window 1.25, 1 extra", "window 2")
 OPTIONS: results.Options = {

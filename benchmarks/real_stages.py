@@ -28,8 +28,7 @@ from ds_interlock.planning.profile import Profile
 from ds_interlock.profiling.layers import Stopwatch
 from ds_interlock.profiling.link import measure_link
 from ds_interlock.profiling.model import calls_in_sequence, device_name, profile_model
-from measuring.engines import LEARNING_RATE, Workload
-from measuring.ranks import run_ranks
+from measuring.engines import LEARNING_RATE, Workload, run_ranks
 
 NUM_STAGES = 2
 FLOOR = "floor"

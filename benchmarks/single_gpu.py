@@ -20,8 +20,7 @@ import torch
 from benchmarks import results
 from benchmarks.language_models import GLOBAL, pipeline_of
 from ds_interlock import HeadConfig
-from ds_interlock.heads.factory import head_factory
-from ds_interlock.models.lm import LMConfig, lm_layers
+from ds_interlock.models.lm import LMConfig
 
 # The shapes of GPT-2 (Radford et al. 2019, table 2), between them one of 760 M, and a small one for CPUs.
 MODEL_SIZES: dict[str, dict[str, int]] = {
@@ -63,7 +62,7 @@ def measure(mode: str, args: Namespace) -> results.Row:
     torch.manual_seed(0)
     lm = LMConfig(**MODEL_SIZES[args.model_size], seq_length=args.seq_length)
     on_gpu = torch.device(args.device).type == "cuda"
-    heads = head_factory(HeadConfig(token_fraction=args.token_fraction), lm_layers(lm))
+    heads = HeadConfig(token_fraction=args.token_fraction)
     net = pipeline_of(lm, WINDOWS.get(mode), args.stages, heads)
     net.to(args.device, torch.bfloat16 if on_gpu else torch.float32)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)

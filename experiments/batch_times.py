@@ -18,9 +18,9 @@ import argparse
 import json
 import shlex
 import sys
+from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,8 +40,7 @@ from measuring.command import command_parser, exit_status
 from measuring.results import machine, table, versions
 from measuring.results_file import RESULTS
 
-Section = dict[str, Any]
-_Phase = tuple[str, int | None, Section]
+_Phase = tuple[str, int | None, dict[str, Any]]
 """A mode, the step that a phase of it begins at (None: it has no others), the section then in force."""
 
 
@@ -62,7 +61,7 @@ class Row(BaseModel, frozen=True, allow_inf_nan=False):
     mode: str
     phase: int | None
     """The step that the phase begins at; None if the mode has one phase only."""
-    interlock: Section
+    interlock: dict[str, Any]
     micro_batches: int
     seconds: float
     """What a batch of sleeping stages took: M micro-batches with a mean forward of ``milliseconds``."""
@@ -151,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(args: argparse.Namespace, command: str) -> None:
     experiment = definition.load(args.name)
     run = next(run for run in experiment.runs(args.name) if run.mode == GLOBAL)
-    profile = TaskProfile.measure(make_task(run.model_copy(update={"model": experiment.model})))
+    profile = TaskProfile(make_task(run.model_copy(update={"model": experiment.model})))
     rows = tuple(_rows(_phases(experiment), profile, args.micro_batches, args.milliseconds / 1000))
     times = BatchTimes(
         experiment=args.name,
@@ -214,20 +213,17 @@ def _rows(
 
 def _stages(profile: TaskProfile) -> tuple[dict[str, Any], ...]:
     """See ``ProfileOfStages.stages``."""
-    costs, bounds = profile.model.costs({}), list(pairwise(profile.model.stage_bounds))
+    costs, bounds = profile.model.costs({}), profile.model.stage_bounds
     names = ("forward", "input_gradient", "weight_gradient")
-    return tuple(
-        {
-            **{name: getattr(costs, name)[number] for name in names},
-            "loss": profile.model.loss if number == len(bounds) - 1 else 0.0,
-            "heads": [
-                {"after_layer": layer, "section": config.model_dump(exclude=LEARNING_KEYS), "units": units}
-                for (config, layer), units in profile.heads.items()
-                if start < layer <= stop
-            ],
-        }
-        for number, (start, stop) in enumerate(bounds)
-    )
+    stages = [
+        {**{name: getattr(costs, name)[number] for name in names}, "loss": 0.0, "heads": []}
+        for number in range(len(bounds) - 1)
+    ]
+    stages[-1]["loss"] = profile.model.loss
+    for (config, layer), units in profile.heads.items():
+        head = {"after_layer": layer, "section": config.model_dump(exclude=LEARNING_KEYS), "units": units}
+        stages[bisect_left(bounds, layer) - 1]["heads"].append(head)
+    return tuple(stages)
 
 
 if __name__ == "__main__":

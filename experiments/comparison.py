@@ -109,8 +109,8 @@ class Result:
     @property
     def curve(self) -> Curve:
         """Validation losses during training."""
-        points = self.record["curve"]
-        return Curve(tuple(p["step"] for p in points), tuple(p["loss"] for p in points))
+        losses = self.series("loss")
+        return Curve(tuple(losses), tuple(losses.values()))
 
     def series(self, key: str) -> dict[int, Any]:
         """The values of ``key`` in the points of the curve, by step; points without it are left out."""

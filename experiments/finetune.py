@@ -136,22 +136,14 @@ def table(records: Sequence[Record]) -> str:
     """Markdown: means over the seeds, a row for each mode and kind of heads; nothing without records."""
     if not records:
         return ""
-    header = [
-        "mode",
-        "heads",
-        "loss before",
-        "loss after",
-        "heads' losses before",
-        "after",
-        "peak GB per rank",
-    ]
+    header = ["mode", "heads", "loss before", "loss after", "heads' losses before", "after"]
     metrics: dict[tuple[str, str], list[Any]] = {}
     for record in records:
         metrics.setdefault((record["mode"], record["heads"]), []).append(record["metrics"])
     items = ", ".join(f"{name} {value:g}" for name, value in records[0]["budget"].items())
     seeds = ", ".join(map(str, sorted({record["seed"] for record in records})))
     rows = [[*names, *_cells(of_row)] for names, of_row in metrics.items()]
-    return f"{NUM_STAGES} stages, {items}; seeds {seeds}\n\n{markdown(header, rows)}"
+    return f"{NUM_STAGES} stages, {items}; seeds {seeds}\n\n{markdown([*header, 'peak GB per rank'], rows)}"
 
 
 def _cells(metrics: Sequence[dict[str, Any]]) -> list[str]:

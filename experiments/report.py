@@ -12,7 +12,6 @@ tables.md.jinja.
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from ds_interlock.errors import DataError
 from ds_interlock.files import replace_text
 from experiments import batch_times, comparison, definition, figures, finetune
 from experiments.comparison import NOTHING, Comparison, PerSeed, cell, percent
-from experiments.definition import Definition
 from experiments.efficiency import Efficiency
 from measuring import results_file
 from measuring.command import command_parser, exit_status
@@ -39,27 +37,21 @@ ENVIRONMENT = Environment(
 ENVIRONMENT.globals.update(NOTHING=NOTHING, cell=cell, percent=percent, per_seed=PerSeed.of)
 
 
-@dataclass(frozen=True)
 class Experiment:
-    """An experiment: its definition, its runs, and their times (None before batch times are measured)."""
+    """An experiment: its definition, its runs, and their times (None before batch times are measured).
 
-    name: str
-    definition: Definition
-    comparison: Comparison
-    efficiency: Efficiency | None
+    It is read from the folder of results; errors as of ``write``.
+    """
 
-    @classmethod
-    def load(cls, results: Path, name: str) -> "Experiment":
-        """From the folder of results; errors as of ``write``."""
-        its_definition = definition.load(name)
-        runs = comparison.read(results / f"{name}.jsonl", order=list(its_definition.modes))
-        efficiency = None
+    def __init__(self, results: Path, name: str) -> None:
+        self.name, self.definition = name, definition.load(name)
+        self.comparison = comparison.read(results / f"{name}.jsonl", order=list(self.definition.modes))
+        self.efficiency: Efficiency | None = None
         times_file = results / f"{name}_batch_times.json"
         if times_file.exists():
             times = batch_times.read(times_file)
             numbers = (row.micro_batches for row in times.rows)
-            efficiency = Efficiency.of(runs, numbers, partial(batch_times.batch_seconds, times))
-        return cls(name, its_definition, runs, efficiency)
+            self.efficiency = Efficiency(self.comparison, numbers, partial(batch_times.batch_seconds, times))
 
     @property
     def missing(self) -> dict[str, list[int]]:
@@ -101,7 +93,7 @@ def write(results: Path, output: Path) -> None:
             f"{results} has no results of any experiment ({', '.join(definition.names())}): make them with "
             "`python -m experiments.run NAME`, or give their folder with --results"
         )
-    experiments = [Experiment.load(results, name) for name in done]
+    experiments = [Experiment(results, name) for name in done]
     page = ENVIRONMENT.get_template("report.md.jinja").render(
         experiments=experiments,
         folder=os.path.relpath(results, output.parent),

@@ -11,7 +11,7 @@ the model's proportions.
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -26,8 +26,7 @@ from ds_interlock.profiling.model import calls_in_sequence
 from ds_interlock.schedule.cost import CostModel
 from ds_interlock.stage.heads import build_head
 from experiments.tasks import Task
-from measuring.engines import Workload, make_engine, seconds_of_a_batch
-from measuring.ranks import run_ranks
+from measuring.engines import Workload, make_engine, run_ranks, seconds_of_a_batch
 from measuring.sleeping import sleeping_workload
 
 NUM_ROUNDS = 50
@@ -58,35 +57,29 @@ class StagedModel:
         return replace(profile.cost_model(self.stage_bounds), head=of_stages)
 
 
-@dataclass
 class TaskProfile:
-    """The costs of a task's model, and those of its heads (in units) once they are asked for."""
+    """The costs of a task's layers and loss on its first micro-batch, and of heads once they are asked for.
 
-    task: Task
-    model: StagedModel
-    unit_seconds: float
-    """A unit on this machine."""
-    stopwatch: Stopwatch
-    heads: dict[tuple[HeadConfig, int], float] = field(default_factory=dict)
-    """By configuration and ``after_layer``."""
+    ``unit_seconds`` is a unit on this machine; ``heads`` are units by configuration and ``after_layer``.
+    """
 
-    @classmethod
-    def measure(cls, task: Task, num_rounds: int = NUM_ROUNDS) -> "TaskProfile":
-        """Times layers and loss on the first micro-batch of the task."""
-        stopwatch = Stopwatch(lambda: None, num_rounds)  # the CPU is idle whenever a call returns
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.heads: dict[tuple[HeadConfig, int], float] = {}
+        self.stopwatch = Stopwatch(lambda: None, NUM_ROUNDS)  # the CPU is idle whenever a call returns
         inputs, labels = task.batch(0)[0]
         calls = calls_in_sequence(task.layers, first_tensor(inputs))
-        profiles = profile_layers(calls, stopwatch, None)
+        profiles = profile_layers(calls, self.stopwatch, None)
         outputs = first_tensor(task.layers[-1](*calls[-1].inputs))
-        loss = loss_seconds(lambda outputs: task.loss_fn(outputs, labels), outputs, stopwatch)
+        loss = loss_seconds(lambda outputs: task.loss_fn(outputs, labels), outputs, self.stopwatch)
         unit = sum(layer.forward_seconds for layer in profiles) / (len(task.stage_bounds) - 1)
         first, *others = (
             LayerProfile(name=layer.name, **{name: getattr(layer, name) / unit for name in PASSES})
             for layer in profiles
         )
         first = first.model_copy(update={"input_gradient_seconds": 0.0})  # its input is data
-        model = StagedModel(tuple(task.stage_bounds), (first, *others), loss / unit)
-        return cls(task, model, unit, stopwatch)
+        self.model = StagedModel(tuple(task.stage_bounds), (first, *others), loss / unit)
+        self.unit_seconds = unit
 
     def heads_of(self, section: InterlockConfig) -> dict[int, float]:
         """The cost of every auxiliary head of ``section`` by its ``after_layer``, both passes.

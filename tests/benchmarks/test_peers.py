@@ -12,8 +12,7 @@ from benchmarks.real_stages import workload
 from ds_interlock.errors import ConfigError
 from ds_interlock.models.lm import LMConfig, build_lm
 from ds_interlock.transport.local_ranks import RankError
-from measuring.engines import LEARNING_RATE
-from measuring.ranks import run_ranks
+from measuring.engines import LEARNING_RATE, run_ranks
 
 LM = LMConfig(width=64, num_blocks=5, vocab_size=768, seq_length=16, num_heads=1)
 NUM_BATCHES = 2

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from ds_interlock import InterlockConfig
 from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.planning.profile import LayerProfile
-from experiments import batch_times, definition
+from experiments import batch_times, definition, stage_profile
 from experiments.batch_times import BatchTimes, ProfileOfStages, Row, batch_seconds
 from experiments.definition import Definition
 from experiments.efficiency import phase_sections
@@ -80,7 +79,7 @@ def unequal_model() -> StagedModel:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the definition of an experiment called tiny, whose layers are timed a few times only."""
-    monkeypatch.setattr(TaskProfile, "measure", partial(TaskProfile.measure, num_rounds=3))
+    monkeypatch.setattr(stage_profile, "NUM_ROUNDS", 3)
     (tmp_path / "tiny.toml").write_text(EXPERIMENT)
     monkeypatch.setattr(definition, "FOLDER", tmp_path)
     return tmp_path
@@ -168,7 +167,7 @@ def test_predictions_worked_by_hand() -> None:
 
 def test_the_profile_of_a_task(folder: Path) -> None:
     run = definition.load("tiny").runs("tiny")[0]
-    profile = TaskProfile.measure(make_task(run))
+    profile = TaskProfile(make_task(run))
     assert profile.model.stage_bounds == (0, 4, 6, 10)
     assert sum(layer.forward_seconds for layer in profile.model.layers) == pytest.approx(3)
     assert profile.unit_seconds > 0
@@ -186,7 +185,10 @@ def test_the_profile_of_a_task(folder: Path) -> None:
     assert profile.heads_of(InterlockConfig()) == {}
 
 
-def test_the_first_layer_of_a_picture_model_owes_no_input_gradient() -> None:
+def test_the_first_layer_of_a_picture_model_owes_no_input_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stage_profile, "NUM_ROUNDS", 1)
     images = {"kind": "images", "depth": 8, "width": 2, "num_train_images": 64}
     contents = {
         "title": "",
@@ -200,7 +202,7 @@ def test_the_first_layer_of_a_picture_model_owes_no_input_gradient() -> None:
         "modes": {"global": {"interlock": {"mode": "global"}}},
     }
     run = Definition.model_validate(contents).runs("pictures")[0]
-    profile = TaskProfile.measure(make_task(run), num_rounds=1)
+    profile = TaskProfile(make_task(run))
     first, second = (layer.input_gradient_seconds for layer in profile.model.layers[:2])
     assert first == 0 < second
     assert profile.heads_of(InterlockConfig(mode="local")).keys() == {2, 3}

@@ -12,6 +12,7 @@ they are counted apart.
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -104,9 +105,8 @@ def _peaks(net: InProcessPipeline, micro_batches: list[tuple[Tensor, Tensor]]) -
         with (of_head if action.kind is Kind.HEAD else of_layers).counting():
             return run(action)
 
-    stage.run = counted  # type: ignore[method-assign]
-    net.accumulate_gradients(micro_batches)
-    stage.run = run  # type: ignore[method-assign]
+    with patch.object(stage, "run", counted):
+        net.accumulate_gradients(micro_batches)
     return of_layers.peak, of_head.peak
 
 

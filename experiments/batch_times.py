@@ -32,7 +32,7 @@ from ds_interlock import InterlockConfig
 from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.files import read_record, replace_text
 from experiments import definition
-from experiments.definition import GLOBAL, Definition
+from experiments.definition import Definition
 from experiments.efficiency import phase_sections
 from experiments.stage_profile import LEARNING_KEYS, Pipeline, TaskProfile, without_learning
 from experiments.tasks import make_task
@@ -149,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(args: argparse.Namespace, command: str) -> None:
     experiment = definition.load(args.name)
-    run = next(run for run in experiment.runs(args.name) if run.mode == GLOBAL)
-    profile = TaskProfile(make_task(run.model_copy(update={"model": experiment.model})))
+    run = experiment.runs(args.name)[0].model_copy(update={"model": experiment.model})
+    profile = TaskProfile(make_task(run))
     rows = tuple(_rows(_phases(experiment), profile, args.micro_batches, args.milliseconds / 1000))
     times = BatchTimes(
         experiment=args.name,
@@ -171,13 +171,11 @@ def _measure(args: argparse.Namespace, command: str) -> None:
 
 
 def _phases(experiment: Definition) -> list[_Phase]:
-    """What to measure, global first."""
-    timed = {GLOBAL: experiment.modes[GLOBAL]} | {
-        name: mode for name, mode in experiment.modes.items() if not mode.model
-    }
+    """What to measure."""
     return [
         (name, step if "schedule" in mode.interlock else None, of_phase)
-        for name, mode in timed.items()
+        for name, mode in experiment.modes.items()
+        if not mode.model
         for step, of_phase in phase_sections(mode.interlock)
     ]
 

@@ -167,16 +167,15 @@ class Comparison:
 
     def gain_over_local(self, mode: str) -> PerSeed | None:
         """Quality less that of local, seed by seed: below 0 the mode is better."""
-        return self.paired([mode, LOCAL], lambda one, local: self._quality(one) - self._quality(local))
+        return PerSeed.of(one - local for one, local in self._qualities([mode, LOCAL]))
 
     def recovered(self, mode: str) -> PerSeed | None:
         """Share of local's gap to global that the mode closes, by seed; None if a seed has no gap."""
-
-        def share(one: Result, local: Result, end_to_end: Result) -> float | None:
-            gap = self._quality(local) - self._quality(end_to_end)
-            return (self._quality(local) - self._quality(one)) / gap if gap > 0 else None
-
-        return self.paired([mode, LOCAL, GLOBAL], share)
+        qualities = self._qualities([mode, LOCAL, GLOBAL])
+        return PerSeed.of(
+            (local - one) / (local - of_global) if local > of_global else None
+            for one, local, of_global in qualities
+        )
 
     def first_rms(self, mode: str) -> PerSeed | None:
         """Root mean square of the first stage's output at the end of the budget."""
@@ -200,18 +199,15 @@ class Comparison:
         by_seed = [result.at_the_end("cosine") for result in self.results[mode].values()]
         return [] if None in by_seed else [PerSeed.of(of_stage) for of_stage in zip(*by_seed, strict=True)]
 
-    def paired(self, modes: Sequence[str], measure: Callable[..., float | None]) -> PerSeed | None:
-        """``measure`` of the runs of ``modes`` with one seed, for each seed that all of them have."""
-        return PerSeed.of(measure(*runs) for runs in self._with_one_seed(modes))
-
     def _with_one_seed(self, modes: Sequence[str]) -> list[list[Result]]:
         """For each seed that all of ``modes`` have, their runs."""
         runs = [self.results.get(mode, {}) for mode in modes]
         return [[of_mode[seed] for of_mode in runs] for seed in sorted(set.intersection(*map(set, runs)))]
 
-    def _quality(self, result: Result) -> float:
-        """Test error in %, or validation loss in nats; less is better."""
-        return _SCORES["error" if self.is_images else "loss"](result.record["final"])
+    def _qualities(self, modes: Sequence[str]) -> list[list[float]]:
+        """Of the same runs: test error in %, or validation loss in nats; less is better."""
+        score = _SCORES["error" if self.is_images else "loss"]
+        return [[score(one.record["final"]) for one in runs] for runs in self._with_one_seed(modes)]
 
 
 def read(path: Path, order: Sequence[str]) -> Comparison:

@@ -50,10 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _do_missing(args: argparse.Namespace) -> None:
     runs = _missing(args)
-    with tqdm(total=len(runs), unit="run", disable=None) as bar:
-        for line in _finished(runs, args):
-            bar.write(line)
-            bar.update()
+    for line in tqdm(_finished(runs, args), total=len(runs), unit="run", disable=None):
+        tqdm.write(line)
 
 
 def _missing(args: argparse.Namespace) -> list[AnyRun]:

@@ -26,7 +26,7 @@ from ds_interlock.profiling.model import calls_in_sequence
 from ds_interlock.schedule.cost import CostModel
 from ds_interlock.stage.heads import build_head
 from experiments.tasks import Task
-from measuring.engines import Workload, make_engine, run_ranks, seconds_of_a_batch
+from measuring.engines import make_engine, run_ranks, seconds_of_a_batch
 from measuring.sleeping import sleeping_workload
 
 NUM_ROUNDS = 50
@@ -132,19 +132,16 @@ class Pipeline:
         costs, bounds = self.model.costs(self.heads), self.model.stage_bounds
         return play(self.interlock, costs, bounds, num_micro_batches, num_batches=10)[1].batch_seconds
 
-    def workload(self, unit_seconds: float) -> Workload:
-        """The layers, heads and final loss, each of which sleeps."""
-        return sleeping_workload(
-            [[unit_seconds * getattr(layer, name) for name in PASSES] for layer in self.model.layers],
-            lambda position: unit_seconds * self.heads[position.after_layer],
-            unit_seconds * self.model.loss,
-            self.model.stage_bounds,
-        )
-
 
 def _measure(pipeline: Pipeline, unit_seconds: float, micro_batches: Sequence[int]) -> dict[int, float]:
     """On every rank of a job: seconds of a batch, by its number of micro-batches."""
-    work = pipeline.workload(unit_seconds)
+    model = pipeline.model
+    work = sleeping_workload(
+        [[unit_seconds * getattr(layer, name) for name in PASSES] for layer in model.layers],
+        lambda position: unit_seconds * pipeline.heads[position.after_layer],
+        unit_seconds * model.loss,
+        model.stage_bounds,
+    )
     # A head sleeps whatever its section is; fitting it first, and measuring during training, only takes time.
     section = pipeline.interlock.model_dump(exclude={"head", "trace", "myopia"}, exclude_defaults=True)
     engine = make_engine(work, section)

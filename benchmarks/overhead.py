@@ -59,10 +59,10 @@ def measure(engine_name: str, num_batches: dict[int, int]) -> dict[int, float | 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and publishes."""
     args = results.parse(__doc__, OPTIONS, argv)
+    batches = {m: max(5, args.batches // m) for m in args.micro_batches}
     rows = []
     for engine in ENGINES:
         print(f"{engine} ...", flush=True)
-        batches = {m: max(5, args.batches // m) for m in args.micro_batches}
         seconds = run_ranks(measure, args.stages, engine_name=engine, num_batches=batches)[0]
         rows += [
             {"engine": engine, "num_micro_batches": m, "microseconds": 1e6 / m * seconds[m]} for m in batches

@@ -80,9 +80,6 @@ def _median(seconds: list[Any]) -> Any:
     return seconds[0] if isinstance(seconds[0], str) else statistics.median(seconds)
 
 
-# In the processes of a job.
-
-
 def workload(lm: LMConfig) -> Workload:
     """The language model on one sequence of random tokens."""
     torch.manual_seed(0)

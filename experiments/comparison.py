@@ -135,10 +135,6 @@ class Comparison:
         return next(iter(self.results[GLOBAL].values()))
 
     @property
-    def modes(self) -> list[str]:
-        return list(self.results)
-
-    @property
     def all(self) -> list[Result]:
         """Every run."""
         return [result for of_mode in self.results.values() for result in of_mode.values()]

@@ -20,9 +20,7 @@ from experiments.comparison import Comparison, PerSeed
 from experiments.definition import GLOBAL
 
 BatchSeconds = Callable[[Mapping[str, Any], int], float]
-"""The time of a batch, by the "interlock" section of one phase and the number of micro-batches.
-
-Raises DataError if that was not measured."""
+"""By the "interlock" section of one phase and M, the time of a batch; raises DataError if not measured."""
 
 
 class Phase(NamedTuple):
@@ -76,7 +74,7 @@ class Efficiency:
     ) -> None:
         self.comparison, self.micro_batches = comparison, tuple(sorted(set(micro_batches)))
         self.phases: dict[str, dict[int, list[Phase]]] = {}  # by mode and M
-        for mode in (mode for mode in comparison.modes if not comparison.has_own_model(mode)):
+        for mode in (mode for mode in comparison.results if not comparison.has_own_model(mode)):
             sections = phase_sections(comparison.run_of(mode).interlock)
             try:
                 self.phases[mode] = {

@@ -34,7 +34,7 @@ def curves(comparison: Comparison) -> Figure:
     figure = _new_figure(12, 4, f"{comparison.name}: validation loss")
     whole, close = figure.subplots(1, 2)
     half = comparison.budget / 2
-    losses = {mode: _over_seeds(comparison, mode, "loss") for mode in comparison.modes}
+    losses = {mode: _over_seeds(comparison, mode, "loss") for mode in comparison.results}
     late = {mode: losses_st[:, steps >= half] for mode, (steps, losses_st) in losses.items()}
     lowest = min(losses_st.min() for losses_st in late.values())
     highest = max(losses_st.max() for mode, losses_st in late.items() if mode in (GLOBAL, LOCAL))
@@ -63,7 +63,7 @@ def cosines(comparison: Comparison) -> Figure:
 
 def modes_with(comparison: Comparison, key: str) -> list[str]:
     """The modes in which all seeds have ``key`` at some step."""
-    return [mode for mode in comparison.modes if len(_over_seeds(comparison, mode, key)[0])]
+    return [mode for mode in comparison.results if len(_over_seeds(comparison, mode, key)[0])]
 
 
 def _new_figure(width: float, height: float, title: str) -> Figure:

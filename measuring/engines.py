@@ -72,10 +72,7 @@ def make_engine(work: Workload, section: Mapping[str, Any] | None) -> Any:
     torch.manual_seed(0)
     num_stages = dist.get_world_size()
     model: dict[str, Any] = {"layers": work.layers, "loss_fn": work.loss_fn, "num_stages": num_stages}
-    if work.stage_bounds is None:
-        model["partition_method"] = "uniform"
-    else:
-        model["stage_bounds"] = work.stage_bounds
+    model |= {"stage_bounds": work.stage_bounds} if work.stage_bounds else {"partition_method": "uniform"}
     config = {
         "train_micro_batch_size_per_gpu": len(work.micro_batch[0]),
         "gradient_accumulation_steps": 1,

@@ -9,22 +9,21 @@ the bytes of one. Under local learning stage 0 has a head, whose own activations
 they are counted apart.
 """
 
-import weakref
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks import results
 from benchmarks.language_models import GLOBAL, pipeline_of
-from ds_interlock import InProcessPipeline
-from ds_interlock.models.lm import LMConfig, Unembedding
+from ds_interlock import HeadConfig, InProcessPipeline
+from ds_interlock.models.lm import LMConfig
 from ds_interlock.schedule.action import Action, Kind
-from measuring.results import add_legend, new_figure, table_of
 
 WINDOWS: tuple[float, ...] = (1, 1.25, 2, 3)
 OPTIONS: results.Options = {
@@ -44,9 +43,8 @@ class LiveBytes:
 
     def __init__(self, excluded: Iterator[Tensor]) -> None:
         self.peak = 0
-        self._now = 0
         self._excluded = {tensor.untyped_storage().data_ptr() for tensor in excluded}
-        self._holders: Counter[int] = Counter()
+        self._live: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def counting(self) -> saved_tensors_hooks:
         """Counts what is saved within this context, until it is released, within it or later."""
@@ -55,20 +53,11 @@ class LiveBytes:
     def _save(self, tensor: Tensor) -> Tensor:
         # An operator's own result, kept with its history, would keep the operator, which keeps the result.
         saved = tensor.detach()
-        storage = tensor.untyped_storage()
-        address, num_bytes = storage.data_ptr(), storage.nbytes()
-        if address not in self._excluded:
-            if self._holders[address] == 0:
-                self._now += num_bytes
-                self.peak = max(self.peak, self._now)
-            self._holders[address] += 1
-            weakref.finalize(saved, self._release, address, num_bytes)
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in self._excluded:
+            self._live[saved] = storage.data_ptr(), storage.nbytes()
+            self.peak = max(self.peak, sum(num_bytes for _, num_bytes in set(self._live.values())))
         return saved
-
-    def _release(self, address: int, num_bytes: int) -> None:
-        self._holders[address] -= 1
-        if self._holders[address] == 0:
-            self._now -= num_bytes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,12 +77,7 @@ def measure(window: float | None, num_stages: int, args: Namespace) -> results.R
     """Trains one batch and counts what stage 0 holds; without a window under global backpropagation."""
     num_blocks = args.blocks_per_stage * num_stages
     config = LMConfig(args.vocab_size, args.seq_length, args.width, num_blocks, num_heads=4)
-    net = pipeline_of(
-        config,
-        window,
-        num_stages,
-        lambda place: nn.Sequential(nn.LayerNorm(args.width), Unembedding(args.width, args.vocab_size)),
-    )
+    net = pipeline_of(config, window, num_stages, HeadConfig(type="norm_linear", fused=False))
     ids_mbt = torch.randint(args.vocab_size, (2 * num_stages, 1, args.seq_length + 1))
     micro_batches = [(ids_bt[:, :-1].clone(), ids_bt[:, 1:].clone()) for ids_bt in ids_mbt]
     one, _ = _peaks(net, micro_batches[:1])
@@ -121,38 +105,9 @@ def _peaks(net: InProcessPipeline, micro_batches: list[tuple[Tensor, Tensor]]) -
         with (of_head if action.kind is Kind.HEAD else of_layers).counting():
             return run(action)
 
-    stage.run = counted  # type: ignore[method-assign]
-    net.accumulate_gradients(micro_batches)
-    stage.run = run  # type: ignore[method-assign]
+    with patch.object(stage, "run", counted):
+        net.accumulate_gradients(micro_batches)
     return of_layers.peak, of_head.peak
-
-
-def table(found: dict[str, Any]) -> str:
-    """Peak bytes of stage 0 for each setting and number of stages, as Markdown."""
-    columns = {
-        "setting": "setting",
-        "K": "stages",
-        "M": "micro_batches",
-        "peak KiB": ("peak_bytes", 1024),
-        "one micro-batch KiB": ("micro_batch_bytes", 1024),
-        "in flight (plan)": "in_flight",
-        "planned KiB": ("planned_bytes", 1024),
-        "head KiB, while it runs": ("head_peak_bytes", 1024),
-    }
-    return table_of(found["rows"], columns)
-
-
-def draw(found: dict[str, Any]) -> Any:
-    """Peak bytes over K, a line for each setting."""
-    figure, ((axis,),) = new_figure(1, "Activation memory of stage 0, M = 2 K")
-    by_setting = results.grouped(found["rows"], "setting")
-    for number, (setting, rows) in enumerate(by_setting.items()):
-        kib = [row["peak_bytes"] / 1024 for row in rows]
-        width = 2 * (len(by_setting) - number)
-        axis.plot([row["stages"] for row in rows], kib, "o-", label=setting, linewidth=width)
-    axis.set(xlabel="pipeline stages K", ylabel="peak KiB kept by autograd", ylim=(0, None))
-    add_legend(figure, axis)
-    return figure
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import results
@@ -28,7 +29,6 @@ from ds_interlock.heads.factory import head_factory
 from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
 from ds_interlock.profiling.layers import FlopMeter
 from ds_interlock.schedule.plan import LossHead
-from measuring.results import table_of
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "linear, all logits": {"type": "linear", "fused": False},
@@ -65,8 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     bench = Bench(args)
-    rows = [bench.measure_head(setting) for setting in args.settings]
-    rows += [bench.measure_backend(backend, frozen) for backend in args.backends for frozen in (False, True)]
+    heads = [bench.measure_head(setting) for setting in args.settings]
+    # All rows have timed the stage: the shortest is the least disturbed.
+    forward, stage = (min(row[key] for row in heads) for key in ("forward_seconds", "stage_seconds"))
+    for row in heads:
+        row |= {"of_forward": row["head_seconds"] / forward, "of_stage": row["head_seconds"] / stage}
+        row["step_of_stage"] = row["step_seconds"] / stage
+    rows = heads + [bench.measure_backend(*how) for how in product(args.backends, (False, True))]
     results.publish("head_cost", args, rows, argv)
 
 
@@ -106,11 +111,14 @@ class Bench:
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained)
         run_head = partial(self.run_head, head)
+        flops = round(FlopMeter(flops_per_second=1.0)(partial(self.run_head, unfused))[0])
+        of_stage = stage_flops(self.lm, self.labels_bt.numel())
         return {
             "part": "head",
             "setting": setting,
-            "flops": round(FlopMeter(flops_per_second=1.0)(partial(self.run_head, unfused))[0]),
-            "stage_flops": stage_flops(self.lm, self.labels_bt.numel()),
+            "flops": flops,
+            "stage_flops": of_stage,
+            "of_stage_flops": flops / of_stage,
             "peak_bytes": peak_memory(run_head, self.device),
             "num_trained": sum(parameter.numel() for parameter in trained),
             **self._shortest(
@@ -130,7 +138,13 @@ class Bench:
         weight_vd.normal_(std=0.02).requires_grad_(not frozen)
 
         def run() -> None:
-            backend_loss(backend, hidden_nd.detach().requires_grad_(), weight_vd, labels_n).backward()
+            hidden = hidden_nd.detach().requires_grad_()
+            if backend == TORCH_CHUNKS:
+                options = nn.LinearCrossEntropyOptions()
+                loss = F.linear_cross_entropy(hidden, weight_vd, labels_n, reduction="sum", options=options)
+            else:
+                loss = linear_cross_entropy(hidden, weight_vd, None, labels_n, backend=backend)  # type: ignore[arg-type]
+            loss.backward()
 
         peak_bytes = peak_memory(run, self.device)
         row = {"part": "backend", "setting": backend, "frozen": frozen, "peak_bytes": peak_bytes}
@@ -151,15 +165,6 @@ class Bench:
                 if turn:
                     seconds[name].append(clock() - started)
         return {name: min(values) for name, values in seconds.items()}
-
-
-def backend_loss(backend: str, hidden_nd: Tensor, weight_vd: Tensor, labels_n: Tensor) -> Tensor:
-    """The loss by one implementation; torch's own also with the size of chunks that it chooses."""
-    if backend == TORCH_CHUNKS:
-        return F.linear_cross_entropy(
-            hidden_nd, weight_vd, labels_n, reduction="sum", options=nn.LinearCrossEntropyOptions()
-        )
-    return linear_cross_entropy(hidden_nd, weight_vd, None, labels_n, backend=backend)  # type: ignore[arg-type]
 
 
 def stage_flops(lm: LMConfig, num_tokens: int) -> int:
@@ -185,36 +190,6 @@ def peak_memory(work: Callable[[], Any], device: str) -> int:
         total += event.nbytes()
         peak = max(peak, total)
     return peak
-
-
-def table(found: dict[str, Any]) -> str:
-    """Heads beside the stage, then the implementations of the linear cross-entropy."""
-    rows = results.grouped(found["rows"], "part")
-    heads, stage_flops = rows["head"], rows["head"][0]["stage_flops"]
-    # All rows have timed the stage: the shortest is the least disturbed.
-    forward, stage = (min(row[key] for row in heads) for key in ("forward_seconds", "stage_seconds"))
-    head_columns = {
-        "head": "setting",
-        "GFLOPs": ("flops", 1e9),
-        "of the stage's": ("flops", stage_flops),
-        "peak MiB": ("peak_bytes", 2**20),
-        "trained, millions": ("num_trained", 1e6),
-        "optimizer MiB": ("optimizer_bytes", 2**20),
-        "s": "head_seconds",
-        "of the stage's forward": ("head_seconds", forward),
-        "of its forward and backward": ("head_seconds", stage),
-        "step, of the same": ("step_seconds", stage),
-    }
-    backend_columns = {
-        "linear cross-entropy": "setting",
-        "weight": lambda row: "frozen" if row["frozen"] else "trained",
-        "s": "seconds",
-        "peak MiB": ("peak_bytes", 2**20),
-    }
-    return (
-        f"Stage: {stage_flops / 1e9:.3g} GFLOPs, forward {forward:.3g} s, forward and backward {stage:.3g} s."
-        f"\n\n{table_of(heads, head_columns)}\n\n{table_of(rows['backend'], backend_columns)}"
-    )
 
 
 if __name__ == "__main__":

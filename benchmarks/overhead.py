@@ -3,14 +3,11 @@
     python -m benchmarks.overhead --output overhead.json
 
 Every layer is one parameter added to a vector of 16 numbers. The time of a batch is that of the engine, the
-messages and torch's own calls: microseconds for each micro-batch, by the clock, and the processor time of
-one rank, which counts when more ranks than cores share a machine. A window does more than global
+messages and torch's own calls: microseconds for each micro-batch. A window does more than global
 backpropagation (heads, relays), which is counted in.
 """
 
-import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,10 +15,8 @@ from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
 from benchmarks import results
-from benchmarks.peers import DEEPSPEED, make_peer
-from measuring.engines import Workload, seconds_of_a_batch
-from measuring.ranks import run_ranks
-from measuring.results import new_figure, table_of
+from benchmarks.peers import DEEPSPEED, make_peer, time_batches
+from measuring.engines import Workload, run_ranks
 from measuring.sleeping import sleeping_loss
 
 ENGINES = (DEEPSPEED, "global", "local", "window 2")
@@ -46,8 +41,8 @@ class Shift(nn.Module):
         return x + self.weight
 
 
-def measure(engine_name: str, num_batches: dict[int, int]) -> dict[int, tuple[float, float]]:
-    """On a rank: seconds of a batch, and processor seconds of this rank, by micro-batches per batch."""
+def measure(engine_name: str, num_batches: dict[int, int]) -> dict[int, float | str]:
+    """On a rank: seconds of a batch, by micro-batches per batch."""
     num_layers = LAYERS_PER_STAGE * dist.get_world_size()
     work = Workload(
         layers=[LayerSpec(Shift)] * num_layers,
@@ -57,60 +52,22 @@ def measure(engine_name: str, num_batches: dict[int, int]) -> dict[int, tuple[fl
         head=lambda position: Shift(),
     )
     engine = make_peer(engine_name, work)
-    seconds = {}
-    for num_micro_batches, number in num_batches.items():
-        seconds_of_a_batch(engine, work, num_micro_batches, number)  # warm caches
-        before = time.process_time()
-        wall = seconds_of_a_batch(engine, work, num_micro_batches, number)
-        # The two batches that are not timed are part of what the processor did.
-        seconds[num_micro_batches] = wall, (time.process_time() - before) / (number + 2)
-    return seconds
+    time_batches(engine, work, num_batches)  # warm caches
+    return time_batches(engine, work, num_batches)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and publishes."""
     args = results.parse(__doc__, OPTIONS, argv)
+    batches = {m: max(5, args.batches // m) for m in args.micro_batches}
     rows = []
     for engine in ENGINES:
         print(f"{engine} ...", flush=True)
-        batches = {m: max(5, args.batches // m) for m in args.micro_batches}
-        by_rank = run_ranks(measure, args.stages, engine_name=engine, num_batches=batches)
+        seconds = run_ranks(measure, args.stages, engine_name=engine, num_batches=batches)[0]
         rows += [
-            {
-                "engine": engine,
-                "num_micro_batches": m,
-                "microseconds": 1e6 / m * by_rank[0][m][0],
-                "processor_microseconds": 1e6 / m * max(seconds[m][1] for seconds in by_rank),
-            }
-            for m in args.micro_batches
+            {"engine": engine, "num_micro_batches": m, "microseconds": 1e6 / m * seconds[m]} for m in batches
         ]
     results.publish("overhead", args, rows, argv)
-
-
-def table(found: dict[str, Any]) -> str:
-    """Microseconds for each micro-batch, and how they compare with DeepSpeed's."""
-    rows = sorted(found["rows"], key=lambda row: row["num_micro_batches"])
-    deepspeed = {row["num_micro_batches"]: row["microseconds"] for row in rows if row["engine"] == DEEPSPEED}
-    columns = {
-        "M": "num_micro_batches",
-        "engine": "engine",
-        "us/micro-batch": lambda row: round(row["microseconds"]),
-        "of DeepSpeed's": lambda row: f"{row['microseconds'] / deepspeed[row['num_micro_batches']]:.0%}",
-        "processor us/micro-batch": lambda row: round(row["processor_microseconds"]),
-    }
-    return table_of(rows, columns)
-
-
-def draw(found: dict[str, Any]) -> Any:
-    """Microseconds for each micro-batch over the number of micro-batches."""
-    figure, ((axis,),) = new_figure(1, f"An engine's own time, {found['arguments']['stages']} stages")
-    for engine, rows in results.grouped(found["rows"], "engine").items():
-        x = [row["num_micro_batches"] for row in rows]
-        axis.plot(x, [row["microseconds"] for row in rows], marker="o", label=engine)
-    axis.set(xlabel="micro-batches per batch", ylabel="microseconds per micro-batch", ylim=(0, None))
-    axis.set_xscale("log", base=2)
-    axis.legend()
-    return figure
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ rank: the model is then cut into twice as many stages of half the work each.
             ZBV           rank 0: stages 0, 3   rank 1: stages 1, 2
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,28 +31,22 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-class _Layout(NamedTuple):
-    schedule: type
-    stages: Callable[[int, int], list[int]]
-    """From a rank and the number of ranks to the stages on that rank."""
-
-
-TORCH_SCHEDULES = {
-    "torch 1F1B": _Layout(pipelining.Schedule1F1B, lambda rank, num: [rank]),
-    "torch interleaved 1F1B": _Layout(
-        pipelining.ScheduleInterleaved1F1B, lambda rank, num: [rank, rank + num]
-    ),
-    "torch ZBV": _Layout(pipelining.ScheduleZBVZeroBubble, lambda rank, num: [rank, 2 * num - 1 - rank]),
+TORCH_SCHEDULES: dict[str, tuple[Any, Callable[[int, int], list[int]]]] = {
+    "torch 1F1B": (pipelining.Schedule1F1B, lambda rank, num: [rank]),
+    "torch interleaved 1F1B": (pipelining.ScheduleInterleaved1F1B, lambda rank, num: [rank, rank + num]),
+    "torch ZBV": (pipelining.ScheduleZBVZeroBubble, lambda rank, num: [rank, 2 * num - 1 - rank]),
 }
+"""The class of a schedule, and the stages on a rank: of its number and the number of ranks."""
 
 
 class TorchPipeline:
     """This rank's part of a model under one of torch's schedules, with SGD."""
 
-    def __init__(self, layout: _Layout, work: Workload) -> None:
+    def __init__(self, name: str, work: Workload) -> None:
         torch.manual_seed(0)
-        self.layout, self.work = layout, work
-        of_rank = layout.stages(dist.get_rank(), dist.get_world_size())
+        self.work = work
+        self.make_schedule, stages_on = TORCH_SCHEDULES[name]
+        of_rank = stages_on(dist.get_rank(), dist.get_world_size())
         self.num_stages = len(of_rank) * dist.get_world_size()
         bounds = work.bounds(self.num_stages)
         self.parts = {
@@ -69,7 +64,7 @@ class TorchPipeline:
             for number, part in self.parts.items()
         ]
         of_rank = stages if len(stages) > 1 else stages[0]
-        self.schedule = self.layout.schedule(of_rank, self.num_micro_batches, loss_fn=self.work.loss_fn)
+        self.schedule = self.make_schedule(of_rank, self.num_micro_batches, loss_fn=self.work.loss_fn)
 
     def train_batch(self, data_iter: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Trains on one batch; every rank reads it."""
@@ -86,7 +81,7 @@ class TorchPipeline:
 def make_peer(name: str, work: Workload, head: dict[str, Any] | None = None) -> Any:
     """The engine called ``name``, on this rank; ``head`` is the section ``"interlock.head"`` of a mode."""
     if name in TORCH_SCHEDULES:
-        return TorchPipeline(TORCH_SCHEDULES[name], work)
+        return TorchPipeline(name, work)
     return make_engine(work, None if name == DEEPSPEED else MODES[name] | ({"head": head} if head else {}))
 
 
@@ -101,8 +96,31 @@ def time_batches(engine: Any, work: Workload, num_batches: dict[int, int]) -> di
     return seconds
 
 
-def compare(seconds: float | str, deepspeed: float, floor: float) -> dict[str, Any]:
-    """The part of a row that says how long a batch takes, beside DeepSpeed's engine and the floor."""
-    if isinstance(seconds, str):
-        return {"refused": seconds}
-    return {"seconds": seconds, "times_deepspeed": deepspeed / seconds, "times_floor": seconds / floor}
+def compare(
+    seconds: Mapping[str, Mapping[int, float | str]],
+    floor: Mapping[int, float],
+    predict: Callable[[str, int], float],
+) -> list[dict[str, Any]]:
+    """Rows for each number of micro-batches M and engine: its time beside DeepSpeed's and the floor.
+
+    Args:
+        seconds: By engine and M, what ``time_batches`` returns.
+        floor: By M, seconds of a batch without a bubble and without extra work.
+        predict: From one of our modes and M to the seconds that a batch should take.
+    """
+    rows = []
+    for m, engine in product(floor, seconds):
+        taken, row = seconds[engine][m], {"micro_batches": m, "engine": engine}
+        if isinstance(taken, str):
+            rows.append(row | {"refused": taken})
+            continue
+        row |= {
+            "seconds": taken,
+            "times_deepspeed": seconds[DEEPSPEED][m] / taken,
+            "times_floor": taken / floor[m],
+        }
+        if engine in MODES:
+            predicted = predict(engine, m)
+            row |= {"predicted_seconds": predicted, "share_of_predicted_speed": predicted / taken}
+        rows.append(row)
+    return rows

@@ -1,10 +1,9 @@
-"""What a benchmark leaves: a JSON file, and a table and mostly a plot that are made from it alone.
+"""What a benchmark leaves: a JSON file, and a table of the rows in it.
 
-    python -m benchmarks.NAME --output NAME.json    # measures, prints a table; writes NAME.json, NAME.svg
-    python -m benchmarks.results NAME.json          # table and plot again, from the JSON
+    python -m benchmarks.NAME --output NAME.json    # measures, prints a table; writes NAME.json
+    python -m benchmarks.results NAME.json          # the table again, from the JSON
 
-A benchmark is a module with ``OPTIONS``, ``main(argv)``, ``table(results)``, which returns Markdown, and,
-if it has a plot, ``draw(results)``, which returns a figure; ``results`` is what ``publish`` writes.
+A benchmark is a module with ``OPTIONS`` and ``main(argv)``.
 """
 
 import argparse
@@ -12,12 +11,12 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ds_interlock.files import replace_text
-from measuring.results import machine, versions
+from measuring.command import command_parser
+from measuring.results import machine, table, versions
 
 Row = dict[str, Any]
 Options = Mapping[str, tuple[Any, ...]]
@@ -29,8 +28,7 @@ def parse(description: str | None, options: Options, argv: Sequence[str] | None)
 
     An option has the type of its default; a list takes one value or more.
     """
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser = command_parser(description)
     for name, (default, meaning, *choices) in options.items():
         several = isinstance(default, list)
         parser.add_argument(
@@ -42,14 +40,14 @@ def parse(description: str | None, options: Options, argv: Sequence[str] | None)
             metavar="NAME" if several and choices else None,
             help=f"{meaning} (%(default)s)",
         )
-    parser.add_argument("--output", type=Path, help="write the results to this JSON file, a plot beside it")
+    parser.add_argument("--output", type=Path, help="write the results to this JSON file")
     return parser.parse_args(argv)
 
 
 def publish(
     benchmark: str, args: argparse.Namespace, rows: list[Row], argv: Sequence[str] | None, **more: Any
 ) -> None:
-    """Prints the table of ``rows``; with ``--output`` writes the JSON file, and beside it the plot.
+    """Prints the table of ``rows``; with ``--output`` writes the JSON file.
 
     ``argv`` is what ``args`` was parsed from; ``more`` goes into the file too.
     """
@@ -63,34 +61,22 @@ def publish(
         "rows": rows,
         **more,
     }
-    text = json.dumps(results, indent=1) + "\n"
     if args.output:
-        replace_text(args.output, text)
-    show(json.loads(text), args.output)
+        replace_text(args.output, json.dumps(results, indent=1) + "\n")
+    show(rows)
 
 
-def show(results: dict[str, Any], output: Path | None) -> None:
-    """Prints the table of ``results``; with ``output`` writes the plot as an SVG beside it."""
-    benchmark = import_module(f"benchmarks.{results['benchmark']}")
-    print("\n" + benchmark.table(results), flush=True)
-    if output and hasattr(benchmark, "draw"):
-        benchmark.draw(results).savefig(output.with_suffix(".svg"))
-
-
-def grouped(rows: Sequence[Row], key: str) -> dict[Any, list[Row]]:
-    """The rows by their value of ``key``."""
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row[key], []).append(row)
-    return groups
+def show(rows: Sequence[Row]) -> None:
+    """Prints the table of ``rows``, or one for each value of "part"."""
+    for part in dict.fromkeys(row.get("part") for row in rows):
+        print("\n" + table([row for row in rows if row.get("part") == part]), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Shows the results in a file."""
-    parser = argparse.ArgumentParser(description="Shows a benchmark's table and plot again, from its JSON.")
+    parser = command_parser("Prints a benchmark's table again, from its JSON.")
     parser.add_argument("results", type=Path, help="JSON file that a benchmark has written")
-    path = parser.parse_args(argv).results
-    show(json.loads(path.read_text(encoding="utf-8")), path)
+    show(json.loads(parser.parse_args(argv).results.read_text(encoding="utf-8"))["rows"])
 
 
 if __name__ == "__main__":

@@ -14,16 +14,13 @@ import statistics
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from benchmarks import results
 from benchmarks.language_models import GLOBAL, pipeline_of
 from ds_interlock import HeadConfig
-from ds_interlock.heads.factory import head_factory
-from ds_interlock.models.lm import LMConfig, lm_layers
-from measuring.results import table_of
+from ds_interlock.models.lm import LMConfig
 
 # The shapes of GPT-2 (Radford et al. 2019, table 2), between them one of 760 M, and a small one for CPUs.
 MODEL_SIZES: dict[str, dict[str, int]] = {
@@ -65,7 +62,7 @@ def measure(mode: str, args: Namespace) -> results.Row:
     torch.manual_seed(0)
     lm = LMConfig(**MODEL_SIZES[args.model_size], seq_length=args.seq_length)
     on_gpu = torch.device(args.device).type == "cuda"
-    heads = head_factory(HeadConfig(token_fraction=args.token_fraction), lm_layers(lm))
+    heads = HeadConfig(token_fraction=args.token_fraction)
     net = pipeline_of(lm, WINDOWS.get(mode), args.stages, heads)
     net.to(args.device, torch.bfloat16 if on_gpu else torch.float32)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
@@ -91,19 +88,6 @@ def measure(mode: str, args: Namespace) -> results.Row:
         if on_gpu
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-
-
-def table(found: dict[str, Any]) -> str:
-    """Speed and memory of every mode, as Markdown."""
-    columns = {
-        "mode": "mode",
-        "tokens/s": "tokens_per_second",
-        "relative to global": ("tokens_per_second", found["rows"][0]["tokens_per_second"]),
-        "peak GiB": ("peak_bytes", 2**30),
-        "parameters": "layer_parameters",
-        "in heads": "head_parameters",
-    }
-    return table_of(found["rows"], columns)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -110,8 +109,8 @@ class Result:
     @property
     def curve(self) -> Curve:
         """Validation losses during training."""
-        points = self.record["curve"]
-        return Curve(tuple(p["step"] for p in points), tuple(p["loss"] for p in points))
+        losses = self.series("loss")
+        return Curve(tuple(losses), tuple(losses.values()))
 
     def series(self, key: str) -> dict[int, Any]:
         """The values of ``key`` in the points of the curve, by step; points without it are left out."""
@@ -134,10 +133,6 @@ class Comparison:
     def reference(self) -> Result:
         """A global run: model, budget and measurements are the same for all."""
         return next(iter(self.results[GLOBAL].values()))
-
-    @property
-    def modes(self) -> list[str]:
-        return list(self.results)
 
     @property
     def all(self) -> list[Result]:
@@ -168,16 +163,15 @@ class Comparison:
 
     def gain_over_local(self, mode: str) -> PerSeed | None:
         """Quality less that of local, seed by seed: below 0 the mode is better."""
-        return self.paired([mode, LOCAL], lambda one, local: self._quality(one) - self._quality(local))
+        return PerSeed.of(one - local for one, local in self._qualities([mode, LOCAL]))
 
     def recovered(self, mode: str) -> PerSeed | None:
         """Share of local's gap to global that the mode closes, by seed; None if a seed has no gap."""
-
-        def share(one: Result, local: Result, end_to_end: Result) -> float | None:
-            gap = self._quality(local) - self._quality(end_to_end)
-            return (self._quality(local) - self._quality(one)) / gap if gap > 0 else None
-
-        return self.paired([mode, LOCAL, GLOBAL], share)
+        qualities = self._qualities([mode, LOCAL, GLOBAL])
+        return PerSeed.of(
+            (local - one) / (local - of_global) if local > of_global else None
+            for one, local, of_global in qualities
+        )
 
     def first_rms(self, mode: str) -> PerSeed | None:
         """Root mean square of the first stage's output at the end of the budget."""
@@ -188,29 +182,28 @@ class Comparison:
 
         The ratio is the largest on average over the seeds, so that the deviation is that of one stage.
         """
-
-        def ratio(stage: int, one: Result, reference: Result) -> float:
-            return float(one.at_the_end("stage_rms")[stage] / reference.at_the_end("stage_rms")[stage])
-
+        ends = [[one.at_the_end("stage_rms") for one in runs] for runs in self._with_one_seed([mode, GLOBAL])]
         stages = range(self.reference.run.num_stages - 1)
-        ratios = {stage: self.paired([mode, GLOBAL], partial(ratio, stage)) for stage in stages}
+        ratios = {
+            stage: PerSeed.of(one[stage] / of_global[stage] for one, of_global in ends) for stage in stages
+        }
         known = {stage: numbers for stage, numbers in ratios.items() if numbers}
-        return max(known.items(), key=lambda item: item[1].mean) if len(known) == len(ratios) else None
+        return max(known.items(), key=lambda item: item[1].mean, default=None)
 
     def cosines(self, mode: str) -> list[PerSeed | None]:
         """Of each stage with the global gradient, last measured within the budget; empty if not measured."""
         by_seed = [result.at_the_end("cosine") for result in self.results[mode].values()]
         return [] if None in by_seed else [PerSeed.of(of_stage) for of_stage in zip(*by_seed, strict=True)]
 
-    def paired(self, modes: Sequence[str], measure: Callable[..., float | None]) -> PerSeed | None:
-        """``measure`` of the runs of ``modes`` with one seed, for each seed that all of them have."""
+    def _with_one_seed(self, modes: Sequence[str]) -> list[list[Result]]:
+        """For each seed that all of ``modes`` have, their runs."""
         runs = [self.results.get(mode, {}) for mode in modes]
-        seeds = [seed for seed in runs[0] if all(seed in of_mode for of_mode in runs)]
-        return PerSeed.of(measure(*(of_mode[seed] for of_mode in runs)) for seed in seeds)
+        return [[of_mode[seed] for of_mode in runs] for seed in sorted(set.intersection(*map(set, runs)))]
 
-    def _quality(self, result: Result) -> float:
-        """Test error in %, or validation loss in nats; less is better."""
-        return _SCORES["error" if self.is_images else "loss"](result.record["final"])
+    def _qualities(self, modes: Sequence[str]) -> list[list[float]]:
+        """Of the same runs: test error in %, or validation loss in nats; less is better."""
+        score = _SCORES["error" if self.is_images else "loss"]
+        return [[score(one.record["final"]) for one in runs] for runs in self._with_one_seed(modes)]
 
 
 def read(path: Path, order: Sequence[str]) -> Comparison:
@@ -242,8 +235,8 @@ def read(path: Path, order: Sequence[str]) -> Comparison:
         )
     comparison = Comparison(path.stem, results)
     for run in (result.run for result in comparison.all):
-        first = comparison.run_of(run.mode)
-        if _common(run) != _common(comparison.reference.run) or _of_mode(run) != _of_mode(first):
+        of_mode = comparison.run_of(run.mode).model_copy(update={"seed": run.seed})
+        if run != of_mode or _common(run) != _common(comparison.reference.run):
             raise DataError(
                 f"{path}: mode {run.mode}, seed {run.seed} is not of the same experiment as the runs before: "
                 "remove the lines that are out of date, and run it again with --resume"
@@ -253,10 +246,4 @@ def read(path: Path, order: Sequence[str]) -> Comparison:
 
 def _common(run: Run) -> tuple[Any, ...]:
     """Equal for all runs of an experiment."""
-    samples = (run.measurements.num_samples, run.measurements.num_final_samples)
-    return run.training, run.num_stages, run.model.kind, samples
-
-
-def _of_mode(run: Run) -> tuple[Any, ...]:
-    """Equal for all runs of a mode, too."""
-    return run.model, run.interlock, run.num_steps
+    return run.training, run.num_stages, run.model.kind, run.measurements

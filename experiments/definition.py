@@ -9,11 +9,10 @@ that each line of it can be run again.
 """
 
 import tomllib
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ds_interlock import InterlockConfig
 from ds_interlock.errors import ConfigError, list_faults
@@ -24,8 +23,8 @@ GLOBAL = "global"
 LOCAL = "local"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Section(BaseModel, frozen=True, extra="forbid"):
+    pass
 
 
 class ProseModel(_Section):
@@ -164,14 +163,6 @@ class Definition(_Section):
             for name, mode in self.modes.items()
             if seed in (mode.seeds or self.seeds)
         ]
-
-
-def check_modes(asked: Sequence[str] | None, existing: Collection[str]) -> None:
-    """Refuses a ``--modes`` that names modes that do not exist."""
-    if unknown := [mode for mode in asked or () if mode not in existing]:
-        raise ConfigError(
-            f"--modes: the experiment has no {', '.join(unknown)}: expected some of {', '.join(existing)}"
-        )
 
 
 def names() -> list[str]:

@@ -12,7 +12,6 @@ gradient reach changes during training has another batch time in every phase.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ds_interlock import InterlockConfig
@@ -21,9 +20,7 @@ from experiments.comparison import Comparison, PerSeed
 from experiments.definition import GLOBAL
 
 BatchSeconds = Callable[[Mapping[str, Any], int], float]
-"""The time of a batch, by the "interlock" section of one phase and the number of micro-batches.
-
-Raises DataError if that was not measured."""
+"""By the "interlock" section of one phase and M, the time of a batch; raises DataError if not measured."""
 
 
 class Phase(NamedTuple):
@@ -65,38 +62,28 @@ def phase_sections(section: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]
     return [(step, phase.model_dump(mode="json", exclude_defaults=True)) for step, phase in phases]
 
 
-@dataclass(frozen=True)
 class Efficiency:
-    """Times of the modes of an experiment that were timed and have its model; M counts micro-batches."""
+    """Times of the modes of an experiment that were timed and have its model; M counts micro-batches.
 
-    comparison: Comparison
-    micro_batches: tuple[int, ...]
-    phases: dict[str, dict[int, list[Phase]]]
-    """By mode and M."""
+    Raises:
+        DataError: If global was not timed.
+    """
 
-    @classmethod
-    def of(
-        cls, comparison: Comparison, micro_batches: Iterable[int], batch_seconds: BatchSeconds
-    ) -> "Efficiency":
-        """Looks up the times of all modes.
-
-        Raises:
-            DataError: If global was not timed.
-        """
-        numbers = tuple(sorted(set(micro_batches)))
-        phases = {}
-        for mode in comparison.modes:
-            if comparison.has_own_model(mode):
-                continue
+    def __init__(
+        self, comparison: Comparison, micro_batches: Iterable[int], batch_seconds: BatchSeconds
+    ) -> None:
+        self.comparison, self.micro_batches = comparison, tuple(sorted(set(micro_batches)))
+        self.phases: dict[str, dict[int, list[Phase]]] = {}  # by mode and M
+        for mode in (mode for mode in comparison.results if not comparison.has_own_model(mode)):
             sections = phase_sections(comparison.run_of(mode).interlock)
             try:
-                phases[mode] = {
-                    m: [Phase(step, batch_seconds(section, m)) for step, section in sections] for m in numbers
+                self.phases[mode] = {
+                    m: [Phase(step, batch_seconds(section, m)) for step, section in sections]
+                    for m in self.micro_batches
                 }
             except DataError:
                 if mode == GLOBAL:
                     raise
-        return cls(comparison, numbers, phases)
 
     def steps(self, mode: str) -> dict[int, float | None]:
         """Steps in which the mode gets to global's loss, by seed that global has too; None if never."""
@@ -114,23 +101,18 @@ class Efficiency:
 
     def speed_up(self, mode: str, m: int) -> PerSeed | None:
         """Global's time to the target over the mode's, by seed; None if one seed does not get there."""
-        reference, phases = self.steps(GLOBAL), self.phases
-
-        def of_seed(seed: int, steps: float | None) -> float | None:
-            of_global = reference[seed]
-            assert of_global is not None, "the target is on global's own curve"
-            if steps is None:
-                return None
-            return seconds_of(of_global, phases[GLOBAL][m]) / seconds_of(steps, phases[mode][m])
-
-        return PerSeed.of(of_seed(seed, steps) for seed, steps in self.steps(mode).items())
+        of_global: dict[int, Any] = self.steps(GLOBAL)  # never None: the target is on its own curve
+        return PerSeed.of(
+            steps
+            and seconds_of(of_global[seed], self.phases[GLOBAL][m]) / seconds_of(steps, self.phases[mode][m])
+            for seed, steps in self.steps(mode).items()
+        )
 
     def fastest(self, m: int) -> tuple[str, PerSeed] | None:
         """The mode with windows that reaches global's loss first, and its speed-up; None if none does."""
         with_windows = [mode for mode in self.phases if not self.comparison.run_of(mode).section.is_global]
-        gains = {mode: self.speed_up(mode, m) for mode in with_windows}
-        reached = {mode: gain for mode, gain in gains.items() if gain}
-        return max(reached.items(), key=lambda item: item[1].mean, default=None)
+        gains = [(mode, gain) for mode in with_windows if (gain := self.speed_up(mode, m))]
+        return max(gains, key=lambda item: item[1].mean, default=None)
 
     def at_equal_time(self, mode: str, m: int) -> tuple[PerSeed, bool]:
         """The loss after the time of global's budget, and whether it is a bound: a curve ends before."""

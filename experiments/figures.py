@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 
 from experiments.comparison import Comparison
 from experiments.definition import GLOBAL, LOCAL
-from measuring.results import add_legend, new_figure
 
 _NUM_COLUMNS = 4
-_PANEL_INCHES = (2.6, 2.2)
 
 Floats = NDArray[np.float64]
 
@@ -33,31 +31,24 @@ def curves(comparison: Comparison) -> Figure:
     On the left whole curves; on the right the second half of the budget and what follows, between the
     best mode and the worse of global and local.
     """
-    figure, axes = new_figure(2, f"{comparison.name}: validation loss")
-    whole, close = axes[0]
+    figure = _new_figure(12, 4, f"{comparison.name}: validation loss")
+    whole, close = figure.subplots(1, 2)
     half = comparison.budget / 2
-    lowest, highest = math.inf, -math.inf  # in the second half; of all modes, and of global and local
-    for number, mode in enumerate(comparison.modes):
-        steps, losses_st = _over_seeds(comparison, mode, "loss")
-        late_st = losses_st[:, steps >= half]
-        lowest = min(lowest, late_st.min())
-        if mode in (GLOBAL, LOCAL):
-            highest = max(highest, late_st.max())
-        color = f"C{number % 10}"
-        for axis in (whole, close):
-            style = "-" if number < 10 else "--"
-            axis.plot(steps, losses_st.mean(axis=0), label=mode, color=color, linestyle=style)
-            axis.fill_between(
-                steps, losses_st.min(axis=0), losses_st.max(axis=0), color=color, alpha=0.2, lw=0
-            )
+    losses = {mode: _over_seeds(comparison, mode, "loss") for mode in comparison.results}
+    late = {mode: losses_st[:, steps >= half] for mode, (steps, losses_st) in losses.items()}
+    lowest = min(losses_st.min() for losses_st in late.values())
+    highest = max(losses_st.max() for mode, losses_st in late.items() if mode in (GLOBAL, LOCAL))
     for axis in (whole, close):
+        for number, (mode, (steps, losses_st)) in enumerate(losses.items()):
+            color, style = f"C{number % 10}", "-" if number < 10 else "--"
+            axis.plot(steps, losses_st.mean(axis=0), label=mode, color=color, linestyle=style)
+            axis.fill_between(steps, losses_st.min(0), losses_st.max(0), color=color, alpha=0.2, lw=0)
         axis.set_xlabel("steps")
         axis.axvline(comparison.budget, color="grey", linestyle=":")
     margin = 0.05 * (highest - lowest)
     whole.set_ylabel("nats")
     close.set(xlim=(half, None), ylim=(lowest - margin, highest + margin))
-    add_legend(figure, whole)
-    return figure
+    return _with_legend(figure, whole)
 
 
 def stage_rms(comparison: Comparison) -> Figure:
@@ -72,7 +63,21 @@ def cosines(comparison: Comparison) -> Figure:
 
 def modes_with(comparison: Comparison, key: str) -> list[str]:
     """The modes in which all seeds have ``key`` at some step."""
-    return [mode for mode in comparison.modes if len(_over_seeds(comparison, mode, key)[0])]
+    return [mode for mode in comparison.results if len(_over_seeds(comparison, mode, key)[0])]
+
+
+def _new_figure(width: float, height: float, title: str) -> Figure:
+    """A figure of so many inches that needs no display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title)
+    return figure
+
+
+def _with_legend(figure: Figure, axis: Any) -> Figure:
+    """Puts a legend of ``axis`` on the right, beside all plots."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize="small")
+    return figure
 
 
 def _over_seeds(comparison: Comparison, mode: str, key: str) -> tuple[Floats, Floats]:
@@ -87,8 +92,9 @@ def _panels(comparison: Comparison, key: str, title: str) -> Figure:
     """A panel for each mode that has ``key``, a line for each stage, all in the same limits."""
     modes = modes_with(comparison, key)
     num_rows = math.ceil(len(modes) / _NUM_COLUMNS)
-    figure, axes = new_figure(_NUM_COLUMNS, f"{comparison.name}: {title}", num_rows=num_rows)
-    figure.set_size_inches(_PANEL_INCHES[0] * _NUM_COLUMNS + 1, _PANEL_INCHES[1] * num_rows + 0.6)
+    inches = (2.6 * _NUM_COLUMNS + 1, 2.2 * num_rows + 0.6)
+    figure = _new_figure(*inches, f"{comparison.name}: {title}")
+    axes = figure.subplots(num_rows, _NUM_COLUMNS, squeeze=False)
     used = axes.flat[: len(modes)]
     for axis, mode in zip(used, modes, strict=True):
         if key == "stage_rms":
@@ -103,8 +109,7 @@ def _panels(comparison: Comparison, key: str, title: str) -> Figure:
     limits = np.array([axis.get_ylim() for axis in used])
     for axis in used:
         axis.set_ylim(limits.min(), limits.max())
-    add_legend(figure, axes.flat[0])
-    return figure
+    return _with_legend(figure, axes.flat[0])
 
 
 def _draw_stages(axis: Any, steps: Floats, values_stk: Floats) -> None:

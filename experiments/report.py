@@ -9,24 +9,22 @@ give the same page and pictures, byte for byte. The page's text is in report.md.
 tables.md.jinja.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from ds_interlock.errors import ConfigError, DataError
+from ds_interlock.errors import DataError
 from ds_interlock.files import replace_text
 from experiments import batch_times, comparison, definition, figures, finetune
 from experiments.comparison import NOTHING, Comparison, PerSeed, cell, percent
-from experiments.definition import Definition
 from experiments.efficiency import Efficiency
 from measuring import results_file
+from measuring.command import command_parser, exit_status
 from measuring.results_file import RESULTS
 
 ENVIRONMENT = Environment(
@@ -39,61 +37,47 @@ ENVIRONMENT = Environment(
 ENVIRONMENT.globals.update(NOTHING=NOTHING, cell=cell, percent=percent, per_seed=PerSeed.of)
 
 
-@dataclass(frozen=True)
 class Experiment:
-    """An experiment: its definition, its runs, and their times (None before batch times are measured)."""
+    """An experiment: its definition, its runs, and their times (None before batch times are measured).
 
-    name: str
-    definition: Definition
-    comparison: Comparison
-    efficiency: Efficiency | None
+    It is read from the folder of results; errors as of ``write``.
+    """
 
-    @classmethod
-    def load(cls, results: Path, name: str) -> "Experiment":
-        """From the folder of results; errors as of ``write``."""
-        its_definition = definition.load(name)
-        runs = comparison.read(results / f"{name}.jsonl", order=list(its_definition.modes))
-        efficiency = None
+    def __init__(self, results: Path, name: str) -> None:
+        self.name, self.definition = name, definition.load(name)
+        self.comparison = comparison.read(results / f"{name}.jsonl", order=list(self.definition.modes))
+        self.efficiency: Efficiency | None = None
         times_file = results / f"{name}_batch_times.json"
         if times_file.exists():
             times = batch_times.read(times_file)
             numbers = (row.micro_batches for row in times.rows)
-            efficiency = Efficiency.of(runs, numbers, partial(batch_times.batch_seconds, times))
-        return cls(name, its_definition, runs, efficiency)
+            self.efficiency = Efficiency(self.comparison, numbers, partial(batch_times.batch_seconds, times))
 
     @property
     def missing(self) -> dict[str, list[int]]:
         """Seeds that are still to be run, by mode."""
-        missing: dict[str, list[int]] = {mode: [] for mode in self.definition.modes}
-        for run in self.definition.runs(self.name):
-            if run.seed not in self.comparison.results.get(run.mode, {}):
-                missing[run.mode].append(run.seed)
+        runs, done = self.definition.runs(self.name), self.comparison.results
+        missing = {
+            mode: [run.seed for run in runs if run.mode == mode and run.seed not in done.get(mode, {})]
+            for mode in self.definition.modes
+        }
         return {mode: seeds for mode, seeds in missing.items() if seeds}
 
     @property
     def not_timed(self) -> list[str]:
         """Modes with the experiment's model that have no batch times."""
         runs, timed = self.comparison, self.efficiency.phases if self.efficiency else ()
-        return [mode for mode in runs.modes if mode not in timed and not runs.has_own_model(mode)]
+        return [mode for mode in runs.results if mode not in timed and not runs.has_own_model(mode)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the page; the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results files (%(default)s)")
-    output = Path("docs/results.md")
     text = "the page; pictures go to a folder beside it (%(default)s)"
-    parser.add_argument("--output", type=Path, default=output, help=text)
+    parser.add_argument("--output", type=Path, default=Path("docs/results.md"), help=text)
     args = parser.parse_args(argv)
-    try:
-        write(args.results, args.output)
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(args.output)
-    return 0
+    return exit_status(partial(write, args.results, args.output))
 
 
 def write(results: Path, output: Path) -> None:
@@ -109,7 +93,7 @@ def write(results: Path, output: Path) -> None:
             f"{results} has no results of any experiment ({', '.join(definition.names())}): make them with "
             "`python -m experiments.run NAME`, or give their folder with --results"
         )
-    experiments = [Experiment.load(results, name) for name in done]
+    experiments = [Experiment(results, name) for name in done]
     page = ENVIRONMENT.get_template("report.md.jinja").render(
         experiments=experiments,
         folder=os.path.relpath(results, output.parent),
@@ -119,6 +103,7 @@ def write(results: Path, output: Path) -> None:
         picture=partial(_picture, output.with_suffix("")),
     )
     replace_text(output, page)
+    print(output)
 
 
 def _picture(folder: Path, experiment: Experiment, draw: Callable[[Comparison], Figure]) -> str:

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ds_interlock.errors import ConfigError, DataError
+from ds_interlock.errors import ConfigError
 from experiments import definition, finetune
 from experiments.definition import Run
 from experiments.training import train
 from measuring import results_file
+from measuring.command import command_parser, exit_status
 from measuring.results_file import RESULTS
 
 CHECKPOINTS = Path("runs/experiments")
@@ -34,23 +35,7 @@ AnyRun = Run | finetune.Run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Does all runs that are not in the results file yet; the exit status."""
-    args = _arguments(argv)
-    try:
-        runs = _missing(args)
-        with tqdm(total=len(runs), unit="run", disable=None) as bar:
-            for line in _finished(runs, args):
-                bar.write(line)
-                bar.update()
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("name", help=f"the experiment: {', '.join([*definition.names(), finetune.NAME])}")
     parser.add_argument("--device", default="cpu", help="where to compute, as torch names it (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="do only what is missing in the results file")
@@ -60,27 +45,34 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help=f"the results file ({RESULTS}/NAME.jsonl)")
     args = parser.parse_args(argv)
     args.output = args.output or RESULTS / f"{args.name}.jsonl"
-    return args
+    return exit_status(partial(_do_missing, args))
+
+
+def _do_missing(args: argparse.Namespace) -> None:
+    runs = _missing(args)
+    for line in tqdm(_finished(runs, args), total=len(runs), unit="run", disable=None):
+        tqdm.write(line)
 
 
 def _missing(args: argparse.Namespace) -> list[AnyRun]:
     is_finetune = args.name == finetune.NAME
     runs: Sequence[AnyRun] = finetune.runs() if is_finetune else definition.load(args.name).runs(args.name)
-    definition.check_modes(args.modes, dict.fromkeys(run.mode for run in runs))
+    modes = dict.fromkeys(run.mode for run in runs)
+    if unknown := [mode for mode in args.modes or () if mode not in modes]:
+        raise ConfigError(
+            f"--modes: the experiment has no {', '.join(unknown)}: expected some of {', '.join(modes)}"
+        )
     records = results_file.read(args.output)
     if records and not args.resume:
         raise ConfigError(
             f"{args.output} has {len(records)} runs already: give --resume to add those that are missing, or "
             "another --output"
         )
-    kind = finetune.Run if is_finetune else Run
-    done = [kind.model_validate(record if is_finetune else record["run"]) for record in records]
+    done = [type(runs[0]).model_validate(record.get("run", record)) for record in records]
     return [
         run
         for run in runs
-        if (not args.modes or run.mode in args.modes)
-        and (not args.seeds or run.seed in args.seeds)
-        and run not in done
+        if run.mode in (args.modes or modes) and run.seed in (args.seeds or [run.seed]) and run not in done
     ]
 
 

@@ -1,13 +1,17 @@
-"""What the stages of an experiment's model cost, measured on this machine.
+"""What the stages of an experiment's model cost, measured here; and a pipeline whose stages sleep as long.
 
 Every layer is timed by itself, with its arguments in the whole model: forward, input gradient, weight
 gradient; then the final loss and the auxiliary heads. Costs are in *units*: one is the mean forward of a
 stage for a micro-batch.
+
+The pipeline is a real one: every stage is a process with our engine, and all work at once, however few
+cores there are, since sleeping needs none. The time of a batch is then that of the schedule, the engine and
+the model's proportions.
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,12 +19,15 @@ from torch import Tensor
 from ds_interlock import InterlockConfig
 from ds_interlock.config import HeadConfig
 from ds_interlock.heads.output_layers import first_tensor
+from ds_interlock.planning.forecast import play
 from ds_interlock.planning.profile import HeadProfile, LayerProfile, Profile
 from ds_interlock.profiling.layers import Stopwatch, loss_seconds, profile_layers
 from ds_interlock.profiling.model import calls_in_sequence
 from ds_interlock.schedule.cost import CostModel
 from ds_interlock.stage.heads import build_head
 from experiments.tasks import Task
+from measuring.engines import make_engine, run_ranks, seconds_of_a_batch
+from measuring.sleeping import sleeping_workload
 
 NUM_ROUNDS = 50
 """How often everything is timed; medians count."""
@@ -49,44 +56,30 @@ class StagedModel:
             of_stages[bisect_left(self.stage_bounds, after_layer) - 1] = units
         return replace(profile.cost_model(self.stage_bounds), head=of_stages)
 
-    @property
-    def floor(self) -> float:
-        """A micro-batch without a bubble and without extra work: the slowest stage's own."""
-        costs = self.costs({})
-        passes: list[Any] = [costs.forward, costs.input_gradient, costs.weight_gradient]
-        *others, last = (sum(of_stage) for of_stage in zip(*passes, strict=True))
-        return float(max(*others, last + self.loss))
 
-
-@dataclass
 class TaskProfile:
-    """The costs of a task's model, and those of its heads (in units) once they are asked for."""
+    """The costs of a task's layers and loss on its first micro-batch, and of heads once they are asked for.
 
-    task: Task
-    model: StagedModel
-    unit_seconds: float
-    """A unit on this machine."""
-    stopwatch: Stopwatch
-    heads: dict[tuple[HeadConfig, int], float] = field(default_factory=dict)
-    """By configuration and ``after_layer``."""
+    ``unit_seconds`` is a unit on this machine; ``heads`` are units by configuration and ``after_layer``.
+    """
 
-    @classmethod
-    def measure(cls, task: Task, num_rounds: int = NUM_ROUNDS) -> "TaskProfile":
-        """Times layers and loss on the first micro-batch of the task."""
-        stopwatch = Stopwatch(lambda: None, num_rounds)  # the CPU is idle whenever a call returns
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.heads: dict[tuple[HeadConfig, int], float] = {}
+        self.stopwatch = Stopwatch(lambda: None, NUM_ROUNDS)  # the CPU is idle whenever a call returns
         inputs, labels = task.batch(0)[0]
         calls = calls_in_sequence(task.layers, first_tensor(inputs))
-        profiles = profile_layers(calls, stopwatch, None)
+        profiles = profile_layers(calls, self.stopwatch, None)
         outputs = first_tensor(task.layers[-1](*calls[-1].inputs))
-        loss = loss_seconds(lambda outputs: task.loss_fn(outputs, labels), outputs, stopwatch)
+        loss = loss_seconds(lambda outputs: task.loss_fn(outputs, labels), outputs, self.stopwatch)
         unit = sum(layer.forward_seconds for layer in profiles) / (len(task.stage_bounds) - 1)
         first, *others = (
             LayerProfile(name=layer.name, **{name: getattr(layer, name) / unit for name in PASSES})
             for layer in profiles
         )
         first = first.model_copy(update={"input_gradient_seconds": 0.0})  # its input is data
-        model = StagedModel(tuple(task.stage_bounds), (first, *others), loss / unit)
-        return cls(task, model, unit, stopwatch)
+        self.model = StagedModel(tuple(task.stage_bounds), (first, *others), loss / unit)
+        self.unit_seconds = unit
 
     def heads_of(self, section: InterlockConfig) -> dict[int, float]:
         """The cost of every auxiliary head of ``section`` by its ``after_layer``, both passes.
@@ -95,22 +88,21 @@ class TaskProfile:
         """
         positions = section.plan(self.model.stage_bounds).heads[:-1]
         config = without_learning(section.head)
-        for loss, position in enumerate(positions):
+        for number, position in enumerate(positions):
             if (config, position.after_layer) not in self.heads:
-                head = build_head(self.task.heads(section), loss, position)
+                head = build_head(self.task.heads(section), number, position)
                 self.heads[config, position.after_layer] = self._head_units(head, position.after_layer)
         return {place.after_layer: self.heads[config, place.after_layer] for place in positions}
 
     def _head_units(self, head: Any, after_layer: int) -> float:
         inputs, labels = self.task.batch(0)[0]
-        layers = self.task.layers[: after_layer + 1]
+        layers, loss_fn = self.task.layers[: after_layer + 1], self.task.loss_fn
         hidden = first_tensor(calls_in_sequence(layers, first_tensor(inputs))[after_layer].inputs)
 
         def loss(hidden: Tensor) -> Tensor:
-            if hasattr(head, "loss"):
-                own_loss: Tensor = head.loss(hidden, labels, self.task.loss_fn)
-                return own_loss
-            return self.task.loss_fn(head(hidden), labels)
+            own = hasattr(head, "loss")
+            value: Tensor = head.loss(hidden, labels, loss_fn) if own else loss_fn(head(hidden), labels)
+            return value
 
         return loss_seconds(loss, hidden, self.stopwatch) / self.unit_seconds
 
@@ -118,3 +110,38 @@ class TaskProfile:
 def without_learning(head: HeadConfig) -> HeadConfig:
     """The part of a head's section that its time depends on."""
     return HeadConfig(**head.resolve(pretrained=False).model_dump(exclude=LEARNING_KEYS))
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model in a mode; its costs are in units, those of auxiliary heads by their ``after_layer``."""
+
+    interlock: InterlockConfig
+    model: StagedModel
+    heads: dict[int, float]
+
+    def seconds(self, micro_batches: Sequence[int], unit_seconds: float) -> dict[int, float]:
+        """Measured seconds of a batch by its number of micro-batches; units sleep ``unit_seconds``."""
+        how = {"pipeline": self, "unit_seconds": unit_seconds, "micro_batches": micro_batches}
+        return dict(run_ranks(_measure, len(self.model.stage_bounds) - 1, **how)[0])
+
+    def predicted(self, num_micro_batches: int) -> float:
+        """A batch according to the simulator, in units; the engine itself needs no time there."""
+        costs, bounds = self.model.costs(self.heads), self.model.stage_bounds
+        return play(self.interlock, costs, bounds, num_micro_batches, num_batches=10)[1].batch_seconds
+
+
+def _measure(pipeline: Pipeline, unit_seconds: float, micro_batches: Sequence[int]) -> dict[int, float]:
+    """On every rank of a job: seconds of a batch, by its number of micro-batches."""
+    model = pipeline.model
+    work = sleeping_workload(
+        [[unit_seconds * getattr(layer, name) for name in PASSES] for layer in model.layers],
+        lambda position: unit_seconds * pipeline.heads[position.after_layer],
+        unit_seconds * model.loss,
+        model.stage_bounds,
+    )
+    # A head sleeps whatever its section is; fitting it first, and measuring during training, only takes time.
+    section = pipeline.interlock.model_dump(exclude={"head", "trace", "myopia"}, exclude_defaults=True)
+    engine = make_engine(work, section)
+    # 16 micro-batches, as far as 3 to 8 batches make them.
+    return {m: seconds_of_a_batch(engine, work, m, min(max(16 // m, 3), 8)) for m in micro_batches}

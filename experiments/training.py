@@ -49,15 +49,21 @@ def train(run: Run, checkpoint: Path, device: str = "cpu") -> Record:
     if checkpoint.exists():
         training.load(checkpoint)
     name = f"{run.mode}, seed {run.seed}"
+    ends = (run.training.num_steps, run.num_steps)  # of the budget, of all
     with tqdm(total=run.num_steps, desc=name, unit="step", leave=False, disable=None) as bar:
         while training.step < run.num_steps:
             training.do_step()
-            if training.evaluation_is_due():
-                line = training.evaluate()
+            if training.step % run.measurements.evaluate_every == 0 or training.step in ends:
+                bar.set_postfix_str(training.evaluate())
                 training.save(checkpoint)
                 bar.update(training.step - bar.n)
-                bar.set_postfix_str(line)
-    return training.record()
+    return {
+        **training.numbers(),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "machine": machine(),
+        "versions": versions(),
+    }
 
 
 class Training:
@@ -92,11 +98,6 @@ class Training:
         self._losses.append(losses[self.net.plan.final].detach())
         self.step += 1
         self.seconds += time.perf_counter() - started
-
-    def evaluation_is_due(self) -> bool:
-        """Also at the end of the budget and at the end."""
-        ends = (self.run.training.num_steps, self.run.num_steps)
-        return self.step % self.run.measurements.evaluate_every == 0 or self.step in ends
 
     def evaluate(self) -> str:
         """Adds a point to the curve, and describes it in a line."""
@@ -141,20 +142,15 @@ class Training:
                 values.append(hidden.square().mean().sqrt().item())
         return values
 
-    def record(self) -> Record:
-        """A line of the results file."""
-        return {
-            **self._numbers(),
-            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": self.device,
-            "machine": machine(),
-            "versions": versions(),
-        }
+    def numbers(self) -> dict[str, Any]:
+        """The run and its measurements, in JSON's types."""
+        run = self.run.model_dump(mode="json")
+        return {"run": run, "final": self.final, "curve": self.curve, "seconds": self.seconds}
 
     def save(self, path: Path) -> None:
         """Writes everything that the rest of the run depends on."""
         state = {
-            **self._numbers(),
+            **self.numbers(),
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),
@@ -167,7 +163,7 @@ class Training:
     def load(self, path: Path) -> None:
         """Restores the state at which ``save`` was called."""
         state = torch.load(path, weights_only=True, map_location=self.device)
-        if state["run"] != self._numbers()["run"]:
+        if state["run"] != self.numbers()["run"]:
             raise DataError(
                 f"{path} is of another run of mode {self.run.mode}, seed {self.run.seed}: the experiment's "
                 "file has changed since; remove the checkpoint to begin again"
@@ -179,11 +175,6 @@ class Training:
         torch.set_rng_state(state["random"].cpu())
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve, self.final = state["curve"], state["final"]
-
-    def _numbers(self) -> dict[str, Any]:
-        """The run and its measurements, in JSON's types."""
-        run = self.run.model_dump(mode="json")
-        return {"run": run, "final": self.final, "curve": self.curve, "seconds": self.seconds}
 
     def _set_learning_rate(self) -> None:
         warmup = self.run.training.warmup_steps

@@ -1,8 +1,13 @@
-"""This package's and DeepSpeed's engine on a workload, and how long a batch takes on them."""
+"""This package's and DeepSpeed's engine on a workload, and how long a batch takes on them.
+
+Gloo's groups poll their connections for as long as their process lives, and DeepSpeed makes a dozen for
+every engine: what is timed gets processes of its own.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -16,6 +21,7 @@ from torch import Tensor
 import ds_interlock
 from ds_interlock.errors import ConfigError
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
+from ds_interlock.transport.local_ranks import run_local_ranks
 
 LEARNING_RATE = 1e-3
 
@@ -38,6 +44,23 @@ class Workload:
         return [int(bound) for bound in bounds]
 
 
+def run_ranks(work: Callable[..., Any], num_ranks: int, **arguments: Any) -> list[Any]:
+    """Calls ``work(**arguments)`` on ``num_ranks`` ranks after process-group initialisation.
+
+    ``work`` is at the top of a module, ``arguments`` can be pickled. Returns the results by rank.
+
+    Raises:
+        RankError: If it failed on a rank; with that rank's traceback and the end of its log.
+    """
+    joined = partial(_join_and_work, work, arguments)
+    return run_local_ranks(joined, num_ranks, preload=["torch.distributed.pipelining"])
+
+
+def _join_and_work(work: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    ds_interlock.init_distributed(dist_backend="gloo")
+    return work(**arguments)
+
+
 def make_engine(work: Workload, section: Mapping[str, Any] | None) -> Any:
     """An engine with plain SGD, on this rank of a job that has one stage per rank.
 
@@ -49,10 +72,7 @@ def make_engine(work: Workload, section: Mapping[str, Any] | None) -> Any:
     torch.manual_seed(0)
     num_stages = dist.get_world_size()
     model: dict[str, Any] = {"layers": work.layers, "loss_fn": work.loss_fn, "num_stages": num_stages}
-    if work.stage_bounds is None:
-        model["partition_method"] = "uniform"
-    else:
-        model["stage_bounds"] = work.stage_bounds
+    model |= {"stage_bounds": work.stage_bounds} if work.stage_bounds else {"partition_method": "uniform"}
     config = {
         "train_micro_batch_size_per_gpu": len(work.micro_batch[0]),
         "gradient_accumulation_steps": 1,

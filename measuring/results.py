@@ -1,19 +1,15 @@
-"""What measurements are published with: machine and versions, Markdown tables, figures."""
+"""What measurements are published with: machine and versions, Markdown tables."""
 
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 _PACKAGES = ("torch", "deepspeed", "ds_interlock", "numpy")
-
-Column = str | tuple[str, float] | Callable[[dict[str, Any]], Any]
-"""Of a row: a key, a key and what to divide by, or a function of the row."""
 
 
 def machine() -> dict[str, Any]:
@@ -31,13 +27,7 @@ def machine() -> dict[str, Any]:
 
 def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
     """Versions of Python and of the packages that a measurement depends on."""
-    of_packages = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            of_packages[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout
-            of_packages[package] = getattr(import_module(package), "__version__", "unknown")
-    return of_packages
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -46,32 +36,10 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def table_of(rows: Iterable[dict[str, Any]], columns: Mapping[str, Column]) -> str:
-    """A Markdown table of ``rows``, from the titles and contents of its columns; missing keys are empty."""
-    return markdown(list(columns), [[_value(row, column) for column in columns.values()] for row in rows])
-
-
-def new_figure(num_columns: int, title: str, *, num_rows: int = 1) -> tuple[Any, Any]:
-    """A figure that needs no display, and an array [num_rows, num_columns] of its axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * num_columns + 2, 4 * num_rows), layout="constrained")
-    figure.suptitle(title)
-    return figure, figure.subplots(num_rows, num_columns, squeeze=False)
-
-
-def add_legend(figure: Any, axis: Any) -> None:
-    """Puts a legend of ``axis`` on the right, beside all plots."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize="small")
-
-
-def _value(row: dict[str, Any], column: Column) -> Any:
-    if isinstance(column, str):
-        return row.get(column)
-    if isinstance(column, tuple):
-        return row[column[0]] / column[1] if column[0] in row else None
-    return column(row)
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of ``rows`` with a column for each of their keys; missing values are empty."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return markdown(keys, [[row.get(key) for key in keys] for row in rows])
 
 
 def _cell(value: Any) -> str:
@@ -79,7 +47,7 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
-    return str(value)
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def _processor() -> str:

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from ds_interlock.schedule.plan import LossHead
 from measuring.engines import Workload
 
+LAYERS_PER_STAGE = 4
+HEAD_SHARE = 0.3
+"""Of equal stages: what an auxiliary head takes, forward and backward, relative to a stage's forward."""
+
 _WIDTH = 16
 
 _AWAKE_SECONDS = 0.00006
@@ -99,14 +103,10 @@ class SleepingHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.seconds = seconds
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
-        sleep(self.seconds)
-        return x + self.weight
-
     def loss(self, hidden: Tensor, labels: Tensor, loss_fn: Any) -> Tensor:
-        """Is part of the head's seconds, whatever ``loss_fn`` takes."""
-        return sleeping_loss(self(hidden), labels)
+        """Of ``hidden`` [..., width]; is part of the head's seconds, whatever ``loss_fn`` takes."""
+        sleep(self.seconds)
+        return sleeping_loss(hidden + self.weight, labels)
 
 
 def sleeping_loss(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -136,3 +136,19 @@ def sleeping_workload(
         head=lambda position: SleepingHead(head_seconds(position)),
         stage_bounds=stage_bounds,
     )
+
+
+def equal_bounds(num_stages: int) -> list[int]:
+    """Where the stages of ``equal_stages`` are cut."""
+    return [LAYERS_PER_STAGE * stage for stage in range(num_stages + 1)]
+
+
+def equal_stages(seconds: float, weight_gradients: Sequence[float], input_gradient: float = 1.0) -> Workload:
+    """Stages that sleep ``seconds`` in the forward; their gradients take multiples of that."""
+    share = seconds / LAYERS_PER_STAGE
+    layers = [
+        (share, input_gradient * share, weight_gradient * share)
+        for weight_gradient in weight_gradients
+        for _ in range(LAYERS_PER_STAGE)
+    ]
+    return sleeping_workload(layers, lambda position: HEAD_SHARE * seconds)

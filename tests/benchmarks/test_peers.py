@@ -1,5 +1,6 @@
 """The peers do the same work: every engine takes the same step on the same model."""
 
+from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
@@ -7,20 +8,19 @@ import pytest
 import torch
 
 from benchmarks.peers import DEEPSPEED, TORCH_SCHEDULES, make_peer
-from benchmarks.real_stages import lm_config, workload
+from benchmarks.real_stages import workload
 from ds_interlock.errors import ConfigError
-from ds_interlock.models.lm import build_lm
+from ds_interlock.models.lm import LMConfig, build_lm
 from ds_interlock.transport.local_ranks import RankError
-from measuring.engines import LEARNING_RATE
-from measuring.ranks import run_ranks
+from measuring.engines import LEARNING_RATE, run_ranks
 
-SIZES = {"width": 64, "num_blocks": 5, "vocab_size": 768, "seq_length": 16}
+LM = LMConfig(width=64, num_blocks=5, vocab_size=768, seq_length=16, num_heads=1)
 NUM_BATCHES = 2
 
 
 def trained(name: str) -> dict[str, torch.Tensor]:
     """On a rank: its parameters after some batches of 2 micro-batches, by their name in the whole model."""
-    work = workload(SIZES)
+    work = workload(LM)
     engine = make_peer(name, work)
     engine.set_train_batch_size(2)
     for _ in range(NUM_BATCHES):
@@ -41,8 +41,8 @@ def test_an_engine_trains_as_one_process_does(name: str) -> None:
     trained_values: dict[str, Any] = {}
     for of_rank in run_ranks(trained, 2, name=name):
         trained_values |= of_rank
-    work = workload(SIZES)
-    net = build_lm(lm_config(SIZES))
+    work = workload(LM)
+    net = build_lm(LM)
     start = {name: value.detach().clone() for name, value in net.named_parameters()}
     optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE)
     for _ in range(NUM_BATCHES):
@@ -56,7 +56,7 @@ def test_an_engine_trains_as_one_process_does(name: str) -> None:
 
 
 def build_unbalanced() -> None:
-    make_peer("global", workload(SIZES | {"vocab_size": 4096}))
+    make_peer("global", workload(replace(LM, vocab_size=4096)))
 
 
 def test_a_model_that_is_cut_unevenly_is_refused() -> None:

@@ -65,4 +65,4 @@ def test_markdown() -> None:
     ],
 )
 def test_where_torch_puts_its_stages(name: str, stages: list[list[int]]) -> None:
-    assert [TORCH_SCHEDULES[name].stages(rank, 2) for rank in range(2)] == stages
+    assert [TORCH_SCHEDULES[name][1](rank, 2) for rank in range(2)] == stages

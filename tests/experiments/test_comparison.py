@@ -45,7 +45,7 @@ def test_without_a_gap_no_share_of_it() -> None:
 def test_a_target_that_some_seeds_miss_has_no_speed_up() -> None:
     lines = [line for line in records() if line["run"]["mode"] != "local"]
     lines[-1]["curve"][-1]["loss"] = 2.11  # of window 2, seed 1; its target is 2.1
-    efficiency = Efficiency.of(compared(lines), [4, 1], lambda section, m: SECONDS[mode_of(section)][m])
+    efficiency = Efficiency(compared(lines), [4, 1], lambda section, m: SECONDS[mode_of(section)][m])
     assert efficiency.micro_batches == (1, 4)
     assert efficiency.steps("window 2") == {0: pytest.approx(125), 1: None}
     assert efficiency.speed_up("window 2", 1) is None
@@ -59,7 +59,7 @@ def test_global_is_held_to_the_rule_of_the_others() -> None:
     dips["run"]["training"]["num_steps"] = 150
     other = record("window 2", 0, [3.0, 2.0, 1.8])
     other["run"]["training"]["num_steps"] = 150
-    efficiency = Efficiency.of(compared([dips, other]), [1], lambda section, m: SECONDS[mode_of(section)][m])
+    efficiency = Efficiency(compared([dips, other]), [1], lambda section, m: SECONDS[mode_of(section)][m])
     assert efficiency.speed_up("global", 1) == PerSeed((1.0,))
     assert efficiency.speed_up("window 2", 1) == PerSeed((pytest.approx(8 * (50 + 50 / 1.2) / (2 * 100)),))
 
@@ -68,7 +68,7 @@ def test_phases_of_a_schedule_add_up() -> None:
     section = {"schedule": [{"from_step": 0, "window": 1}, {"from_step": 100, "mode": "global"}]}
     line = record("growing", 0, [3.2, 2.4, 1.6], section=section)  # at 2.0 after 125 steps
     runs = compared([record("global", 0, LOSSES["global"][0]), line])
-    efficiency = Efficiency.of(runs, [1], lambda section, m: 1.0 if section.get("window") == 1 else 8.0)
+    efficiency = Efficiency(runs, [1], lambda section, m: 1.0 if section.get("window") == 1 else 8.0)
     assert efficiency.speed_up("growing", 1) == PerSeed((pytest.approx(800 / (100 * 1 + 25 * 8)),))
     assert "| growing | 125 | 8.00 → 1.00 | 2.67 |" in TABLES.speed_up(efficiency)
     # 800 s are 100 steps of 1 s and 87.5 of 8 s: beyond the curve.
@@ -80,7 +80,7 @@ def test_a_model_of_its_own_has_no_time() -> None:
     own = record("local", 0, [3.2, 2.4], model={"kind": "prose", "num_blocks": 3, "border_norm": True})
     own["run"]["mode"] = "local, border norm"
     lines = [*records(), own]
-    efficiency = Efficiency.of(compared(lines), [1], lambda section, m: SECONDS[mode_of(section)][m])
+    efficiency = Efficiency(compared(lines), [1], lambda section, m: SECONDS[mode_of(section)][m])
     assert list(efficiency.phases) == ["global", "local", "window 2"]
 
 

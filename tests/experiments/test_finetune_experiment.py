@@ -43,22 +43,19 @@ def test_missing_runs_are_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(records) == len(finetune.runs()) == 7
 
 
-def test_the_table_has_means_over_seeds_and_a_part_for_each_budget() -> None:
-    first, second = (
-        finetune.runs(seeds=(0, 1), budget={**finetune.BUDGET, "max_steps": steps}) for steps in (24, 25)
-    )
-    records = [
-        {**one.model_dump(), "metrics": {**METRICS, "eval_loss": 1.0 + one.seed}}
-        for one in (first[0], first[7], second[0])
+def test_the_table_has_means_over_seeds() -> None:
+    one, warm = (run.model_dump() for run in finetune.runs()[:2])
+    records = [{**one, "seed": seed, "metrics": {**METRICS, "eval_loss": 1.0 + seed}} for seed in (0, 1)] + [
+        {**warm, "metrics": {**METRICS, "eval_loss_after_layer_9": 4.0, "first_eval_loss_after_layer_9": 5.0}}
     ]
     table = finetune.table(records)
     assert "| global | none | 2.000 ± 0.000 | 1.500 ± 0.707 | – | – | 1.00 / 2.00 |" in table
-    assert "| global | none | 2.000 | 1.000 | – | – | 1.00 / 2.00 |" in table
+    assert "| local | warm | 2.000 | 1.000 | 5.000 | 4.000 | 1.00 / 2.00 |" in table
     assert "seeds 0, 1" in table
+    assert finetune.table([]) == ""
 
 
-@pytest.mark.parametrize("fraction", [0.25, 1.0])
-def test_every_mode_has_warm_and_cold_heads(fraction: float) -> None:
-    rows = finetune.runs(budget={**finetune.BUDGET, "token_fraction": fraction})
+def test_every_mode_has_warm_and_cold_heads() -> None:
+    rows = finetune.runs()
     assert len({(row.mode, row.heads) for row in rows}) == len(rows) == 7
-    assert all(row.config["interlock"]["head"]["token_fraction"] == fraction for row in rows[1:])
+    assert all(row.config["interlock"]["head"]["token_fraction"] == 0.25 for row in rows[1:])

@@ -1,15 +1,13 @@
 """Short versions of the experiments, from their data to the report."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments import batch_times, definition, report, run
+from experiments import batch_times, definition, report, run, stage_profile
 from experiments.definition import Definition
-from experiments.sleeping_pipeline import Pipeline
-from experiments.stage_profile import TaskProfile
+from experiments.stage_profile import Pipeline
 from experiments.training import Training
 
 FEW_MODES = ("global", "local", "window 2")
@@ -51,7 +49,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Pipelines are not started: test_batch_times.py does.
     """
-    monkeypatch.setattr(TaskProfile, "measure", partial(TaskProfile.measure, num_rounds=2))
+    monkeypatch.setattr(stage_profile, "NUM_ROUNDS", 2)
     monkeypatch.setattr(Pipeline, "seconds", predicted_seconds)
     whole = definition.load
 

@@ -98,8 +98,6 @@ def write_batch_times(path: Path, modes: Iterable[str] = tuple(SECONDS)) -> None
             seconds=seconds,
             relative_seconds=seconds,
             predicted=seconds,
-            floor=1.0,
-            times_global=SECONDS["global"][m] / seconds,
         )
         for mode in modes
         for m, seconds in SECONDS[mode].items()

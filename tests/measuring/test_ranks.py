@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ds_interlock.transport.local_ranks import RankError
-from measuring.ranks import run_ranks
+from measuring.engines import run_ranks
 
 
 def share(base: int) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ import pytest
 from ds_interlock import InterlockConfig
 from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.planning.profile import LayerProfile
+from ds_interlock.profiling.layers import FlopMeter
 from experiments import batch_times, definition, stage_profile
 from experiments.batch_times import BatchTimes, ProfileOfStages, Row, batch_seconds
 from experiments.definition import Definition
@@ -109,9 +110,13 @@ def times_of(*rows: Row) -> BatchTimes:
     )
 
 
-def test_every_plan_is_measured_on_a_pipeline(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_plan_is_measured_on_a_pipeline(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a busy machine no three times of a layer may be right.
+    monkeypatch.setattr(stage_profile, "Stopwatch", lambda *_: FlopMeter(1e9))
     output = folder / "results" / "tiny.json"
-    options = ["--micro_batches", "1", "--milliseconds", "20", "--output", str(output)]
+    options = ["--micro_batches", "1", "--milliseconds", "8", "--output", str(output)]
     assert batch_times.main(["tiny", *options]) == 0
     times = batch_times.read(output)
     of_mode = {one.mode: one for one in times.rows if one.phase is None}
@@ -121,7 +126,7 @@ def test_every_plan_is_measured_on_a_pipeline(folder: Path, capsys: pytest.Captu
     predicted = [of_mode[mode].predicted for mode in ("global", "window 2", "local")]
     assert predicted == sorted(predicted, reverse=True)
     for one in times.rows:
-        assert one.relative_seconds == pytest.approx(one.seconds / 0.02)
+        assert one.relative_seconds == pytest.approx(one.seconds / 0.008)
         assert one.relative_seconds > 0.98 * one.predicted  # no stage sleeps too short
     # Sections that differ in how heads learn share a pipeline.
     assert of_mode["window 2, eager heads"].seconds == of_mode["window 2"].seconds
@@ -148,7 +153,7 @@ def test_heads_and_final_loss_sleep(
     """Each is made so long that without it a batch would be far below what the simulator says."""
     pipeline = Pipeline(InterlockConfig(**section), replace(unequal_model(), loss=loss), heads)
     assert pipeline.predicted(2) > 2 * parts
-    assert pipeline.seconds([2], 0.01)[2] > 0.98 * 0.01 * pipeline.predicted(2)
+    assert pipeline.seconds([2], 0.004)[2] > 0.98 * 0.004 * pipeline.predicted(2)
 
 
 def test_predictions_worked_by_hand() -> None:

@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import results
 from ds_interlock.config import HeadConfig
+from ds_interlock.heads.chunks import CHUNK_BYTES
 from ds_interlock.heads.cross_entropy import linear_cross_entropy
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
@@ -155,10 +156,12 @@ class Bench:
 
 def backend_loss(backend: str, hidden_nd: Tensor, weight_vd: Tensor, labels_n: Tensor) -> Tensor:
     """The loss by one implementation; torch's own also with the size of chunks that it chooses."""
-    if backend == TORCH_CHUNKS:
-        return F.linear_cross_entropy(
-            hidden_nd, weight_vd, labels_n, reduction="sum", options=nn.LinearCrossEntropyOptions()
-        )
+    if backend in ("torch", TORCH_CHUNKS):
+        options = nn.LinearCrossEntropyOptions()
+        if backend == "torch":
+            rows = CHUNK_BYTES // (4 * len(weight_vd))
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+        return F.linear_cross_entropy(hidden_nd, weight_vd, labels_n, reduction="sum", options=options)
     return linear_cross_entropy(hidden_nd, weight_vd, None, labels_n, backend=backend)  # type: ignore[arg-type]
 
 

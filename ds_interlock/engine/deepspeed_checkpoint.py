@@ -97,7 +97,7 @@ class DeepSpeedCheckpoint:
         module = self.engine.module
         loaded = "layers" if self._optimizer_state is None else "layers and their optimizer state"
         heads = "; heads start anew" if module.schedule.heads else ""
-        if heads and module.makes_own_heads and module.head_config.type == "lens":
+        if heads and module.make_head is None and module.head_config.type == "lens":
             heads += ' (a "lens" has the output layers as it was built, not as they are in it: docs/heads.md)'
         logger.warning(
             f"interlock: {self.folder} was not written by ds_interlock: loaded {loaded}{heads}; random state "

@@ -100,7 +100,7 @@ class InterlockEngine(PipelineEngine):
 
     def gradient_cosines(self) -> dict[str, float]:
         """On rank 0 the newest result of ``interlock.myopia`` of every stage, by name; elsewhere empty."""
-        return self._progress.gradient_cosines()
+        return {f"stage_{stage}": value for stage, value in sorted(self._progress.cosines.items())}
 
     # Training.
 

@@ -84,8 +84,7 @@ class InterlockPipelineModule(PipelineModule):
         **pipeline: Any,
     ) -> None:
         layers = list(layers)
-        names = list(inspect.signature(PipelineModule.__init__).parameters)[2:]  # after self and layers
-        pipeline |= dict(zip(names, positional, strict=False))
+        pipeline = inspect.signature(PipelineModule).bind_partial(layers, *positional, **pipeline).arguments
         topology = pipeline.get("topology")
         num_stages = topology.get_dim("pipe") if topology else pipeline.get("num_stages")
         if stage_bounds is not None:
@@ -99,8 +98,8 @@ class InterlockPipelineModule(PipelineModule):
                 "activation_checkpoint_func: activations are recomputed by torch.utils.checkpoint, without "
                 "re-entrance, since a stage needs more than one backward pass; leave the function out"
             )
-        super().__init__(layers, **pipeline)
-        self._make_head = head
+        super().__init__(**pipeline)
+        self.make_head = head
         self._pretrained = pretrained
         self._make_plan = plan
         self.keeps_ties = False
@@ -133,7 +132,7 @@ class InterlockPipelineModule(PipelineModule):
             raise ConfigError(f"plan({bounds}) returned {wrong}: it must keep the bounds it is given")
         self.interlock = interlock
         self.head_config = interlock.head.resolve(pretrained=self._pretrained)
-        make_head = self._make_head
+        make_head = self.make_head
         if make_head is None and self.schedule.heads and self.loss_fn is None:
             raise ConfigError(
                 "loss_fn is None, so the last layer returns the loss, which heads made as interlock.head "
@@ -155,11 +154,6 @@ class InterlockPipelineModule(PipelineModule):
         """The mode, which ``ds_interlock.initialize`` binds at the latest."""
         assert self.interlock is not None
         return self.interlock
-
-    @property
-    def makes_own_heads(self) -> bool:
-        """Whether heads are made as ``interlock.head`` says, and not by the user's ``head``."""
-        return self._make_head is None
 
     @property
     def plan(self) -> GradientFlowPlan:

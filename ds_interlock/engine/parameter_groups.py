@@ -84,12 +84,12 @@ def _users_groups(
         model_parameters = [p for p in model.parameters() if p.requires_grad or all_of_them]
     given = list(model_parameters)
     if given and isinstance(given[0], dict):
-        return [{**group, "params": _as_list(group["params"])} for group in given], True
+        groups = [dict(group) for group in given]
+        for group in groups:
+            parameters = group["params"]
+            group["params"] = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+        return groups, True
     return [{"params": given}], False
-
-
-def _as_list(parameters: Any) -> list[nn.Parameter]:
-    return [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
 
 
 def _add_what_is_not_listed(model: InterlockPipelineModule, groups: list[Group]) -> None:

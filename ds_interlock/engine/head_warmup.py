@@ -52,10 +52,9 @@ class HeadOptimizer(Backward):
             value = loss.of(hidden)
         if parameters:
             # Not backward(): DeepSpeed's hooks would take what arrives in .grad for a step of its own.
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    self.gradients[parameter].add_(gradient, alpha=1 / loss.num_micro_batches)
+                self.gradients[parameter].add_(gradient, alpha=1 / loss.num_micro_batches)
         return ()
 
     @torch.no_grad()

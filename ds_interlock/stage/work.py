@@ -35,7 +35,6 @@ from ds_interlock.stage.hidden import (
     detached,
     floats,
     leaves,
-    or_zeros,
     owned,
 )
 
@@ -111,10 +110,10 @@ class StageWork:
             case Kind.INPUT_GRADIENT:
                 return self._relay(action)
             case Kind.WEIGHT_GRADIENT:
-                self.backward.weights(self._layer_pass(action))
+                self.backward.layers(self._layer_pass(action))
             case Kind.BACKWARD:
                 inputs = floats(self._in_flight[action.micro_batch].inputs)
-                return self.backward.weights_and_inputs(self._layer_pass(action), inputs)
+                return self.backward.layers(self._layer_pass(action), inputs)
         return None
 
     def output(self, micro_batch: int) -> tuple[Hidden, Any]:
@@ -180,8 +179,7 @@ class StageWork:
         inputs = floats(entry.inputs)
         outputs, cotangents = self._cotangents(entry, frozenset(action.losses))
         more = self._pass_done(action)
-        gradients = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=more, allow_unused=True)
-        return tuple(or_zeros(gradient, tensor) for gradient, tensor in zip(gradients, inputs, strict=True))
+        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=more, materialize_grads=True)
 
     def _layer_pass(self, action: Action) -> LayerPass:
         entry = self._in_flight[action.micro_batch]

@@ -23,8 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import results
 from ds_interlock.config import HeadConfig
-from ds_interlock.heads.chunks import CHUNK_BYTES
-from ds_interlock.heads.cross_entropy import linear_cross_entropy
+from ds_interlock.heads.cross_entropy import CHUNK_BYTES, linear_cross_entropy
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
 from ds_interlock.profiling.layers import FlopMeter

@@ -18,9 +18,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ds_interlock.heads.chunks import CHUNK_BYTES, GradientsInForward, wide
 from ds_interlock.heads.labels import IGNORED_LABEL
+
+CHUNK_BYTES = 2**26
+"""What the logits of one chunk may take; with 50,000 outputs in float32, those of 335 positions."""
 
 Backend: TypeAlias = Literal["full", "chunked", "liger"]
 
@@ -88,6 +91,27 @@ def _liger(
     options["accum_dtype"] = torch.float32  # of the weight's gradient, over chunks
     loss: Tensor = liger.liger_fused_linear_cross_entropy(hidden_nd, weight_vd, labels_n, bias_v, **options)
     return loss
+
+
+class GradientsInForward(torch.autograd.Function):
+    """A sum whose gradients are computed in the forward pass, and can be taken once.
+
+    ``forward`` sets ``ctx.gradients``: one for each of its arguments, or None.
+    """
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of a loss computed in chunks can be taken only once")
+        gradients, ctx.gradients = ctx.gradients, None
+        # In place: a copy of the weight's gradient would be as large as a chunk's logits, or larger.
+        return tuple(None if gradient is None else gradient.mul_(scale) for gradient in gradients)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or float32 if it is less precise."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class _ChunkedLinearCrossEntropy(GradientsInForward):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_interlock.heads.chunks import CHUNK_BYTES, GradientsInForward, wide
+from ds_interlock.heads.cross_entropy import CHUNK_BYTES, GradientsInForward, wide
 
 Unembed = Callable[[Tensor], Tensor]
 

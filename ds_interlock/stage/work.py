@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch
+from torch.utils import _pytree
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.schedule.action import Action, Kind
@@ -214,8 +215,4 @@ class StageWork:
 
 
 def _shapes(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return str(tuple(value.shape))
-    if isinstance(value, tuple | list):
-        return "(" + ", ".join(_shapes(item) for item in value) + ")"
-    return type(value).__name__
+    return str(_pytree.tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), value))

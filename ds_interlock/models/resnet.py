@@ -9,8 +9,7 @@ Each line is one layer, hence one place where the pipeline can be cut:
     last               Classifier       hidden_bchw -> logits_bv       global average pooling, linear
 
 Batch norm is local to the micro-batch: with more micro-batches per batch the numbers differ. Its running
-statistics are buffers, of which each data-parallel replica has its own. With
-``activation_checkpoint_interval`` a recomputed layer takes the same images into them a second time.
+statistics are buffers, of which each data-parallel replica has its own.
 
 Shape suffixes: b micro-batch, c channel, h row, w column, v class.
 

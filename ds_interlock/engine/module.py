@@ -55,6 +55,8 @@ class StageGrid:
 class InterlockPipelineModule(PipelineModule):
     """A model as a sequence of layers, cut into pipeline stages with losses of their own.
 
+    ``bound_config`` is its mode, which ``ds_interlock.initialize`` binds at the latest.
+
     Args:
         layers: As ``PipelineModule``: ``LayerSpec``, ``TiedLayerSpec``, modules, callables.
         interlock: The mode. If None, ``ds_interlock.initialize`` takes it from its config.
@@ -103,7 +105,6 @@ class InterlockPipelineModule(PipelineModule):
         self._make_plan = plan
         self.keeps_ties = False
         self.phase = 0
-        self.interlock: InterlockConfig | None = None
         if not rises(self.parts):
             raise ConfigError(
                 f'partition_method "{pipeline.get("partition_method", "parameters")}" leaves a stage without '
@@ -116,20 +117,21 @@ class InterlockPipelineModule(PipelineModule):
 
     def bind(self, interlock: InterlockConfig) -> None:
         """Makes the plans and builds this stage's heads, once."""
-        if self.interlock not in (None, interlock):
+        bound = getattr(self, "bound_config", interlock)
+        if bound != interlock:
             raise ConfigError(
                 'the "interlock" section of the config differs from the one that InterlockPipelineModule was '
-                f"built with: {interlock!r} is not {self.interlock!r}; read both from the same file"
+                f"built with: {interlock!r} is not {bound!r}; read both from the same file"
             )
-        if self.interlock is not None:
+        if hasattr(self, "bound_config"):
             return
         bounds = [int(bound) for bound in self.parts]
         plan = (self._make_plan or interlock.plan_schedule)(bounds)
         self.schedule = plan if isinstance(plan, PlanSchedule) else PlanSchedule.constant(plan)
-        if list(self.schedule.stage_bounds) != bounds:
-            wrong = list(self.schedule.stage_bounds)
-            raise ConfigError(f"plan({bounds}) returned {wrong}: it must keep the bounds it is given")
-        self.interlock = interlock
+        planned = list(self.schedule.stage_bounds)
+        if planned != bounds:
+            raise ConfigError(f"plan({bounds}) returned {planned}: it must keep the bounds it is given")
+        self.bound_config = interlock
         self.head_config = interlock.head.resolve(pretrained=self._pretrained)
         make_head = self.make_head
         if make_head is None and self.schedule.heads and self.loss_fn is None:
@@ -147,12 +149,6 @@ class InterlockPipelineModule(PipelineModule):
                 built = build_head(make_head, number, position, self.base_seed)
                 self.heads.add(number, position, built.to(get_accelerator().device_name(self.local_rank)))
         self._settle_tied_weights(interlock)
-
-    @property
-    def bound_config(self) -> InterlockConfig:
-        """The mode, which ``ds_interlock.initialize`` binds at the latest."""
-        assert self.interlock is not None
-        return self.interlock
 
     @property
     def plan(self) -> GradientFlowPlan:

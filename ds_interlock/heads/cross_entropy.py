@@ -115,8 +115,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _ChunkedLinearCrossEntropy(GradientsInForward):
-    """See the picture at the top of the file."""
-
     @staticmethod
     def forward(
         ctx: Any,

@@ -38,8 +38,6 @@ def kl_divergence(
 
 
 class _ChunkedDivergence(GradientsInForward):
-    """See the picture at the top of the file."""
-
     @staticmethod
     def forward(ctx: Any, hidden_nd: Tensor, base_nd: Tensor, unembed: Unembed, rows: int) -> Tensor:
         total = hidden_nd.new_zeros((), dtype=wide(hidden_nd.dtype))

@@ -1,7 +1,4 @@
-"""What layers return, what of it travels between stages, and to whom it belongs.
-
-What layers, heads and losses receive is theirs to change in place, and changes nothing for anyone else.
-"""
+"""What layers return, what of it travels between stages, and to whom it belongs (docs/design.md, 4)."""
 
 from collections.abc import Callable
 from typing import Any

@@ -90,7 +90,7 @@ class Probe(Backward):
             value = loss.scaled(hidden)
         return torch.autograd.grad(value, inputs, materialize_grads=True)
 
-    def layers(self, layers: LayerPass, inputs: tuple[Tensor, ...] | None = None) -> Gradients:
+    def walk_back(self, layers: LayerPass, inputs: tuple[Tensor, ...] | None = None) -> Gradients:
         """Adds to ``gradients``; returns those of ``inputs``."""
         outputs, cotangents, parameters, retain_graph = layers
         inputs = inputs or ()

@@ -111,10 +111,10 @@ class StageWork:
             case Kind.INPUT_GRADIENT:
                 return self._relay(action)
             case Kind.WEIGHT_GRADIENT:
-                self.backward.layers(self._layer_pass(action))
+                self.backward.walk_back(self._layer_pass(action))
             case Kind.BACKWARD:
                 inputs = floats(self._in_flight[action.micro_batch].inputs)
-                return self.backward.layers(self._layer_pass(action), inputs)
+                return self.backward.walk_back(self._layer_pass(action), inputs)
         return None
 
     def output(self, micro_batch: int) -> tuple[Hidden, Any]:

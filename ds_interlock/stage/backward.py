@@ -53,7 +53,7 @@ class Backward:
     def walk_back(self, layers: LayerPass, inputs: tuple[Tensor, ...] | None = None) -> Gradients:
         """Computes the gradients of the parameters and of ``inputs``, if any; returns those of ``inputs``."""
         outputs, cotangents, parameters, retain_graph = layers
-        targets = parameters if inputs is None else None  # None: all
+        targets = parameters if inputs is None else None  # None means all leaves
         if outputs and (parameters or inputs is not None):  # a stage may be frozen as a whole
             with self.weight_pass():
                 torch.autograd.backward(outputs, cotangents, retain_graph=retain_graph, inputs=targets)

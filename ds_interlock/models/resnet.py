@@ -221,12 +221,13 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, hidden_bchw: Tensor) -> Tensor:
         mean, variance = cast(Tensor, self.running_mean), self.running_var
+        count, share = cast(Tensor, self.num_batches_tracked), self.momentum
         if self.training:
-            cast(Tensor, self.num_batches_tracked).add_(1)
+            count.add_(1)
+        if share is None:  # as in torch's update_bn: the running statistics are the mean over all batches
+            share = 1 / count.item() if self.training else 0.0
         weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
-        return F.batch_norm(
-            hidden_bchw, mean, variance, weight, bias, self.training, cast(float, self.momentum), self.eps
-        )
+        return F.batch_norm(hidden_bchw, mean, variance, weight, bias, self.training, share, self.eps)
 
 
 def _convolution(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Conv2d:

@@ -90,9 +90,10 @@ def test_images_may_come_as_bytes():
     assert torch.equal(model(images), model(images.float()))
 
 
-def test_batch_norm_is_pytorchs():
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["forgets", "mean of all"])
+def test_batch_norm_is_pytorchs(momentum: float | None):
     torch.manual_seed(1)
-    own, theirs = BatchNorm(3), nn.BatchNorm2d(3)
+    own, theirs = BatchNorm(3, momentum=momentum), nn.BatchNorm2d(3, momentum=momentum)
     untrained = torch.randn(2, 3, 5, 5)
     torch.testing.assert_close(own.eval()(untrained), theirs.eval()(untrained), rtol=0, atol=0)
     own.train()

@@ -82,7 +82,7 @@ class InterlockEngine(PipelineEngine):
     @property
     def streaming(self) -> bool:
         """Whether a stage continues with the next batch while others still work on this one."""
-        return self.module.bound_config.streams(self.plan, tied=self.module.keeps_ties)
+        return self.module.interlock.streams(self.plan, tied=self.module.keeps_ties)
 
     @property
     def consumed_micro_batches(self) -> int:

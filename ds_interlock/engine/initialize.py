@@ -53,8 +53,8 @@ def initialize(
         may_differ=[f"config.{path}" for path in MAY_DIFFER],
     )
     model.bind(InterlockConfig.from_deepspeed(config))
-    if model.num_stages == 1 and not model.bound_config.is_global and dist.get_rank() == 0:
-        name = model.bound_config.mode_name
+    if model.num_stages == 1 and not model.interlock.is_global and dist.get_rank() == 0:
+        name = model.interlock.mode_name
         logger.warning('interlock: one stage has no border: mode "%s" is ordinary backpropagation here', name)
     model.add_placeholder()
     own = hasattr(optimizer, "param_groups")

@@ -55,7 +55,7 @@ class StageGrid:
 class InterlockPipelineModule(PipelineModule):
     """A model as a sequence of layers, cut into pipeline stages with losses of their own.
 
-    ``bound_config`` is its mode, which ``ds_interlock.initialize`` binds at the latest.
+    ``interlock`` is its mode, which ``ds_interlock.initialize`` binds at the latest.
 
     Args:
         layers: As ``PipelineModule``: ``LayerSpec``, ``TiedLayerSpec``, modules, callables.
@@ -117,13 +117,13 @@ class InterlockPipelineModule(PipelineModule):
 
     def bind(self, interlock: InterlockConfig) -> None:
         """Makes the plans and builds this stage's heads, once."""
-        bound = getattr(self, "bound_config", interlock)
+        bound = getattr(self, "interlock", interlock)
         if bound != interlock:
             raise ConfigError(
                 'the "interlock" section of the config differs from the one that InterlockPipelineModule was '
                 f"built with: {interlock!r} is not {bound!r}; read both from the same file"
             )
-        if hasattr(self, "bound_config"):
+        if hasattr(self, "interlock"):
             return
         bounds = [int(bound) for bound in self.parts]
         plan = (self._make_plan or interlock.plan_schedule)(bounds)
@@ -131,7 +131,7 @@ class InterlockPipelineModule(PipelineModule):
         planned = list(self.schedule.stage_bounds)
         if planned != bounds:
             raise ConfigError(f"plan({bounds}) returned {planned}: it must keep the bounds it is given")
-        self.bound_config = interlock
+        self.interlock = interlock
         self.head_config = interlock.head.resolve(pretrained=self._pretrained)
         make_head = self.make_head
         if make_head is None and self.schedule.heads and self.loss_fn is None:
@@ -158,7 +158,7 @@ class InterlockPipelineModule(PipelineModule):
     @property
     def steps_alone(self) -> bool:
         """Whether a stage's update depends on its window only; the same on all stages."""
-        return self.bound_config.steps_alone(self.plan, tied=self.keeps_ties)
+        return self.interlock.steps_alone(self.plan, tied=self.keeps_ties)
 
     def mpu(self) -> Any:
         """The process groups, as DeepSpeed's optimizers use them."""

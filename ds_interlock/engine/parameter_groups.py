@@ -71,7 +71,7 @@ def with_groups_of_heads(
 def has_one_rate(model: InterlockPipelineModule) -> bool:
     """Whether nothing in this stage, or in the configuration of heads, scales a learning rate."""
     scales = {kind.scale for kind in _kinds(model, apart=False).values()}
-    return scales | {model.bound_config.head.learning_rate_scale} == {1.0}
+    return scales | {model.interlock.head.learning_rate_scale} == {1.0}
 
 
 def _users_groups(
@@ -116,7 +116,7 @@ def _kinds(model: InterlockPipelineModule, *, apart: bool) -> dict[int, _Kind]:
     """
     of_heads = {
         id(parameter): _Kind(
-            model.bound_config.head.learning_rate_scale, model.unused_phases(int(number)), apart
+            model.interlock.head.learning_rate_scale, model.unused_phases(int(number)), apart
         )
         for number, head in model.heads.items()
         for parameter in head.parameters()

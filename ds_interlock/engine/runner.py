@@ -48,7 +48,7 @@ class StageRunner:
         self.engine = engine
         self.ranks = ranks
         self.data = data
-        self.config = engine.module.bound_config
+        self.config = engine.module.interlock
         timers = engine.timers if engine.wall_clock_breakdown() else None
         self.recorder = Recorder(get_accelerator().synchronize, timers)
         self._backward = backward

@@ -1,8 +1,11 @@
 """``ds-interlock verify``: a config's gradients on a small model against plain autograd."""
 
 import argparse
+import importlib
 import math
 import os
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ds_interlock.commands.arguments import add_command, at_least_one, positive
@@ -22,7 +25,9 @@ or could come to a standstill is refused before it runs. Then it compares:
   - the gradient of every parameter, layers and heads, with float64 autograd on truncated graphs;
   - the gradients of the same samples in other numbers of micro-batches;
   - training with streaming on and off, bit for bit;
-  - a window as long as the pipeline with ordinary backpropagation, bit for bit.
+  - a window as long as the pipeline with ordinary backpropagation, bit for bit;
+  - with --layers-from, and where CONFIG has stages relay: each layer's gradients from one backward pass with
+    those of another. Fused kernels that overwrite what they saved fail.
 
 Of a schedule every phase is checked by itself. The rest of CONFIG (optimizer, batch sizes, clipping,
 precision) is ignored: gradients are compared before any of it applies. No launcher and no GPU are needed.
@@ -38,6 +43,8 @@ def add_parser(commands: Any) -> None:
     add("--stages", type=at_least_one, default=4, metavar="K", help=stages)
     layers = "layers of the small model (default: 2 K + 1, room for a head within every stage)"
     add("--layers", type=at_least_one, metavar="L", help=layers)
+    source = "function that returns (layers, inputs): your layers, and one micro-batch of inputs for them"
+    add("--layers-from", metavar="MODULE:FUNCTION", help=source)
     add("--seed", type=int, default=0, metavar="S", help="of weights and data (default: %(default)s)")
     timeout = "give up after this long (default: %(default)g)"
     add("--timeout", type=positive, default=300.0, metavar="SECONDS", help=timeout)
@@ -57,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
     from ds_interlock.verification.checks import verify
 
     how = {"seed": options.seed, "timeout_seconds": options.timeout, "progress": print_progress}
+    if options.layers_from:
+        how["layers"], how["inputs"] = _function(options.layers_from)()
     reports = [
         verify(section, phase.plan, **how)
         for phase, (_, section) in zip(schedule.phases, interlock.phases, strict=True)
@@ -69,6 +78,18 @@ def run(options: argparse.Namespace) -> int:
                 print(f"From step {step}:\n")
             _print_report(report)
     return 0 if all(report.passed for report in reports) else 1
+
+
+def _function(text: str) -> Callable[[], Any]:
+    module, _, name = text.partition(":")
+    sys.path.insert(0, "")  # the working folder, as under `python -m`
+    try:
+        function: Callable[[], Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"--layers-from {text}: expected MODULE:FUNCTION, as model:make_layers ({error})"
+        ) from None
+    return function
 
 
 def _uniform_bounds(num_layers: int, num_stages: int) -> list[int]:

@@ -3,17 +3,22 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.heads.factory import head_factory
+from ds_interlock.schedule.dependency import num_backward_passes
 from ds_interlock.schedule.lower import Program, training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.verify import verify as verify_program
+from ds_interlock.stage.hidden import Hidden
 from ds_interlock.stage.in_process import InProcessPipeline
+from ds_interlock.stage.walks import compare_walks, modules_of
 from ds_interlock.verification.job import Outcome, Run, run_job
 from ds_interlock.verification.reference import (
     loss_fn,
@@ -89,11 +94,15 @@ def verify(
     *,
     seed: int,
     timeout_seconds: float,
+    layers: Sequence[Any] = (),
+    inputs: Hidden = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Runs ``plan``, that of ``interlock``, on a small model, each stage a process, and compares the results.
 
-    ``seed`` is that of weights and data. ``progress`` is called with a few words on what is done.
+    Of ``layers``, a model of the user's for a micro-batch of ``inputs``, the gradients of repeated backward
+    passes are compared, if the plan repeats any. ``seed`` is that of weights and data. ``progress`` is
+    called with a few words on what is done.
 
     Raises:
         ConfigError: If no heads can be built where the plan has them.
@@ -112,6 +121,7 @@ def verify(
         _compare("one process, float64: gradients == autograd", in_process, expected, FLOAT64_LIMIT),
         *_checks_by_stage(plan, outcomes[configured].gradients, expected),
         *(comparison.check(outcomes) for comparison in comparisons),
+        *_checks_by_layer(plan, layers, inputs),
     ]
     if plan.is_end_to_end:
         notes.append(
@@ -210,6 +220,23 @@ def _checks_by_stage(
         _compare(name.format(stage), part(actual, stage), part(expected, stage), FLOAT32_LIMIT)
         for stage in range(plan.num_stages)
     ]
+
+
+def _checks_by_layer(plan: GradientFlowPlan, layers: Sequence[Any], hidden: Hidden) -> list[Check]:
+    """Errors relative to what rounding may give."""
+    checks = []
+    if max(num_backward_passes(plan, stage) for stage in range(plan.num_stages)) > 1:
+        for number, spec in enumerate(layers):
+            layer = spec.build() if isinstance(spec, LayerSpec) else spec
+            if isinstance(spec, TiedLayerSpec) and spec.forward_fn is not None:
+                layer = partial(spec.forward_fn, layer)
+            modules = modules_of([layer])
+            hidden, error, functions = compare_walks(layer, hidden, modules)
+            kind = type(modules[0] if modules else layer).__name__ + (f", {functions}" if functions else "")
+            num_parameters = sum(len(list(module.parameters())) for module in modules)
+            name = f"layer {number} ({kind}): gradients of another walk == the first"
+            checks.append(Check(name, num_parameters, error, 1.0))
+    return checks
 
 
 def _compare(name: str, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float) -> Check:

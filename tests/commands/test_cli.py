@@ -191,6 +191,37 @@ def test_a_wrong_gradient_fails_the_line_of_its_stage(
     assert "4 of 9 checks failed" in printed
 
 
+@pytest.mark.parametrize(
+    ("section", "function", "status"),
+    [
+        (WINDOW_2, "layers_and_inputs", 1),
+        (WINDOW_2, "usual_layers_and_inputs", 0),
+        ({"mode": "local"}, "layers_and_inputs", 0),
+        ({"mode": "global"}, "layers_and_inputs", 0),
+    ],
+)
+def test_layers_of_the_user_are_walked_back_twice_where_stages_relay(
+    section: dict[str, Any],
+    function: str,
+    status: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gradients_instead_of_processes(monkeypatch)
+    arguments = "--stages", "3", "--layers-from", f"kernels:{function}"
+    assert cli.main(["verify", write(tmp_path, section), *arguments]) == status
+    lines = [line for line in capsys.readouterr().out.splitlines() if "gradients of another walk" in line]
+    assert [line.split()[-1] for line in lines if "ScalesWhatItSaved" in line] == ["FAIL"] * status
+    assert len(lines) == (0 if section is not WINDOW_2 else 3 if status else 2)
+
+
+def test_layers_from_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for function in ("kernels", "kernels:nothing", "nowhere:layers", ":layers"):
+        assert cli.main(["verify", write(tmp_path, WINDOW_2), "--layers-from", function]) == 2
+        assert f"--layers-from {function}: expected MODULE:FUNCTION" in capsys.readouterr().err
+
+
 def test_global_has_nothing_to_stream(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

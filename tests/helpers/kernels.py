@@ -67,3 +67,16 @@ class KernelLayer(nn.Module):
         x_bd = self.linear(x_bd)
         kernels = {kernel.__name__: kernel for kernel in (ScalesWhatItSaved, Frees)}
         return self.norm(kernels[self.kernel].apply(x_bd) if self.kernel else x_bd * x_bd / 2)
+
+
+def layers_and_inputs() -> tuple[list[nn.Module], Tensor]:
+    """Three layers, the second with a kernel that changes what it saved; for `ds-interlock verify`."""
+    torch.manual_seed(0)
+    kernels = "", ScalesWhatItSaved.__name__, ""
+    return [KernelLayer(kernel) for kernel in kernels], torch.randn(4, WIDTH)
+
+
+def usual_layers_and_inputs() -> tuple[list[nn.Module], Tensor]:
+    """The same without the kernel."""
+    layers, inputs = layers_and_inputs()
+    return [layers[0], layers[2]], inputs

@@ -77,6 +77,7 @@ def initialize(
         config=config,
         config_class=DeepSpeedConfig(config, grid),
     )
+    model.let_heads_return_what_the_model_does()
     check_unused_heads(model, engine.optimizer, own=own, zero=engine.zero_optimization())
     engine._configure_python_gc()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler

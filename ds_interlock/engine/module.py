@@ -20,7 +20,8 @@ from torch import nn
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
-from ds_interlock.heads.factory import head_factory
+from ds_interlock.heads.factory import AuxiliaryHead, head_factory
+from ds_interlock.heads.output_layers import look_at
 from ds_interlock.schedule.dependency import num_backward_passes
 from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan, rises
@@ -250,6 +251,19 @@ class InterlockPipelineModule(PipelineModule):
                     f"pass of {functions or 'an operation'} changes what its forward saved; use another "
                     'kernel, or "interlock": {"mode": "local"} or "global", which walk once'
                 )
+
+    def let_heads_return_what_the_model_does(self) -> None:
+        """No tuple of one where the last layer is recomputed. Call it once the interval is settled."""
+        interval = self.activation_checkpoint_interval
+        heads = [head for head in self.heads.values() if isinstance(head, AuxiliaryHead) and head.in_tuple]
+        if interval == 0 or not heads:
+            return
+        start, stop = self.parts[-2:]
+        last = self._layer_specs[start + (stop - start - 1) // interval * interval : stop]
+        functions = [getattr(spec, "forward_fn", None) or look_at(spec, "the last layer") for spec in last]
+        if self._is_checkpointable(functions):
+            for head in heads:
+                head.in_tuple = False
 
     def _partition_layers(self, method: str | list[int] = "uniform") -> None:
         """As DeepSpeed's, by the name of a method; or at these bounds."""

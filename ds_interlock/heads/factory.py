@@ -75,7 +75,8 @@ def head_factory(config: HeadConfig, layers: Sequence[Layer], pretrained: bool =
 class AuxiliaryHead(nn.Module):
     """A readout of the hidden state of width d, after one more block if there is a ``block``.
 
-    ``readout`` turns hidden states ``[..., d]`` into outputs ``[..., v]``, each position by itself.
+    ``readout`` turns hidden states ``[..., d]`` into outputs ``[..., v]``, each position by itself; its part
+    ``unembedding`` makes the outputs, in a tuple if ``output_layers`` do.
     """
 
     def __init__(
@@ -85,12 +86,13 @@ class AuxiliaryHead(nn.Module):
         self.block = block
         self.readout = readout
         self.width = output_layers.width
+        self.in_tuple = output_layers.in_tuple
         self.config = config
         self._unembedding_at = [name for name, _ in readout.named_children()].index(UNEMBEDDING)
 
     def forward(self, hidden: Any) -> Any:
         """What the model would output if it ended at ``hidden``: a tensor, or a tuple starting with it."""
-        return self.readout(self._before_readout(hidden))
+        return self._unembed(self._to_unembedding(self._before_readout(hidden)))
 
     def loss(self, hidden: Any, labels: Any, loss_fn: LossFn) -> Tensor:
         """The loss of this head: in evaluation the model's loss, in training what the head learns from.
@@ -122,7 +124,8 @@ class AuxiliaryHead(nn.Module):
 
     def _unembed(self, hidden_btd: Tensor) -> Any:
         """Outputs of what ``_to_unembedding`` returns."""
-        return self.readout[self._unembedding_at :](hidden_btd)
+        outputs = self.readout[self._unembedding_at](hidden_btd)
+        return self.readout[self._unembedding_at + 1 :]((outputs,) if self.in_tuple else outputs)
 
     def _cross_entropy(self, hidden_btd: Tensor, labels: Any, loss_fn: LossFn) -> Tensor:
         """The model's loss, from what ``_to_unembedding`` returns."""

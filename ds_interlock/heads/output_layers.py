@@ -1,20 +1,23 @@
 """Finds the output layers of a model, which auxiliary heads repeat: norm, unembedding, what follows it.
 
 The layers are looked at from the last one backwards (picture in ``factory.py``). Specifications are built on
-the meta device: the look allocates nothing and draws no random number.
+the meta device, and the layer that unembeds is called there: the look allocates nothing and draws no random
+number.
 """
 
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ds_interlock.errors import ConfigError
 
@@ -46,6 +49,8 @@ class OutputLayers:
     """A frozen copy of that norm; None without one."""
     copy_unembedding: Callable[[], nn.Linear]
     """A frozen copy of the unembedding."""
+    in_tuple: bool
+    """Whether the unembedding's layer returns ``(outputs,)``."""
     tail: tuple[Layer, ...]
     """What follows the unembedding. It has no weights."""
 
@@ -77,6 +82,7 @@ def find_output_layers(layers: Sequence[Layer]) -> OutputLayers:
         make_norm=None if norm is None else partial(_like, norm.module, width),
         copy_norm=None if norm is None else partial(_frozen_copy, norm),
         copy_unembedding=partial(_frozen_linear, last.owner, weight_name, bias_name),
+        in_tuple=_returns_tuple(last, weight),
         tail=tuple(tail),
     )
 
@@ -167,6 +173,40 @@ def _unembedding(last: _Part) -> tuple[str, str | None, list[_Part]]:
         "no auxiliary head can be derived: the last layer with weights is "
         f"{type(last.module).__name__}, which has no nn.Linear to unembed with. {PASS_HEAD}"
     )
+
+
+def _returns_tuple(last: _Part, weight: Tensor) -> bool:
+    """Whether the layer returns a tuple of one tensor; ConfigError if it returns more."""
+    outputs = _outputs_on_meta(last, weight)
+    if not isinstance(outputs, tuple | list):
+        return False
+    if len(outputs) == 1 and isinstance(outputs[0], Tensor):
+        return True
+    raise ConfigError(
+        f"no auxiliary head can be derived: {type(last.module).__name__}, which unembeds, returns a "
+        f"{type(outputs).__name__} of {len(outputs)}, of which a head would make the first only. {PASS_HEAD}"
+    )
+
+
+def _outputs_on_meta(last: _Part, weight: Tensor) -> Any:
+    """What the layer returns, tried with hidden states of several forms; None if it takes none of them.
+
+    Seven is a batch that no layer takes for a tuple by unpacking it.
+    """
+    values = {
+        n: t.detach().to("meta")
+        for n, t in chain(last.module.named_parameters(), last.module.named_buffers())
+    }
+    forward_fn = getattr(last.owner, "forward_fn", None) if not last.path else None
+    for shape, num_others in product(((7, 3), (7,)), range(-1, 5)):
+        hidden = torch.empty(*shape, weight.shape[1], dtype=weight.dtype, device="meta")
+        others = (torch.empty(*shape, dtype=torch.int64, device="meta"),) * num_others
+        inputs = hidden if num_others < 0 else (hidden, *others)
+        with suppress(Exception), torch.no_grad():  # a layer may fail in any way on what it does not take
+            if forward_fn is not None:
+                return forward_fn(last.module, inputs)
+            return functional_call(copy.copy(last.module), values, (inputs,))  # attributes stay as they are
+    return None
 
 
 def _at(module: nn.Module, name: str) -> Tensor:

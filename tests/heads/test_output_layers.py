@@ -1,5 +1,6 @@
 """What is found at the end of a model, and what is made of it."""
 
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from ds_interlock.config import HeadConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.heads.output_layers import find_output_layers
+from ds_interlock.schedule.plan import LossHead
 
 
 def test_a_norm_and_an_unembedding_in_layers_of_their_own() -> None:
@@ -46,6 +48,40 @@ def test_both_in_one_layer(bias: bool) -> None:
     norm = end.make_norm()
     assert isinstance(norm, nn.RMSNorm)
     assert (norm.eps, end.bias, end.init_std) == (1e-2, bias, 0.02)
+
+
+class Returning(nn.Linear):
+    """Takes a hidden state in one of several forms, and returns outputs in another."""
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__(WIDTH, VOCABULARY)
+        self.num_inputs, self.num_outputs = num_inputs, num_outputs
+
+    def forward(self, inputs: Any) -> Any:
+        if self.num_inputs:
+            hidden, *others = inputs
+            assert len(others) == self.num_inputs - 1
+        else:
+            hidden, others = inputs.flatten(1), [None]
+        outputs = (super().forward(hidden), *others)
+        return outputs[: self.num_outputs] if self.num_outputs else outputs[0]
+
+
+@pytest.mark.parametrize("as_spec", [True, False], ids=["spec", "module"])
+@pytest.mark.parametrize("num_inputs", [0, 1, 3])
+def test_a_head_returns_outputs_in_a_tuple_if_the_model_does(num_inputs: int, as_spec: bool) -> None:
+    last = [LayerSpec(Returning, num_inputs, n) if as_spec else Returning(num_inputs, n) for n in range(3)]
+    assert not find_output_layers([nn.LayerNorm(WIDTH), last[0]]).in_tuple
+    assert find_output_layers([nn.LayerNorm(WIDTH), last[1]]).in_tuple
+    if num_inputs != 1:
+        with pytest.raises(ConfigError, match="Returning, which unembeds, returns a tuple of 2"):
+            find_output_layers([last[2]])
+    head = head_factory(HeadConfig(), [last[1], itemgetter(0), nn.Softmax(-1)])(LossHead(0, 1))
+    outputs = head(torch.randn(1, 4, WIDTH))
+    assert outputs.shape == (1, 4, VOCABULARY)
+    torch.testing.assert_close(outputs.sum(-1), torch.ones(1, 4))
+    (outputs,) = head_factory(HeadConfig(), [last[1]])(LossHead(0, 1))(torch.randn(1, 4, WIDTH))
+    assert outputs.shape == (1, 4, VOCABULARY)
 
 
 def test_a_norm_of_the_models_own_class_starts_as_that_class_does() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,8 @@ class NetArguments:
 
     depth: int = argument(20, "weighted layers: 20, 32, 56, 110 (%(default)s)")
     width: int = argument(16, "channels of the first group (%(default)s)")
+    block: Literal["basic", "bottleneck"] = argument("basic", "(%(default)s)")
+    shortcut: Literal["A", "B"] = argument("A", "see models/resnet.py (%(default)s)")
     head_channels: list[int] = argument(
         list(HEAD_CHANNELS),
         "of each convolution in an auxiliary head; none: pooling and a linear layer (128 64)",

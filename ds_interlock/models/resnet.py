@@ -3,10 +3,13 @@
 Each line is one layer, hence one place where the pipeline can be cut:
 
     layer 0            Stem             images_bchw -> hidden_bchw     3x3 convolution, batch norm, ReLU
-    layers 1..n        a Block each     width,     all rows and columns
-    layers n+1..2n     a Block each     2 * width, half of them (the first block has stride 2)
-    layers 2n+1..3n    a Block each     4 * width, a quarter
+    layers 1..n        a block each     width,     all rows and columns
+    layers n+1..2n     a block each     2 * width, half of them (the first block has stride 2)
+    layers 2n+1..3n    a block each     4 * width, a quarter
     last               Classifier       hidden_bchw -> logits_bv       global average pooling, linear
+
+    BasicBlock         3x3, 3x3         depth 6n + 2: ResNet-20, 32, 56, 110
+    BottleneckBlock    1x1, 3x3, 1x1    depth 9n + 2: ResNet-29, 164; its output is 4 times as wide
 
 Batch norm is local to the micro-batch: with more micro-batches per batch the numbers differ. Its running
 statistics are buffers, of which each data-parallel replica has its own.
@@ -14,13 +17,13 @@ statistics are buffers, of which each data-parallel replica has its own.
 Shape suffixes: b micro-batch, c channel, h row, w column, v class.
 
 Sources: He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, 2016, section 4.2 (the model)
-and section 3.3 (shortcut A); He, Zhang, Ren, Sun: Delving Deep into Rectifiers, 2015 (initial
+and section 3.3 (shortcuts A and B); He, Zhang, Ren, Sun: Delving Deep into Rectifiers, 2015 (initial
 weights); Gomez, Key, Perlin, Gou, Frosst, Dean, Gal: Interlocking Backpropagation, 2022 (heads).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +33,15 @@ from torch import Tensor, nn
 from ds_interlock.errors import ConfigError, list_faults
 from ds_interlock.schedule.plan import LossHead
 
+Block = Literal["basic", "bottleneck"]
+Shortcut = Literal["A", "B"]
+
 HEAD_CHANNELS = (128, 64)
 """Channels of the convolutions in an auxiliary head, as in the released code of the paper."""
 
 _NUM_GROUPS = 3
+_CONVOLUTIONS = {"basic": 2, "bottleneck": 3}
+_EXPANSION = {"basic": 1, "bottleneck": 4}
 _MAX_LAYERS = 2**16  # keeps the seeds of two runs apart: no layer of one starts as a layer of the other
 
 
@@ -42,11 +50,14 @@ class ResNetConfig:
     """Sizes and options of a ResNet.
 
     Attributes:
-        depth: Weighted layers from the first convolution to the classifier: 6n + 2 with n blocks in a
-            group, as in ResNet-20, 32, 56 and 110.
+        depth: Weighted layers from the first convolution to the classifier: 6n + 2 with basic blocks,
+            9n + 2 with bottleneck blocks, with n blocks in a group.
         num_classes: Number of outputs.
         in_channels: Channels of the images: 1 for grey, 3 for colours.
-        width: Channels of the stem and of the first group.
+        width: Channels of the stem and of the first group's 3x3 convolutions.
+        block: What a group is made of.
+        shortcut: What adds a block's input to its output where their shapes differ. "A": every second
+            pixel, and zeros for the new channels. "B": a 1x1 convolution and batch norm.
         seed: A layer draws its initial weights from this and its number, so that they are the same however
             the layers are cut into stages.
 
@@ -58,6 +69,8 @@ class ResNetConfig:
     num_classes: int = 10
     in_channels: int = 3
     width: int = 16
+    block: Block = "basic"
+    shortcut: Shortcut = "A"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,15 +79,23 @@ class ResNetConfig:
             for name in ("num_classes", "in_channels", "width")
             if getattr(self, name) < 1
         ]
-        if self.depth < 8 or (self.depth - 2) % (2 * _NUM_GROUPS):
-            faults.append(f"depth is {self.depth}: expected 6n + 2, as 8, 14 or 20")
+        for name, choices in (("block", _CONVOLUTIONS), ("shortcut", "AB")):
+            if getattr(self, name) not in tuple(choices):
+                faults.append(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
+        if self.block in _CONVOLUTIONS:
+            step = _NUM_GROUPS * _CONVOLUTIONS[self.block]
+            if self.depth < step + 2 or (self.depth - 2) % step:
+                faults.append(
+                    f"depth is {self.depth}: expected {step}n + 2 with {self.block} blocks, as "
+                    f"{step + 2}, {2 * step + 2} or {3 * step + 2}"
+                )
         if faults:
             raise ConfigError(list_faults("ResNet", faults))
 
     @property
     def blocks_per_group(self) -> int:
         """Number of blocks in each of the three groups."""
-        return (self.depth - 2) // (2 * _NUM_GROUPS)
+        return (self.depth - 2) // (_NUM_GROUPS * _CONVOLUTIONS[self.block])
 
     @property
     def num_blocks(self) -> int:
@@ -94,18 +115,19 @@ class ResNetConfig:
                 f"(after the stem) to {self.num_blocks + 1} (before the classifier)"
             )
         group = (num_layers - 2) // self.blocks_per_group
-        return self.width if num_layers == 1 else int(self.width * 2**group)
+        return self.width if num_layers == 1 else int(self.width * 2**group * _EXPANSION[self.block])
 
 
 def resnet_layers(config: ResNetConfig) -> list[LayerSpec]:
     """The model as layer specifications; see the picture at the top of the file."""
     seeds = [config.seed * _MAX_LAYERS + layer for layer in range(config.num_layers)]
+    block = BasicBlock if config.block == "basic" else BottleneckBlock
     layers = [LayerSpec(Stem, config.in_channels, config.width, seed=seeds[0])]
     for number in range(1, config.num_blocks + 1):
         group, index = divmod(number - 1, config.blocks_per_group)
-        sizes = config.channels_after(number), config.width * 2**group
-        stride = 2 if group > 0 and index == 0 else 1
-        layers.append(LayerSpec(Block, *sizes, stride=stride, seed=seeds[number]))
+        options = {"stride": 2 if group > 0 and index == 0 else 1, "shortcut": config.shortcut}
+        sizes = (config.channels_after(number), config.width * 2**group)
+        layers.append(LayerSpec(block, *sizes, **options, seed=seeds[number]))
     last_width = config.channels_after(config.num_blocks + 1)
     return [*layers, LayerSpec(Classifier, last_width, config.num_classes, seed=seeds[-1])]
 
@@ -163,17 +185,16 @@ class Stem(nn.Module):
         return F.relu(self.norm(self.convolution(images_bchw.to(self.convolution.weight.dtype))))
 
 
-class Block(nn.Module):
+class BasicBlock(nn.Module):
     """Two 3x3 convolutions of ``width`` channels, a shortcut around them: hidden_bchw -> hidden_bchw."""
 
-    def __init__(self, in_channels: int, width: int, *, stride: int, seed: int) -> None:
+    def __init__(self, in_channels: int, width: int, *, stride: int, shortcut: Shortcut, seed: int) -> None:
         super().__init__()
         self.convolution_1 = _convolution(in_channels, width, stride=stride)
         self.norm_1 = BatchNorm(width)
         self.convolution_2 = _convolution(width, width)
         self.norm_2 = BatchNorm(width)
-        is_plain = stride == 1 and in_channels == width
-        self.shortcut = nn.Identity() if is_plain else ZeroPaddedShortcut(stride, width - in_channels)
+        self.shortcut = _make_shortcut(in_channels, width, stride, shortcut)
         _initialise(self, seed)
 
     def forward(self, hidden_bchw: Tensor) -> Tensor:
@@ -182,8 +203,30 @@ class Block(nn.Module):
         return F.relu(inner_bchw + self.shortcut(hidden_bchw))
 
 
+class BottleneckBlock(nn.Module):
+    """A 3x3 convolution between two 1x1, a shortcut around them; the output has ``4 * width`` channels."""
+
+    def __init__(self, in_channels: int, width: int, *, stride: int, shortcut: Shortcut, seed: int) -> None:
+        super().__init__()
+        out_channels = _EXPANSION["bottleneck"] * width
+        self.convolution_1 = _convolution(in_channels, width, size=1)
+        self.norm_1 = BatchNorm(width)
+        self.convolution_2 = _convolution(width, width, stride=stride)
+        self.norm_2 = BatchNorm(width)
+        self.convolution_3 = _convolution(width, out_channels, size=1)
+        self.norm_3 = BatchNorm(out_channels)
+        self.shortcut = _make_shortcut(in_channels, out_channels, stride, shortcut)
+        _initialise(self, seed)
+
+    def forward(self, hidden_bchw: Tensor) -> Tensor:
+        inner_bchw = F.relu(self.norm_1(self.convolution_1(hidden_bchw)))
+        inner_bchw = F.relu(self.norm_2(self.convolution_2(inner_bchw)))
+        inner_bchw = self.norm_3(self.convolution_3(inner_bchw))
+        return F.relu(inner_bchw + self.shortcut(hidden_bchw))
+
+
 class ZeroPaddedShortcut(nn.Module):
-    """Where shapes differ: pixels at distance ``stride``, then ``extra_channels`` of zeros."""
+    """Option A: pixels at distance ``stride``, and ``extra_channels`` of zeros after the others."""
 
     def __init__(self, stride: int, extra_channels: int) -> None:
         super().__init__()
@@ -230,9 +273,18 @@ class BatchNorm(nn.BatchNorm2d):
         return F.batch_norm(hidden_bchw, mean, variance, weight, bias, self.training, share, self.eps)
 
 
-def _convolution(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Conv2d:
+def _convolution(in_channels: int, out_channels: int, *, size: int = 3, stride: int = 1) -> nn.Conv2d:
     """Keeps rows and columns but for the stride. The bias is that of the batch norm after it."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+    return nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=size // 2, bias=False)
+
+
+def _make_shortcut(in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    if shortcut == "A":
+        return ZeroPaddedShortcut(stride, out_channels - in_channels)
+    projection = _convolution(in_channels, out_channels, size=1, stride=stride)
+    return nn.Sequential(projection, BatchNorm(out_channels))
 
 
 def _initialise(module: nn.Module, seed: int | None) -> None:

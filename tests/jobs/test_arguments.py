@@ -17,12 +17,12 @@ FINETUNE: dict[str, Any] = {**LM, "model": "m"}
 
 
 def test_a_command_line_and_python_give_the_same() -> None:
-    words = "--deepspeed --deepspeed_config x --data_dir d --depth 32 --no_augment --max_steps 3"
+    words = "--deepspeed --deepspeed_config x --data_dir d --block bottleneck --no_augment --max_steps 3"
     expected = ResNetArguments(
         deepspeed=True,
         deepspeed_config="x",
         data_dir=Path("d"),
-        depth=32,
+        block="bottleneck",
         no_augment=True,
         max_steps=3,
     )
@@ -76,7 +76,7 @@ def test_what_makes_no_sense_is_named(kind: type[RunArguments], values: dict[str
     [
         ("--maximum_steps 5", r"unrecognized arguments: --maximum_steps 5 \(--help lists all arguments\)"),
         ("--max_steps five", "argument --max_steps.*: invalid int value: 'five'"),
-        ("--depth C", "argument --depth: .*'C'"),
+        ("--shortcut C", "argument --shortcut: .*'C'"),
     ],
 )
 def test_a_wrong_word_on_a_command_line_is_named(words: str, why: str) -> None:

@@ -105,12 +105,12 @@ def test_four_stages_learn_and_resume_bit_for_bit(ranks4: RankPool, images: Path
 @pytest.mark.parametrize("mode", ["global", "local"])
 def test_replicas_count_every_image_once(mode: str, ranks4: RankPool, images: Path, tmp_path: Path) -> None:
     """Two stages, two replicas; every option of the model has another value than its default."""
-    options = ("--num_stages", 2, "--depth", 14, "--seed", 7)
+    options = ("--num_stages", 2, "--depth", 11, "--block", "bottleneck", "--shortcut", "B", "--seed", 7)
     steps = ("--max_steps", 3, "--head_channels")  # none
     metrics = run(ranks4, tmp_path, images, *options, *steps, section={"mode": mode})
-    assert (metrics["num_stages"], metrics["depth"], metrics["seed"]) == (2, 14, 7)
+    assert (metrics["num_stages"], metrics["depth"], metrics["seed"]) == (2, 11, 7)
     assert metrics["epochs"] == 3 * 32 / 96
-    config = ResNetConfig(14, 10, in_channels=1, width=4, seed=7)
+    config = ResNetConfig(11, 10, in_channels=1, width=4, block="bottleneck", shortcut="B", seed=7)
     assert_score_is(metrics, score_of(saved_model(tmp_path, config)))
 
 

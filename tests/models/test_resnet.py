@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ds_interlock import ConfigError, GradientFlowPlan, InProcessPipeline, LossHead
 from ds_interlock.models.resnet import (
+    BasicBlock,
     BatchNorm,
-    Block,
     Classifier,
     ResNetConfig,
     ZeroPaddedShortcut,
@@ -22,7 +22,7 @@ from ds_interlock.models.resnet import (
 )
 
 SMALL = ResNetConfig(depth=8, num_classes=4, in_channels=1, width=4, seed=5)
-COLOURED = ResNetConfig(depth=20, num_classes=4, in_channels=3, width=4)
+BOTTLENECK = ResNetConfig(depth=20, num_classes=4, in_channels=3, width=4, block="bottleneck", shortcut="B")
 
 
 def with_options(config: ResNetConfig, **changes: Any) -> ResNetConfig:
@@ -47,21 +47,27 @@ def test_sizes_are_those_of_the_paper(depth: int, millions: float):
     assert len(model) == config.num_layers == (depth - 2) // 2 + 2
 
 
-@pytest.mark.parametrize("config", [SMALL, COLOURED])
+@pytest.mark.parametrize("config", [SMALL, BOTTLENECK, with_options(BOTTLENECK, shortcut="A")])
 @pytest.mark.parametrize("size", [28, 32])
 def test_every_layer_has_the_shape_it_announces(config: ResNetConfig, size: int):
     model = build_resnet(config)
     hidden = torch.rand(2, config.in_channels, size, size)
+    expansion = 4 if config.block == "bottleneck" else 1
     for number, layer in enumerate(model[:-1]):
         hidden = layer(hidden)
         group = max(0, number - 1) // config.blocks_per_group
-        channels = config.width * 2**group
+        channels = config.width * 2**group * (expansion if number else 1)
         assert hidden.shape == (2, channels, size >> group, size >> group)
         assert config.channels_after(number + 1) == channels
     assert model[-1](hidden).shape == (2, config.num_classes)
 
 
-def test_a_shortcut_takes_every_second_pixel_and_pads_with_zeros():
+def test_a_bottleneck_model_has_its_depth():
+    model = build_resnet(with_options(BOTTLENECK, shortcut="A", depth=29))
+    assert sum(isinstance(part, nn.Conv2d | nn.Linear) for part in model.modules()) == 29
+
+
+def test_shortcut_a_takes_every_second_pixel_and_pads_with_zeros():
     hidden = torch.rand(2, 3, 7, 7)
     out = ZeroPaddedShortcut(stride=2, extra_channels=3)(hidden)
     assert out.shape == (2, 6, 4, 4)
@@ -69,16 +75,17 @@ def test_a_shortcut_takes_every_second_pixel_and_pads_with_zeros():
     assert not out[:, 3:].any()
 
 
-def test_a_block_adds_to_its_shortcut():
-    block = Block(4, 8, stride=2, seed=1).eval()
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_a_block_adds_to_its_shortcut(shortcut: Any):
+    block = BasicBlock(4, 8, stride=2, shortcut=shortcut, seed=1).eval()
     nn.init.zeros_(block.norm_2.weight)
     hidden = torch.randn(2, 4, 6, 6)
     assert torch.equal(block(hidden), F.relu(block.shortcut(hidden)))
-    assert num_parameters(block.shortcut) == 0
+    assert num_parameters(block.shortcut) == (0 if shortcut == "A" else 4 * 8 + 2 * 8)
 
 
 def test_a_block_of_one_shape_adds_its_input():
-    block = Block(4, 4, stride=1, seed=1).eval()
+    block = BasicBlock(4, 4, stride=1, shortcut="B", seed=1).eval()
     nn.init.zeros_(block.norm_2.weight)
     hidden = torch.randn(2, 4, 6, 6)
     assert torch.equal(block(hidden), F.relu(hidden))
@@ -126,10 +133,10 @@ def test_half_precision_keeps_statistics_in_float32():
 
 def test_weights_do_not_depend_on_what_was_built_before():
     torch.manual_seed(1)
-    whole = build_resnet(COLOURED)
+    whole = build_resnet(BOTTLENECK)
     torch.manual_seed(2)
     for number in (0, 3, len(whole) - 1):
-        alone = resnet_layers(COLOURED)[number].build()
+        alone = resnet_layers(BOTTLENECK)[number].build()
         for name, parameter in alone.named_parameters():
             assert torch.equal(parameter, whole[number].get_parameter(name)), f"{number}.{name}"
 
@@ -153,15 +160,15 @@ def test_initial_weights_are_he_et_als():
 
 def test_layers_can_be_built_without_memory():
     with torch.device("meta"):
-        model = build_resnet(COLOURED)
+        model = build_resnet(BOTTLENECK)
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_heads_fit_wherever_a_plan_may_put_them():
     images = torch.rand(3, 3, 8, 8)
-    model = build_resnet(COLOURED)
+    model = build_resnet(BOTTLENECK)
     for channels in ((128, 64), (5,), ()):
-        make_head = resnet_heads(COLOURED, channels)
+        make_head = resnet_heads(BOTTLENECK, channels)
         hidden = images
         for after_layer, layer in enumerate(model[:-1], start=1):
             hidden = layer(hidden)
@@ -183,10 +190,14 @@ def test_a_head_without_channels_is_refused():
 
 
 def test_impossible_configurations_name_every_fault():
-    with pytest.raises(ConfigError, match="3 faults") as error:
-        ResNetConfig(depth=21, width=0, in_channels=0)
-    for fault in ("width is 0", "in_channels is 0", "depth is 21: expected 6n + 2"):
+    with pytest.raises(ConfigError, match="4 faults") as error:
+        ResNetConfig(depth=21, width=0, in_channels=0, shortcut="C")  # type: ignore[arg-type]
+    for fault in ("width is 0", "in_channels is 0", "shortcut is 'C'", "depth is 21: expected 6n + 2"):
         assert fault in str(error.value)
+    with pytest.raises(ConfigError, match=r"depth is 28: expected 9n \+ 2"):
+        ResNetConfig(depth=28, block="bottleneck")
+    with pytest.raises(ConfigError, match="block is 'dense'"):
+        ResNetConfig(block="dense")  # type: ignore[arg-type]
 
 
 # As stages of a pipeline, in one process.

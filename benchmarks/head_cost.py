@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import results
 from ds_interlock.config import HeadConfig
-from ds_interlock.heads.cross_entropy import linear_cross_entropy
+from ds_interlock.heads.cross_entropy import CHUNK_BYTES, linear_cross_entropy
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
 from ds_interlock.profiling.layers import FlopMeter
@@ -139,8 +139,10 @@ class Bench:
 
         def run() -> None:
             hidden = hidden_nd.detach().requires_grad_()
-            if backend == TORCH_CHUNKS:
-                options = nn.LinearCrossEntropyOptions()
+            if backend in ("torch", TORCH_CHUNKS):
+                rows = CHUNK_BYTES // (4 * self.lm.vocab_size)
+                chunks = {"batch_chunk_size": rows, "chunking_method": None} if backend == "torch" else {}
+                options = nn.LinearCrossEntropyOptions(**chunks)
                 loss = F.linear_cross_entropy(hidden, weight_vd, labels_n, reduction="sum", options=options)
             else:
                 loss = linear_cross_entropy(hidden, weight_vd, None, labels_n, backend=backend)  # type: ignore[arg-type]

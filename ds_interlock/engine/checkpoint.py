@@ -199,17 +199,14 @@ def _described_phases(module: InterlockPipelineModule) -> list[dict[str, Any]]:
 
 def _check_plan(state: dict[str, Any], module: InterlockPipelineModule, folder: Path) -> None:
     saved, present = state["schedule"], _described_phases(module)
-    if saved == present:
-        return
-    different = f"its schedule has {len(saved)} phases"
-    if len(saved) == len(present):
-        pairs = list(zip(saved, present, strict=True))
-        keys = [key for key in present[0] if any(a[key] != b[key] for a, b in pairs)]
-        different = f"{', '.join(keys)} differ"
-    raise ConfigError(
-        f"{folder} was saved under another gradient-flow plan ({different}): use the same "
-        '"interlock" section and number of stages, or load_checkpoint(..., load_module_only=True)'
-    )
+    if saved != present:
+        pairs = list(zip(saved, present, strict=False))
+        different = [key for key in present[0] if any(a[key] != b[key] for a, b in pairs)]
+        raise ConfigError(
+            f"{folder} was saved under another gradient-flow plan ({', '.join(different or ['phases'])} "
+            'differ): use the same "interlock" section and number of stages, or '
+            "load_checkpoint(..., load_module_only=True)"
+        )
 
 
 def _load(path: Path) -> dict[str, Any]:

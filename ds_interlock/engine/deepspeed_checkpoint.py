@@ -97,7 +97,7 @@ class DeepSpeedCheckpoint:
         module = self.engine.module
         loaded = "layers" if self._optimizer_state is None else "layers and their optimizer state"
         heads = "; heads start anew" if module.schedule.heads else ""
-        if heads and module.makes_own_heads and module.head_config.type == "lens":
+        if heads and module.make_head is None and module.head_config.type == "lens":
             heads += ' (a "lens" has the output layers as it was built, not as they are in it: docs/heads.md)'
         logger.warning(
             f"interlock: {self.folder} was not written by ds_interlock: loaded {loaded}{heads}; random state "
@@ -244,17 +244,15 @@ def _groups_of_layers(engine: DeepSpeedSide, sizes: list[int]) -> dict[int, list
     """The parameters of layers in each group of the optimizer that has some; as many as ``sizes`` says."""
     layers = engine.module.layer_parameters(frozen=True)
     ids = set(map(id, layers))
-    found = {
-        number: [p for p in group["params"] if id(p) in ids]
-        for number, group in enumerate(engine.optimizer.param_groups)
-    }
-    found = {number: parameters for number, parameters in found.items() if parameters}
-    if len(found) <= 1 and sizes == [len(layers)]:
-        return {max(found, default=0): layers}  # DeepSpeed lists frozen ones too
-    expected = [len(parameters) for parameters in found.values()]
+    groups = enumerate(engine.optimizer.param_groups)
+    of_layers = {number: [p for p in group["params"] if id(p) in ids] for number, group in groups}
+    of_layers = {number: parameters for number, parameters in of_layers.items() if parameters}
+    if len(of_layers) <= 1 and sizes == [len(layers)]:
+        return {max(of_layers, default=0): layers}  # DeepSpeed lists frozen ones too
+    expected = [len(parameters) for parameters in of_layers.values()]
     if sizes != expected:
         raise _MismatchError(f"its groups have {sizes} parameters, those of this stage's layers {expected}")
-    return found
+    return of_layers
 
 
 @dataclass

@@ -64,9 +64,8 @@ class InterlockEngine(PipelineEngine):
             self._runner.training_schedule(self.micro_batches, phase)
         self._progress = Progress(self, self._ranks)
         config = self._runner.config
-        self._tracer: Tracer | None = None
-        if config.trace:
-            self._tracer = Tracer(config.trace, self._recorder, self._ranks, config.timeout_seconds)
+        trace, seconds = config.trace, config.timeout_seconds
+        self._tracer = Tracer(trace, self._recorder, self._ranks, seconds) if trace else None
         self._warmup = HeadWarmup(self._runner)
         self._myopia = MyopiaMeter(self._runner)
         self._checkpoints = Checkpoints(self, self._ranks, self._data)
@@ -83,7 +82,7 @@ class InterlockEngine(PipelineEngine):
     @property
     def streaming(self) -> bool:
         """Whether a stage continues with the next batch while others still work on this one."""
-        return self.module.bound_config.streams(self.plan, tied=self.module.keeps_ties)
+        return self.module.interlock.streams(self.plan, tied=self.module.keeps_ties)
 
     @property
     def consumed_micro_batches(self) -> int:
@@ -100,7 +99,7 @@ class InterlockEngine(PipelineEngine):
 
     def gradient_cosines(self) -> dict[str, float]:
         """On rank 0 the newest result of ``interlock.myopia`` of every stage, by name; elsewhere empty."""
-        return self._progress.gradient_cosines()
+        return {f"stage_{stage}": value for stage, value in sorted(self._progress.cosines.items())}
 
     # Training.
 
@@ -229,7 +228,7 @@ class InterlockEngine(PipelineEngine):
         self._progress.reporter.close()  # threads first: they end even where the groups are gone
         if self._tracer:
             self._tracer.close()
-        self._runner.close()
+        self._runner.links.close()
         super().destroy()
 
     # Timelines.
@@ -352,8 +351,9 @@ class InterlockEngine(PipelineEngine):
             super().clip_fp32_gradients()
 
     def _reduce_non_expert_gradients(self, grads: Sequence[Tensor], elements_per_buffer: int) -> None:
-        predivide = self.gradient_predivide_factor()
-        if not self._steps.reduces_nothing(grads, self.communication_data_type, predivide):
+        # One replica's are copied into a buffer and back: only another type, or a division, rounds them.
+        alone = self._ranks.num_replicas == 1 and self.gradient_predivide_factor() == 1.0
+        if not alone or any(getattr(g, "dtype", None) != self.communication_data_type for g in grads):
             super()._reduce_non_expert_gradients(grads, elements_per_buffer)
 
     _INSTRUCTION_MAP: Mapping[Any, Any] = {

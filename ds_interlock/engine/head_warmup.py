@@ -11,6 +11,7 @@ was learned before. No stage waits for a later one, and DeepSpeed's optimizer ta
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -52,10 +53,9 @@ class HeadOptimizer(Backward):
             value = loss.of(hidden)
         if parameters:
             # Not backward(): DeepSpeed's hooks would take what arrives in .grad for a step of its own.
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    self.gradients[parameter].add_(gradient, alpha=1 / loss.num_micro_batches)
+                self.gradients[parameter].add_(gradient, alpha=1 / loss.num_micro_batches)
         return ()
 
     @torch.no_grad()
@@ -76,14 +76,13 @@ class HeadOptimizer(Backward):
             safe_set_full_fp32_param(parameter, master)
 
 
+@dataclass
 class HeadWarmup:
     """Fits the auxiliary heads of this stage, those of all phases of a schedule."""
 
-    def __init__(self, runner: StageRunner) -> None:
-        self._runner = runner
-        self._ranks = runner.ranks
-        self._is_done = False
-        self._is_due = False
+    runner: StageRunner
+    _is_done: bool = False
+    _is_due: bool = False
 
     def heads_are_new(self) -> None:
         """To be called where a run is resumed whose layers had no heads before."""
@@ -91,14 +90,14 @@ class HeadWarmup:
 
     def before_batch(self) -> None:
         """Before the first batch of a new run; the heads of a resumed one are already further."""
-        engine = self._runner.engine
+        engine = self.runner.engine
         num_steps = engine.module.head_config.warmup_steps or 0
         if num_steps > 0 and (engine.global_steps == 0 or self._is_due) and not self._is_done:
             self.fit(None, num_steps)
 
     def fit(self, data_iter: Iterator[Any] | None, num_steps: int) -> dict[str, list[float]]:
         """Fits the heads for ``num_steps`` batches; returns their losses by name, batch by batch."""
-        engine = self._runner.engine
+        engine = self.runner.engine
         module, plan = engine.module, engine.module.schedule.plan_with_all_heads
         self._is_done = True
         if data_iter is not None:
@@ -107,7 +106,7 @@ class HeadWarmup:
             return {}
         module.train()
         program = head_program(plan, engine.micro_batches)
-        heads = module.heads.by_loss(plan, self._ranks.stage)
+        heads = module.heads.by_loss(plan, self.runner.ranks.stage)
         optimizer = HeadOptimizer(heads, module.head_config.warmup_learning_rate)
         losses = [self._fit_to_a_batch(program, optimizer) for _ in range(num_steps)]
         optimizer.update_masters_of_deepspeed()
@@ -115,19 +114,19 @@ class HeadWarmup:
 
     def _fit_to_a_batch(self, program: Program, optimizer: HeadOptimizer) -> dict[int, Tensor]:
         with torch.no_grad():
-            work = self._runner.run_beside_training(program, optimizer, record=True)
+            work = self.runner.run_beside_training(program, optimizer, record=True)
         for gradient in optimizer.gradients.values():
-            self._ranks.sum_over_replicas(gradient)
-            gradient /= self._ranks.num_replicas
+            self.runner.ranks.sum_over_replicas(gradient)
+            gradient /= self.runner.ranks.num_replicas
         optimizer.step()
-        return self._ranks.average_over_replicas(work.mean_losses())
+        return self.runner.ranks.average_over_replicas(work.mean_losses())
 
     def _by_name(self, plan: GradientFlowPlan, losses: list[dict[int, Tensor]]) -> dict[str, list[float]]:
         by_name = {
             loss_name(plan, loss): [float(of_batch[loss]) for of_batch in losses]
             for loss in (losses[0] if losses else ())
         }
-        if self._ranks.replica == 0:
+        if self.runner.ranks.replica == 0:
             for name, values in by_name.items():
                 message = "interlock: head of %s fitted for %d batches: %.4g to %.4g"
                 logger.info(message, name, len(values), values[0], values[-1])

@@ -53,12 +53,13 @@ def initialize(
         may_differ=[f"config.{path}" for path in MAY_DIFFER],
     )
     model.bind(InterlockConfig.from_deepspeed(config))
-    if model.num_stages == 1 and not model.bound_config.is_global and dist.get_rank() == 0:
-        name = model.bound_config.mode_name
+    if model.num_stages == 1 and not model.interlock.is_global and dist.get_rank() == 0:
+        name = model.interlock.mode_name
         logger.warning('interlock: one stage has no border: mode "%s" is ordinary backpropagation here', name)
     model.add_placeholder()
+    own = hasattr(optimizer, "param_groups")
     with raised_by_all():
-        if hasattr(optimizer, "param_groups"):
+        if own:
             _check_optimizer(model, optimizer)
         else:
             model_parameters, config = with_groups_of_heads(model, optimizer, model_parameters, config)
@@ -77,7 +78,6 @@ def initialize(
         config_class=DeepSpeedConfig(config, grid),
     )
     model.let_heads_return_what_the_model_does()
-    own = hasattr(optimizer, "param_groups")
     check_unused_heads(model, engine.optimizer, own=own, zero=engine.zero_optimization())
     engine._configure_python_gc()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler

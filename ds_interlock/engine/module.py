@@ -56,6 +56,8 @@ class StageGrid:
 class InterlockPipelineModule(PipelineModule):
     """A model as a sequence of layers, cut into pipeline stages with losses of their own.
 
+    ``interlock`` is its mode, which ``ds_interlock.initialize`` binds at the latest.
+
     Args:
         layers: As ``PipelineModule``: ``LayerSpec``, ``TiedLayerSpec``, modules, callables.
         interlock: The mode. If None, ``ds_interlock.initialize`` takes it from its config.
@@ -84,8 +86,7 @@ class InterlockPipelineModule(PipelineModule):
         **pipeline: Any,
     ) -> None:
         layers = list(layers)
-        names = list(inspect.signature(PipelineModule.__init__).parameters)[2:]  # after self and layers
-        pipeline |= dict(zip(names, positional, strict=False))
+        pipeline = inspect.signature(PipelineModule).bind_partial(layers, *positional, **pipeline).arguments
         topology = pipeline.get("topology")
         num_stages = topology.get_dim("pipe") if topology else pipeline.get("num_stages")
         if stage_bounds is not None:
@@ -99,13 +100,12 @@ class InterlockPipelineModule(PipelineModule):
                 "activation_checkpoint_func: activations are recomputed by torch.utils.checkpoint, without "
                 "re-entrance, since a stage needs more than one backward pass; leave the function out"
             )
-        super().__init__(layers, **pipeline)
-        self._make_head = head
+        super().__init__(**pipeline)
+        self.make_head = head
         self._pretrained = pretrained
         self._make_plan = plan
         self.keeps_ties = False
         self.phase = 0
-        self.interlock: InterlockConfig | None = None
         if not rises(self.parts):
             raise ConfigError(
                 f'partition_method "{pipeline.get("partition_method", "parameters")}" leaves a stage without '
@@ -118,22 +118,23 @@ class InterlockPipelineModule(PipelineModule):
 
     def bind(self, interlock: InterlockConfig) -> None:
         """Makes the plans and builds this stage's heads, once."""
-        if self.interlock not in (None, interlock):
+        bound = getattr(self, "interlock", interlock)
+        if bound != interlock:
             raise ConfigError(
                 'the "interlock" section of the config differs from the one that InterlockPipelineModule was '
-                f"built with: {interlock!r} is not {self.interlock!r}; read both from the same file"
+                f"built with: {interlock!r} is not {bound!r}; read both from the same file"
             )
-        if self.interlock is not None:
+        if hasattr(self, "interlock"):
             return
         bounds = [int(bound) for bound in self.parts]
         plan = (self._make_plan or interlock.plan_schedule)(bounds)
         self.schedule = plan if isinstance(plan, PlanSchedule) else PlanSchedule.constant(plan)
-        if list(self.schedule.stage_bounds) != bounds:
-            wrong = list(self.schedule.stage_bounds)
-            raise ConfigError(f"plan({bounds}) returned {wrong}: it must keep the bounds it is given")
+        planned = list(self.schedule.stage_bounds)
+        if planned != bounds:
+            raise ConfigError(f"plan({bounds}) returned {planned}: it must keep the bounds it is given")
         self.interlock = interlock
         self.head_config = interlock.head.resolve(pretrained=self._pretrained)
-        make_head = self._make_head
+        make_head = self.make_head
         if make_head is None and self.schedule.heads and self.loss_fn is None:
             raise ConfigError(
                 "loss_fn is None, so the last layer returns the loss, which heads made as interlock.head "
@@ -151,17 +152,6 @@ class InterlockPipelineModule(PipelineModule):
         self._settle_tied_weights(interlock)
 
     @property
-    def bound_config(self) -> InterlockConfig:
-        """The mode, which ``ds_interlock.initialize`` binds at the latest."""
-        assert self.interlock is not None
-        return self.interlock
-
-    @property
-    def makes_own_heads(self) -> bool:
-        """Whether heads are made as ``interlock.head`` says, and not by the user's ``head``."""
-        return self._make_head is None
-
-    @property
     def plan(self) -> GradientFlowPlan:
         """The gradient-flow plan in force: that of the phase with the number ``phase``."""
         return self.schedule.phases[self.phase].plan
@@ -169,7 +159,7 @@ class InterlockPipelineModule(PipelineModule):
     @property
     def steps_alone(self) -> bool:
         """Whether a stage's update depends on its window only; the same on all stages."""
-        return self.bound_config.steps_alone(self.plan, tied=self.keeps_ties)
+        return self.interlock.steps_alone(self.plan, tied=self.keeps_ties)
 
     def mpu(self) -> Any:
         """The process groups, as DeepSpeed's optimizers use them."""

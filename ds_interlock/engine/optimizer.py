@@ -1,6 +1,6 @@
 """What DeepSpeed's optimizers need where a stage clips and steps on its own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,14 +53,6 @@ class StageOptimizer:
         """Gives ZeRO, which asks only once, the ranks over which norms are to be taken from now on."""
         if hasattr(self.engine.optimizer, "model_parallel_group"):
             self.engine.optimizer.model_parallel_group = self.engine.mpu.get_model_parallel_group()
-
-    def reduces_nothing(self, gradients: Sequence[Tensor], dtype: torch.dtype, predivide: float) -> bool:
-        """Whether DeepSpeed's all-reduce over the replicas would change no bit of ``gradients``.
-
-        One replica's are copied into a buffer and back: only another type, or a division, rounds them.
-        """
-        alone = self.ranks.num_replicas == 1 and predivide == 1.0
-        return alone and all(getattr(g, "dtype", None) == dtype for g in gradients)
 
     @contextmanager
     def weight_pass(self) -> Iterator[None]:

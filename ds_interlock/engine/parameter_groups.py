@@ -71,7 +71,7 @@ def with_groups_of_heads(
 def has_one_rate(model: InterlockPipelineModule) -> bool:
     """Whether nothing in this stage, or in the configuration of heads, scales a learning rate."""
     scales = {kind.scale for kind in _kinds(model, apart=False).values()}
-    return scales | {model.bound_config.head.learning_rate_scale} == {1.0}
+    return scales | {model.interlock.head.learning_rate_scale} == {1.0}
 
 
 def _users_groups(
@@ -84,12 +84,12 @@ def _users_groups(
         model_parameters = [p for p in model.parameters() if p.requires_grad or all_of_them]
     given = list(model_parameters)
     if given and isinstance(given[0], dict):
-        return [{**group, "params": _as_list(group["params"])} for group in given], True
+        groups = [dict(group) for group in given]
+        for group in groups:
+            parameters = group["params"]
+            group["params"] = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+        return groups, True
     return [{"params": given}], False
-
-
-def _as_list(parameters: Any) -> list[nn.Parameter]:
-    return [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
 
 
 def _add_what_is_not_listed(model: InterlockPipelineModule, groups: list[Group]) -> None:
@@ -116,7 +116,7 @@ def _kinds(model: InterlockPipelineModule, *, apart: bool) -> dict[int, _Kind]:
     """
     of_heads = {
         id(parameter): _Kind(
-            model.bound_config.head.learning_rate_scale, model.unused_phases(int(number)), apart
+            model.interlock.head.learning_rate_scale, model.unused_phases(int(number)), apart
         )
         for number, head in model.heads.items()
         for parameter in head.parameters()

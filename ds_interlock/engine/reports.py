@@ -101,15 +101,11 @@ class Reporter:
                     self._reports.task_done()
 
     def _exchange(self, reports: Sequence[tuple[int, Values] | None]) -> None:
-        posted = [report for report in reports if report is not None and self._ranks.speaks_for_stage]
-        final = None
-        for batch, measured in posted:
+        for batch, measured in filter(None, reports if self._ranks.speaks_for_stage else ()):
             values = {name: float(value) for name, value in measured.items() if value is not None}
             self._unsent.append(values)
             if "final_loss" in values:
-                final = [batch, values["final_loss"]]
-        if final is not None:
-            self._store.set("final", json.dumps(final))
+                self._store.set("final", json.dumps([batch, values["final_loss"]]))
         if self.newest[0] >= 0 or self._store.check(["final"]):
             batch, loss = json.loads(self._store.get("final"))
             self.newest = batch, loss
@@ -142,7 +138,8 @@ class Progress:
         self._ranks = ranks
         self._losses: dict[int, Tensor] = {}
         self._stage_values: dict[int, dict[str, float]] = {}
-        self._cosines: dict[int, float] = {}
+        self.cosines: dict[int, float] = {}
+        """Every stage's newest gradient cosine that has arrived here."""
 
     def set_losses(self, losses: dict[int, Tensor]) -> None:
         """Takes the mean losses of this stage in the batch, by their index in the plan."""
@@ -164,10 +161,6 @@ class Progress:
             if "loss" in name
         }
 
-    def gradient_cosines(self) -> dict[str, float]:
-        """Every stage's newest cosine that has arrived here."""
-        return {f"stage_{stage}": value for stage, value in sorted(self._cosines.items())}
-
     def write(self) -> None:
         """Writes the reports that have arrived to DeepSpeed's monitor."""
         monitor = self._engine.monitor
@@ -175,7 +168,7 @@ class Progress:
             samples = int(values.pop("samples"))
             self._stage_values[stage] = values
             if COSINE in values:
-                self._cosines[stage] = values[COSINE]
+                self.cosines[stage] = values[COSINE]
             if not monitor.enabled:
                 continue
             names = {f"Train/stage_{stage}/{name}": value for name, value in values.items()}

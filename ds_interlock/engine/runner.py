@@ -48,11 +48,11 @@ class StageRunner:
         self.engine = engine
         self.ranks = ranks
         self.data = data
-        self.config = engine.module.bound_config
+        self.config = engine.module.interlock
         timers = engine.timers if engine.wall_clock_breakdown() else None
         self.recorder = Recorder(get_accelerator().synchronize, timers)
         self._backward = backward
-        self._links = Links(ranks.of_pipeline, ranks.stage, ranks.device, self.config.timeout_seconds)
+        self.links = Links(ranks.of_pipeline, ranks.stage, ranks.device, self.config.timeout_seconds)
         self._num_issued = self._num_flushed = 0  # programs, of training and evaluation
         self._schedules: dict[tuple[int, str, int], InterlockSchedule] = {}
         if engine.torch_autocast_enabled():
@@ -162,19 +162,15 @@ class StageRunner:
 
     def enter_phase(self, phase: int) -> None:
         """Turns to the plan of another phase."""
-        self._links.flush()
+        self.links.flush()
         self.recorder.forget()  # a timeline is of one program
         self.engine.module.phase = phase
         self.interpreter = self._interpreter(self.engine.module.plan, self._backward)
 
     def flush(self) -> None:
         """Waits until the neighbours have everything that was sent."""
-        self._links.flush()
+        self.links.flush()
         self._num_flushed = self._num_issued
-
-    def close(self) -> None:
-        """Ends the links."""
-        self._links.close()
 
     def _interpreter(self, plan: GradientFlowPlan, backward: Backward, *, record: bool = True) -> Interpreter:
         """Does this stage's work under ``plan``, the one in force or another one for the same layers."""
@@ -184,7 +180,7 @@ class StageRunner:
             StageWork(
                 plan, stage, self._run_layers, module.layer_parameters(), heads, module.loss_fn, backward
             ),
-            self._links,
+            self.links,
             self.data.load,
             begin_micro_batch=module.begin_micro_batch,
             span=self.recorder.span if record else lambda action: nullcontext(),

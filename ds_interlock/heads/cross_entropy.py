@@ -18,11 +18,14 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ds_interlock.heads.chunks import CHUNK_BYTES, GradientsInForward, wide
 from ds_interlock.heads.labels import IGNORED_LABEL
 
-Backend: TypeAlias = Literal["full", "chunked", "torch", "liger"]
+CHUNK_BYTES = 2**26
+"""What the logits of one chunk may take; with 50,000 outputs in float32, those of 335 positions."""
+
+Backend: TypeAlias = Literal["full", "chunked", "liger"]
 
 
 def cross_entropy_sum(logits_nv: Tensor, labels_n: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -54,7 +57,7 @@ def linear_cross_entropy(
 
     The numbers are the same to rounding. What does not require a gradient gets none computed. Unless all
     logits fit into one chunk (of ``chunk_bytes``), gradients can be taken once, and not differentiated again.
-    Without ``backend`` the ``fastest_backend`` computes it.
+    Without ``backend`` more logits are left to Liger's kernels on a CUDA device, if installed.
     """
     device = hidden_nd.device.type
     if torch.is_autocast_enabled(device):  # which does not reach into an autograd function
@@ -63,7 +66,8 @@ def linear_cross_entropy(
         bias_v = None if bias_v is None else bias_v.to(dtype)
     rows = max(1, chunk_bytes // (weight_vd.shape[0] * wide(hidden_nd.dtype).itemsize))
     if backend is None:
-        backend = "full" if len(hidden_nd) <= rows else fastest_backend(hidden_nd, label_smoothing)
+        has_liger = device == "cuda" and importlib.util.find_spec("liger_kernel")
+        backend = "full" if len(hidden_nd) <= rows else "liger" if has_liger else "chunked"
     if not torch.is_grad_enabled():  # autograd functions ask tensors, not the mode, what needs a gradient
         hidden_nd, weight_vd = hidden_nd.detach(), weight_vd.detach()
         bias_v = None if bias_v is None else bias_v.detach()
@@ -73,35 +77,9 @@ def linear_cross_entropy(
             return cross_entropy_sum(F.linear(hidden_nd, weight_vd, bias_v), labels_n, label_smoothing)
         case "liger":
             return _liger(*inputs)
-        case "torch":
-            return _torch(*inputs, rows)
         case "chunked":
             chunked: Tensor = _ChunkedLinearCrossEntropy.apply(*inputs, rows)  # type: ignore[no-untyped-call]
             return chunked
-
-
-def fastest_backend(hidden_nd: Tensor, label_smoothing: float = 0.0) -> Backend:
-    """What to compute more logits with than fit into a chunk: on a GPU Liger's kernels, if installed.
-
-    torch's own function is no faster than ours on a CPU, knows no label smoothing, and returns the loss of
-    half precision inputs in half precision: it is taken on accelerators, where neither matters.
-    """
-    if hidden_nd.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-        return "liger"
-    suits_torch = hidden_nd.device.type != "cpu" and hidden_nd.dtype.itemsize >= 4 and label_smoothing == 0
-    return "torch" if suits_torch and hasattr(F, "linear_cross_entropy") else "chunked"
-
-
-def _torch(
-    hidden_nd: Tensor, weight_vd: Tensor, bias_v: Tensor | None, labels_n: Tensor, smoothing: float, rows: int
-) -> Tensor:
-    options: dict[str, Any] = {
-        "linear_bias": bias_v,
-        "ignore_index": IGNORED_LABEL,
-        "label_smoothing": smoothing,
-        "options": torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None),
-    }
-    return F.linear_cross_entropy(hidden_nd, weight_vd, labels_n, reduction="sum", **options)
 
 
 def _liger(
@@ -115,9 +93,28 @@ def _liger(
     return loss
 
 
-class _ChunkedLinearCrossEntropy(GradientsInForward):
-    """See the picture at the top of the file."""
+class GradientsInForward(torch.autograd.Function):
+    """A sum whose gradients are computed in the forward pass, and can be taken once.
 
+    ``forward`` sets ``ctx.gradients``: one for each of its arguments, or None.
+    """
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of a loss computed in chunks can be taken only once")
+        gradients, ctx.gradients = ctx.gradients, None
+        # In place: a copy of the weight's gradient would be as large as a chunk's logits, or larger.
+        return tuple(None if gradient is None else gradient.mul_(scale) for gradient in gradients)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or float32 if it is less precise."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _ChunkedLinearCrossEntropy(GradientsInForward):
     @staticmethod
     def forward(
         ctx: Any,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_interlock.heads.chunks import CHUNK_BYTES, GradientsInForward, wide
+from ds_interlock.heads.cross_entropy import CHUNK_BYTES, GradientsInForward, wide
 
 Unembed = Callable[[Tensor], Tensor]
 
@@ -38,8 +38,6 @@ def kl_divergence(
 
 
 class _ChunkedDivergence(GradientsInForward):
-    """See the picture at the top of the file."""
-
     @staticmethod
     def forward(ctx: Any, hidden_nd: Tensor, base_nd: Tensor, unembed: Unembed, rows: int) -> Tensor:
         total = hidden_nd.new_zeros((), dtype=wide(hidden_nd.dtype))

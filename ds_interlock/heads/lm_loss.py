@@ -61,6 +61,5 @@ def _parsed(labels: Any) -> Labels:
     return parts
 
 
-def lm_loss(label_smoothing: float = 0.0) -> LMLoss:
-    """The loss function for ``PipelineModule(loss_fn=...)``."""
-    return LMLoss(label_smoothing)
+lm_loss = LMLoss
+"""The loss function for ``PipelineModule(loss_fn=lm_loss())``."""

@@ -69,19 +69,20 @@ def find_output_layers(layers: Sequence[Layer]) -> OutputLayers:
         tail.insert(0, last.module if last.path else last.owner)
     else:
         raise ConfigError(f"no auxiliary head can be derived: no layer has weights. {PASS_HEAD}")
-    unembedding = _unembedding(last)
-    num_outputs, width = unembedding.weight.shape
-    before = chain(unembedding.before, (part for piece in pieces for part in reversed(_parts(piece))))
+    weight_name, bias_name, inside = _unembedding(last)
+    weight = _at(last.module, weight_name.removeprefix(f"{last.path}."))
+    num_outputs, width = weight.shape
+    before = chain(inside, (part for piece in pieces for part in reversed(_parts(piece))))
     norm = next((part for part in before if _is_norm(part.module, width)), None)
     return OutputLayers(
         width=width,
         num_outputs=num_outputs,
-        bias=unembedding.bias_name is not None,
-        init_std=_init_std(last.owner, unembedding.weight),
+        bias=bias_name is not None,
+        init_std=_init_std(last.owner, weight),
         make_norm=None if norm is None else partial(_like, norm.module, width),
         copy_norm=None if norm is None else partial(_frozen_copy, norm),
-        copy_unembedding=partial(_frozen_linear, last.owner, unembedding.weight_name, unembedding.bias_name),
-        in_tuple=_returns_tuple(last, unembedding.weight),
+        copy_unembedding=partial(_frozen_linear, last.owner, weight_name, bias_name),
+        in_tuple=_returns_tuple(last, weight),
         tail=tuple(tail),
     )
 
@@ -92,15 +93,6 @@ class _Part(NamedTuple):
     module: nn.Module
     owner: Layer
     path: str = ""
-
-
-class _Unembedding(NamedTuple):
-    """What unembeds: weight ``[v, d]``, the names in the layer, and the modules before it, nearest first."""
-
-    weight: Tensor
-    weight_name: str
-    bias_name: str | None
-    before: list[_Part]
 
 
 def _from_the_end(layers: Sequence[Layer]) -> Iterator[_Part]:
@@ -165,19 +157,18 @@ def first_tensor(hidden: Any) -> Tensor:
     return first
 
 
-def _unembedding(last: _Part) -> _Unembedding:
+def _unembedding(last: _Part) -> tuple[str, str | None, list[_Part]]:
+    """The names of weight ``[v, d]`` and bias in the layer, and the modules before them, nearest first."""
     if isinstance(last.owner, TiedLayerSpec) and last.owner.forward_fn is not None and not last.path:
         for attribute in last.owner.tied_weight_attr:
-            weight = _at(last.module, attribute)
-            if weight.dim() == 2:
-                return _Unembedding(weight, attribute, None, [])
+            if _at(last.module, attribute).dim() == 2:
+                return attribute, None, []
     parts = _parts(last)
     while parts:
         part, _, path = parts.pop()
         if isinstance(part, nn.Linear):
             prefix = f"{path}." if path else ""
-            bias_name = None if part.bias is None else f"{prefix}bias"
-            return _Unembedding(part.weight, f"{prefix}weight", bias_name, parts[::-1])
+            return f"{prefix}weight", None if part.bias is None else f"{prefix}bias", parts[::-1]
     raise ConfigError(
         "no auxiliary head can be derived: the last layer with weights is "
         f"{type(last.module).__name__}, which has no nn.Linear to unembed with. {PASS_HEAD}"

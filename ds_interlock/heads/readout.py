@@ -32,13 +32,11 @@ def _lens(config: HeadConfig, output_layers: OutputLayers) -> dict[str, nn.Modul
     After the norm, ``unembedding(translator(x))`` is an unembedding again; the constant that a bias adds
     needs a bias of the norm or the unembedding to go into.
     """
-    norm = {} if output_layers.copy_norm is None else {"norm": output_layers.copy_norm()}
+    norm = {"norm": output_layers.copy_norm()} if output_layers.copy_norm else {}
     unembedding = {UNEMBEDDING: output_layers.copy_unembedding()}
     if config.translator == "before_norm":
         return {"translator": Translator(output_layers.width), **norm, **unembedding}
-    has_bias = any(
-        getattr(part, "bias", None) is not None for part in (*norm.values(), *unembedding.values())
-    )
+    has_bias = any(getattr(part, "bias", None) is not None for part in (norm | unembedding).values())
     return {**norm, "translator": Translator(output_layers.width, bias=has_bias), **unembedding}
 
 

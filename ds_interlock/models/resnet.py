@@ -12,8 +12,7 @@ Each line is one layer, hence one place where the pipeline can be cut:
     BottleneckBlock    1x1, 3x3, 1x1    depth 9n + 2: ResNet-29, 164; its output is 4 times as wide
 
 Batch norm is local to the micro-batch: with more micro-batches per batch the numbers differ. Its running
-statistics are buffers, of which each data-parallel replica has its own. With
-``activation_checkpoint_interval`` a recomputed layer takes the same images into them a second time.
+statistics are buffers, of which each data-parallel replica has its own.
 
 Shape suffixes: b micro-batch, c channel, h row, w column, v class.
 

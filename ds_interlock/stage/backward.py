@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ds_interlock.stage.hidden import Gradients, Hidden, detached, floats, leaves, or_zeros
+from ds_interlock.stage.hidden import Gradients, Hidden, detached, floats, leaves
 
 
 class HeadLoss(NamedTuple):
@@ -50,20 +50,15 @@ class Backward:
             value.backward()  # type: ignore[no-untyped-call]
         return _gradients_of(floats(hidden))
 
-    def weights(self, layers: LayerPass) -> None:
-        """Computes the gradients of the parameters."""
+    def walk_back(self, layers: LayerPass, inputs: tuple[Tensor, ...] | None = None) -> Gradients:
+        """Computes the gradients of the parameters and of ``inputs``, if any; returns those of ``inputs``."""
         outputs, cotangents, parameters, retain_graph = layers
-        if outputs and parameters:
+        targets = parameters if inputs is None else None  # None means all leaves
+        if outputs and (parameters or inputs is not None):  # a stage may be frozen as a whole
             with self.weight_pass():
-                torch.autograd.backward(outputs, cotangents, retain_graph=retain_graph, inputs=parameters)
-
-    def weights_and_inputs(self, layers: LayerPass, inputs: tuple[Tensor, ...]) -> Gradients:
-        """Computes the gradients of parameters and ``inputs`` in one pass; returns those of ``inputs``."""
-        if layers.outputs:  # a first stage may be frozen as a whole
-            with self.weight_pass():
-                torch.autograd.backward(layers.outputs, layers.cotangents, retain_graph=layers.retain_graph)
-        return _gradients_of(inputs)
+                torch.autograd.backward(outputs, cotangents, retain_graph=retain_graph, inputs=targets)
+        return _gradients_of(inputs or ())
 
 
 def _gradients_of(tensors: tuple[Tensor, ...]) -> Gradients:
-    return tuple(or_zeros(tensor.grad, tensor) for tensor in tensors)
+    return tuple(torch.zeros_like(t) if t.grad is None else t.grad for t in tensors)

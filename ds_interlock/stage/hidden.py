@@ -1,9 +1,6 @@
-"""What layers return, what of it travels between stages, and to whom it belongs.
+"""What layers return, what of it travels between stages, and to whom it belongs (docs/design.md, 4)."""
 
-What layers, heads and losses receive is theirs to change in place, and changes nothing for anyone else.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,12 +59,8 @@ class _Owned(torch.autograd.Function):
 
 def floats(hidden: Hidden) -> tuple[Tensor, ...]:
     """The tensors of ``hidden`` that have gradients: of a floating-point type, or complex with a history."""
-    return tuple(tensor for tensor in _tensors(hidden) if _has_gradient(tensor))
-
-
-def or_zeros(gradient: Tensor | None, tensor: Tensor) -> Tensor:
-    """``gradient``, or zeros if nothing depends on ``tensor``."""
-    return torch.zeros_like(tensor) if gradient is None else gradient
+    parts = (hidden,) if isinstance(hidden, Tensor) else _pytree.tree_leaves(hidden)
+    return tuple(part for part in parts if isinstance(part, Tensor) and _has_gradient(part))
 
 
 def check_travels(hidden: Hidden, layer: int) -> None:
@@ -101,9 +94,3 @@ def _map(function: Callable[[Tensor], Tensor], values: Any) -> Any:
     if isinstance(values, Tensor):  # spares most calls the time of looking into structures
         return function(values)
     return _pytree.tree_map_only(Tensor, function, values)
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        return iter((values,))
-    return (value for value in _pytree.tree_leaves(values) if isinstance(value, Tensor))

@@ -23,7 +23,7 @@ from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.lower import Program, training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.backward import Backward, HeadLoss, LayerPass
-from ds_interlock.stage.hidden import Gradients, Hidden, floats, leaves, or_zeros
+from ds_interlock.stage.hidden import Gradients, Hidden, floats, leaves
 from ds_interlock.stage.in_process import InProcessPipeline, MicroBatch, run_program
 from ds_interlock.stage.recomputation import BuffersKept
 
@@ -88,26 +88,20 @@ class Probe(Backward):
         # What a head draws must not change what later layers draw: the other plan lacks this head.
         with unchanged_random_state(inputs[0].device):
             value = loss.scaled(hidden)
-        gradients = torch.autograd.grad(value, inputs, allow_unused=True)
-        return tuple(map(or_zeros, gradients, inputs))
+        return torch.autograd.grad(value, inputs, materialize_grads=True)
 
-    def weights(self, layers: LayerPass) -> None:
-        """Adds to ``gradients``."""
-        self.weights_and_inputs(layers, ())
-
-    def weights_and_inputs(self, layers: LayerPass, inputs: tuple[Tensor, ...]) -> Gradients:
+    def walk_back(self, layers: LayerPass, inputs: tuple[Tensor, ...] | None = None) -> Gradients:
         """Adds to ``gradients``; returns those of ``inputs``."""
         outputs, cotangents, parameters, retain_graph = layers
-        targets = (*parameters, *inputs)
-        if not outputs or not targets:  # frozen
+        inputs = inputs or ()
+        if not outputs or not (*parameters, *inputs):  # frozen
             return tuple(torch.zeros_like(tensor) for tensor in inputs)
         gradients = torch.autograd.grad(
-            outputs, targets, cotangents, retain_graph=retain_graph, allow_unused=True
+            outputs, (*parameters, *inputs), cotangents, retain_graph=retain_graph, materialize_grads=True
         )
         for total, gradient in zip(self.gradients, gradients, strict=False):
-            if gradient is not None:
-                total += gradient
-        return tuple(map(or_zeros, gradients[len(parameters) :], inputs))
+            total += gradient
+        return gradients[len(parameters) :]
 
 
 def gradient_products(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:

@@ -45,21 +45,21 @@ def compare_walks(
         return output, 0.0, ""
     generator = torch.Generator().manual_seed(0)
     cotangents = [torch.randn(end.shape, generator=generator).to(end) for end in ends]
-    walk: Callable[[Sequence[Tensor]], tuple[Tensor | None, ...]] = partial(
-        torch.autograd.grad, ends, grad_outputs=cotangents, retain_graph=True, allow_unused=True
+    walk: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] = partial(
+        torch.autograd.grad, ends, grad_outputs=cotangents, retain_graph=True, materialize_grads=True
     )
-    first = [None if gradient is None else gradient.clone() for gradient in walk([*starts, *parameters])]
+    first = [gradient.clone() for gradient in walk([*starts, *parameters])]
     try:
         again = [gradient for some in (starts, parameters) if some for gradient in walk(some)]
     except (RuntimeError, AttributeError):  # autograd has noticed; or what was saved is gone
-        again = [None if gradient is None else gradient + torch.inf for gradient in first]
+        again = [gradient + torch.inf for gradient in first]
     errors = [_error(*pair) for pair in zip(again, first, strict=True)]
     return detached(output), max(errors, default=0.0), ", ".join(_own_functions(ends))
 
 
-def _error(actual: Tensor | None, expected: Tensor | None) -> float:
-    if actual is None or expected is None or not expected.isfinite().all():
-        return 0.0  # nothing depends on it, or there is nothing to compare with
+def _error(actual: Tensor, expected: Tensor) -> float:
+    if not expected.isfinite().all():
+        return 0.0  # there is nothing to compare with
     limit = _LIMITS.get(expected.dtype, _HALF_LIMIT)
     wide = torch.promote_types(expected.dtype, torch.float64)
     difference = (actual.to(wide) - expected.to(wide)).norm() / limit

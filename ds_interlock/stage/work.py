@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch
+from torch.utils import _pytree
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.schedule.action import Action, Kind
@@ -35,7 +36,6 @@ from ds_interlock.stage.hidden import (
     detached,
     floats,
     leaves,
-    or_zeros,
     owned,
 )
 
@@ -111,10 +111,10 @@ class StageWork:
             case Kind.INPUT_GRADIENT:
                 return self._relay(action)
             case Kind.WEIGHT_GRADIENT:
-                self.backward.weights(self._layer_pass(action))
+                self.backward.walk_back(self._layer_pass(action))
             case Kind.BACKWARD:
                 inputs = floats(self._in_flight[action.micro_batch].inputs)
-                return self.backward.weights_and_inputs(self._layer_pass(action), inputs)
+                return self.backward.walk_back(self._layer_pass(action), inputs)
         return None
 
     def output(self, micro_batch: int) -> tuple[Hidden, Any]:
@@ -180,8 +180,7 @@ class StageWork:
         inputs = floats(entry.inputs)
         outputs, cotangents = self._cotangents(entry, frozenset(action.losses))
         more = self._pass_done(action)
-        gradients = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=more, allow_unused=True)
-        return tuple(or_zeros(gradient, tensor) for gradient, tensor in zip(gradients, inputs, strict=True))
+        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=more, materialize_grads=True)
 
     def _layer_pass(self, action: Action) -> LayerPass:
         entry = self._in_flight[action.micro_batch]
@@ -216,8 +215,4 @@ class StageWork:
 
 
 def _shapes(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return str(tuple(value.shape))
-    if isinstance(value, tuple | list):
-        return "(" + ", ".join(_shapes(item) for item in value) + ")"
-    return type(value).__name__
+    return str(_pytree.tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), value))

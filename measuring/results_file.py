@@ -22,11 +22,7 @@ Record = dict[str, Any]
 
 
 def append(path: Path, record: Record) -> None:
-    """Adds a run to the file, which is created if necessary.
-
-    Raises:
-        DataError: If the lines before cannot be read.
-    """
+    """Adds a run to the file, which is created if necessary. DataError if its lines cannot be read."""
     line = json.dumps({"format": FORMAT, **record}, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
@@ -40,8 +36,7 @@ def append(path: Path, record: Record) -> None:
 def read(path: Path) -> list[Record]:
     """The runs in the file, in the order in which they ended; none if the file does not exist.
 
-    Raises:
-        DataError: If a line is no record, or of another version.
+    DataError if a line is no record, or of another version.
     """
     if not path.exists():
         return []
@@ -53,13 +48,10 @@ def _parse(line: str, place: str) -> Record:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{place}: not JSON ({error}): remove the line, and run the experiment again with --resume"
-        ) from error
+        todo = "remove the line, and run the experiment again with --resume"
+        raise DataError(f"{place}: not JSON ({error}): {todo}") from error
     version = record.get("format", FORMAT) if isinstance(record, dict) else None
     if version != FORMAT:
-        raise DataError(
-            f"{place}: format {version}, expected {FORMAT}: move the file away, or read it with the "
-            "other version of this package that wrote it"
-        )
+        todo = "move the file away, or read it with the other version of this package that wrote it"
+        raise DataError(f"{place}: format {version}, expected {FORMAT}: {todo}")
     return record

@@ -317,10 +317,18 @@ def _run_and_leave_groups(function: Callable[..., Any], **kwargs: Any) -> Any:
     DeepSpeed makes a dozen for every engine, and each polls its connections for as long as it lives:
     after some tests the ranks would do nothing else.
     """
+    from deepspeed.runtime.pipe.engine import PipelineEngine
     from deepspeed.utils import groups as deepspeed_groups
     from torch import distributed as dist
 
     result = function(**kwargs)
+    for engine in (thing for thing in gc.get_objects() if issubclass(type(thing), PipelineEngine)):
+        # DeepSpeed's hooks on the losses of the last stage hold their engine, in a circle through autograd
+        # that Python does not collect; and an engine that lives keeps its groups and their threads.
+        engine.loss = None
+        for buffers in engine.pipe_buffers.values():
+            buffers.clear()
+    engine = None
     gc.collect()  # engines that the function has left end while their groups exist
     dist.barrier()  # until no rank needs them any more
     for group in list(dist.distributed_c10d._world.pg_map):

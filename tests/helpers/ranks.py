@@ -317,6 +317,7 @@ def _run_and_leave_groups(function: Callable[..., Any], **kwargs: Any) -> Any:
     DeepSpeed makes a dozen for every engine, and each polls its connections for as long as it lives:
     after some tests the ranks would do nothing else.
     """
+    from deepspeed.runtime.pipe import p2p
     from deepspeed.runtime.pipe.engine import PipelineEngine
     from deepspeed.utils import groups as deepspeed_groups
     from torch import distributed as dist
@@ -328,7 +329,7 @@ def _run_and_leave_groups(function: Callable[..., Any], **kwargs: Any) -> Any:
         engine.loss = None
         for buffers in engine.pipe_buffers.values():
             buffers.clear()
-    engine = None
+    engine = p2p._grid = None
     gc.collect()  # engines that the function has left end while their groups exist
     dist.barrier()  # until no rank needs them any more
     for group in list(dist.distributed_c10d._world.pg_map):

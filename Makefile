@@ -29,7 +29,8 @@ install: $(INSTALLED)  ## make .venv with the versions of constraints.txt
 # Runs pip in a virtual environment; shows its output only if it fails: $(call pip,environment,arguments)
 pip = PYTHONPATH= $(1)/bin/python -m pip $(2) >> $(1)/pip.log 2>&1 \
 	|| { tail -n 20 $(1)/pip.log; echo "pip failed: all of its output is in $(1)/pip.log" >&2; exit 1; }
-install_in = $(call pip,$(1),install $(PIP_FLAGS) -c constraints.txt $(2))
+# Python makes the byte code of what is imported, which is little of what is installed.
+install_in = $(call pip,$(1),install --no-compile -c constraints.txt $(2))
 
 # What the package needs. The order matters: DeepSpeed's build script imports torch, so it is built without
 # isolation.
@@ -71,9 +72,6 @@ demo: $(DEMO_INSTALLED)  ## train a small language model in 4 processes (CONFIG=
 test:  ## what CI runs: lint, types, the wheel and all tests
 	@$(MAKE) --jobs=2 --output-sync=target --no-print-directory lint types browser data wheel
 	$(BIN)/python -m pytest -n 2
-
-# Byte code of what is never imported is not needed here.
-$(WHEEL_INSTALLED) wheel: PIP_FLAGS := --no-compile
 
 # A new environment whenever the requirements change, so that one that is missing is missed.
 $(WHEEL_INSTALLED): setup.cfg constraints.txt

@@ -74,7 +74,7 @@ def start(args: RunArguments, complete: Callable[[Config], Config] = lambda conf
     """Joins the process group and reads the DeepSpeed config, which ``complete`` adds to."""
     if not join_job():
         raise ConfigError(f"start this through the launcher: deepspeed --num_gpus 4 {' '.join(sys.argv)}")
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()
     world_size = dist.get_world_size()
     num_stages = world_size if args.num_stages is None else args.num_stages
     with propagate_errors():

@@ -26,7 +26,7 @@ _PIECE_NUMBERS = 2**20  # of a tensor, copied at once
 
 def has_safetensors(folder: Path) -> bool:
     """Whether a model folder has its weights as safetensors."""
-    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
+    return any((folder / name).is_file() for name in (INDEX, SINGLE))
 
 
 class Weights:

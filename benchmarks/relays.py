@@ -23,8 +23,8 @@ from benchmarks import results
 from benchmarks.sleeping_stages import HEAD_SHARE, LAYERS_PER_STAGE, equal_bounds
 from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.cost import CostModel
-from ds_interlock.schedule.lower import training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.schedule.program import training_program
 from ds_interlock.schedule.simulate import simulate
 from measuring.engines import make_engine, seconds_of_a_batch
 from measuring.ranks import run_ranks

@@ -1,8 +1,8 @@
 """A model of payloads that travel between devices: can they make stages wait for each other?
 
-Each stage has three kinds of agents (``standstill.Agents``). Its host runs the program, announces messages by
-their headers, and has payloads sent and received. Its stream computes what the host has issued, in order. Each
-of its communicators is a queue of payloads, and moves one when it is at the head of the queues of both ends:
+Each stage has three kinds of agents (``standstill.Agents``). Its host runs the program, announces messages
+by their headers, and has payloads sent and received. Its stream computes what the host has issued, in that
+order. Each of its communicators is a queue of payloads; one moves when it heads the queues of both ends:
 
     host 0     ..., sent m, offer m ─────► queue 0: made m, offered m, wait: accepted m
     host 1     ..., wait: sent m, accept m ─► queue 1: accepted m, wait: offered m, taken m ─► stream 1

@@ -77,7 +77,7 @@ def test_an_order_that_no_receives_can_save_is_refused():
 
 
 @settings(quick, max_examples=40)
-@given(plans(max_stages=9), st.integers(1, 16), st.integers(0, 4), st.data())
+@given(plans(max_stages=12), st.integers(1, 32), st.integers(0, 4), st.data())
 def test_by_the_rule_batches_of_any_kind_follow_each_other(plan, num_micro_batches, extra, data):
     """Training, evaluation, a change of the plan, and training again, without a pause."""
     window = data.draw(st.integers(1, plan.num_stages))

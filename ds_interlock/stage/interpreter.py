@@ -9,7 +9,6 @@ On a pipeline the messenger is the links to other processes, and in one process 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from ds_interlock.schedule.action import Action, Kind
@@ -39,9 +38,8 @@ class Step(NamedTuple):
     takes: tuple[Action, ...]
 
 
-@lru_cache(maxsize=64)
-def steps(program: Program) -> tuple[tuple[Step, ...], ...]:
-    """For each stage what it does, step by step."""
+def steps(program: Program, stage: int) -> tuple[Step, ...]:
+    """What ``stage`` does, step by step."""
     taken: set[Action] = set()
     codes = codes_of(program.plan)
 
@@ -50,7 +48,7 @@ def steps(program: Program) -> tuple[tuple[Step, ...], ...]:
         taken.update(takes)
         return Step(action, takes)
 
-    return tuple(tuple(map(step, actions)) for actions in program.stages)
+    return tuple(map(step, program.stages[stage]))
 
 
 @dataclass(eq=False)

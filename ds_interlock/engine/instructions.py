@@ -69,7 +69,7 @@ class InterlockSchedule(PipeSchedule):
     def __init__(self, program: Program, stage: int) -> None:
         super().__init__(program.num_micro_batches, program.plan.num_stages, stage)
         self.program = program
-        self.instructions = [self._instruction(step) for step in steps(program)[stage]]
+        self.instructions = [self._instruction(step) for step in steps(program, stage)]
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
         """Yields a list of one instruction in each step, as DeepSpeed's engine expects them."""

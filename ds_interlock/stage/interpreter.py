@@ -9,11 +9,12 @@ On a pipeline the messenger is the links to other processes, and in one process 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from ds_interlock.schedule.action import Action, Kind
-from ds_interlock.schedule.lower import Program, receives_needed, send_of
+from ds_interlock.schedule.codes import codes_of
+from ds_interlock.schedule.dependency import send_of
+from ds_interlock.schedule.lower import Program
 from ds_interlock.stage.hidden import Gradients, Hidden, copied
 from ds_interlock.stage.work import StageWork
 
@@ -37,17 +38,17 @@ class Step(NamedTuple):
     takes: tuple[Action, ...]
 
 
-@lru_cache(maxsize=64)
-def steps(program: Program) -> tuple[tuple[Step, ...], ...]:
-    """For each stage what it does, step by step."""
+def steps(program: Program, stage: int) -> tuple[Step, ...]:
+    """What ``stage`` does, step by step."""
     taken: set[Action] = set()
+    codes = codes_of(program.plan)
 
     def step(action: Action) -> Step:
-        takes = tuple(r for r in receives_needed(program.plan, action) if r not in taken)
+        takes = tuple(receive for receive in codes.received(action) if receive not in taken)
         taken.update(takes)
         return Step(action, takes)
 
-    return tuple(tuple(map(step, actions)) for actions in program.stages)
+    return tuple(map(step, program.stages[stage]))
 
 
 @dataclass(eq=False)

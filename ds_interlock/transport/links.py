@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ds_interlock.errors import PeerError
 from ds_interlock.schedule.action import Action, Kind
-from ds_interlock.schedule.lower import receive_of
+from ds_interlock.schedule.dependency import receive_of
 from ds_interlock.schedule.simulate import SEND_AHEAD
 from ds_interlock.transport.message import FRAME_BYTES, as_bytes, decode, encode
 

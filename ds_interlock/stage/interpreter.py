@@ -6,13 +6,14 @@ load ────────────► feed ──────────
 On a pipeline the messenger is the links to other processes, and in one process a dictionary.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
-from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.action import RECV_KINDS, Action, Kind
 from ds_interlock.schedule.lower import Program, receives_needed, send_of
 from ds_interlock.stage.hidden import Gradients, Hidden, copied
 from ds_interlock.stage.work import StageWork
@@ -48,6 +49,22 @@ def steps(program: Program) -> tuple[tuple[Step, ...], ...]:
         return Step(action, takes)
 
     return tuple(tuple(map(step, actions)) for actions in program.stages)
+
+
+def receive_ahead(program: Program) -> int:
+    """The most receives of a link that are posted, in order, from the oldest one that is not taken."""
+    most = 0
+    for row in steps(program):
+        untaken: dict[Kind, dict[Action, int]] = defaultdict(dict)
+        num_posted: dict[Kind, int] = defaultdict(int)
+        for action, takes in row:
+            if action.kind in RECV_KINDS:
+                num_posted[action.kind] += 1
+                untaken[action.kind][action] = num_posted[action.kind]
+                most = max(most, 1 + num_posted[action.kind] - next(iter(untaken[action.kind].values())))
+            for receive in takes:
+                del untaken[receive.kind][receive]
+    return most
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from ds_interlock import PeerError
 from ds_interlock.schedule.action import Action
 from ds_interlock.schedule.simulate import SEND_AHEAD
 from ds_interlock.stage.hidden import DTYPES
-from ds_interlock.transport.links import CLOSE_SECONDS, Links, Peer, Receiver, Sender, new_groups
+from ds_interlock.transport.links import Links
 
 CPU = torch.device("cpu")
 SOON = 40.0
@@ -132,8 +132,9 @@ def exchange_both_ways() -> list[float]:
         between.post(Action.parse(ours[1].format(index)), 0)
     for index in range(num):
         between.send(Action.parse(ours[0].format(index)), 0, (torch.full((300_000,), 10.0 * rank + index),))
+    got = [float(between.take(Action.parse(ours[1].format(index)))[0][0][-1]) for index in range(num)]
     between.flush()
-    return [float(between.take(Action.parse(ours[1].format(index)))[0][0][-1]) for index in range(num)]
+    return got
 
 
 def test_directions_do_not_wait_for_each_other(ranks2: RankPool):
@@ -261,9 +262,7 @@ def wait_for_nothing(timeout_seconds: float) -> tuple[Exception | None, float]:
         error = caught(between.take, receive)
     seconds = time.monotonic() - start
     torch.distributed.barrier()
-    start = time.monotonic()
     between.close()
-    assert time.monotonic() - start < CLOSE_SECONDS, "waits for no message after a failure"
     return error, seconds
 
 
@@ -298,24 +297,21 @@ def test_a_neighbour_that_takes_nothing(ranks2: RankPool):
 
 def survive_a_death() -> tuple[Exception | None, Exception | None, float]:
     """Rank 1 dies at its second message; rank 0 was promised 60 s. Called on new ranks only."""
-    forward_group, gradient_group = new_groups(CPU, 60)
-    if torch.distributed.get_rank() == 1:
-        sender = Sender(gradient_group, Peer(0, 0), 60)
-        sender.send(Action.parse("0RECV_I0@1"), 0, (torch.ones(1),))
-        sender.flush()
+    rank, between = links(60)
+    if rank == 1:
+        between.send(Action.parse("1SEND_I0@1"), 0, (torch.ones(1),))
+        between.flush()
         time.sleep(0.2)
         os._exit(7)
-    receiver = Receiver(gradient_group, Peer(1, 1), CPU, 60)
     for micro_batch in range(2):
-        receiver.post(Action.parse(f"0RECV_I{micro_batch}@1"), 0)
-    receiver.take(Action.parse("0RECV_I0@1"))
+        between.post(Action.parse(f"0RECV_I{micro_batch}@1"), 0)
+    between.take(Action.parse("0RECV_I0@1"))
     start = time.monotonic()
-    receiving = caught(receiver.take, Action.parse("0RECV_I1@1"))
-    sender = Sender(forward_group, Peer(1, 1), 60)
+    receiving = caught(between.take, Action.parse("0RECV_I1@1"))
 
     def send() -> None:
-        sender.send(Action.parse("1RECV_F0"), 0, torch.zeros(10))
-        sender.flush()
+        between.send(forward(0)[0], 0, torch.zeros(10))
+        between.flush()
 
     return receiving, caught(send), time.monotonic() - start
 

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from benchmarks import results
 from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.cost import CostModel
-from ds_interlock.schedule.lower import training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.schedule.program import training_program
 from ds_interlock.schedule.simulate import simulate
 from measuring.engines import make_engine, run_ranks, seconds_of_a_batch
 from measuring.sleeping import HEAD_SHARE, equal_bounds, equal_stages

@@ -20,8 +20,9 @@ from deepspeed.utils import logger, safe_set_full_fp32_param
 from torch import Tensor, nn
 
 from ds_interlock.engine.runner import StageRunner, without_loss
-from ds_interlock.schedule.lower import Program, evaluation_program
+from ds_interlock.schedule.lower import Program
 from ds_interlock.schedule.plan import GradientFlowPlan, loss_name
+from ds_interlock.schedule.program import evaluation_program
 from ds_interlock.stage.backward import Backward, HeadLoss
 from ds_interlock.stage.hidden import Gradients, Hidden
 

@@ -15,7 +15,7 @@ from ds_interlock.engine.data import TrainingData
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
 from ds_interlock.engine.instructions import InterlockSchedule
 from ds_interlock.engine.timeline import Recorder
-from ds_interlock.schedule import Program, evaluation_program, training_program, verify, verify_evaluation
+from ds_interlock.schedule import Program, evaluation_program, training_program
 from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.backward import Backward
@@ -65,12 +65,11 @@ class StageRunner:
         return self._num_issued != self._num_flushed
 
     def training_schedule(self, num_micro_batches: int, phase: int) -> InterlockSchedule:
-        """What this stage does for a training batch in a phase; verified once."""
+        """What this stage does for a training batch in a phase."""
         key, extra = (phase, "train", num_micro_batches), self.config.extra_in_flight
         if key not in self._schedules:
             plan = self.engine.module.schedule.phases[phase].plan
             program = training_program(plan, num_micro_batches, extra_in_flight=extra)
-            verify(program, extra_in_flight=extra)
             self._schedules[key] = InterlockSchedule(program, self.ranks.stage)
         return self._schedules[key]
 
@@ -79,7 +78,6 @@ class StageRunner:
         key = module.phase, losses, num_micro_batches
         if key not in self._schedules:
             program = evaluation_program(module.plan, num_micro_batches, all_heads=losses == "all")
-            verify_evaluation(program, all_heads=losses == "all")
             if losses == "none":
                 program = without_loss(program, module.plan.final)
             self._schedules[key] = InterlockSchedule(program, self.ranks.stage)

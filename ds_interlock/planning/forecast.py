@@ -16,8 +16,8 @@ from ds_interlock.planning.profile import Profile
 from ds_interlock.planning.zero_bubble import zero_bubble_batches
 from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.cost import CostModel
-from ds_interlock.schedule.lower import training_program
 from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.schedule.program import training_program
 from ds_interlock.schedule.simulate import Simulation, simulate
 
 GLOBAL = "global (1F1B)"

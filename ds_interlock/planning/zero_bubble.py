@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.cost import CostModel, LinkTimes
-from ds_interlock.schedule.lower import send_of
+from ds_interlock.schedule.dependency import send_of
 from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.simulate import Rows, Simulation, Span
 

@@ -52,7 +52,7 @@ RECV_KINDS = frozenset({Kind.RECV_FORWARD, Kind.RECV_GRADIENT})
 _TEXT = re.compile(rf"(\d+)({'|'.join(sorted(Kind, key=len, reverse=True))})(\d+)(?:@(\d+(?:\+\d+)*))?")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Action:
     """One thing one stage does."""
 

@@ -105,11 +105,14 @@ class LinkTimes:
     def __init__(self, costs: CostModel) -> None:
         self._costs = costs
         self._free: dict[tuple[int, Kind], float] = defaultdict(float)
+        self._seconds: dict[tuple[int, Kind], float] = {}
 
     def arrival(self, send: Action, ready: float) -> float:
         """When the message of ``send`` arrives, both sides being ready at ``ready``; called in link order."""
         link = send.stage, send.kind
-        arrival = max(ready, self._free[link]) + self._costs.message_seconds(send)
+        if link not in self._seconds:
+            self._seconds[link] = self._costs.message_seconds(send)
+        arrival = max(ready, self._free[link]) + self._seconds[link]
         # The latency of one message overlaps with the next; its bytes do not.
         self._free[link] = arrival - self._costs.latency
         return arrival

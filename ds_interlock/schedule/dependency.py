@@ -12,7 +12,7 @@ The compute order, the lowering, the verifier, the simulator and the renderer al
 from dataclasses import replace
 
 from ds_interlock.errors import ScheduleError
-from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.action import COMPUTE_KINDS, Action, Kind
 from ds_interlock.schedule.plan import GradientFlowPlan
 
 
@@ -31,6 +31,11 @@ def evaluation_actions(
     """The work of an evaluation: the forward, and the final loss or, with ``all_heads``, every loss."""
     work = [a for a in stage_actions(plan, stage, micro_batch) if a.kind in (Kind.FORWARD, Kind.HEAD)]
     return tuple(a for a in work if a.kind is Kind.FORWARD or all_heads or a.losses == (plan.final,))
+
+
+def is_work(action: Action) -> bool:
+    """True if ``action`` computes something for a micro-batch."""
+    return action.kind in COMPUTE_KINDS and action.kind is not Kind.STEP
 
 
 def batch_end(stage: int, num_micro_batches: int) -> tuple[Action, ...]:
@@ -114,3 +119,30 @@ def _gradients(plan: GradientFlowPlan, action: Action, losses: frozenset[int]) -
     else:
         received = [Action(stage + 1, Kind.INPUT_GRADIENT, micro_batch, bundle) for bundle in bundles]
     return (*own, *received)
+
+
+def send_of(plan: GradientFlowPlan, action: Action) -> Action | None:
+    """The send of what ``action`` made, or None if it stays on its stage."""
+    stage, micro_batch = action.stage, action.micro_batch
+    if action.kind is Kind.FORWARD and not action.losses and stage + 1 < plan.num_stages:
+        return Action(stage, Kind.SEND_FORWARD, micro_batch)
+    if action.kind is Kind.INPUT_GRADIENT:
+        return Action(stage, Kind.SEND_GRADIENT, micro_batch, action.losses)
+    if action.kind is Kind.BACKWARD:
+        return Action(stage, Kind.SEND_GRADIENT, micro_batch, plan.bundles(stage)[0])
+    return None
+
+
+def receive_of(send: Action) -> Action:
+    """The receive at the other end of ``send``."""
+    if send.kind is Kind.SEND_FORWARD:
+        return Action(send.stage + 1, Kind.RECV_FORWARD, send.micro_batch)
+    return Action(send.stage - 1, Kind.RECV_GRADIENT, send.micro_batch, send.losses)
+
+
+def receives_needed(plan: GradientFlowPlan, action: Action) -> tuple[Action, ...]:
+    """The receives that must be complete before the compute ``action`` can start."""
+    if not is_work(action):
+        return ()
+    sends = [send_of(plan, needed) for needed in dependencies(plan, action) if needed.stage != action.stage]
+    return tuple(receive_of(send) for send in sends if send is not None)

@@ -8,19 +8,22 @@ stage the same order on every run: local learning becomes F H W, F H W, ...; glo
 """
 
 import heapq
-from collections import defaultdict
+from bisect import insort
 
 from ds_interlock.errors import ScheduleError
-from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.action import Kind
+from ds_interlock.schedule.codes import Codes, codes_of
 from ds_interlock.schedule.cost import CostModel
-from ds_interlock.schedule.dependency import dependencies, num_backward_passes, stage_actions
+from ds_interlock.schedule.dependency import num_backward_passes
 from ds_interlock.schedule.plan import GradientFlowPlan
+
+_PASSES = (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT, Kind.BACKWARD)
 
 
 def compute_order(
     plan: GradientFlowPlan, num_micro_batches: int, *, extra_in_flight: int = 0
-) -> tuple[tuple[Action, ...], ...]:
-    """The compute actions of one batch for every stage, in an order that is valid whatever they cost.
+) -> list[list[int]]:
+    """The codes of one batch's compute actions for every stage, in an order valid whatever they cost.
 
     A stage may hold ``extra_in_flight`` micro-batches beyond ``plan.in_flight``.
     """
@@ -28,75 +31,91 @@ def compute_order(
         raise ScheduleError(f"a batch needs at least 1 micro-batch, got {num_micro_batches}")
     if extra_in_flight < 0:
         raise ScheduleError(f"extra_in_flight is {extra_in_flight}: expected 0 or more")
-    return _Dispatcher(plan, num_micro_batches, extra_in_flight).run()
+    return _Dispatcher(codes_of(plan), num_micro_batches, extra_in_flight).run()
 
 
 class _Dispatcher:
     """Plays one batch through, event by event."""
 
-    def __init__(self, plan: GradientFlowPlan, num_micro_batches: int, extra_in_flight: int) -> None:
-        self.plan = plan
-        self.costs = CostModel()
-        self.waiting: dict[Action, int] = {}
-        self.unblocks: dict[Action, list[Action]] = defaultdict(list)
-        self.ready: list[list[tuple[int, int, Action]]] = [[] for _ in range(plan.num_stages)]
-        self.order: list[list[Action]] = [[] for _ in range(plan.num_stages)]
-        self.slots = [plan.in_flight(stage) + extra_in_flight for stage in range(plan.num_stages)]
-        self.begun: set[tuple[int, int]] = set()  # stage and micro-batch
-        self.passes_left: dict[tuple[int, int], int] = {}
-        self.events: list[tuple[float, Action]] = []
+    def __init__(self, codes: Codes, num_micro_batches: int, extra_in_flight: int) -> None:
+        plan, ops = codes.plan, codes.ops
+        self.size = codes.size
+        self.end = codes.size * num_micro_batches
+        self.stage = [op.stage for op in ops]
+        self.seconds = [CostModel().seconds(plan, op) for op in ops]
+        self.is_pass = [op.kind in _PASSES for op in ops]
+        # Ready actions of a stage are sorted by urgency, then by code: first the earliest micro-batch.
+        self.urgency = [
+            plan.urgency.index(op.kind) * self.end if op.kind in plan.urgency else 0 for op in ops
+        ]
+        self.unblocks: list[list[int]] = [[] for _ in ops]
+        for op, needs in enumerate(codes.needs):
+            for distance in needs:
+                self.unblocks[(op + distance) % self.size].append(-distance)
+        self.needs = codes.needs
+        self.waiting = [len(needs) for needs in codes.needs] * num_micro_batches
+        for op, needs in enumerate(codes.needs):
+            self.waiting[op] -= -self.size in needs  # there is no micro-batch before the first
+        stages = range(plan.num_stages)
+        self.ready: list[list[int]] = [[] for _ in stages]
+        self.order: list[list[int]] = [[] for _ in stages]
         self.busy = [False] * plan.num_stages
-        for stage in range(plan.num_stages):
-            for micro_batch in range(num_micro_batches):
-                self.passes_left[stage, micro_batch] = num_backward_passes(plan, stage)
-                for action in stage_actions(plan, stage, micro_batch):
-                    needs = dependencies(plan, action)
-                    self.waiting[action] = len(needs)
-                    if not needs:
-                        self._make_ready(action)
-                    for needed in needs:
-                        self.unblocks[needed].append(action)
+        self.slots = [plan.in_flight(stage) + extra_in_flight for stage in stages]
+        self.passes_left = [[num_backward_passes(plan, stage)] * num_micro_batches for stage in stages]
+        self.begun = [[False] * num_micro_batches for _ in stages]
+        self.events: list[tuple[float, int]] = []
 
-    def run(self) -> tuple[tuple[Action, ...], ...]:
-        now = 0.0
-        self._start(now)
-        while self.events:
+    def run(self) -> list[list[int]]:
+        for op, needs in enumerate(self.needs):
+            if needs and not self.waiting[op]:
+                self._make_ready(op)
+        now, touched = 0.0, set(self.stage)
+        while True:
+            for stage in touched:
+                self._start(stage, now)
+            if not self.events:
+                return self.order
             # Everything that ends now is taken in before a stage chooses what comes next.
-            now = self.events[0][0]
+            now, touched = self.events[0][0], set()
             while self.events and self.events[0][0] == now:
-                self._finish(heapq.heappop(self.events)[1])
-            self._start(now)
-        assert sum(map(len, self.order)) == len(self.waiting), "every action of a plan can run"
-        return tuple(tuple(actions) for actions in self.order)
+                touched |= self._finish(heapq.heappop(self.events)[1])
 
-    def _make_ready(self, action: Action) -> None:
-        urgency = self.plan.urgency.index(action.kind)
-        self.ready[action.stage].append((urgency, action.micro_batch, action))
+    def _make_ready(self, code: int) -> int:
+        """Notes that ``code`` may start; returns its stage."""
+        op = code % self.size
+        insort(self.ready[self.stage[op]], self.urgency[op] + code)
+        return self.stage[op]
 
-    def _start(self, now: float) -> None:
-        for stage in range(self.plan.num_stages):
-            action = None if self.busy[stage] else self._choose(stage)
-            if action is not None:
-                self.busy[stage] = True
-                self.order[stage].append(action)
-                heapq.heappush(self.events, (now + self.costs.seconds(self.plan, action), action))
+    def _start(self, stage: int, now: float) -> None:
+        code = None if self.busy[stage] else self._choose(stage)
+        if code is not None:
+            self.busy[stage] = True
+            self.order[stage].append(code)
+            heapq.heappush(self.events, (now + self.seconds[code % self.size], code))
 
-    def _choose(self, stage: int) -> Action | None:
+    def _choose(self, stage: int) -> int | None:
         """The most urgent ready action, except one that begins a micro-batch while its buffer is in use."""
-        for entry in sorted(self.ready[stage]):
-            _, micro_batch, action = entry
-            begun = (stage, micro_batch) in self.begun
-            if begun or not self.passes_left.get((stage, micro_batch - self.slots[stage])):
-                self.begun.add((stage, micro_batch))
-                self.ready[stage].remove(entry)
-                return action
+        begun, left, slots = self.begun[stage], self.passes_left[stage], self.slots[stage]
+        for place, entry in enumerate(self.ready[stage]):
+            code = entry % self.end
+            micro_batch = code // self.size
+            if begun[micro_batch] or micro_batch < slots or not left[micro_batch - slots]:
+                begun[micro_batch] = True
+                del self.ready[stage][place]
+                return code
         return None
 
-    def _finish(self, action: Action) -> None:
-        self.busy[action.stage] = False
-        if action.kind in (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT, Kind.BACKWARD):
-            self.passes_left[action.stage, action.micro_batch] -= 1
-        for unblocked in self.unblocks[action]:
-            self.waiting[unblocked] -= 1
-            if self.waiting[unblocked] == 0:
-                self._make_ready(unblocked)
+    def _finish(self, code: int) -> set[int]:
+        """The stages that may now have something to start."""
+        micro_batch, op = divmod(code, self.size)
+        stage = self.stage[op]
+        self.busy[stage] = False
+        self.passes_left[stage][micro_batch] -= self.is_pass[op]
+        touched = {stage}
+        for distance in self.unblocks[op]:
+            unblocked = code + distance
+            if unblocked < self.end:
+                self.waiting[unblocked] -= 1
+                if not self.waiting[unblocked]:
+                    touched.add(self._make_ready(unblocked))
+        return touched

@@ -25,9 +25,7 @@ from ds_interlock.schedule.action import COMPUTE_KINDS, Action, Kind
 from ds_interlock.schedule.dependency import dependencies, stage_actions
 from ds_interlock.schedule.lower import Program
 from ds_interlock.schedule.simulate import Rows, Span, from_zero
-
-Place = tuple[int, int]
-"""A place in a program: the stage in whose list it is, and the position in the list."""
+from ds_interlock.schedule.standstill import Place
 
 
 @dataclass(frozen=True)

@@ -11,29 +11,22 @@ the last at the end of every batch.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ds_interlock.errors import ScheduleError
-from ds_interlock.schedule.action import COMPUTE_KINDS, RECV_KINDS, SEND_KINDS, Action, Kind
+from ds_interlock.schedule.action import COMPUTE_KINDS, Action, Kind
+from ds_interlock.schedule.codes import codes_of
 from ds_interlock.schedule.cost import CostModel, LinkTimes
-from ds_interlock.schedule.lower import Program, micro_batch_starts, receive_of, receives_needed
+from ds_interlock.schedule.lower import Program
+from ds_interlock.schedule.standstill import StandstillError
 
 SEND_AHEAD = 2
 """Messages of one link that may be on their way before the sending stage waits."""
 
 
-class StandstillError(ScheduleError):
-    """The stages wait for each other, each at one of ``places`` (stage, position in its list)."""
-
-    def __init__(self, places: Sequence[tuple[int, int]], program: Program) -> None:
-        self.places = tuple(places)
-        waiting = ", ".join(str(program.stages[stage][position]) for stage, position in places)
-        super().__init__(f"the stages wait for each other: none of {waiting} can start")
-
-
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """When an action ran, and in which batch."""
 
     action: Action
@@ -108,8 +101,8 @@ def simulate(
         batch_seconds=seconds,
         bubble_fraction=max(0.0, 1.0 - busy / total) if total else 0.0,
         in_flight=tuple(
-            max((1 + len(live) for _, live in micro_batch_starts(actions)), default=0)
-            for actions in program.stages
+            max((1 + len(live) for _, live in player.codes.micro_batch_starts(row)), default=0)
+            for row in player.rows
         ),
         relay_bytes=tuple(
             sum(player.costs.message_bytes(a) for a in actions if a.kind is Kind.SEND_GRADIENT)
@@ -125,71 +118,82 @@ class _Player:
         self.program = program
         self.costs = costs
         self.send_ahead = send_ahead
+        self.codes = codes = codes_of(program.plan)
+        self.rows = [list(map(codes.of, actions)) for actions in program.stages]
+        self.seconds = [costs.seconds(program.plan, op) for op in codes.ops]
+        self.has_span = [op.kind in COMPUTE_KINDS for op in codes.ops]
         self.clocks = [0.0] * program.plan.num_stages
         self.spans: list[list[Span]] = [[] for _ in program.stages]
-        self.needs = [
-            [receives_needed(program.plan, action) for action in actions] for actions in program.stages
-        ]
         self.links = LinkTimes(costs)
-        # For each link and message the time it arrives, None while it is on its way.
-        self.arrivals: dict[tuple[int, Kind], list[float | None]] = defaultdict(list)
+        # For each link and message the time it arrives, None while it is on its way; by the op of a send.
+        links: dict[tuple[int, Kind], list[float | None]] = defaultdict(list)
+        self.arrivals = [links[op.stage, op.kind] for op in codes.ops]
 
     def play(self, batch: int) -> None:
         """One batch: every stage runs until it is blocked, as long as anything moves."""
-        # By the receive: the send, when it was ready, and its number on the link.
-        self.sent: dict[Action, tuple[Action, float, int]] = {}
-        self.posted: dict[Action, float] = {}
-        self.arrived: dict[Action, float] = {}
-        next_up = [0] * len(self.clocks)
-        moved = True
-        while moved:
-            moved = False
-            for stage, actions in enumerate(self.program.stages):
-                while next_up[stage] < len(actions) and self._run(stage, next_up[stage], batch):
-                    next_up[stage] += 1
-                    moved = True
-        stuck = [stage for stage, at in enumerate(next_up) if at < len(self.program.stages[stage])]
+        # By the receive: the send's op, when it was ready, and its number on the link.
+        self.sent: dict[int, tuple[int, float, int]] = {}
+        self.posted: dict[int, float] = {}
+        self.arrived: dict[int, float] = {}
+        next_up, before = [0] * len(self.rows), None
+        while next_up != before:
+            before = next_up
+            next_up = [self._run(stage, position, batch) for stage, position in enumerate(before)]
+        stuck = [(stage, at) for stage, at in enumerate(next_up) if at < len(self.rows[stage])]
         if stuck:
-            raise StandstillError([(stage, next_up[stage]) for stage in stuck], self.program)
+            raise StandstillError(stuck, self.program.stages)
 
-    def _run(self, stage: int, position: int, batch: int) -> bool:
-        """Runs one action if it can start; returns whether it did."""
-        action = self.program.stages[stage][position]
-        if action.kind in SEND_KINDS:
-            return self._send(action)
-        if action.kind in RECV_KINDS:
-            self.posted[action] = self.clocks[stage]
-            self._deliver(action)
-            return True
-        needs = self.needs[stage][position]
-        if any(receive not in self.arrived for receive in needs):
-            return False
-        start = max([self.clocks[stage], *(self.arrived[receive] for receive in needs)])
-        self.clocks[stage] = start + self.costs.seconds(self.program.plan, action)
-        if action.kind in COMPUTE_KINDS:
-            self.spans[stage].append(Span(action, batch, start, self.clocks[stage]))
-        return True
+    def _run(self, stage: int, start: int, batch: int) -> int:
+        """Runs a stage from position ``start`` to the first action that cannot start, and returns that."""
+        row, codes, clock = self.rows[stage], self.codes, self.clocks[stage]
+        spans, actions = self.spans[stage], self.program.stages[stage]
+        for position in range(start, len(row)):
+            code = row[position]
+            op = code % codes.size
+            begin: float | None = clock
+            if codes.receive[op]:
+                begin = self._send(op, code + codes.receive[op], clock)
+            elif codes.is_receive[op]:
+                self.posted[code] = clock
+                if code in self.sent:
+                    self._deliver(code)
+            elif codes.takes[op]:
+                begin = self._taken(code, codes.takes[op], clock)
+            if begin is None:
+                break
+            clock = begin + self.seconds[op]
+            if self.has_span[op]:
+                spans.append(Span(actions[position], batch, begin, clock))
+        else:
+            position = len(row)
+        self.clocks[stage] = clock
+        return position
 
-    def _send(self, action: Action) -> bool:
-        link = action.stage, action.kind
-        receive = receive_of(action)
-        if receive not in self.sent:
-            self.sent[receive] = action, self.clocks[action.stage], len(self.arrivals[link])
-            self.arrivals[link].append(None)
-            self._deliver(receive)
-        waits_for = self.sent[receive][2] - self.send_ahead
-        if waits_for >= 0:
-            arrival = self.arrivals[link][waits_for]
+    def _taken(self, code: int, takes: Iterable[int], clock: float) -> float | None:
+        """When all messages that ``code`` takes have arrived, None if that is not known."""
+        for distance in takes:
+            arrival = self.arrived.get(code + distance)
             if arrival is None:
-                return False
-            self.clocks[action.stage] = max(self.clocks[action.stage], arrival)
-        return True
+                return None
+            clock = max(clock, arrival)
+        return clock
 
-    def _deliver(self, receive: Action) -> None:
-        """Once a message is both sent and waited for, it takes its time on the link."""
-        if receive not in self.sent or receive not in self.posted:
-            return
-        send, sent, number = self.sent[receive]
-        arrival = self.links.arrival(send, max(sent, self.posted[receive]))
-        self.arrivals[send.stage, send.kind][number] = arrival
-        self.arrived[receive] = arrival
+    def _send(self, op: int, receive: int, clock: float) -> float | None:
+        """Sends the message of ``receive``; returns when its stage may go on, None if that is not known."""
+        arrivals = self.arrivals[op]
+        if receive not in self.sent:
+            self.sent[receive] = op, clock, len(arrivals)
+            arrivals.append(None)
+            if receive in self.posted:
+                self._deliver(receive)
+        waits_for = self.sent[receive][2] - self.send_ahead
+        if waits_for < 0:
+            return clock
+        arrival = arrivals[waits_for]
+        return None if arrival is None else max(clock, arrival)
+
+    def _deliver(self, receive: int) -> None:
+        """Now that a message is both sent and waited for, it takes its time on the link."""
+        op, sent, number = self.sent[receive]
+        arrival = self.links.arrival(self.codes.ops[op], max(sent, self.posted[receive]))
+        self.arrivals[op][number] = self.arrived[receive] = arrival

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from ds_interlock.errors import ScheduleError, list_faults
-from ds_interlock.schedule.action import COMPUTE_KINDS, SEND_KINDS, Action, Kind
-from ds_interlock.schedule.dependency import batch_end, dependencies, evaluation_actions, stage_actions
-from ds_interlock.schedule.lower import Program, micro_batch_starts, receive_of, receives_needed, send_of
-from ds_interlock.schedule.render import Place, render_text
-from ds_interlock.schedule.simulate import StandstillError, simulate
+from ds_interlock.schedule.action import SEND_KINDS, Action, Kind
+from ds_interlock.schedule.codes import codes_of
+from ds_interlock.schedule.dependency import batch_end, evaluation_actions, stage_actions
+from ds_interlock.schedule.lower import Program
+from ds_interlock.schedule.render import render_text
+from ds_interlock.schedule.standstill import Place, StandstillError, standstill
 
 Ends = Sequence[tuple[Action, ...]]
 """For each stage what it ends a batch with."""
@@ -50,52 +51,47 @@ def _verify(program: Program, work_of: Callable[..., tuple[Action, ...]], ends: 
         faults.append(f"a batch needs at least 1 micro-batch, got {num_micro_batches}")
     if faults:
         raise ScheduleError(list_faults("program", faults))
-    work = [
-        [action for number in range(num_micro_batches) for action in work_of(plan, stage, number)]
-        for stage in range(plan.num_stages)
-    ]
+    work = [action for stage in range(plan.num_stages) for action in work_of(plan, stage, 1)]
     _Verifier(program, work, ends).check(extra)
 
 
 class _Verifier:
-    """Collects the faults of one program.
+    """Collects the faults of one program. Actions are in codes, where they are not called actions.
 
     Attributes:
-        expected: All actions that must run, communication included.
-        made_by: For each send the action that makes its message.
-        at: Where every expected action is that is on its own stage (the first, if several).
-        order: For each stage those actions in the order of its list.
+        expected: All that must run, communication included.
+        before: By op, distances to what must be earlier in its stage's list.
+        at: The position of what is expected and is on its own stage (the first, if several).
+        order: For each stage the same in the order of its list.
     """
 
-    def __init__(self, program: Program, work: Sequence[Sequence[Action]], ends: Ends) -> None:
+    def __init__(self, program: Program, work: Sequence[Action], ends: Ends) -> None:
         self.program = program
         self.plan = program.plan
+        self.codes = codes = codes_of(program.plan)
         self.ends = ends
         self.faults: list[str] = []
         self.faulty: set[Place] = set()
         self.missing: list[Action] = []
-        self.made_by: dict[Action, Action] = {}
-        self.expected = self._with_communication(work)
-        self.at = {
-            action: (stage, position)
-            for stage, actions in enumerate(program.stages)
-            for position, action in reversed(list(enumerate(actions)))
-            if action.stage == stage and action in self.expected
-        }
-        self.order = [
-            sorted((a for a in self.at if a.stage == stage), key=self.at.__getitem__)
-            for stage in range(len(work))
+        self.before = [
+            [
+                *(d for d in codes.needs[op] if codes.ops[(op + d) % codes.size].stage == action.stage),
+                *codes.takes[op],
+                *filter(None, [codes.load[op]]),
+            ]
+            for op, action in enumerate(codes.ops)
         ]
-
-    def _with_communication(self, work: Sequence[Sequence[Action]]) -> set[Action]:
-        expected = {action for actions in (*work, *self.ends) for action in actions}
-        expected.update(Action(0, Kind.LOAD, number) for number in range(self.program.num_micro_batches))
-        for action in (action for actions in work for action in actions):
-            send = send_of(self.plan, action)
-            if send is not None:
-                self.made_by[send] = action
-                expected |= {send, receive_of(send)}
-        return expected
+        ops = {codes.of(action) - codes.size for action in (*work, Action(0, Kind.LOAD, 1))}
+        for op in tuple(ops):
+            if codes.send[op]:
+                send = op + codes.send[op]
+                self.before[send].append(-codes.send[op])
+                ops |= {send, send + codes.receive[send]}
+        numbers = range(program.num_micro_batches)
+        self.expected = {number * codes.size + op for number in numbers for op in ops}
+        self.expected.update(codes.of(action) for end in ends for action in end)
+        self.at: dict[int, int] = {}
+        self.order: list[list[int]] = [[] for _ in program.stages]
 
     def check(self, extra_in_flight: int) -> None:
         self._check_slots(extra_in_flight)
@@ -104,11 +100,8 @@ class _Verifier:
         self._check_ends()
         self._check_links()
         self._check_buffers()
-        if not self.faults:  # even if every send waits for its receiver, all stages finish two batches
-            try:
-                simulate(self.program, num_batches=2, send_ahead=0)
-            except StandstillError as error:
-                self._fault(str(error), error.places)
+        if not self.faults and (places := standstill(self.codes, self.order)):
+            self._fault(str(StandstillError(places, self.program.stages)), places)
         if self.faults:
             grid = render_text(self.program, faulty=self.faulty, missing=self.missing)
             raise ScheduleError(f"{list_faults('program', self.faults)}\n{grid}")
@@ -116,6 +109,9 @@ class _Verifier:
     def _fault(self, text: str, places: Iterable[Place]) -> None:
         self.faults.append(text)
         self.faulty.update(places)
+
+    def _places(self, *codes: int) -> list[Place]:
+        return [(self.codes.ops[code % self.codes.size].stage, self.at[code]) for code in codes]
 
     def _check_slots(self, extra_in_flight: int) -> None:
         for stage, slots in enumerate(self.program.slots):
@@ -126,79 +122,85 @@ class _Verifier:
 
     def _check_presence(self) -> None:
         """Every expected action appears once, on its own stage, and no other does."""
-        places: dict[Action, list[Place]] = {}
+        others: dict[Action, list[Place]] = {}
         for stage, actions in enumerate(self.program.stages):
             for position, action in enumerate(actions):
-                places.setdefault(action, []).append((stage, position))
-        for action, of_action in places.items():
-            astray = [place for place in of_action if place[0] != action.stage]
-            if action not in self.expected:
-                self._fault(f"{action} is not work of the plan; leave it out", of_action)
+                code = self.codes.find(action)
+                if code in self.expected and code not in self.at and action.stage == stage:
+                    self.at[code] = position
+                    self.order[stage].append(code)
+                else:
+                    others.setdefault(action, []).append((stage, position))
+        absent = self.expected - self.at.keys()
+        for action, places in others.items():
+            code = self.codes.find(action)
+            astray = [place for place in places if place[0] != action.stage]
+            if code not in self.expected:
+                self._fault(f"{action} is not work of the plan; leave it out", places)
             elif astray:
                 self._fault(f"{action} is in the list of stage {astray[0][0]}, not of its own stage", astray)
-            elif len(of_action) > 1:
-                self._fault(f"{action} appears {len(of_action)} times, expected once", of_action)
-        for action in sorted(self.expected - places.keys()):
-            self._fault(f"{action} is missing", [])
-            self.missing.append(action)
+                absent.discard(code)
+            else:
+                places += self._places(code)
+                self._fault(f"{action} appears {len(places)} times, expected once", places)
+        self.missing = sorted(map(self.codes.action, absent))
+        self.faults += [f"{action} is missing" for action in self.missing]
 
     def _check_order(self) -> None:
         """What an action needs is earlier in its stage's list, and so is what it sends."""
-        for action, place in self.at.items():
-            for needed in self._needed_before(action):
-                if needed in self.at and self.at[needed] > place:
-                    self._fault(f"{action} comes before {needed}, which it needs", [place, self.at[needed]])
-
-    def _needed_before(self, action: Action) -> tuple[Action, ...]:
-        """What must be earlier in the list of ``action``'s own stage. The ends are a check of their own."""
-        if action.kind in SEND_KINDS:
-            return (self.made_by[action],)
-        if action.kind not in COMPUTE_KINDS or action.kind is Kind.STEP:
-            return ()
-        own = tuple(needed for needed in dependencies(self.plan, action) if needed.stage == action.stage)
-        if action.kind is Kind.FORWARD and action.stage == 0:
-            own = (*own, Action(0, Kind.LOAD, action.micro_batch))
-        return (*own, *receives_needed(self.plan, action))
+        for code, position in self.at.items():
+            for distance in self.before[code % self.codes.size]:
+                needed = code + distance
+                if self.at.get(needed, -1) > position:
+                    action, other = self.codes.actions((code, needed))
+                    self._fault(f"{action} comes before {other}, which it needs", self._places(code, needed))
 
     def _check_ends(self) -> None:
         """A stage ends with its reduce and its step, after all other work of the batch."""
         for stage, end in enumerate(self.ends):
-            actions = self.program.stages[stage]
+            actions, codes = self.program.stages[stage], [self.codes.of(action) for action in end]
             last = actions[-len(end) :] if end else ()
-            if last != end and all(action in self.at for action in end):
+            if last != end and all(code in self.at for code in codes):
                 must, does = (" ".join(map(str, some)) for some in (end, last))
                 text = f"stage {stage} must end with {must}, it ends with {does}"
-                self._fault(text, [self.at[action] for action in end])
+                self._fault(text, self._places(*codes))
 
     def _check_links(self) -> None:
         """A link delivers messages in the order they are sent: both its ends agree on it."""
-        for stage, actions in enumerate(self.order):
+        codes = self.codes
+        for stage, order in enumerate(self.order):
             for kind in sorted(SEND_KINDS):
-                sends = {receive_of(a): a for a in actions if a.kind is kind and receive_of(a) in self.at}
+                distances = [codes.receive[op] * (each.kind is kind) for op, each in enumerate(codes.ops)]
+                sends = {code + d: code for code in order if (d := distances[code % codes.size])}
+                sends = {receive: send for receive, send in sends.items() if receive in self.at}
                 if sends:
-                    other = next(iter(sends)).stage
-                    taken = [sends[action] for action in self.order[other] if action in sends]
+                    other = codes.ops[next(iter(sends)) % codes.size].stage
+                    taken = [sends[code] for code in self.order[other] if code in sends]
                     self._compare([*sends.values()], taken, f"stage {stage} sends", f"stage {other} receives")
-        loads = [action for action in self.order[0] if action.kind is Kind.LOAD]
+        load = codes.of(Action(0, Kind.LOAD, 0))
+        loads = [code for code in self.order[0] if code % codes.size == load]
         self._compare(loads, sorted(loads), "stage 0 loads", "the data set has")
 
-    def _compare(self, ours: Sequence[Action], theirs: Sequence[Action], we: str, they: str) -> None:
+    def _compare(self, ours: Sequence[int], theirs: Sequence[int], we: str, they: str) -> None:
         wrong = [(mine, other) for mine, other in zip(ours, theirs, strict=False) if mine != other]
         if wrong:
-            sent, taken = (", ".join(map(str, actions)) for actions in zip(*wrong, strict=True))
-            places = [self.at[action] for action, _ in wrong]
-            places += [self.at[receive_of(a)] for a, _ in wrong if a.kind in SEND_KINDS]
+            sent, taken = (
+                ", ".join(map(str, map(self.codes.action, each))) for each in zip(*wrong, strict=True)
+            )
+            receives = {mine + self.codes.receive[mine % self.codes.size] for mine, _ in wrong}
+            places = self._places(*receives.union(mine for mine, _ in wrong))
             self._fault(f"{we} {sent} where {they} {taken}, in this order", places)
 
     def _check_buffers(self) -> None:
         """No more micro-batches at once than slots, and no two of them in one buffer."""
-        buffer = self.program.buffer
         for stage, slots in enumerate(self.program.slots):
-            for action, live in micro_batch_starts(self.order[stage]):
-                clash = [other for other in live if buffer(other) == buffer(action)]
+            for code, live in self.codes.micro_batch_starts(self.order[stage]):
+                action, *others = self.codes.actions((code, *live))
+                buffer = self.program.buffer(action)
+                clash = [other for other in others if self.program.buffer(other) == buffer]
                 if len(live) >= slots:
                     text = f"begins micro-batch {len(live) + 1} at once on stage {stage}, slots: {slots}"
-                    self._fault(f"{action} {text}", [self.at[action]])
+                    self._fault(f"{action} {text}", self._places(code))
                 elif clash:
                     text = f"{action} takes the buffer that {clash[0]} filled and that is still in use"
-                    self._fault(text, [self.at[action], self.at[clash[0]]])
+                    self._fault(text, self._places(code, self.codes.of(clash[0])))

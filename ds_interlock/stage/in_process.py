@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from ds_interlock.errors import ConfigError, ScheduleError
 from ds_interlock.schedule.action import Action
-from ds_interlock.schedule.lower import Program, evaluation_program, receive_of, training_program
+from ds_interlock.schedule.dependency import receive_of
+from ds_interlock.schedule.lower import Program
 from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.schedule.program import evaluation_program, training_program
 from ds_interlock.stage.backward import Backward
 from ds_interlock.stage.heads import Heads, MakeHead, build_head
 from ds_interlock.stage.hidden import Hidden, copied

@@ -14,7 +14,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from ds_interlock.schedule.action import RECV_KINDS, Action, Kind
-from ds_interlock.schedule.lower import Program, receives_needed, send_of
+from ds_interlock.schedule.codes import codes_of
+from ds_interlock.schedule.dependency import send_of
+from ds_interlock.schedule.lower import Program
 from ds_interlock.stage.hidden import Gradients, Hidden, copied
 from ds_interlock.stage.work import StageWork
 
@@ -42,9 +44,10 @@ class Step(NamedTuple):
 def steps(program: Program) -> tuple[tuple[Step, ...], ...]:
     """For each stage what it does, step by step."""
     taken: set[Action] = set()
+    codes = codes_of(program.plan)
 
     def step(action: Action) -> Step:
-        takes = tuple(r for r in receives_needed(program.plan, action) if r not in taken)
+        takes = tuple(receive for receive in codes.received(action) if receive not in taken)
         taken.update(takes)
         return Step(action, takes)
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ds_interlock.schedule.action import Kind
-from ds_interlock.schedule.lower import Program, training_program
+from ds_interlock.schedule.lower import Program
 from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.schedule.program import training_program
 from ds_interlock.stage.backward import Backward, HeadLoss, LayerPass
 from ds_interlock.stage.hidden import Gradients, Hidden, floats, leaves
 from ds_interlock.stage.in_process import InProcessPipeline, MicroBatch, run_program

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from ds_interlock.errors import PeerError
 from ds_interlock.schedule.action import RECV_KINDS, SEND_KINDS, Action
-from ds_interlock.schedule.lower import RECEIVE_AHEAD, receive_of
+from ds_interlock.schedule.dependency import receive_of
+from ds_interlock.schedule.lower import RECEIVE_AHEAD
 from ds_interlock.schedule.simulate import SEND_AHEAD
 from ds_interlock.transport.communicator import Channel, Peer, open_channels
 from ds_interlock.transport.message import Contents, as_bytes, decode, empty_frame, encode, has_arrived

@@ -13,8 +13,9 @@ from torch import Tensor
 from ds_interlock.config import InterlockConfig
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.schedule.dependency import num_backward_passes
-from ds_interlock.schedule.lower import Program, training_program
+from ds_interlock.schedule.lower import Program
 from ds_interlock.schedule.plan import GradientFlowPlan
+from ds_interlock.schedule.program import training_program
 from ds_interlock.schedule.verify import verify as verify_program
 from ds_interlock.stage.hidden import Hidden
 from ds_interlock.stage.in_process import InProcessPipeline

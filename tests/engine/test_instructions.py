@@ -7,7 +7,7 @@ from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule
 from ds_interlock import GradientFlowPlan
 from ds_interlock.engine.instructions import HeadPass, InterlockSchedule, RelayPass, WeightGradPass
 from ds_interlock.schedule.action import Action, Kind
-from ds_interlock.schedule.lower import evaluation_program, training_program
+from ds_interlock.schedule.program import evaluation_program, training_program
 
 PLAN = GradientFlowPlan.n_wise(4, 2)
 """trained_by = {0}, {0, 1}, {1, 2}, {2}; loss 0 at the end of stage 1, loss 1 of stage 2, loss 2 final."""

@@ -1,12 +1,13 @@
 """What the schedule's tests share: hypothesis strategies, and grids typed as text."""
 
 from collections.abc import Sequence
+from unittest.mock import patch
 
 from hypothesis import settings
 from hypothesis import strategies as st
 
 from ds_interlock.errors import PlanError
-from ds_interlock.schedule import CostModel, GradientFlowPlan
+from ds_interlock.schedule import CostModel, GradientFlowPlan, Program, training_program
 
 # Derandomized: a failure on one machine is a failure on all.
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -28,6 +29,16 @@ def plans(draw: st.DrawFn, max_stages: int = 7) -> GradientFlowPlan:
     return GradientFlowPlan.n_wise(
         window=span + fraction, combine=combine, head_stride=stride, stage_bounds=bounds, head_weight=0.5
     )
+
+
+def lowered(plan: GradientFlowPlan, num_micro_batches: int, extra: int, *, receive_ahead: int) -> Program:
+    """The training program with so many receives ahead, whether or not its stages wait for each other."""
+    with (
+        patch("ds_interlock.schedule.lower.RECEIVE_AHEAD", receive_ahead),
+        patch("ds_interlock.schedule.lower.standstill", return_value=[]),
+        patch("ds_interlock.schedule.verify.standstill", return_value=[]),
+    ):
+        return training_program.__wrapped__(plan, num_micro_batches, extra_in_flight=extra)
 
 
 @st.composite

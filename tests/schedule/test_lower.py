@@ -3,11 +3,11 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from schedule_strategies import bounds_of, plans, quick
+from schedule_strategies import bounds_of, lowered, plans, quick
 
 from ds_interlock.schedule import GradientFlowPlan, evaluation_program, training_program
-from ds_interlock.schedule.action import Action, Kind
-from ds_interlock.schedule.lower import RECEIVE_AHEAD, receive_of, receives_needed, send_of
+from ds_interlock.schedule.action import RECV_KINDS, Action, Kind
+from ds_interlock.schedule.dependency import receive_of, receives_needed, send_of
 
 
 def _texts(program):
@@ -101,27 +101,38 @@ def test_only_a_whole_forward_is_sent_on():
     assert str(send_of(plan, Action.parse("1F0"))) == "1SEND_F0"
 
 
+def _most_untaken(plan, actions, kind):
+    """How many messages of a link a stage has posted receives for that its work has not taken, at most."""
+    untaken, most = set(), 0
+    for action in actions:
+        untaken |= {action} if action.kind is kind else set()
+        untaken -= set(receives_needed(plan, action))
+        most = max(most, len(untaken))
+    return most
+
+
 @quick
-@given(plans(), st.integers(1, 7), st.integers(0, 3))
-def test_messages_match_and_receives_are_posted_a_little_ahead(plan, num_micro_batches, extra):
-    program = training_program(plan, num_micro_batches, extra_in_flight=extra)
+@given(plans(), st.integers(1, 7), st.integers(0, 3), st.integers(2, 4))
+def test_messages_match_and_receives_are_posted_a_little_ahead(plan, num_micro_batches, extra, ahead):
+    program = lowered(plan, num_micro_batches, extra, receive_ahead=ahead)
     for stage, actions in enumerate(program.stages):
         for kind in (Kind.SEND_FORWARD, Kind.SEND_GRADIENT):
             sent = [receive_of(action) for action in actions if action.kind is kind]
             if sent:
                 other = program.stages[sent[0].stage]
                 assert sent == [action for action in other if action.kind is sent[0].kind]
-        untaken = {Kind.RECV_FORWARD: set(), Kind.RECV_GRADIENT: set()}
-        taken = set()
+        posted, taken = [], []
         for action in actions:
-            if action.kind in untaken:
-                untaken[action.kind].add(action)
-                assert len(untaken[action.kind]) <= RECEIVE_AHEAD
-            # A gradient may be taken twice: for the weights and for the relay.
-            for receive in set(receives_needed(plan, action)) - taken:
-                taken.add(receive)
-                # Raises KeyError if it was not posted before.
-                untaken[receive.kind].remove(receive)
-        assert not any(untaken.values())
+            if action.kind in RECV_KINDS:
+                posted.append(action)
+            for receive in receives_needed(plan, action):
+                # A gradient may be taken twice: for the weights and for the relay.
+                taken += [] if receive in taken else [receive]
+                assert receive in posted
+        assert sorted(posted) == sorted(taken)
+        for kind in RECV_KINDS:
+            one_link = [action for action in taken if action.kind is kind]
+            if one_link == [action for action in posted if action.kind is kind]:
+                assert _most_untaken(plan, actions, kind) <= ahead
         assert [action.kind for action in actions[-2:]] == [Kind.REDUCE, Kind.STEP]
         assert sum(action.kind is Kind.LOAD for action in actions) == (0 if stage else num_micro_batches)

@@ -7,10 +7,16 @@ from schedule_strategies import bounds_of, grid, plans, quick
 
 from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule import GradientFlowPlan, training_program
+from ds_interlock.schedule import order as order_of_work
 from ds_interlock.schedule.action import Kind
+from ds_interlock.schedule.codes import codes_of
 from ds_interlock.schedule.dependency import dependencies, stage_actions
-from ds_interlock.schedule.order import compute_order
 from ds_interlock.schedule.render import render_text
+
+
+def compute_order(plan, *arguments, **keywords):
+    rows = order_of_work.compute_order(plan, *arguments, **keywords)
+    return tuple(codes_of(plan).actions(row) for row in rows)
 
 
 def test_local_never_waits_once_it_has_begun():

@@ -3,9 +3,9 @@
 import pytest
 
 from ds_interlock.errors import PlanError
-from ds_interlock.schedule.lower import evaluation_program
 from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
+from ds_interlock.schedule.program import evaluation_program
 
 BOUNDS = [0, 2, 5, 7, 9]
 LOCAL = GradientFlowPlan.local(stage_bounds=BOUNDS)

@@ -10,7 +10,7 @@ from schedule_strategies import bounds_of, costs, plans, quick
 from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule import CostModel, GradientFlowPlan, evaluation_program, simulate, training_program
 from ds_interlock.schedule.action import Action, Kind
-from ds_interlock.schedule.simulate import StandstillError
+from ds_interlock.schedule.standstill import StandstillError
 
 
 def _times(simulation, stage):

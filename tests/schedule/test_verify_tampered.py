@@ -4,6 +4,7 @@ Each tampering breaks a rule by construction; where a program has no place for i
 """
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from hypothesis import assume, given, settings
@@ -13,8 +14,7 @@ from schedule_strategies import plans, quick
 from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule import simulate, training_program, verify
 from ds_interlock.schedule.action import COMPUTE_KINDS, RECV_KINDS, SEND_KINDS, Kind
-from ds_interlock.schedule.dependency import dependencies
-from ds_interlock.schedule.lower import receives_needed
+from ds_interlock.schedule.dependency import dependencies, receive_of, receives_needed
 
 
 def _places(program, wanted):
@@ -112,6 +112,35 @@ def _swap_two_of_one_link(kinds):
     return tamper
 
 
+def _receives_behind_sends_that_cross(program, draw):
+    """Two neighbours each post what the other one sends only behind a send of their own."""
+    taken = [{} for _ in program.stages]
+    for stage, position in _places(program, lambda _: True):
+        for receive in receives_needed(program.plan, program.stages[stage][position]):
+            taken[stage].setdefault(receive, position)
+    crossings = [
+        (forward, gradient)
+        for (stage, position), (other, also) in product(
+            _places(program, lambda action: action.kind is Kind.SEND_FORWARD),
+            _places(program, lambda action: action.kind is Kind.SEND_GRADIENT),
+        )
+        if other == stage + 1
+        for forward, gradient in [(program.stages[stage][position], program.stages[other][also])]
+        if position < taken[stage][receive_of(gradient)] and also < taken[other][receive_of(forward)]
+    ]
+    if not crossings:
+        return None
+    forward, gradient = draw(st.sampled_from(crossings))
+    for send, receive in ((forward, receive_of(gradient)), (gradient, receive_of(forward))):
+        actions = list(program.stages[send.stage])
+        link = [action for action in actions if action.kind is receive.kind]
+        late = [a for a in link[link.index(receive) :] if actions.index(a) < actions.index(send)]
+        actions = [action for action in actions if action not in late]
+        place = actions.index(send) + 1
+        program = _edit(program, send.stage, [*actions[:place], *late, *actions[place:]])
+    return program
+
+
 def _other_losses(program, draw):
     stage, position = draw(st.sampled_from(_places(program, lambda action: action.kind is not Kind.LOAD)))
     action = program.stages[stage][position]
@@ -163,6 +192,7 @@ TAMPERINGS = {
     "swap sends of one link": _swap_two_of_one_link(SEND_KINDS),
     "swap receives of one link": _swap_two_of_one_link(RECV_KINDS),
     "swap loads": _swap_two_of_one_link({Kind.LOAD}),
+    "receives behind sends that cross": _receives_behind_sends_that_cross,
     "other losses": _other_losses,
     "other micro-batch": _other_micro_batch,
     "something behind the step": _something_behind_the_step,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ds_interlock import GradientFlowPlan, InProcessPipeline, ScheduleError
 from ds_interlock.schedule.action import Action, Kind
-from ds_interlock.schedule.lower import evaluation_program, training_program
+from ds_interlock.schedule.program import evaluation_program, training_program
 from ds_interlock.stage.in_process import run_program
 from ds_interlock.stage.interpreter import Interpreter, steps
 

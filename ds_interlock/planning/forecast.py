@@ -106,7 +106,10 @@ def compare(
     settings = settings_to_compare(interlock)
     for setting in settings if len(stage_bounds) > 2 else settings[:1]:  # on one stage all are global
         try:
-            played.append(forecast(setting, profile, stage_bounds, num_micro_batches))
+            is_configured = setting_name(setting) == configured.name
+            played.append(
+                configured if is_configured else forecast(setting, profile, stage_bounds, num_micro_batches)
+            )
         except ConfigError as error:
             skipped.append(f"{setting_name(setting)}: {error.__cause__ or error}")
     plan = played[0].plan

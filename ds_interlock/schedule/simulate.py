@@ -145,24 +145,30 @@ class _Player:
 
     def _run(self, stage: int, start: int, batch: int) -> int:
         """Runs a stage from position ``start`` to the first action that cannot start, and returns that."""
-        row, codes, clock = self.rows[stage], self.codes, self.clocks[stage]
-        spans, actions = self.spans[stage], self.program.stages[stage]
+        row, clock, spans = self.rows[stage], self.clocks[stage], self.spans[stage]
+        codes, seconds, has_span, actions = (
+            self.codes,
+            self.seconds,
+            self.has_span,
+            self.program.stages[stage],
+        )
+        size, receive, is_receive, takes = codes.size, codes.receive, codes.is_receive, codes.takes
         for position in range(start, len(row)):
             code = row[position]
-            op = code % codes.size
+            op = code % size
             begin: float | None = clock
-            if codes.receive[op]:
-                begin = self._send(op, code + codes.receive[op], clock)
-            elif codes.is_receive[op]:
+            if receive[op]:
+                begin = self._send(op, code + receive[op], clock)
+            elif is_receive[op]:
                 self.posted[code] = clock
                 if code in self.sent:
                     self._deliver(code)
-            elif codes.takes[op]:
-                begin = self._taken(code, codes.takes[op], clock)
+            elif takes[op]:
+                begin = self._taken(code, takes[op], clock)
             if begin is None:
                 break
-            clock = begin + self.seconds[op]
-            if self.has_span[op]:
+            clock = begin + seconds[op]
+            if has_span[op]:
                 spans.append(Span(actions[position], batch, begin, clock))
         else:
             position = len(row)

@@ -1,11 +1,13 @@
 """Do the stages come to wait for each other? The answer is the same whatever anything costs.
 
-A program is carried out by *agents*, each of which does things in a fixed order: it passes marks, and waits
-for marks that others pass. In the strictest of all transports a stage is one agent, which waits at every
-send until its receive is posted, and at every work until the messages that it takes are sent:
+A program is run by *agents*, each of which does things in a fixed order: it passes marks, and waits for
+marks that others pass. A stage's *host* runs the program. It announces messages (their headers):
 
-    stage 0    ..., mark: sent 1F0, wait: posted 1F0, ...
-    stage 1    ..., mark: posted 1F0, ..., wait: sent 1F0, ...
+    host 0     ..., mark: sent 1F0, wait: posted 1F0, ...
+    host 1     ..., mark: posted 1F0, ..., wait: sent 1F0, work on 1F0, ...
+
+That is all there is to know: the payloads of accelerators travel by a rule that adds no standstill
+(``tests/helpers/payloads.py`` is a model of it, and of what happens without it).
 """
 
 from collections import defaultdict

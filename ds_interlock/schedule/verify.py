@@ -193,14 +193,16 @@ class _Verifier:
 
     def _check_buffers(self) -> None:
         """No more micro-batches at once than slots, and no two of them in one buffer."""
+        buffers: dict[int, int] = {}
         for stage, slots in enumerate(self.program.slots):
             for code, live in self.codes.micro_batch_starts(self.order[stage]):
-                action, *others = self.codes.actions((code, *live))
-                buffer = self.program.buffer(action)
-                clash = [other for other in others if self.program.buffer(other) == buffer]
+                action = self.codes.action(code)
+                buffers[code] = self.program.buffer(action)
+                clash = [other for other in live if buffers[other] == buffers[code]]
                 if len(live) >= slots:
                     text = f"begins micro-batch {len(live) + 1} at once on stage {stage}, slots: {slots}"
                     self._fault(f"{action} {text}", self._places(code))
                 elif clash:
-                    text = f"{action} takes the buffer that {clash[0]} filled and that is still in use"
-                    self._fault(text, self._places(code, self.codes.of(clash[0])))
+                    filled = self.codes.action(clash[0])
+                    text = f"{action} takes the buffer that {filled} filled and that is still in use"
+                    self._fault(text, self._places(code, clash[0]))

@@ -3,7 +3,8 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule_strategies import lowered, plans, quick
+from payloads import Transport
+from schedule_strategies import bounds_of, lowered, plans, quick
 
 from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule import GradientFlowPlan, evaluation_program, simulate, training_program, verify
@@ -16,9 +17,13 @@ NAMED = [(8, 16, 5, 2), (8, 8, 5, 0), (8, 16, 5, 0)]
 """Stages, micro-batches, window, extra in flight: each stands still with two receives ahead."""
 
 
-def stuck(program):
+def in_codes(program):
     codes = codes_of(program.plan)
-    return standstill(codes, [[codes.of(action) for action in row] for row in program.stages])
+    return codes, [[codes.of(action) for action in row] for row in program.stages]
+
+
+def stuck(program):
+    return standstill(*in_codes(program))
 
 
 def stuck_in_the_simulator(program):
@@ -66,3 +71,47 @@ def test_an_order_that_no_receives_can_save_is_refused():
     work = [[codes.of(Action.parse(text)) for text in row.split()] for row in texts]
     with pytest.raises(ScheduleError, match="makes the stages wait for each other, however"):
         lower(codes, work)
+
+
+# Payloads between devices.
+
+
+@settings(quick, max_examples=40)
+@given(plans(max_stages=12), st.integers(1, 32), st.integers(0, 4), st.data())
+def test_by_the_rule_batches_of_any_kind_follow_each_other(plan, num_micro_batches, extra, data):
+    """Training, evaluation, a change of the plan, and training again, without a pause."""
+    window = data.draw(st.integers(1, plan.num_stages))
+    other = GradientFlowPlan.n_wise(window=window, stage_bounds=plan.stage_bounds)
+    batches = [
+        training_program(plan, num_micro_batches, extra_in_flight=extra),
+        evaluation_program(plan, num_micro_batches, all_heads=data.draw(st.booleans())),
+        training_program(other, num_micro_batches, extra_in_flight=extra),
+        training_program(plan, num_micro_batches, extra_in_flight=extra),
+    ]
+    assert not Transport().stuck([in_codes(program) for program in batches])
+
+
+@pytest.mark.parametrize(
+    ("transport", "smallest"),
+    [
+        (Transport(sender_waits="taken"), (2, 2, 1.25, 2)),
+        (Transport(queue="link"), (2, 2, 1.25, 2)),
+        (Transport(queue="direction"), (6, 5, 4, 1)),
+        (Transport(primed=False), (2, 4, 1.25, 2)),
+    ],
+)
+@pytest.mark.parametrize("case", [None, *NAMED])
+def test_each_part_of_the_rule_is_needed(transport, smallest, case):
+    num_stages, num_micro_batches, window, extra = case or smallest
+    plan = GradientFlowPlan.n_wise(window=window, stage_bounds=bounds_of(num_stages, 4))
+    batch = in_codes(training_program(plan, num_micro_batches, extra_in_flight=extra))
+    assert not Transport().stuck([batch])
+    # Only a first use of a communicator can wait for the other end, and not in every program.
+    if case is None or transport.primed:
+        assert transport.stuck([batch])
+
+
+def test_the_lowering_is_a_part_of_the_rule():
+    plan = GradientFlowPlan.n_wise(8, 5)
+    assert Transport().stuck([in_codes(lowered(plan, 16, 2, receive_ahead=2))])
+    assert not Transport().stuck([in_codes(lowered(plan, 16, 2, receive_ahead=5))])

@@ -385,8 +385,7 @@ class InterlockEngine(PipelineEngine):
 
     def _enter_phase(self) -> None:
         """Puts the plan into force that the schedule has for the steps done."""
-        phase = self.module.schedule.phase_at(self.global_steps)
-        if phase != self.module.phase:
+        if (phase := self.module.schedule.phase_at(self.global_steps)) != self.module.phase:
             self._runner.enter_phase(phase)
             self._steps.enter_phase()
 

@@ -10,8 +10,8 @@ job's communicator. Headers are gloo's on every device. Payloads are NCCL's wher
 unbatched messages of one communicator wait for each other, so no two directions or links may share one.
 """
 
-import itertools
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,7 +29,8 @@ from ds_interlock.schedule.action import Kind
 SENDER, RECEIVER = 0, 1
 """Their ranks in every communicator."""
 
-_jobs = itertools.count()
+_num_opened: Counter[str] = Counter()
+"""By direction: how often this rank has opened it. Its members agree on that, whatever other ranks do."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,9 @@ def open_channels(
 ) -> dict[Kind, Channel]:
     """The ends of this stage, by what it does there; ``ranks`` are the pipeline's, by stage.
 
-    Every rank of the pipeline must call it at the same point.
+    The other members must call it, too; no other rank has to.
     """
     communicators = Communicators(device, timeout_seconds)
-    name = f"ds_interlock/links/{next(_jobs)}"
     channels: dict[Kind, Channel] = {}
     # Links of even stages first: then no stage waits for one that waits for another.
     for link in sorted({stage - 1, stage} & set(range(len(ranks) - 1)), key=lambda link: link % 2):
@@ -136,8 +136,11 @@ def open_channels(
         other = link + 1 if downstream else link
         peer = Peer(ranks[other], other)
         for direction, sends in (("forward", downstream), ("gradient", not downstream)):
-            path = f"{name}/{ranks[link]}-{ranks[link + 1]}/{direction}"
-            channel = communicators.channel(path, peer, SENDER if sends else RECEIVER)
+            name = f"ds_interlock/{ranks[link]}-{ranks[link + 1]}/{direction}"
+            _num_opened[name] += 1
+            channel = communicators.channel(
+                f"{name}/{_num_opened[name]}", peer, SENDER if sends else RECEIVER
+            )
             channels[_KINDS[direction, sends]] = channel
     get_accelerator().synchronize()
     return channels

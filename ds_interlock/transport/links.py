@@ -196,7 +196,7 @@ class Receiver:
 class Links:
     """The links of ``stage`` to and from its neighbours in ``ranks``, which are the pipeline's, by stage.
 
-    Every rank of the pipeline must make its links at the same point. Tensors are received to ``device``.
+    Neighbours must make their links at the same point. Tensors are received to ``device``.
     """
 
     def __init__(

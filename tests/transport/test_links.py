@@ -22,6 +22,12 @@ SOON = 40.0
 
 
 @pytest.fixture(scope="module")
+def ranks4() -> Iterator[RankPool]:
+    with RankPool(4, deepspeed=False) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
 def ranks2() -> Iterator[RankPool]:
     with RankPool(2, deepspeed=False) as pool:
         yield pool
@@ -201,6 +207,47 @@ def test_too_many_tensors_for_a_header(ranks2: RankPool):
     error, _ = ranks2.run(send_many_tensors)
     assert isinstance(error, ValueError)
     assert "200 tensors" in str(error)
+
+
+# Set-up.
+
+
+def open_links(pipelines: list[list[int]]) -> tuple[int, list[float]]:
+    """The files that the links of this rank open, and what its neighbours send it."""
+    rank = torch.distributed.get_rank()
+    ranks = next(ranks for ranks in pipelines if rank in ranks)
+    stage, last = ranks.index(rank), len(ranks) - 1
+    before = len(os.listdir("/proc/self/fd"))
+    between = Links(ranks, stage, CPU, 60.0)
+    num_files = len(os.listdir("/proc/self/fd")) - before
+    forwards, gradients = Action.parse(f"{stage}RECV_F0"), Action.parse(f"{stage}RECV_I0@1")
+    for receive, exists in ((forwards, stage > 0), (gradients, stage < last)):
+        if exists:
+            between.post(receive, 0)
+    for send, exists in ((f"{stage}SEND_F0", stage < last), (f"{stage}SEND_I0@1", stage > 0)):
+        if exists:
+            between.send(Action.parse(send), 0, (torch.full((9000,), float(rank)),))
+    received = [
+        float(between.take(receive)[0][0][-1])
+        for receive, exists in ((forwards, stage > 0), (gradients, stage < last))
+        if exists
+    ]
+    between.flush()
+    torch.distributed.barrier()
+    between.close()
+    return num_files, received
+
+
+def test_links_need_their_two_ranks_only_and_few_files(ranks4: RankPool):
+    """Three stages beside a rank that has no link; then two pipelines; then four stages."""
+    for pipelines, expected in (
+        ([[3, 0, 2], [1]], [[3.0, 2.0], [], [0.0], [0.0]]),
+        ([[0, 1], [2, 3]], [[1.0], [0.0], [3.0], [2.0]]),
+        ([[0, 1, 2, 3]], [[1.0], [0.0, 2.0], [1.0, 3.0], [2.0]]),
+    ):
+        results = ranks4.run(open_links, pipelines=pipelines)
+        assert [received for _, received in results] == expected
+        assert max(num_files for num_files, _ in results) <= 12
 
 
 # What is said when something else arrives, or nothing.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
 from ds_interlock.errors import DataError
+from ds_interlock.transport.host import to_device
 from ds_interlock.transport.ranks import StageRanks
 
 
@@ -88,7 +89,8 @@ def _to_device(part: Any, device: torch.device) -> Any:
     if part is None:
         return None
     if isinstance(part, Tensor):
-        return part.detach().to(device, copy=True)
+        is_there = part.device.type == device.type
+        return part.detach().to(device, copy=True) if is_there else to_device(part.detach(), device)
     if isinstance(part, tuple | list) and all(isinstance(item, Tensor) for item in part):
-        return tuple(item.detach().to(device, copy=True) for item in part)
+        return tuple(_to_device(item, device) for item in part)
     raise DataError(f"inputs and labels must be a tensor or a tuple of tensors, got {type(part).__name__}")

@@ -41,6 +41,7 @@ from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.plan import GradientFlowPlan, loss_name
 from ds_interlock.schedule.simulate import Rows
 from ds_interlock.stage.backward import Backward
+from ds_interlock.transport.host import to_device
 from ds_interlock.transport.ranks import StageRanks
 
 _TIMELINE = "timeline"
@@ -380,12 +381,11 @@ class InterlockEngine(PipelineEngine):
         if not self.streaming:
             return self._recorder.batch - 1, self._ranks.from_last_stage(self._progress.final_loss)
         batch, loss = self._progress.reporter.newest
-        return batch, torch.tensor(loss, device=self.device)
+        return batch, to_device(torch.tensor(loss), self.device)
 
     def _enter_phase(self) -> None:
         """Puts the plan into force that the schedule has for the steps done."""
-        phase = self.module.schedule.phase_at(self.global_steps)
-        if phase != self.module.phase:
+        if (phase := self.module.schedule.phase_at(self.global_steps)) != self.module.phase:
             self._runner.enter_phase(phase)
             self._steps.enter_phase()
 

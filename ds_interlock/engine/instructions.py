@@ -13,7 +13,7 @@ from deepspeed.utils import timer
 
 from ds_interlock.schedule.action import RECV_KINDS, SEND_KINDS, Kind
 from ds_interlock.schedule.lower import Program
-from ds_interlock.stage.interpreter import Step, steps
+from ds_interlock.stage.interpreter import Step, receive_ahead, steps
 
 
 class HeadPass(BufferOpInstruction):
@@ -69,6 +69,7 @@ class InterlockSchedule(PipeSchedule):
     def __init__(self, program: Program, stage: int) -> None:
         super().__init__(program.num_micro_batches, program.plan.num_stages, stage)
         self.program = program
+        self.receive_ahead = receive_ahead(program, stage)
         self.instructions = [self._instruction(step) for step in steps(program, stage)]
 
     def steps(self) -> Iterator[list[PipeInstruction]]:

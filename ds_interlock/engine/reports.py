@@ -25,12 +25,13 @@ from torch import Tensor
 
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
 from ds_interlock.schedule.plan import loss_name
-from ds_interlock.transport.links import CLOSE_SECONDS
 from ds_interlock.transport.ranks import StageRanks
 
 COSINE = "gradient_cosine"
 """What the result of ``interlock.myopia`` is called in reports."""
 
+CLOSE_SECONDS = 5.0
+"""How long to wait for a thread at the end."""
 _EXCHANGE_SECONDS = 0.25
 """Values travel in parcels, so that short batches do not pay for them one by one."""
 _PAUSE_SECONDS = 0.02

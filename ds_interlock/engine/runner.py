@@ -37,7 +37,7 @@ def without_loss(program: Program, loss: int) -> Program:
 
 
 class StageRunner:
-    """What runs on this stage, one program after another. Every rank of the job must make one.
+    """What runs on this stage, one program after another. Every rank of a pipeline must make one.
 
     The engine gives out the instructions of a schedule, which come back to ``interpreter``.
     """
@@ -85,6 +85,7 @@ class StageRunner:
 
     def run(self, schedule: InterlockSchedule) -> StageWork:
         """Runs a batch of ``schedule``; returns the work, which has the losses."""
+        self.links.expect(schedule.receive_ahead)
         self.interpreter.begin_batch(self._num_issued, schedule.micro_batches)
         self.engine._exec_schedule(schedule)
         self._num_issued += 1

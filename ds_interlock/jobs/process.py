@@ -92,11 +92,8 @@ def join_job() -> bool:
     if not {"RANK", "OMPI_COMM_WORLD_RANK"} & os.environ.keys():
         return False
     ds_interlock.init_distributed()
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
+    if get_accelerator().device_name() == "cpu":
         torch.set_num_threads(1)  # the stages of a pipeline share the cores
-    else:
-        accelerator.set_device(_local_rank())  # before anything is gathered
     return True
 
 

@@ -6,12 +6,13 @@ load ────────────► feed ──────────
 On a pipeline the messenger is the links to other processes, and in one process a dictionary.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.action import RECV_KINDS, Action, Kind
 from ds_interlock.schedule.codes import codes_of
 from ds_interlock.schedule.dependency import send_of
 from ds_interlock.schedule.lower import Program
@@ -49,6 +50,22 @@ def steps(program: Program, stage: int) -> tuple[Step, ...]:
         return Step(action, takes)
 
     return tuple(map(step, program.stages[stage]))
+
+
+def receive_ahead(program: Program, stage: int) -> int:
+    """The most receives of a link that neighbours post, in order, from the oldest one that is not taken."""
+    most = 0
+    for neighbour in {stage - 1, stage + 1} & set(range(program.plan.num_stages)):
+        untaken: dict[Kind, dict[Action, int]] = defaultdict(dict)
+        num_posted: dict[Kind, int] = defaultdict(int)
+        for action, takes in steps(program, neighbour):
+            if action.kind in RECV_KINDS:
+                num_posted[action.kind] += 1
+                untaken[action.kind][action] = num_posted[action.kind]
+                most = max(most, 1 + num_posted[action.kind] - next(iter(untaken[action.kind].values())))
+            for receive in takes:
+                del untaken[receive.kind][receive]
+    return most
 
 
 @dataclass(eq=False)

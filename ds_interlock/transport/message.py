@@ -1,14 +1,15 @@
-"""What a message between stages looks like: a frame of fixed size, and the tensors too large for it.
+"""What a message between stages looks like: a frame of fixed size, and payloads, the tensors not in it.
 
-    frame   ┌ header ─────────────────────────────┬ small tensors ────────────────┐
-            │ batch, kind, micro-batch, losses,   │ labels, masks, small hidden   │
-            │ structures, and of every tensor     │ states, one after the other   │
-            │ its dtype, offset, and shape        │                               │
-            └─────────────────────────────────────┴───────────────────────────────┘
-    then each large tensor by itself, straight from and into its own memory
+    frame   ┌ header ─────────────────────────────┬ small tensors ────────────────┬ mark ┐
+            │ batch, kind, micro-batch, losses,   │ labels, masks; on a CPU also  │      │
+            │ structures, and of every tensor     │ small hidden states, one      │      │
+            │ its dtype, offset, and shape        │ after the other               │      │
+            └─────────────────────────────────────┴───────────────────────────────┴──────┘
+    then each payload by itself, straight from and into its own memory
 
 A receiver can wait for a frame before it knows what is in it. Shapes may therefore change between
 micro-batches, a neighbour that runs another schedule is noticed at once, and a small message is one transfer.
+The mark arrives last, so that a receiver can see without waiting whether a frame is there.
 """
 
 from collections.abc import Sequence
@@ -22,11 +23,13 @@ from torch import Tensor
 from ds_interlock.errors import PeerError
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.stage.hidden import DTYPES
+from ds_interlock.transport.host import on_host, to_device
 
 _HEADER_WORDS = 256
 _HEADER_BYTES = 8 * _HEADER_WORDS
 FRAME_BYTES = 16 * 1024
 _ALIGNMENT = 16
+_MARK = FRAME_BYTES - 1
 
 _KINDS = [Kind.RECV_FORWARD, Kind.RECV_GRADIENT]
 # A structure of tensors: how many, and whether they stand alone, in a tuple, or are none.
@@ -40,16 +43,16 @@ class Contents:
     """What a frame says, and holds, of its message."""
 
     tensors: list[Tensor | None]
-    """Those in the frame; None for those that follow it."""
+    """Those in the frame; None for payloads."""
     shapes: list[list[int]]
     dtypes: list[torch.dtype]
     layout: list[tuple[int, int]]
     """How the tensors make up structures."""
 
-    def structures(self, later: Sequence[Tensor]) -> list[Any]:
-        """The structures as they were sent, from the tensors in the frame and the ``later`` ones."""
-        following = iter(later)
-        reader = iter([next(following) if tensor is None else tensor for tensor in self.tensors])
+    def structures(self, payloads: Sequence[Tensor], device: torch.device) -> list[Any]:
+        """The structures as they were sent, on ``device``, from the tensors in the frame and the payloads."""
+        following = iter(payloads)
+        reader = iter([next(following) if t is None else to_device(t, device) for t in self.tensors])
         structures: list[Any] = []
         for form, count in self.layout:
             parts = tuple(next(reader) for _ in range(count))
@@ -57,7 +60,7 @@ class Contents:
         return structures
 
     def empty(self, device: torch.device) -> list[Tensor]:
-        """Memory for the tensors that follow the frame."""
+        """Memory for the payloads."""
         return [
             torch.empty(shape, dtype=dtype, device=device)
             for tensor, shape, dtype in zip(self.tensors, self.shapes, self.dtypes, strict=True)
@@ -66,12 +69,12 @@ class Contents:
 
 
 def encode(
-    receive: Action, batch: int, structures: Sequence[Any], *, inline: bool
+    receive: Action, batch: int, structures: Sequence[Any], *, floats_inline: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The frame of a message for ``receive``, and the tensors to send after it.
+    """The frame of a message for ``receive``, and the payloads to send after it.
 
-    ``structures`` are tensors: alone, in a tuple, or None. ``inline`` lets small ones travel in the frame,
-    if they are in the CPU's memory.
+    ``structures`` are tensors: alone, in a tuple, or None. Small ones travel in the frame if their values are
+    in the host's memory: integers, and with ``floats_inline`` others.
     """
     layout: list[int] = [len(structures)]
     tensors: list[Tensor] = []
@@ -83,23 +86,38 @@ def encode(
     words = [*_tag(receive, batch), *layout]
     # Filled as an array: a small assignment costs a tenth of what it costs a tensor.
     frame = np.empty(FRAME_BYTES, dtype=np.uint8)
+    frame[_MARK] = 1
     end = _HEADER_BYTES
-    later = []
+    payloads = []
     for tensor in tensors:
         num_bytes = tensor.numel() * tensor.element_size()
-        fits = inline and end + num_bytes <= FRAME_BYTES
-        words += [DTYPES.index(tensor.dtype), end if fits else _LATER, tensor.dim(), *tensor.shape]
-        if fits:
-            frame[end : end + num_bytes] = as_bytes(tensor).numpy()
-            end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        may_be_inline = floats_inline or not (tensor.is_floating_point() or tensor.is_complex())
+        values = on_host(tensor) if may_be_inline and end + num_bytes <= _MARK else None
+        offset = _LATER if values is None else end
+        words += [DTYPES.index(tensor.dtype), offset, tensor.dim(), *tensor.shape]
+        if values is None:
+            payloads.append(tensor)
         else:
-            later.append(tensor)
+            frame[end : end + num_bytes] = as_bytes(values).numpy()
+            end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
     if len(words) > _HEADER_WORDS:
         raise ValueError(
             f"a message of {len(tensors)} tensors does not fit its header: send fewer, larger ones"
         )
     frame[:_HEADER_BYTES].view(np.int64)[: len(words)] = words
-    return torch.from_numpy(frame), later
+    return torch.from_numpy(frame), payloads
+
+
+def empty_frame() -> Tensor:
+    """Memory for a frame, without its mark."""
+    frame = np.empty(FRAME_BYTES, dtype=np.uint8)
+    frame[_MARK] = 0
+    return torch.from_numpy(frame)
+
+
+def has_arrived(frame: Tensor) -> bool:
+    """Whether the last byte of ``frame`` is there: a wait for it will return at once."""
+    return bool(frame.numpy()[_MARK])
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -1,0 +1,85 @@
+"""How an engine starts: time to the first batch, and what stays open, ours beside DeepSpeed's.
+
+    python -m benchmarks.start_up --stages 2 5 32 --output start_up.json
+
+The layers compute next to nothing. Times begin when all ranks have met, and are the slowest rank's; a machine
+with fewer cores than stages divides them among the ranks. Files are open ones, sockets included: of the
+process before there is an engine, most of which are its connections to all other ranks, and those that the
+engine and a batch add, on the rank that has most. ``new_group`` is called on every rank of a job at once.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec
+
+from benchmarks import results
+from benchmarks.overhead import WIDTH, Shift
+from benchmarks.peers import DEEPSPEED, make_peer
+from measuring.engines import Workload, run_ranks
+from measuring.sleeping import sleeping_loss
+
+ENGINES = (DEEPSPEED, "global", "window 2")
+LAYERS_PER_STAGE = 2
+OPTIONS: results.Options = {
+    "stages": ([2, 5, 32], "pipeline stages, a process each"),
+    "micro_batches": (4, "of a batch"),
+}
+
+
+def measure(engine_name: str, num_micro_batches: int) -> dict[str, float]:
+    """On a rank: seconds until the engine exists and until its first batch is done; files; groups."""
+    num_layers = LAYERS_PER_STAGE * dist.get_world_size()
+    work = Workload(
+        layers=[LayerSpec(Shift)] * num_layers,
+        layer_seconds=[1.0] * num_layers,
+        loss_fn=sleeping_loss,
+        micro_batch=(torch.ones(1, WIDTH), torch.zeros(1, WIDTH)),
+        head=lambda position: Shift(),
+    )
+    dist.barrier()
+    before, start = _num_open(), time.perf_counter()
+    with patch.object(dist, "new_group", wraps=dist.new_group) as new_group:
+        engine = make_peer(engine_name, work)
+    made = time.perf_counter()
+    engine.set_train_batch_size(num_micro_batches)
+    engine.train_batch(repeat(work.micro_batch))
+    if hasattr(engine, "drain"):
+        engine.drain()
+    done = time.perf_counter()
+    after = _num_open()
+    dist.barrier()
+    return {
+        "seconds_to_engine": made - start,
+        "seconds_to_first_batch": done - start,
+        "new_group_calls": new_group.call_count,
+        "files_before": before,
+        "files_added": after - before,
+    }
+
+
+def _num_open() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and publishes."""
+    args = results.parse(__doc__, OPTIONS, argv)
+    rows: list[dict[str, Any]] = []
+    for num_stages in args.stages:
+        for engine in ENGINES:
+            print(f"{num_stages} stages, {engine} ...", flush=True)
+            by_rank = run_ranks(measure, num_stages, engine_name=engine, num_micro_batches=args.micro_batches)
+            most = {key: max(of_rank[key] for of_rank in by_rank) for key in by_rank[0]}
+            rows.append({"stages": num_stages, "engine": engine, **most})
+    results.publish("start_up", args, rows, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Two-rank communicators: one for the headers and one for the payloads of each direction of each link.
+
+    stage 0                    stage 1                    stage 2
+       │ ── headers, payloads ──► │ ── headers, payloads ──► │     forward
+       │ ◄── headers, payloads ── │ ◄── headers, payloads ── │     gradient
+
+Its two members make one by themselves, so their number at a stage does not grow with the pipeline. Not by
+``dist.new_group``: every rank of the job would have to call it, or, under NCCL, to join a split of the
+job's communicator. Headers are gloo's on every device. Payloads are NCCL's where tensors are on a GPU: there
+unbatched messages of one communicator wait for each other, so no two directions or links may share one.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+
+from ds_interlock.errors import ConfigError
+from ds_interlock.schedule.action import Kind
+
+SENDER, RECEIVER = 0, 1
+"""Their ranks in every communicator."""
+
+_num_opened: Counter[str] = Counter()
+"""By direction: how often this rank has opened it. Its members agree on that, whatever other ranks do."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The rank at the other end, and how errors call it."""
+
+    rank: int
+    stage: int
+
+    def __str__(self) -> str:
+        return f"stage {self.stage} (rank {self.rank})"
+
+
+@dataclass(frozen=True)
+class Channel:
+    """This rank's end of one direction of a link."""
+
+    peer: Peer
+    headers: Any
+    payloads: Any
+    on_gloo: bool = True
+    """Whether payloads are gloo's, too."""
+
+    def send_header(self, frame: Tensor) -> Any:
+        """Starts to send; the result's ``wait`` returns once the other end has posted a receive."""
+        return self.headers.send([frame], RECEIVER, 0)
+
+    def receive_header(self, frame: Tensor) -> Any:
+        """Starts to receive into ``frame``."""
+        return self.headers.recv([frame], SENDER, 0)
+
+    def send_payload(self, payload: Tensor) -> Any:
+        """Starts to send, once what the current stream has to do is done."""
+        return self.payloads.send([payload], RECEIVER, 0)
+
+    def receive_payload(self, payload: Tensor) -> Any:
+        """Starts to receive, once what the current stream has to do is done."""
+        return self.payloads.recv([payload], SENDER, 0)
+
+    def close(self) -> None:
+        """Ends the communicators; the other end must do so, too."""
+        self.headers.shutdown()
+        self.payloads.shutdown()
+
+
+class Communicators:
+    """Makes the communicators of a rank. ``device`` is where tensors are received to."""
+
+    def __init__(self, device: torch.device, timeout_seconds: float) -> None:
+        self.device = device
+        # Longer than our own limit: the error that names the neighbour is the one to be seen.
+        self._timeout = timedelta(seconds=2 * timeout_seconds + 60)
+        self._gloo: Any = dist.ProcessGroupGloo
+        interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+        # One for all: it has a thread and some open files.
+        self._sockets = (
+            self._gloo.create_device(interface=interface) if interface else self._gloo.create_default_device()
+        )
+
+    def channel(self, name: str, peer: Peer, rank: int) -> Channel:
+        """The end of ``rank``, SENDER or RECEIVER, of the direction ``name``. The two wait for each other."""
+        store = PrefixStore(name, dist.distributed_c10d._get_default_store())
+        headers = self.gloo(PrefixStore("headers", store), rank)
+        payloads = self.payloads(PrefixStore("payloads", store), rank)
+        channel = Channel(peer, headers, payloads, on_gloo=isinstance(payloads, self._gloo))
+        # The first message of a NCCL communicator connects it, which would wait for both hosts.
+        first = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        (channel.send_payload if rank == SENDER else channel.receive_payload)(first).wait()
+        return channel
+
+    def gloo(self, store: Any, rank: int) -> Any:
+        """A communicator for tensors in the CPU's memory."""
+        options = self._gloo._Options()
+        options._devices, options._threads, options._timeout = [self._sockets], 1, self._timeout
+        return self._gloo(store, rank, 2, options)
+
+    def payloads(self, store: Any, rank: int) -> Any:
+        """A communicator for tensors on the device."""
+        if self.device.type == "cpu":
+            return self.gloo(store, rank)
+        if get_accelerator().communication_backend_name() != "nccl":
+            raise ConfigError(
+                f"stages cannot exchange tensors between {self.device.type} devices: only NCCL is known"
+            )
+        nccl: Any = dist.ProcessGroupNCCL
+        options = nccl.Options()
+        options._timeout = self._timeout
+        return nccl(store, rank, 2, options)
+
+
+def open_channels(
+    ranks: Sequence[int], stage: int, device: torch.device, timeout_seconds: float
+) -> dict[Kind, Channel]:
+    """The ends of this stage, by what it does there; ``ranks`` are the pipeline's, by stage.
+
+    The other members must call it, too; no other rank has to.
+    """
+    communicators = Communicators(device, timeout_seconds)
+    channels: dict[Kind, Channel] = {}
+    # Links of even stages first: then no stage waits for one that waits for another.
+    for link in sorted({stage - 1, stage} & set(range(len(ranks) - 1)), key=lambda link: link % 2):
+        downstream = link == stage
+        other = link + 1 if downstream else link
+        peer = Peer(ranks[other], other)
+        for direction, sends in (("forward", downstream), ("gradient", not downstream)):
+            name = f"ds_interlock/{ranks[link]}-{ranks[link + 1]}/{direction}"
+            _num_opened[name] += 1
+            channel = communicators.channel(
+                f"{name}/{_num_opened[name]}", peer, SENDER if sends else RECEIVER
+            )
+            channels[_KINDS[direction, sends]] = channel
+    get_accelerator().synchronize()
+    return channels
+
+
+_KINDS = {
+    ("forward", True): Kind.SEND_FORWARD,
+    ("forward", False): Kind.RECV_FORWARD,
+    ("gradient", True): Kind.SEND_GRADIENT,
+    ("gradient", False): Kind.RECV_GRADIENT,
+}

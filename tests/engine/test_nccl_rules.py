@@ -1,0 +1,71 @@
+"""The engine under NCCL's rules: the bits that it gives on gloo, and a standstill where it breaks one."""
+
+from typing import Any
+
+import pytest
+from engine_jobs import Job, Outcome, assert_same, data_for, make_engine, train_all
+from nccl_rules import nccl_rules
+from ranks import RankError, RankPool
+
+from ds_interlock.schedule.action import Kind
+from ds_interlock.transport.links import Links, Sender
+
+
+def interlock(window: float, extra: int = 0) -> dict[str, Any]:
+    return {"mode": "interlock", "window": window, "extra_in_flight": extra}
+
+
+# Number of stages and micro-batches, and the mode. The last four stood still when a direction had one queue.
+JOBS = [
+    Job(section, num_stages=num_stages, num_micro_batches=num_micro_batches, num_batches=2)
+    for num_stages, num_micro_batches, section in (
+        (4, 3, {"mode": "global"}),
+        (4, 3, {"mode": "local"}),
+        (4, 8, interlock(3)),
+        (4, 8, interlock(2, extra=1)),
+        (4, 8, interlock(1.25, extra=1)),
+        (2, 8, interlock(1.25, extra=4)),
+    )
+]
+
+
+def train_on_both(jobs: list[Job]) -> tuple[list[Outcome], list[Outcome]]:
+    on_gloo = train_all(jobs)
+    with nccl_rules():
+        return on_gloo, train_all(jobs)
+
+
+def test_every_mode_gives_the_bits_of_gloo(ranks4: RankPool):
+    by_rank = ranks4.run(train_on_both, jobs=JOBS)
+    for on_gloo, under_rules in zip(
+        *(zip(*each, strict=True) for each in zip(*by_rank, strict=True)), strict=True
+    ):
+        assert_same(on_gloo, under_rules)
+
+
+def train_with_fault(fault: str) -> None:
+    job = Job({**interlock(3), "timeout_seconds": 6}, num_micro_batches=8, num_batches=2)
+    with nccl_rules():
+        engine = make_engine(job)
+    links: Links = engine._runner.links
+    if fault == "a sender waits for its payload":
+        send = Sender.send
+
+        def wait_too(self: Sender, *args: Any) -> None:
+            send(self, *args)
+            for payloads in self._payloads:
+                payloads.wait()
+
+        Sender.send = wait_too  # type: ignore[method-assign]
+    for sends, receives in ((Kind.SEND_FORWARD, Kind.RECV_FORWARD), (Kind.SEND_GRADIENT, Kind.RECV_GRADIENT)):
+        if fault == "one queue for each direction" and {sends, receives} <= links.channels.keys():
+            links.channels[sends].payloads.stream = links.channels[receives].payloads.stream
+    for _ in range(job.num_batches):
+        engine.train_batch(data_for(engine, job))
+    engine.drain()
+
+
+@pytest.mark.parametrize("fault", ["a sender waits for its payload", "one queue for each direction"])
+def test_a_broken_rule_is_a_standstill(fault: str):
+    with RankPool(4) as pool, pytest.raises(RankError, match=r"sent nothing for 6 s|NoAnswer"):
+        pool.run(train_with_fault, fault=fault, within_seconds=30)

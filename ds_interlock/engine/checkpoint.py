@@ -3,6 +3,7 @@
     save_dir/
       latest                               the newest complete checkpoint's tag
       global_step100/
+        interlock_files.json               names and sizes of the files
         layer_00-model_states.pt ...       layers (DeepSpeed)
         mp_rank_00_model_states.pt ...     optimizer, scheduler, counters; one file per stage (DeepSpeed)
         interlock_stage_00.pt ...          heads and untied copies of tied modules; one file per stage
@@ -29,6 +30,15 @@ from deepspeed.utils import logger
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import distributed as dist
 
+from ds_interlock.checkpoints.folder import (
+    REPLACED,
+    UNFINISHED,
+    find_fault,
+    folder_of,
+    latest_folder,
+    newest_first,
+    write_list,
+)
 from ds_interlock.engine.data import TrainingData
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
 from ds_interlock.engine.module import InterlockPipelineModule
@@ -39,9 +49,6 @@ from ds_interlock.transport.ranks import StageRanks
 
 Loaded = tuple[str | None, dict[str, Any] | None]
 """What DeepSpeed's ``load_checkpoint`` returns."""
-
-_UNFINISHED = ".unfinished"
-_REPLACED = ".replaced"
 
 _SAFE: list[Any] = [
     *(fragment_address, np.ndarray, np.dtype, type(np.dtype(np.uint32))),
@@ -70,9 +77,11 @@ class Checkpoints:
 
         A rank that ``writes`` makes and renames folders.
         """
-        folder = save_dir / (tag + _UNFINISHED)
+        complete = folder_of(save_dir, tag)
+        folder = complete.with_name(tag + UNFINISHED)
         if writes:
-            shutil.rmtree(folder, ignore_errors=True)
+            for left_over in save_dir.glob("*" + UNFINISHED):  # by a run that was killed
+                shutil.rmtree(left_over, ignore_errors=True)
         dist.barrier()
         yield folder.name
         if self.ranks.replica == 0:
@@ -80,23 +89,44 @@ class Checkpoints:
         torch.save(self._rank_state(), self._rank_file(folder))
         dist.barrier()
         if writes:
-            replace_folder(save_dir / tag, folder, save_dir / (tag + _REPLACED))
+            write_list(folder, self.engine.global_steps)
+            replace_folder(complete, folder, complete.with_name(tag + REPLACED))
             if save_latest:
                 replace_text(save_dir / "latest", tag)
         dist.barrier()
 
     def find(self, load_dir: str | os.PathLike[str], tag: str | None) -> Path | None:
-        """The folder of the checkpoint with ``tag``, by default the newest one; None if none exists."""
-        if tag is None:
-            latest = Path(load_dir) / "latest"
-            if not latest.is_file():
-                logger.warning(f"no checkpoint in {load_dir}: it has no file 'latest', and tag is None")
-                return None
-            tag = latest.read_text().strip()
-        folder = Path(load_dir) / tag
+        """The folder of the checkpoint with ``tag``, by default the newest one; None if none exists.
+
+        Reads all of it once, each rank a share of its files. All ranks must call it.
+
+        Raises:
+            ConfigError: On all ranks, if it is damaged or incomplete: names the newest one that is not.
+        """
+        folder = latest_folder(Path(load_dir)) if tag is None else folder_of(Path(load_dir), tag)
+        if folder is None:
+            logger.warning(f"no checkpoint in {load_dir}: it has no file 'latest', and tag is None")
+            return None
         # A save that replaces a checkpoint may have been cut off between its two renames.
-        replaced = folder.with_name(folder.name + _REPLACED)
-        return replaced if not folder.is_dir() and replaced.is_dir() else folder
+        replaced = folder.with_name(folder.name + REPLACED)
+        folder = replaced if not folder.is_dir() and replaced.is_dir() else folder
+        fault = self._find_fault(folder)
+        if fault is None:
+            return folder
+        others = [other for other in newest_first(folder.parent) if other != folder]
+        whole = next((other for other in others if self._find_fault(other) is None), None)
+        hint = (
+            f"load {whole.name}, the newest whole one" if whole else f"no other in {folder.parent} is whole"
+        )
+        raise ConfigError(f"{fault}: the checkpoint {folder.name} cannot be used; {hint}")
+
+    def _find_fault(self, folder: Path) -> str | None:
+        """The first fault that a rank finds, on all ranks."""
+        ranks = self.ranks.global_rank, dist.get_world_size()
+        share = slice(None) if self.engine.use_node_local_storage() else slice(ranks[0], None, ranks[1])
+        faults: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(faults, find_fault(folder, share))
+        return next(filter(None, faults), None)
 
     def load(
         self, folder: Path, deepspeed_loads: Callable[..., Loaded], module_only: bool, with_optimizer: bool

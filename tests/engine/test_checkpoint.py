@@ -254,17 +254,49 @@ def test_another_mode_is_refused_but_may_take_the_module(ranks4: RankPool, tmp_p
                 assert not torch.equal(loaded, result["before"][name])
 
 
-def load_what_is_not_there(folder: str) -> tuple[Any, Exception | None]:
+def load_what_is_not_there(folder: str) -> tuple[Any, dict[str, Exception | None], list[bool]]:
+    """Nothing to load; then a damaged checkpoint among others, which is the newest."""
     engine = make_engine(Job(INTERLOCK))
-    return engine.load_checkpoint(folder), caught(engine.load_checkpoint, folder, tag="global_step7")
+    nothing = engine.load_checkpoint(folder)
+    for tag in ("first", "second", "third"):
+        engine.train_batch(iter(micro_batches(4)))
+        engine.save_checkpoint(folder, tag=tag)
+    if engine.global_rank == 0:
+        damage(Path(folder) / "third" / "layer_05-model_states.pt")
+        (Path(folder) / "second" / "interlock_rank_00002.pt").unlink()
+    torch.distributed.barrier()
+    before = parameters_of(engine)
+    errors = {tag: caught(engine.load_checkpoint, folder, tag=tag) for tag in (None, "second", "fourth")}
+    errors["../first"] = caught(engine.load_checkpoint, folder, tag="../first")
+    errors["save"] = caught(engine.save_checkpoint, folder, tag="../fourth")
+    untouched = [torch.equal(p, before[name]) for name, p in parameters_of(engine).items()]
+    engine.load_checkpoint(folder, tag="first")
+    return nothing, errors, [*untouched, engine.global_steps == 1]
 
 
-def test_a_checkpoint_that_is_not_there(ranks4: RankPool, tmp_path: Path):
-    for nothing, error in ranks4.run(load_what_is_not_there, folder=str(tmp_path)):
+def damage(file: Path) -> None:
+    content = file.read_bytes()
+    start = content.index(b"data/0") + 6  # of a header that ends within 64 bytes
+    file.write_bytes(content[:start] + bytes(byte ^ 1 for byte in content[start:-1]) + content[-1:])
+
+
+def test_a_damaged_checkpoint_is_refused_on_every_rank_and_the_newest_whole_one_named(
+    ranks4: RankPool, tmp_path: Path
+) -> None:
+    whole = "cannot be used; load first, the newest whole one"
+    says = {
+        None: ("third/layer_05-model_states.pt is damaged (", f"the checkpoint third {whole}"),
+        "second": (f"second/interlock_rank_00002.pt is missing: the checkpoint second {whole}",),
+        "fourth": (f"{tmp_path}/fourth is missing: the checkpoint fourth {whole}",),
+        "../first": ("'../first' is no tag of a checkpoint in",),
+        "save": ("'../fourth' is no tag of a checkpoint in",),
+    }
+    for nothing, errors, checks in ranks4.run(load_what_is_not_there, folder=str(tmp_path)):
         assert nothing == (None, None)
-        assert isinstance(error, ConfigError)
-        assert "global_step7" in str(error)
-        assert "is missing" in str(error)
+        assert all(checks)
+        for tag, parts in says.items():
+            assert isinstance(errors[tag], ConfigError), tag
+            assert all(part in str(errors[tag]) for part in parts), errors[tag]
 
 
 def load_without_the_optimizer(folder: str) -> float:

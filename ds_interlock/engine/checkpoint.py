@@ -144,7 +144,9 @@ class Checkpoints:
 
     def load(self, folder: Path, deepspeed_loads: Callable[..., Loaded], with_optimizer: bool) -> Loaded:
         """Loads one of this run; returns what ``deepspeed_loads``, which loads DeepSpeed's files, returns."""
-        state, module = read_file(self._stage_file(folder)), self.engine.module
+        with raised_by_all():
+            state, of_rank = read_file(self._stage_file(folder)), read_file(self._rank_file(folder))
+        module = self.engine.module
         module.heads.load_state_dict(state["heads"])  # before the optimizer copies them
         if state["tied_modules"] and not module.tied_comms:
             module.tied_modules.load_state_dict(state["tied_modules"])
@@ -152,12 +154,11 @@ class Checkpoints:
         self.heads_aside = state.get("heads_aside", {})
         result = deepspeed_loads(load_optimizer_states=with_optimizer and not self.keeps_optimizer)
         if result[0] is not None:
-            state = read_file(self._rank_file(folder))
             if self.keeps_optimizer and with_optimizer:
-                load_flat_copies(self.engine.optimizer, state["optimizer"])
+                load_flat_copies(self.engine.optimizer, of_rank["optimizer"])
             elif self.keeps_optimizer:
                 self.engine.optimizer.refresh_fp32_params()
-            self.restore(state)
+            self.restore(of_rank)
         return result
 
     def restore(self, state: State, *, random: bool = True) -> None:

@@ -184,15 +184,16 @@ class MappedCheckpoint(ABC):
     def _give_rates(self) -> None:
         """A scheduler has a rate for each group, and those of new heads are not in the checkpoint."""
         scheduler = self.engine.lr_scheduler
-        if not self.with_scheduler:
-            return
-        for name, rates in self._rates.items():
-            loaded = [*getattr(scheduler, name), *rates][: len(rates)]
+        for name, rates in self._rates.items() if self.with_scheduler else ():
+            loaded = getattr(scheduler, name)
+            loaded = [*loaded, *rates[len(loaded) :]][: len(rates)]
             for number, (stage, group) in self._groups.items():
-                state = self._models[stage]["lr_scheduler"]
-                loaded[number] = state[name][group] if name in state else loaded[number]
+                if name in self._models[stage]["lr_scheduler"]:
+                    loaded[number] = self._models[stage]["lr_scheduler"][name][group]
             setattr(scheduler, name, loaded)
-        if self._optimizer_state is not None and hasattr(scheduler, "last_batch_iteration"):  # DeepSpeed's
+        if self._optimizer_state is None or not self.with_scheduler:
+            return
+        if hasattr(scheduler, "last_batch_iteration"):  # DeepSpeed's
             for number, rate in enumerate(scheduler.get_lr()):
                 if number not in self._groups:
                     self.engine.optimizer.param_groups[number]["lr"] = rate
@@ -304,8 +305,8 @@ class OtherShape(MappedCheckpoint):
 
     def _tied_owner(self, key: str) -> int:
         module = self.engine.module
-        local = range(module._local_start, module._local_stop)
-        return self._saved.owner(next(index for index in _tied_layers(module, key) if index in local))
+        here = range(module._local_start, module._local_stop)
+        return self._saved.owner(next(index for index in _tied_layers(module, key) if index in here))
 
     def _tied_state(self, key: str) -> State:
         return self._saved.tied_module(key, self._tied_owner(key)) or super()._tied_state(key)
@@ -331,11 +332,9 @@ class OtherShape(MappedCheckpoint):
         return saved
 
     def _optimizer_of(self, stage: int, model: State) -> Saved:
-        topology, is_flat = (
-            self._saved.states[stage]["topology"],
-            isinstance(self.engine.optimizer, ZeROOptimizer),
-        )
+        topology = self._saved.states[stage]["topology"]
         kind, ranks = topology["optimizer"], topology["ranks"]
+        is_flat = isinstance(self.engine.optimizer, ZeROOptimizer)
         if is_flat != (kind != "torch"):
             raise MismatchError(_OTHER_FORM.format(*((_TORCHS, _FLAT) if is_flat else (_FLAT, _TORCHS))))
         if kind == "torch":

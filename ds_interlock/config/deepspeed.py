@@ -62,8 +62,8 @@ REFUSALS = (
     Refusal(
         "checkpoint.load_universal",
         (True,),
-        "universal checkpoints are not for pipelines of layer files; a checkpoint resumes with other numbers "
-        "of stages and replicas as it is. Leave it out",
+        "universal checkpoints have no heads, and a checkpoint as it is resumes with other numbers of stages "
+        "and replicas. Leave it out",
     ),
     Refusal(
         "steps_per_print",

@@ -68,15 +68,28 @@ class ResumableIterator(Iterator[Item], ABC):
         return {"position": self.position, **self.fingerprint()}
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
-        """Continues where ``state`` was taken; a DataError if it is of other data, or other settings."""
+        """Continues where ``state`` was taken, in items if sizes differ, rounded down to a micro-batch.
+
+        Raises:
+            DataError: If it is of other data, or other settings.
+        """
+        own = self.fingerprint()
         differing = [
             f"{name} was {state.get(name)} and is {value}"
-            for name, value in self.fingerprint().items()
-            if state.get(name) != value
+            for name, value in own.items()
+            if name not in _SIZES and state.get(name) != value
         ]
         if differing:
             raise DataError(f"the saved data position does not fit this run: {', '.join(differing)}")
-        self.position = int(state["position"])
+        self.position = int(state["position"]) * _num_items(state) // _num_items(own)
+
+
+_SIZES = ("micro_batch_size", "num_replicas", "num_micro_batches")
+
+
+def _num_items(sizes: Mapping[str, int | str]) -> int:
+    """In a micro-batch of all replicas."""
+    return int(sizes.get("micro_batch_size", 1)) * int(sizes.get("num_replicas", 1))
 
 
 @dataclass(eq=False)

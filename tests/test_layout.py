@@ -21,14 +21,15 @@ MAY_IMPORT = {
     "transport": {"schedule", "stage"},
     "stage": {"sampling", "schedule"},
     "heads": {"config", "schedule"},
+    "checkpoints": set(),
     "models": {"heads", "schedule"},
-    "engine": {"config", "heads", "schedule", "stage", "transport"},
+    "engine": {"checkpoints", "config", "heads", "schedule", "stage", "transport"},
     "profiling": {"config", "heads", "planning", "schedule", "transport"},
     "hf/data": {"heads", "sampling"},
     "hf/model": {"config", "heads", "hf/data", "planning", "profiling", "sampling", "schedule"},
-    "hf/export": {"heads", "hf/model", "models", "schedule"},
+    "hf/export": {"checkpoints", "heads", "hf/model", "models", "schedule"},
     "images": {"heads", "hf/data", "sampling"},
-    "jobs": {"config", "hf/data", "hf/export", "hf/model", "images", "models"},
+    "jobs": {"checkpoints", "config", "hf/data", "hf/export", "hf/model", "images", "models"},
     "verification": {"config", "heads", "sampling", "schedule", "stage", "transport"},
 }
 # What each tree may import of the others.

@@ -55,6 +55,17 @@ REFUSALS = (
         "`ds-interlock profile` for seconds, or leave the section out",
     ),
     Refusal(
+        "checkpoint.writer.decoupled",
+        (True,),
+        "DeepSpeed completes such a checkpoint in engine.step(), which no pipeline calls. Use false",
+    ),
+    Refusal(
+        "checkpoint.load_universal",
+        (True,),
+        "universal checkpoints have no heads, and a checkpoint as it is resumes with other numbers of stages "
+        "and replicas. Leave it out",
+    ),
+    Refusal(
         "steps_per_print",
         (None,),
         "DeepSpeed prints the times of wall_clock_breakdown every steps_per_print batches, and fails without "

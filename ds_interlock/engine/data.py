@@ -1,11 +1,12 @@
 """The micro-batches that the first stage reads."""
 
 from dataclasses import dataclass, field
+from itertools import islice
 from numbers import Number
 from typing import Any
 
 import torch
-from deepspeed.runtime.dataloader import RepeatingLoader
+from deepspeed.runtime.dataloader import DeepSpeedDataLoader, RepeatingLoader
 from deepspeed.utils import logger
 from torch import Tensor
 
@@ -57,31 +58,59 @@ class TrainingData:
         """Makes ``pair`` what ``load`` returns next, on the first stage."""
         self._put_back = [pair]
 
-    def iterator_state(self) -> Any:
-        """The state of an iterator that can be resumed from one; otherwise None."""
+    def state(self) -> dict[str, Any]:
+        """How far it has got; of an iterator that can be resumed from one, its state."""
         iterator: Any = self.engine.data_iterator if self.ranks.is_first_stage else None
-        return iterator.state_dict() if hasattr(iterator, "state_dict") else None
+        return {
+            "consumed_micro_batches": self.consumed,
+            "samples_per_micro_batch": self._micro_batch_of_all_replicas,
+            "data_iterator": iterator.state_dict() if hasattr(iterator, "state_dict") else None,
+        }
 
-    def restore(self, consumed: int, iterator_state: Any) -> None:
-        """Continues in the data where the saved run was."""
-        self.consumed = consumed
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues in the data where the saved run was, though its micro-batches had another size."""
+        now = self._micro_batch_of_all_replicas
+        self.consumed = state["consumed_micro_batches"] * state.get("samples_per_micro_batch", now) // now
         if not self.ranks.is_first_stage:
+            self.consumed = 0
             return
         engine = self.engine
         loader = engine.training_dataloader
-        if iterator_state is not None and hasattr(engine.data_iterator, "load_state_dict"):
-            engine.data_iterator.load_state_dict(iterator_state)
+        if state["data_iterator"] is not None and hasattr(engine.data_iterator, "load_state_dict"):
+            engine.data_iterator.load_state_dict(state["data_iterator"])
         elif loader is not None:
-            if isinstance(loader, RepeatingLoader):
-                loader.data_iter = iter(loader.loader)  # iter() alone continues where it is
+            position = (
+                _restart(loader, self.consumed) if isinstance(loader, RepeatingLoader) else self.consumed
+            )
             engine.set_dataloader(loader)
-            for _ in range(consumed):
+            for _ in range(position):
                 next(engine.data_iterator)
-        elif consumed:
+        elif self.consumed:
             logger.warning(
-                f"the data iterator cannot be put back: skip {consumed} micro-batches on stage 0 "
+                f"the data iterator cannot be put back: skip {self.consumed} micro-batches on stage 0 "
                 "(engine.consumed_micro_batches) before the next train_batch"
             )
+
+    @property
+    def _micro_batch_of_all_replicas(self) -> int:
+        """Samples in a micro-batch of every replica together."""
+        return self.engine.train_micro_batch_size_per_gpu() * self.ranks.num_replicas
+
+
+def _restart(repeating: RepeatingLoader, position: int) -> int:
+    """Lets it begin ``position`` micro-batches later, without reading them; returns how many are left to.
+
+    The order of samples is the same in every epoch, as DeepSpeed makes it.
+    """
+    loader = repeating.loader
+    if isinstance(loader, DeepSpeedDataLoader) and not loader.curriculum_learning_enabled:
+        sampler = loader.data_sampler
+        loader.data_sampler = islice(sampler, position % len(loader) * loader.batch_size, None)
+        repeating.data_iter, position = iter(loader), 0
+        loader.data_sampler = sampler  # of later epochs
+    else:
+        repeating.data_iter = iter(loader)  # iter() of itself continues where it is
+    return position
 
 
 def _to_device(part: Any, device: torch.device) -> Any:

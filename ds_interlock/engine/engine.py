@@ -26,9 +26,9 @@ from torch import distributed as dist
 
 from ds_interlock.engine.checkpoint import Checkpoints
 from ds_interlock.engine.data import TrainingData
-from ds_interlock.engine.deepspeed_checkpoint import DeepSpeedCheckpoint, is_from_elsewhere
 from ds_interlock.engine.head_warmup import HeadWarmup
 from ds_interlock.engine.instructions import INSTRUCTIONS, MESSAGE_TIMERS, InterlockSchedule
+from ds_interlock.engine.mapped_checkpoint import DeepSpeedCheckpoint, OtherShape
 from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.engine.myopia import MyopiaMeter
 from ds_interlock.engine.optimizer import StageOptimizer
@@ -283,15 +283,13 @@ class InterlockEngine(PipelineEngine):
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Loads a checkpoint. As DeepSpeed's; all ranks must call it.
 
-        ``load_module_only`` takes layers, and the heads that sit where this plan has one, from a
-        checkpoint of any mode. One that DeepSpeed or a converter wrote has no heads: they start anew.
+        Another mode, window, type of head, number of stages or replicas may have written it, or DeepSpeed,
+        or a converter: heads that are not in it start anew.
 
         Raises:
-            ConfigError: If it was saved under another plan, without ``load_module_only``; if a checkpoint
-                of DeepSpeed lacks what this stage needs. Nothing has been loaded then.
+            ConfigError: If it is damaged, or lacks what this stage needs. Nothing has been loaded then.
         """
-        folder = self._checkpoints.find(load_dir, tag)
-        if folder is None:
+        if (folder := self._checkpoints.find(load_dir, tag)) is None:
             return None, None
         load = partial(
             super().load_checkpoint,
@@ -302,12 +300,14 @@ class InterlockEngine(PipelineEngine):
             load_module_only=load_module_only,
             custom_load_fn=custom_load_fn,
         )
-        if is_from_elsewhere(folder):
-            wanted = load_module_only, load_optimizer_states, load_lr_scheduler_states
-            result = DeepSpeedCheckpoint(self, folder, *wanted).load(load, load_module_strict)
-            self._warmup.heads_are_new()
+        kind = DeepSpeedCheckpoint if DeepSpeedCheckpoint.is_in(folder) else OtherShape
+        if kind is OtherShape and not load_module_only and self._checkpoints.is_of_this_run(folder):
+            result = self._checkpoints.load(folder, load, load_optimizer_states)
         else:
-            result = self._checkpoints.load(folder, load, load_module_only, load_optimizer_states)
+            wanted = folder, load_module_only, load_optimizer_states, load_lr_scheduler_states
+            checkpoint = kind(self, self._checkpoints, *wanted)
+            result = checkpoint.load(load, load_module_strict)
+            self._warmup.is_due = checkpoint.has_new_heads
         self._enter_phase()  # that of the steps done when it was saved
         dist.barrier()
         return result

@@ -82,25 +82,22 @@ class HeadWarmup:
     """Fits the auxiliary heads of this stage, those of all phases of a schedule."""
 
     runner: StageRunner
+    is_due: bool = False
+    """To be set where a run is resumed that has heads which it had not before."""
     _is_done: bool = False
-    _is_due: bool = False
-
-    def heads_are_new(self) -> None:
-        """To be called where a run is resumed whose layers had no heads before."""
-        self._is_done, self._is_due = False, True
 
     def before_batch(self) -> None:
         """Before the first batch of a new run; the heads of a resumed one are already further."""
         engine = self.runner.engine
         num_steps = engine.module.head_config.warmup_steps or 0
-        if num_steps > 0 and (engine.global_steps == 0 or self._is_due) and not self._is_done:
+        if num_steps > 0 and (self.is_due or (engine.global_steps == 0 and not self._is_done)):
             self.fit(None, num_steps)
 
     def fit(self, data_iter: Iterator[Any] | None, num_steps: int) -> dict[str, list[float]]:
         """Fits the heads for ``num_steps`` batches; returns their losses by name, batch by batch."""
         engine = self.runner.engine
         module, plan = engine.module, engine.module.schedule.plan_with_all_heads
-        self._is_done = True
+        self._is_done, self.is_due = True, False
         if data_iter is not None:
             engine.set_dataiterator(data_iter)
         if len(plan.heads) == 1:

@@ -23,7 +23,8 @@ class RunArguments:
 
     _argument_group_name: ClassVar[str] = "run"
     _least: ClassVar[dict[str, int]] = {
-        "max_steps": 1, "logging_steps": 1, "eval_steps": 0, "save_steps": 0, "seed": 0
+        "max_steps": 1, "logging_steps": 1, "eval_steps": 0, "save_steps": 0, "seed": 0,
+        "save_total_limit": 1,
     }  # fmt: skip
     _example_config: ClassVar[str] = "configs/interlock.json"
 
@@ -33,7 +34,10 @@ class RunArguments:
     save_steps: int = argument(0, "0: only at the end (%(default)s)")
     logging_steps: int = argument(10, "(%(default)s)")
     output_dir: str = argument("runs", "(%(default)s)")
-    resume_from_checkpoint: str | None = argument(None, "a checkpoints/ folder, or one checkpoint in it")
+    save_total_limit: int | None = argument(None, "newest checkpoints to keep (default: all)")
+    resume_from_checkpoint: str | None = argument(
+        None, 'a checkpoints/ folder, one checkpoint in it, or "auto": the newest in --output_dir, if any'
+    )
     seed: int = argument(42, "of weights, order of data, dropout (%(default)s)")
     local_rank: int = argument(-1, "set by the launcher")
     deepspeed_config: str | None = argument(None, "the DeepSpeed config, which sets the mode", metavar="FILE")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch.distributed as dist
 
+from ds_interlock.checkpoints.folder import newest_complete, remove_oldest
 from ds_interlock.hf.data.batches import BatchShape
 from ds_interlock.jobs import process
 from ds_interlock.jobs.arguments import RunArguments
@@ -19,6 +20,7 @@ Metrics = dict[str, Any]  # the contents of ``metrics.json``: numbers by name, a
 Losses = dict[str, float]  # results of an evaluation by name
 
 _BEST = "best"
+_NUMBERED = "global_step"
 _TIMELINE_STEPS = 20  # the timeline shows a typical one of the last
 
 
@@ -98,8 +100,8 @@ class Loop:
 
     def run(self) -> Metrics:
         """Trains up to ``max_steps`` and destroys the engine; returns the metrics. All ranks must call it."""
-        if self.args.resume_from_checkpoint:
-            path = Path(self.args.resume_from_checkpoint)
+        path = self._checkpoint_to_resume()
+        if path is not None:
             self.step = self.first_step = process.resume(self.engine, path)
         self.task.begin(self.step)
         self.progress = Progress(self.step, self.args.max_steps, shows=self.is_rank_0)
@@ -108,6 +110,15 @@ class Loop:
         metrics = self._finish(first)
         self.engine.destroy()
         return metrics
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        name = self.args.resume_from_checkpoint
+        if name != "auto":
+            return Path(name) if name else None
+        path = broadcast_from_rank_0(newest_complete(self.checkpoints, _NUMBERED) if self.is_rank_0 else None)
+        if self.is_rank_0:
+            print(f"resuming {path}" if path else f"no checkpoint in {self.checkpoints} yet", flush=True)
+        return path
 
     def _begin_log(self) -> Losses:
         """Results of the evaluation before the first step; a resumed run has them in its log."""
@@ -143,7 +154,7 @@ class Loop:
             if _is_due(self.step, args.eval_steps) and self.step < args.max_steps:
                 self._log_evaluation(self._evaluate())
             if _is_due(self.step, args.save_steps):
-                self._save(f"global_step{self.step}")
+                self._save(f"{_NUMBERED}{self.step}")
         self.progress.bar.close()
 
     def _evaluate(self) -> Losses:
@@ -161,6 +172,8 @@ class Loop:
             self.engine.save_checkpoint(self.checkpoints, tag=tag, save_latest=tag != _BEST)
         if tag != _BEST:
             self.saved_step = self.step
+        if self.args.save_total_limit and self.is_rank_0:
+            remove_oldest(self.checkpoints, _NUMBERED, self.args.save_total_limit)
 
     def _finish(self, first: Losses) -> Metrics:
         started = time.perf_counter()
@@ -169,7 +182,7 @@ class Loop:
         if self.step > self.first_step:
             self.engine.write_timeline(self.output / "timeline.svg")
         last = self._evaluate()
-        tag = f"global_step{self.step}"
+        tag = f"{_NUMBERED}{self.step}"
         if self.saved_step != self.step:
             self._save(tag)
         dist.barrier()  # every rank has written its part of the checkpoint

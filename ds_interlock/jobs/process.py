@@ -190,7 +190,8 @@ def resume(engine: Any, path: Path) -> int:
     with propagate_errors():
         if not is_parent and not path.is_dir():
             raise ConfigError(f"{flag}: there is no checkpoint, and no file named latest")
-    loaded, _ = engine.load_checkpoint(folder, tag=tag)
+    with propagate_errors():  # of which all ranks have the same
+        loaded, _ = engine.load_checkpoint(folder, tag=tag)
     if loaded is None:
         raise ConfigError(f"{flag}: DeepSpeed finds no checkpoint there")
     return int(engine.global_steps)

@@ -20,6 +20,7 @@ class StageRanks:
         self.num_replicas: int = grid.data_parallel_size
         self.of_pipeline: list[int] = grid.pp_group
         """The ranks of this pipeline, by stage."""
+        self.place = self.stage, self.replica, self.global_rank
         self.num_slices: int = grid.model_parallel_size
         self.is_first_stage = self.stage == 0
         self.is_last_stage = self.stage == self.num_stages - 1

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ds_interlock import ConfigError
-from ds_interlock.engine.checkpoint import _load
+from ds_interlock.checkpoints.stages import read_file
+from ds_interlock.engine.mapped_checkpoint import OtherShape
 
 HEAD = {"type": "block_linear", "token_fraction": 0.4, "weight": 0.7}
 INTERLOCK = {"mode": "interlock", "window": 2, "head": HEAD}
@@ -202,69 +203,144 @@ def test_the_engine_says_how_far_into_the_data_it_was(ranks4: RankPool, tmp_path
     assert [r[2] for r in results] == [15, 0, 0, 0]
 
 
-# Refusals, and what can be taken all the same.
+# Another mode, other heads, another size.
 
 
-def load_under_other_modes(folder: str) -> dict[str, Any]:
+def saved_by_name(engine: Any, folder: Path) -> dict[str, dict[str, Any]]:
+    """The optimizer's state of all stages of a checkpoint."""
+    checkpoint = OtherShape(engine, engine._checkpoints, folder, False, True, True)
+    by_name = {}
+    for stage in range(len(checkpoint._saved.states)):
+        model = torch.load(folder / f"mp_rank_{stage:02d}_model_states.pt", weights_only=False)
+        for name, saved in checkpoint._optimizer_of(stage, model).items():
+            by_name[name] = {key: saved.whole(key) for key in saved.tensors} | saved.numbers
+    return by_name
+
+
+def resume_elsewhere(extra: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Window 2 in four stages; local; global in two stages of two replicas; window 2 as before."""
+    window_2 = Job(INTERLOCK, extra=WARMUP | extra)
+    local = window_2.but(section={"mode": "local", "head": HEAD})
+    smaller = window_2.but(section={"mode": "global"}, num_stages=2, num_micro_batches=2)
+    states, losses, positions = {}, {}, {}
+    previous = None
+    for tag, job in {"a": window_2, "b": local, "c": smaller, "d": window_2}.items():
+        engine = make_engine(job)
+        fresh = parameters_of(engine)
+        if previous is not None:
+            engine.load_checkpoint(folder, tag=previous)
+        loaded, previous = parameters_of(engine), tag
+        engine.save_checkpoint(folder, tag=f"{tag} loaded")
+        if tag == "d":  # instead of what "c" does
+            engine = make_engine(window_2.but(section={"mode": "global"}))
+            engine.load_checkpoint(folder, tag="b")
+        replica, num = engine.grid.get_data_parallel_rank(), job.num_micro_batches
+        batch = micro_batches(4, seed=engine.global_steps)[replica * num : (replica + 1) * num]
+        engine.train_batch(iter(batch))
+        losses[tag] = float(engine.drain())
+        states[tag] = fresh, loaded, parameters_of(engine)
+        positions[tag] = engine.global_steps, engine.consumed_micro_batches
+        engine.save_checkpoint(folder, tag=tag)
+        contents = [saved_by_name(engine, Path(folder) / name) for name in (tag, f"{tag} loaded")]
+        states[f"{tag} saved"] = contents
+        engine.destroy()
+    return {"states": states, "losses": losses, "positions": positions}
+
+
+@pytest.mark.parametrize("extra", [{}, BF16, BF16_ZERO_1], ids=["fp32", "bf16", "bf16, ZeRO 1"])
+def test_a_run_continues_in_another_mode_and_size(ranks4: RankPool, tmp_path: Path, extra):
+    results = ranks4.run(resume_elsewhere, extra=extra, folder=str(tmp_path))
+    for stage, result in enumerate(results):
+        states = result["states"]
+        for saved, loaded in ("ab", "bc", "cd"):
+            before, after = states[f"{saved} saved"][0], states[f"{loaded} saved"][1]
+            names = {name for name in before if name[0].isdigit()}
+            assert len(names) == 37
+            assert names <= after.keys()
+            for name in names:  # moments, steps, and masters if there are some
+                assert before[name].keys() == after[name].keys()
+                assert all(
+                    torch.equal(torch.as_tensor(v), torch.as_tensor(after[name][k]))
+                    for k, v in before[name].items()
+                )
+        consumed = [4, 8, 6, 12] if stage == 0 else [0, 0, 6 * (stage == 1), 0]
+        assert [result["positions"][tag] for tag in "abcd"] == list(zip((1, 2, 3, 3), consumed, strict=True))
+        heads = {tag: [n for n in states[tag][0] if n.startswith("heads.")] for tag in "abd"}
+        fresh, loaded, trained = states["b"]
+        if stage == 0:
+            assert all(torch.equal(fresh[name], loaded[name]) for name in heads["b"]), "it is new"
+            assert any(not torch.equal(trained[name], loaded[name]) for name in heads["b"])
+        for saved, taken, part in (("a", "b", 1), ("b", "d", 1)):
+            theirs = {n.split(".", 2)[2]: p for n, p in states[saved][2].items() if n.startswith("heads.")}
+            for name in heads[taken] if stage in (1, 2) else ():
+                assert torch.equal(states[taken][part][name], theirs[name.split(".", 2)[2]])
+                assert not torch.equal(states[taken][part][name], states[taken][0][name])
+        # Two replicas continue as one did.
+        assert result["losses"]["c"] == pytest.approx(result["losses"]["d"], rel=1e-2 if extra else 1e-5)
+
+
+def load_only_the_module(folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     engine = make_engine(Job(INTERLOCK))
     engine.train_batch(iter(micro_batches(4)))
     engine.save_checkpoint(folder, tag="first")
     saved = parameters_of(engine)
-
-    other = make_engine(Job({"mode": "local", "head": HEAD}))
-    before = parameters_of(other)
-    refused = caught(other.load_checkpoint, folder)
-    untouched = all(torch.equal(p, before[name]) for name, p in parameters_of(other).items())
-    other.load_checkpoint(folder, load_module_only=True)
-    other_loaded = parameters_of(other)
-
-    end_to_end = make_engine(Job({"mode": "global"}))
-    end_to_end.load_checkpoint(folder, tag="first", load_module_only=True)
-    end_to_end.train_batch(iter(micro_batches(4)))
-    return {
-        "saved": saved,
-        "refused": refused,
-        "untouched": untouched,
-        "before": before,
-        "loaded": other_loaded,
-        "steps": end_to_end.global_steps,
-        "final": float(end_to_end.drain()),
-    }
+    engine = make_engine(Job({"mode": "local", "head": HEAD}))
+    engine.load_checkpoint(folder, load_module_only=True)
+    return saved, parameters_of(engine), engine.global_steps
 
 
-def test_another_mode_is_refused_but_may_take_the_module(ranks4: RankPool, tmp_path: Path):
-    results = ranks4.run(load_under_other_modes, folder=str(tmp_path))
-    for result in results:
-        assert isinstance(result["refused"], ConfigError)
-        assert "trained_by" in str(result["refused"])
-        assert "load_module_only=True" in str(result["refused"])
-        assert result["untouched"]
-        assert result["final"] == results[0]["final"] > 0
-    # Heads of window 2 sit at the ends of stages 1 and 2, those of local at 0, 1 and 2. The same place
-    # has another index in either plan.
-    for stage, result in enumerate(results):
-        saved_heads = {n.split(".", 2)[2]: p for n, p in result["saved"].items() if n.startswith("heads.")}
-        for name, loaded in result["loaded"].items():
-            if not name.startswith("heads."):
-                assert torch.equal(loaded, result["saved"][name])
-            elif stage == 0:
-                assert torch.equal(loaded, result["before"][name]), "there is no head to take"
-            else:
-                assert torch.equal(loaded, saved_heads[name.split(".", 2)[2]])
-                assert not torch.equal(loaded, result["before"][name])
+def test_layers_and_heads_alone(ranks4: RankPool, tmp_path: Path):
+    for saved, loaded, steps in ranks4.run(load_only_the_module, folder=str(tmp_path)):
+        assert steps == 0
+        assert all(torch.equal(loaded[name], p) for name, p in saved.items() if name[0].isdigit())
 
 
-def load_what_is_not_there(folder: str) -> tuple[Any, Exception | None]:
+# Refusals.
+
+
+def load_what_is_not_there(folder: str) -> tuple[Any, dict[str, Exception | None], list[bool]]:
+    """Nothing to load; then a damaged checkpoint among others, which is the newest."""
     engine = make_engine(Job(INTERLOCK))
-    return engine.load_checkpoint(folder), caught(engine.load_checkpoint, folder, tag="global_step7")
+    nothing = engine.load_checkpoint(folder)
+    for tag in ("first", "second", "third"):
+        engine.train_batch(iter(micro_batches(4)))
+        engine.save_checkpoint(folder, tag=tag)
+    if engine.global_rank == 0:
+        damage(Path(folder) / "third" / "layer_05-model_states.pt")
+        (Path(folder) / "second" / "interlock_rank_00002.pt").unlink()
+    torch.distributed.barrier()
+    before = parameters_of(engine)
+    errors = {tag: caught(engine.load_checkpoint, folder, tag=tag) for tag in (None, "second", "fourth")}
+    errors["../first"] = caught(engine.load_checkpoint, folder, tag="../first")
+    errors["save"] = caught(engine.save_checkpoint, folder, tag="../fourth")
+    untouched = [torch.equal(p, before[name]) for name, p in parameters_of(engine).items()]
+    engine.load_checkpoint(folder, tag="first")
+    return nothing, errors, [*untouched, engine.global_steps == 1]
 
 
-def test_a_checkpoint_that_is_not_there(ranks4: RankPool, tmp_path: Path):
-    for nothing, error in ranks4.run(load_what_is_not_there, folder=str(tmp_path)):
+def damage(file: Path) -> None:
+    content = file.read_bytes()
+    start = content.index(b"data/0") + 6  # of a header that ends within 64 bytes
+    file.write_bytes(content[:start] + bytes(byte ^ 1 for byte in content[start:-1]) + content[-1:])
+
+
+def test_a_damaged_checkpoint_is_refused_on_every_rank_and_the_newest_whole_one_named(
+    ranks4: RankPool, tmp_path: Path
+) -> None:
+    whole = "cannot be used; load first, the newest whole one"
+    says = {
+        None: ("third/layer_05-model_states.pt is damaged (", f"the checkpoint third {whole}"),
+        "second": (f"second/interlock_rank_00002.pt is missing: the checkpoint second {whole}",),
+        "fourth": (f"{tmp_path}/fourth is missing: the checkpoint fourth {whole}",),
+        "../first": ("'../first' is no tag of a checkpoint in",),
+        "save": ("'../fourth' is no tag of a checkpoint in",),
+    }
+    for nothing, errors, checks in ranks4.run(load_what_is_not_there, folder=str(tmp_path)):
         assert nothing == (None, None)
-        assert isinstance(error, ConfigError)
-        assert "global_step7" in str(error)
-        assert "is missing" in str(error)
+        assert all(checks)
+        for tag, parts in says.items():
+            assert isinstance(errors[tag], ConfigError), tag
+            assert all(part in str(errors[tag]) for part in parts), errors[tag]
 
 
 def load_without_the_optimizer(folder: str) -> float:
@@ -394,5 +470,5 @@ def test_loading_a_checkpoint_runs_no_code_of_it(tmp_path: Path):
     with pytest.raises(
         ConfigError, match=r"rank_00000.pt holds objects.*torch.serialization.add_safe_globals"
     ):
-        _load(file)
+        read_file(file)
     assert not trace.exists()

@@ -91,7 +91,6 @@ def test_a_resumed_iterator_goes_on_with_the_same_images():
     [
         (iterator(seed=4), "seed was 3 and is 4"),
         (iterator(augment=False), "augment was 1 and is 0"),
-        (iterator(num_replicas=2), "num_replicas was 1 and is 2"),
         (ImageIterator(random_images(23, (3, 10, 12), 23, seed=9), AS_THEY_ARE, 4, seed=3), "pixel_sum was"),
     ],
 )

@@ -1,5 +1,6 @@
 """Checkpoints of the job ``finetune``: to resume from, to export from, and the best one."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(ranks2: RankPool, data: Path, 
     how: dict[str, Any] = {"section": LOCAL, "config": schedule}
     steps = "--logging_steps", 1, "--eval_steps", 2, "--max_steps", 7, "--lora_dropout", 0.2, "--lora_r", 2
     whole = run(ranks2, tmp_path, data, *steps, **how, out="whole")
-    # It was saved after 4 steps, and ended without a word after 5.
-    run(ranks2, tmp_path, data, *steps, "--save_steps", 4, "--max_steps", 5, **how)
-    (tmp_path / "out" / "checkpoints" / "latest").write_text("global_step4")
-    resume = "--resume_from_checkpoint", tmp_path / "out" / "checkpoints"
+    # It was saved after 4 steps, and again after 5, of which not all is left.
+    resume = "--resume_from_checkpoint", "auto"
+    run(ranks2, tmp_path, data, *steps, "--save_steps", 4, "--max_steps", 5, *resume, **how)
+    os.truncate(tmp_path / "out" / "checkpoints" / "global_step5" / "layer_00-model_states.pt", 99)
     resumed = run(ranks2, tmp_path, data, *steps, *resume, **how)
     ours, theirs = (state_of(tmp_path / out / "adapter") for out in ("out", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -49,10 +50,10 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(ranks2: RankPool, data: Path, 
 
 def test_another_folder_goes_on_from_one_checkpoint(ranks2: RankPool, data: Path, tmp_path: Path) -> None:
     save_tiny("llama, tied", tmp_path / "model")
-    run(ranks2, tmp_path, data, "--save_steps", 2, "--max_steps", 5)
+    run(ranks2, tmp_path, data, "--save_steps", 2, "--max_steps", 5, "--save_total_limit", 2)
     names = {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()}
-    assert names == {"global_step2", "global_step4", "global_step5", "hf", "latest"}
-    resume = "--resume_from_checkpoint", tmp_path / "out" / "checkpoints" / "global_step2"
+    assert names == {"global_step4", "global_step5", "hf", "latest"}
+    resume = "--resume_from_checkpoint", tmp_path / "out" / "checkpoints" / "global_step4"
     run(ranks2, tmp_path, data, "--max_steps", 5, *resume, out="other")
     ours, theirs = (state_of(tmp_path / out / "hf") for out in ("other", "out"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -9,7 +9,7 @@ of R replicas. With the normaliser (labels in the whole batch) / (M * R) that is
 the batch, however its rows are distributed. Every replica goes through the same rows, so it knows all labels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -96,6 +96,15 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
             **vars(self.shape),
             "seed": self.seed,
         }
+
+    def state_dict(self) -> dict[str, int | str]:
+        return {**super().state_dict(), "epoch": self._epoch, "first_position": self._first_position}
+
+    def load_state_dict(self, state: Mapping[str, int | str]) -> None:
+        super().load_state_dict(state)
+        is_same_shape = all(state[name] == size for name, size in vars(self.shape).items())
+        if is_same_shape and "epoch" in state:  # or __next__ looks for it from the first
+            self._begin_epoch(int(state["epoch"]), int(state["first_position"]))
 
     def _begin_epoch(self, epoch: int, first_position: int) -> None:
         self._epoch, self._first_position = epoch, first_position

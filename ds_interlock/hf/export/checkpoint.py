@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import AutoConfig
 
+from ds_interlock.checkpoints.folder import latest_folder
 from ds_interlock.errors import ConfigError
 from ds_interlock.files import read_record
 from ds_interlock.hf.model.pretrained import first_line
@@ -39,10 +40,7 @@ class PipelineCheckpoint:
     """The files of ``.../global_step100``, or of the checkpoint that ``latest`` in ``path`` names."""
 
     def __init__(self, path: str | Path) -> None:
-        self.folder = Path(path)
-        latest = self.folder / "latest"
-        if latest.is_file():
-            self.folder /= latest.read_text(encoding="utf-8").strip()
+        self.folder = latest_folder(Path(path)) or Path(path)
         self._layer_files: dict[int, Path] = {}
         for file in sorted(self.folder.glob("layer_*")):
             if match := _LAYER_FILE.fullmatch(file.name):

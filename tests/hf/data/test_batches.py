@@ -316,9 +316,27 @@ def test_a_position_in_other_data_is_refused():
     other = TrainingBatches(PackedRows(samples, 16), BatchShape(1, 2), seed=1)
     with pytest.raises(
         DataError,
-        match=r"inputs was input_ids, attention_mask and is .*, micro_batch_size was 2 and is 1, seed",
+        match=r"inputs was input_ids, attention_mask and is .*, seed was 0 and is 1",
     ):
         other.load_state_dict(state)
+
+
+def test_other_sizes_continue_after_as_many_rows():
+    """In other micro-batches of as many rows a batch, they are the same rows."""
+    samples = random_samples(37, longest=20)
+    one = TrainingBatches(PaddedRows(samples, 24), BatchShape(2, 4, 1), seed=6)
+    others = [
+        TrainingBatches(PaddedRows(samples, 24), BatchShape(1, 4, 2), replica=r, seed=6) for r in (0, 1)
+    ]
+    for _ in range(12 + 4 * 6):  # in a later epoch
+        next(one)
+    for other in others:
+        other.load_state_dict(one.state_dict())
+    for _ in range(4):
+        ids = next(one)[0][0]
+        for row, other in enumerate(others):
+            part = next(other)[0][0]  # padded to its own length
+            assert torch.equal(ids[row : row + 1, : part.shape[1]], part)
 
 
 def test_too_few_samples_for_a_batch():

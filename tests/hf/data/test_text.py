@@ -185,7 +185,7 @@ def test_a_resumed_iterator_goes_on_as_an_undisturbed_one(position):
 
 def test_a_position_in_other_data_is_refused():
     state = BlockIterator(blocks_of(11), 2, seed=6).state_dict()
-    with pytest.raises(DataError, match="micro_batch_size was 2 and is 3, seed was 6 and is 7"):
+    with pytest.raises(DataError, match="this run: seed was 6 and is 7"):
         BlockIterator(blocks_of(11), 3, seed=7).load_state_dict(state)
 
 

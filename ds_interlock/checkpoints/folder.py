@@ -1,0 +1,127 @@
+"""The folders of checkpoints: their names, what belongs in them, and whether it is whole.
+
+    checkpoints/
+      latest                     the tag of the newest complete checkpoint
+      global_step100/
+        interlock_files.json     the step, and the size of every other file
+        layer_00-model_states.pt ...
+
+torch writes its files as zip archives with a checksum (CRC-32) for each part, which it does not compare when
+it reads them. ``find_fault`` does.
+"""
+
+import json
+import lzma
+import shutil
+import zlib
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
+
+import torch
+
+from ds_interlock.errors import ConfigError
+
+LIST_FILE = "interlock_files.json"
+UNFINISHED = ".unfinished"
+REPLACED = ".replaced"
+
+SIZES_ONLY = slice(0)
+"""A share of the files to read that is none of them."""
+
+
+def folder_of(save_dir: Path, tag: str) -> Path:
+    """The folder of the checkpoint with this tag.
+
+    Raises:
+        ConfigError: If the tag is no name of a folder in ``save_dir``, but leads elsewhere.
+    """
+    if tag in ("", ".", "..") or Path(tag).name != tag:
+        raise ConfigError(f"{tag!r} is no tag of a checkpoint in {save_dir}: expected a name without a path")
+    return save_dir / tag
+
+
+def latest_folder(save_dir: Path) -> Path | None:
+    """The folder of the checkpoint that the file ``latest`` names; None without that file."""
+    latest = save_dir / "latest"
+    return folder_of(save_dir, latest.read_text(encoding="utf-8").strip()) if latest.is_file() else None
+
+
+def write_list(folder: Path, step: int) -> None:
+    """Writes down what is in ``folder``, which is complete."""
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != LIST_FILE
+    }
+    (folder / LIST_FILE).write_text(json.dumps({"step": step, "files": files}, indent=0), encoding="utf-8")
+
+
+def newest_first(save_dir: Path) -> list[Path]:
+    """The checkpoints in ``save_dir`` that have a list of their files, whole or not."""
+    folders = [path.parent for path in save_dir.glob(f"*/{LIST_FILE}")]
+    complete = [folder for folder in folders if folder.suffix not in (UNFINISHED, REPLACED)]
+    return sorted(complete, key=lambda folder: (_step(folder), folder.name), reverse=True)
+
+
+def newest_complete(save_dir: Path, prefix: str) -> Path | None:
+    """The newest checkpoint whose tag begins with ``prefix``, but one that lacks files or parts of them."""
+    numbered = [folder for folder in newest_first(save_dir) if folder.name.startswith(prefix)]
+    return next((folder for folder in numbered if find_fault(folder, SIZES_ONLY) is None), None)
+
+
+def remove_oldest(save_dir: Path, prefix: str, limit: int) -> None:
+    """Leaves the ``limit`` newest checkpoints of those whose tags begin with ``prefix``."""
+    numbered = [folder for folder in newest_first(save_dir) if folder.name.startswith(prefix)]
+    for folder in numbered[limit:]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_fault(folder: Path, share: slice = slice(None)) -> str | None:
+    """What is wrong with a checkpoint, as a sentence; None if nothing is.
+
+    Args:
+        folder: Its folder. One without a list, which DeepSpeed or an earlier version wrote, may lack files.
+        share: The part of its files to read and compare with their checksums; sizes are compared of all.
+    """
+    if not folder.is_dir():
+        return f"{folder} is missing"
+    for name, size in _listed(folder).items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes, expected {size}"
+    faults = map(_damage, sorted(folder.rglob("*.pt"))[share])
+    return next(filter(None, faults), None)
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            if file.read(1) == b"\x80":  # a pickle, as torch wrote before it wrote archives
+                return None
+            with ZipFile(file) as archive:
+                damaged = archive.testzip()
+        torch._C.PyTorchFileReader(str(path))  # compares headers that zipfile does not
+    except (BadZipFile, OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError) as error:
+        reason = str(error).partition("\n")[0]
+        return f"{path} is damaged ({reason})"
+    return f"{path} is damaged ({damaged} differs from its checksum)" if damaged else None
+
+
+def _listed(folder: Path) -> dict[str, int]:
+    """Sizes of files in bytes, by name."""
+    try:
+        files: dict[str, int] = json.loads((folder / LIST_FILE).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, OSError):
+        return {LIST_FILE: 0}  # as it cannot be read
+    return files
+
+
+def _step(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / LIST_FILE).read_text(encoding="utf-8"))["step"])
+    except (ValueError, KeyError, OSError):
+        return -1

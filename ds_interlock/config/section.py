@@ -124,6 +124,14 @@ class InterlockConfig(Section):
     model."""
     timeout_seconds: float = Field(300, gt=0)
     """How long a stage waits for a neighbour before it gives up with an error."""
+    setup_timeout_seconds: float = Field(1800, gt=0)
+    """How long a rank waits for the others while the engine is made."""
+    checkpoint_timeout_seconds: float = Field(1800, gt=0)
+    """How long a rank waits for the others while a checkpoint is saved or loaded."""
+    nonfinite: Literal["error", "skip"] = "error"
+    """What a stage does if a loss or the gradient of its batch is nan or infinite. `error`: stop. `skip`:
+    leave out this step, and count it as `Train/stage_K/skipped_steps`; each stage by itself, but all together
+    in mode `global` and with `"tied_weights": "sync"`."""
     extra_in_flight: int = Field(0, ge=0)
     """Micro-batches a stage may hold beyond what the plan needs, to hide a slow network."""
     head: HeadConfig = HeadConfig()
@@ -182,6 +190,15 @@ class InterlockConfig(Section):
         return tuple(
             (phase.from_step, self.model_copy(update=phase.keys(self.combine))) for phase in self.schedule
         )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """How long ranks wait for each other, in seconds, by what they are doing."""
+        return {
+            "setup": self.setup_timeout_seconds,
+            "step": self.timeout_seconds,
+            "checkpoint": self.checkpoint_timeout_seconds,
+        }
 
     @property
     def mode_name(self) -> str:

@@ -35,9 +35,7 @@ TIMEOUTS = {"timeout_seconds": 8.0, "setup_timeout_seconds": 20.0, "checkpoint_t
 SECTIONS: dict[str, dict[str, Any]] = {
     "global": {"mode": "global"},
     "window 2": {"mode": "interlock", "window": 2},
-    "local, then window 2": {
-        "schedule": [{"from_step": 0, "window": 1}, {"from_step": NEW_PHASE, "window": 2}]
-    },
+    "schedule": {"schedule": [{"from_step": 0, "window": 1}, {"from_step": NEW_PHASE, "window": 2}]},
 }
 INJECTED = "injected fault"
 _PHASES = {

@@ -94,8 +94,9 @@ def _setup_seconds(config: Mapping[str, Any]) -> float:
     """The limit of the set-up, before the section has been checked."""
     section = config.get("interlock")
     value = section.get("setup_timeout_seconds") if isinstance(section, Mapping) else None
-    is_valid = isinstance(value, int | float) and value > 0
-    return float(value) if is_valid else InterlockConfig().setup_timeout_seconds
+    if isinstance(value, int | float) and value > 0:
+        return float(value)
+    return InterlockConfig().setup_timeout_seconds
 
 
 def _checked(

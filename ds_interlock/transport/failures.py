@@ -52,6 +52,8 @@ class Stop:
     """Whether it failed by itself, rather than noticed that another rank had."""
     suspect: int | None = None
     """The rank that it waited for."""
+    waited: bool = False
+    """Whether its time was up, so that those before it in the chain may still tell of theirs."""
 
     def __str__(self) -> str:
         return f"stage {self.stage} (rank {self.rank})"
@@ -97,7 +99,8 @@ class FailureLog:
                 time.sleep(2 * _WATCH_SECONDS)  # the others read the log before it is gone
             return error
         suspect = int(peer[1]) if peer else None
-        own = Stop(own.rank, own.stage, batch, self._of_peer(str(error), suspect, closed), False, suspect)
+        text = self._of_peer(str(error), suspect, closed)
+        own = Stop(own.rank, own.stage, batch, text, False, suspect, silent)
         self._post(own)
         root = self._root_of(own, _GRACE_SECONDS if silent or suspect is None else 0.0)
         if root is not own:
@@ -142,7 +145,7 @@ class FailureLog:
             while root.suspect in others and root.suspect not in seen:
                 seen.add(root.suspect)
                 root = others[root.suspect]
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline or (root is not own and not root.waited):
                 return root
             time.sleep(_WATCH_SECONDS / 5)
 

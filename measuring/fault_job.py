@@ -31,7 +31,7 @@ from ds_interlock.transport.local_ranks import report
 
 NUM_BATCHES, SAVES, EVALUATION, NEW_PHASE = 7, (2, 5), 3, 4
 NUM_MICRO_BATCHES, NUM_LAYERS, WIDTH = 2, 6, 8
-TIMEOUTS = {"timeout_seconds": 8.0, "setup_timeout_seconds": 20.0, "checkpoint_timeout_seconds": 12.0}
+TIMEOUTS = {"timeout_seconds": 15.0, "setup_timeout_seconds": 30.0, "checkpoint_timeout_seconds": 20.0}
 SECTIONS: dict[str, dict[str, Any]] = {
     "global": {"mode": "global"},
     "window 2": {"mode": "interlock", "window": 2},

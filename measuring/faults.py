@@ -70,8 +70,7 @@ Row = dict[str, Any]
 def choose(seed: int) -> tuple[Fault, str, int, int]:
     """A fault, the name of the ``"interlock"`` section, stages and replicas."""
     draw = random.Random(seed)
-    kinds = list(PHASES)
-    kind = kinds[seed % len(kinds)]
+    kind = list(PHASES)[seed % len(PHASES)]  # as often each
     phase = draw.choice(PHASES[kind])
     section = draw.choice(["schedule"] if phase == "change of phase" else list(SECTIONS))
     num_stages, num_replicas = SHAPES[0] if phase == "relay" else draw.choice(SHAPES)
@@ -121,7 +120,7 @@ def run_seed(seed: int) -> Row:
             problems += [f"ended: {reason}"[:400] for reason in failures.values()]
             problems += [] if failures or results == undisturbed else ["has other weights"]
         else:
-            problems += _faults_of_end(row, fault, failures, num_ranks)
+            problems += end_problems(fault, row["seconds"] or 0.0, failures, num_ranks)
         problems += [f"left behind: {what}" for what in sorted(_left_behind() - left_before)]
         row["sentence"] = next((reason for rank, reason in failures.items() if rank != fault.rank), "")[:400]
         if fault.kind != "slow rank":
@@ -135,14 +134,13 @@ def run_seed(seed: int) -> Row:
     return {**row, "problems": problems}
 
 
-def _faults_of_end(row: Row, fault: Fault, failures: dict[int, str], num_ranks: int) -> list[str]:
-    """What is wrong with how the job ended."""
+def end_problems(fault: Fault, seconds: float, failures: dict[int, str], num_ranks: int) -> list[str]:
+    """What is wrong with how the job ended: seconds from the fault to the end, and reasons by rank."""
     if not failures:
         return ["the job did not end"]
     section = {"start": "setup_", "saving": "checkpoint_"}.get(fault.phase, "")
     waits = fault.kind in ("SIGSTOP", "number of batches")
     limit = _FEW_SECONDS + (TIMEOUTS[f"{section}timeout_seconds"] if waits else 0.0)
-    seconds = row["seconds"] or 0.0
     problems = [f"took {seconds:.1f} s, expected {limit:g}"] if seconds > limit else []
     is_gone = fault.kind.startswith("SIG")
     for rank in set(range(num_ranks)) - ({fault.rank} if is_gone else set()):

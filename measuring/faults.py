@@ -60,7 +60,7 @@ SHAPES = ((3, 1), (2, 2))
 """Stages and replicas."""
 _CAUSES = {"exception": INJECTED, "nonfinite": "NonfiniteError", "SIG": "", "full disk": ""}
 """What the sentences of the other ranks say besides the rank that it happened on, by how kinds begin."""
-_LIMIT_SECONDS = 120.0
+_LIMIT_SECONDS = 600.0
 _FEW_SECONDS = 10.0
 _SENTENCE = re.compile(r"stage \d+ \(rank \d+\).*(in batch \d+|at the start)", re.DOTALL)
 
@@ -140,7 +140,8 @@ def end_problems(fault: Fault, seconds: float, failures: dict[int, str], num_ran
         return ["the job did not end"]
     section = {"start": "setup_", "saving": "checkpoint_"}.get(fault.phase, "")
     waits = fault.kind in ("SIGSTOP", "number of batches")
-    limit = _FEW_SECONDS + (TIMEOUTS[f"{section}timeout_seconds"] if waits else 0.0)
+    times = num_ranks if not section else 1
+    limit = _FEW_SECONDS + (times * TIMEOUTS[f"{section}timeout_seconds"] if waits else 0.0)
     problems = [f"took {seconds:.1f} s, expected {limit:g}"] if seconds > limit else []
     is_gone = fault.kind.startswith("SIG")
     for rank in set(range(num_ranks)) - ({fault.rank} if is_gone else set()):

@@ -123,7 +123,8 @@ class InterlockConfig(Section):
     copy. `sync`: an all-reduce in every batch keeps them equal; no stage then streams. `error`: refuse the
     model."""
     timeout_seconds: float = Field(300, gt=0)
-    """How long a stage waits for a neighbour before it gives up with an error."""
+    """How long a stage waits for a neighbour before it gives up with an error; all stages for each other as
+    many times as long as there are stages."""
     setup_timeout_seconds: float = Field(1800, gt=0)
     """How long a rank waits for the others while the engine is made."""
     checkpoint_timeout_seconds: float = Field(1800, gt=0)
@@ -191,12 +192,11 @@ class InterlockConfig(Section):
             (phase.from_step, self.model_copy(update=phase.keys(self.combine))) for phase in self.schedule
         )
 
-    @property
-    def limits(self) -> dict[str, float]:
-        """How long ranks wait for each other, in seconds, by what they are doing."""
+    def limits(self, num_stages: int) -> dict[str, float]:
+        """The longest collective, in seconds, by what ranks are doing."""
         return {
             "setup": self.setup_timeout_seconds,
-            "step": self.timeout_seconds,
+            "step": self.timeout_seconds * num_stages,  # each may be behind the next by as much
             "checkpoint": self.checkpoint_timeout_seconds,
         }
 

@@ -55,8 +55,8 @@ class InterlockEngine(PipelineEngine):
         super().__init__(*args, **kwargs)
         immediate_bf16 = bool(self._config.bfloat16_config.immediate_grad_update)
         self._ranks = StageRanks(self.grid, self.device)
-        limits, log = self.module.interlock.limits, FailureLog(job_store(), self._ranks.stage_of)
-        self.sections = Sections(log, limits, lambda: self._recorder.batch + 1)
+        config, log = self.module.interlock, FailureLog(job_store(), self._ranks.stage_of)
+        self.sections = Sections(log, config.limits(self.num_stages), lambda: self._recorder.batch + 1)
         self._steps = StageOptimizer(self, self._ranks, immediate_bf16)
         self._unused_heads = UnusedHeads(self.module, self.optimizer, self.device)
         self._data = TrainingData(self, self._ranks)
@@ -65,7 +65,7 @@ class InterlockEngine(PipelineEngine):
         for phase in range(len(self.module.schedule.phases)):  # is refused now, if it could hang
             self._runner.training_schedule(self.micro_batches, phase)
         self._progress = Progress(self, self._ranks)
-        trace, seconds = self.module.interlock.trace, limits["step"]
+        trace, seconds = config.trace, config.timeout_seconds
         self._tracer = Tracer(trace, self._recorder, self._ranks, seconds) if trace else None
         self._warmup = HeadWarmup(self._runner)
         self._myopia = MyopiaMeter(self._runner)

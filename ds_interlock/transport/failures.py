@@ -16,11 +16,12 @@ import os
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -38,6 +39,16 @@ _USUAL = dist.distributed_c10d.default_pg_timeout
 
 _PEER = re.compile(r"stage \d+ \(rank (\d+)\)")
 _SILENT = ("sent nothing for", "Timed out", "timed out")
+
+# What to say of a rank that is gone or silent: not how this one noticed.
+_DIED = (
+    "stage {stage} (rank {rank}) has most likely stopped or died, its connection is closed: see its own "
+    "error, or how the launcher says that it ended"
+)
+_IN_COLLECTIVE = (
+    "a rank has ended in a collective operation with this one",
+    "ranks did not join this one in a collective operation in time",
+)
 
 
 @dataclass(frozen=True)
@@ -75,8 +86,10 @@ class FailureLog:
         self._num_old = 0
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="interlock failures", daemon=True)
-        self._thread.start()
+        self.close = weakref.finalize(self, self._closed.set)
+        """Ends the thread, which ends with this object and with the process in any case."""
+        watch = partial(_watch, weakref.ref(self), self._closed)
+        threading.Thread(target=watch, name="interlock failures", daemon=True).start()
 
     def forget(self) -> None:
         """What is known by now was no reason to stop: the job went on."""
@@ -99,7 +112,12 @@ class FailureLog:
                 time.sleep(2 * _WATCH_SECONDS)  # the others read the log before it is gone
             return error
         suspect = int(peer[1]) if peer else None
-        text = self._of_peer(str(error), suspect, closed)
+        if not isinstance(error, PeerError):
+            text = _IN_COLLECTIVE[silent]
+        elif closed and suspect is not None:
+            text = _DIED.format(stage=self._stage_of(suspect), rank=suspect)
+        else:
+            text = str(error)
         own = Stop(own.rank, own.stage, batch, text, False, suspect, silent)
         self._post(own)
         root = self._root_of(own, _GRACE_SECONDS if silent or suspect is None else 0.0)
@@ -108,32 +126,15 @@ class FailureLog:
             return PeerError(f"{own} stopped {own.when}: {why} {root.when}: {root.text}")
         return PeerError(f"{own} stopped {own.when}: {own.text}{self._absent(suspect, silent)}")
 
-    def close(self) -> None:
-        """Ends the thread."""
-        self._closed.set()
-        self._thread.join(2 * _WATCH_SECONDS)
-
     @property
     def _holds_store(self) -> bool:
         return self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-
-    def _of_peer(self, text: str, suspect: int | None, closed: bool) -> str:
-        """What to say of a neighbour that is gone: not how this rank noticed."""
-        if not closed:
-            return text if suspect is not None else "ranks did not join it in a collective operation in time"
-        if suspect is None:
-            return "a rank has ended in a collective operation with this one"
-        peer = f"stage {self._stage_of(suspect)} (rank {suspect})"
-        return (
-            f"{peer} has most likely stopped or died, its connection is closed: see its own error, or how "
-            "the launcher says that it ended"
-        )
 
     def _root_of(self, own: Stop, grace_seconds: float) -> Stop:
         """The stop behind ``own``, as far as ranks have said; ``own`` if nothing is known."""
         deadline = time.monotonic() + grace_seconds
         while True:
-            self._read()
+            self.read()
             others = {stop.rank: stop for stop in self._stops[self._num_old :] if stop.rank != own.rank}
             for stop in others.values():
                 if stop.is_cause:
@@ -158,10 +159,6 @@ class FailureLog:
         names = ", ".join(f"stage {self._stage_of(rank)} (rank {rank})" for rank in ranks)
         return f"; no word from {names}" if ranks else ""
 
-    def _watch(self) -> None:
-        while not self._closed.wait(_WATCH_SECONDS):
-            self._read()
-
     def _post(self, stop: Stop) -> None:
         try:
             number = self._store.add("stops", 1)
@@ -169,13 +166,20 @@ class FailureLog:
         except (dist.DistError, RuntimeError):
             self._closed.set()  # the process that holds the store is gone
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Reads what is new in the log."""
         with self._lock:
             try:
                 while self._store.check([key := f"stop/{len(self._stops) + 1}"]):
                     self._stops.append(Stop(**json.loads(self._store.get(key))))
             except (dist.DistError, RuntimeError):
                 self._closed.set()
+
+
+def _watch(log: "weakref.ref[FailureLog]", closed: threading.Event) -> None:
+    while not closed.wait(_WATCH_SECONDS) and (owner := log()) is not None:
+        owner.read()
+        del owner
 
 
 Owner = TypeVar("Owner", bound="HasSections")

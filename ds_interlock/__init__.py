@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ds_interlock.config import HeadConfig, InterlockConfig
-from ds_interlock.errors import ConfigError, DataError, PeerError, PlanError, ScheduleError
+from ds_interlock.errors import ConfigError, DataError, NonfiniteError, PeerError, PlanError, ScheduleError
 from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
 
@@ -45,6 +45,7 @@ __all__ = [
     "InterlockEngine",
     "InterlockPipelineModule",
     "LossHead",
+    "NonfiniteError",
     "PeerError",
     "PlanError",
     "PlanSchedule",

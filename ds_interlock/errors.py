@@ -5,20 +5,7 @@
 disagreed. ``assert`` is for what cannot happen.
 """
 
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
-
-
-class MayFail(Protocol):
-    """Has methods that ``remembers_failure`` watches."""
-
-    has_failed: bool  # whether the last of them that was called has raised
-
-
-Owner = TypeVar("Owner", bound=MayFail)
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
@@ -37,6 +24,10 @@ class DataError(ValueError):
     """Training data is missing, too small, or ran out in the middle of a batch."""
 
 
+class NonfiniteError(FloatingPointError):
+    """A loss or a gradient of a stage is nan or infinite, under ``interlock.nonfinite`` "error"."""
+
+
 class PeerError(RuntimeError):
     """A neighbouring stage died, disagreed, or did not answer within ``timeout_seconds``."""
 
@@ -51,21 +42,3 @@ def list_faults(subject: str, faults: Sequence[str]) -> str:
 def first_names(names: Sequence[str], most: int = 5) -> str:
     """``names`` as a list for a message, which names the first ones and counts the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def remembers_failure(
-    method: Callable[Concatenate[Owner, Arguments], Result],
-) -> Callable[Concatenate[Owner, Arguments], Result]:
-    """Makes ``method`` note in the object's ``has_failed`` whether it raised, until the next one returns."""
-
-    @wraps(method)
-    def remembering(owner: Owner, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        try:
-            result = method(owner, *args, **kwargs)
-        except BaseException:
-            owner.has_failed = True
-            raise
-        owner.has_failed = False
-        return result
-
-    return remembering

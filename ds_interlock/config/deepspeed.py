@@ -87,7 +87,8 @@ MUST_AGREE = (
 are a rank's own: what it prints, where it writes, and what scripts keep in the same file."""
 
 MAY_DIFFER = (  # the exceptions in these sections
-    *("interlock.timeout_seconds", "interlock.trace.path"),
+    *("interlock.timeout_seconds", "interlock.setup_timeout_seconds"),
+    *("interlock.checkpoint_timeout_seconds", "interlock.trace.path"),
     *("zero_optimization.offload_optimizer.nvme_path", "zero_optimization.offload_param.nvme_path"),
 )
 

@@ -123,7 +123,16 @@ class InterlockConfig(Section):
     copy. `sync`: an all-reduce in every batch keeps them equal; no stage then streams. `error`: refuse the
     model."""
     timeout_seconds: float = Field(300, gt=0)
-    """How long a stage waits for a neighbour before it gives up with an error."""
+    """How long a stage waits for a neighbour before it gives up with an error; all stages for each other as
+    many times as long as there are stages."""
+    setup_timeout_seconds: float = Field(1800, gt=0)
+    """How long a rank waits for the others while the engine is made."""
+    checkpoint_timeout_seconds: float = Field(1800, gt=0)
+    """How long a rank waits for the others while a checkpoint is saved or loaded."""
+    nonfinite: Literal["error", "skip"] = "error"
+    """What a stage does if a loss or the gradient of its batch is nan or infinite. `error`: stop. `skip`:
+    leave out this step, and count it as `Train/stage_K/skipped_steps`; each stage by itself, but all together
+    in mode `global` and with `"tied_weights": "sync"`."""
     extra_in_flight: int = Field(0, ge=0)
     """Micro-batches a stage may hold beyond what the plan needs, to hide a slow network."""
     head: HeadConfig = HeadConfig()
@@ -182,6 +191,14 @@ class InterlockConfig(Section):
         return tuple(
             (phase.from_step, self.model_copy(update=phase.keys(self.combine))) for phase in self.schedule
         )
+
+    def limits(self, num_stages: int) -> dict[str, float]:
+        """The longest collective, in seconds, by what ranks are doing."""
+        return {
+            "setup": self.setup_timeout_seconds,
+            "step": self.timeout_seconds * num_stages,  # each may be behind the next by as much
+            "checkpoint": self.checkpoint_timeout_seconds,
+        }
 
     @property
     def mode_name(self) -> str:

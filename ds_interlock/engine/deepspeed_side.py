@@ -23,6 +23,7 @@ class DeepSpeedSide(Protocol):
     micro_batches: int
     global_steps: int
     global_samples: int
+    skipped_steps: int
     timers: Any
     using_bf16_optimizer: bool
     checkpoint_engine: Any

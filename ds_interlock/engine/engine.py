@@ -33,14 +33,14 @@ from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.engine.myopia import MyopiaMeter
 from ds_interlock.engine.optimizer import StageOptimizer
 from ds_interlock.engine.parameter_groups import UnusedHeads
-from ds_interlock.engine.reports import COSINE, Progress
+from ds_interlock.engine.reports import COSINE, Progress, job_store
 from ds_interlock.engine.runner import StageRunner
 from ds_interlock.engine.timeline import Tracer, draw, gather
-from ds_interlock.errors import remembers_failure
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.plan import GradientFlowPlan, loss_name
 from ds_interlock.schedule.simulate import Rows
 from ds_interlock.stage.backward import Backward
+from ds_interlock.transport.failures import FailureLog, Sections, section
 from ds_interlock.transport.host import to_device
 from ds_interlock.transport.ranks import StageRanks
 
@@ -56,6 +56,8 @@ class InterlockEngine(PipelineEngine):
         super().__init__(*args, **kwargs)
         immediate_bf16 = bool(self._config.bfloat16_config.immediate_grad_update)
         self._ranks = StageRanks(self.grid, self.device)
+        config, log = self.module.interlock, FailureLog(job_store(), self._ranks.stage_of)
+        self.sections = Sections(log, config.limits(self.num_stages), lambda: self._recorder.batch + 1)
         self._steps = StageOptimizer(self, self._ranks, immediate_bf16)
         self._unused_heads = UnusedHeads(self.module, self.optimizer, self.device)
         self._data = TrainingData(self, self._ranks)
@@ -64,14 +66,11 @@ class InterlockEngine(PipelineEngine):
         for phase in range(len(self.module.schedule.phases)):  # is refused now, if it could hang
             self._runner.training_schedule(self.micro_batches, phase)
         self._progress = Progress(self, self._ranks)
-        config = self._runner.config
         trace, seconds = config.trace, config.timeout_seconds
         self._tracer = Tracer(trace, self._recorder, self._ranks, seconds) if trace else None
         self._warmup = HeadWarmup(self._runner)
         self._myopia = MyopiaMeter(self._runner)
         self._checkpoints = Checkpoints(self, self._ranks, self._data)
-        self.has_failed = False
-        """Whether the last method called that other ranks take part in has raised."""
         self._at_exit = partial(_drain_at_exit, weakref.ref(self))
         atexit.register(self._at_exit)
 
@@ -104,7 +103,7 @@ class InterlockEngine(PipelineEngine):
 
     # Training.
 
-    @remembers_failure
+    @section("step")
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Trains on one batch: ``gradient_accumulation_steps()`` micro-batches.
 
@@ -134,7 +133,7 @@ class InterlockEngine(PipelineEngine):
         self._enter_phase()
         return loss
 
-    @remembers_failure
+    @section("step")
     def fit_heads(self, data_iter: Iterator[Any] | None = None, num_steps: int = 1) -> dict[str, list[float]]:
         """Fits the auxiliary heads, of all phases, for some batches; layers and optimizer do not change.
 
@@ -150,7 +149,7 @@ class InterlockEngine(PipelineEngine):
         """
         return self._warmup.fit(data_iter, num_steps)
 
-    @remembers_failure
+    @section("step")
     def eval_batch(
         self,
         data_iter: Iterator[Any],
@@ -196,7 +195,7 @@ class InterlockEngine(PipelineEngine):
             result.append({self.loss_name(index): value.item() for index, value in enumerate(losses)})
         return result[0] if len(result) == 1 else tuple(result)
 
-    @remembers_failure
+    @section("step")
     def check_walks(self, data_iter: Iterator[Any]) -> None:
         """Computes gradients of each layer twice on a micro-batch, if the plan does. All ranks must call it.
 
@@ -205,7 +204,7 @@ class InterlockEngine(PipelineEngine):
         """
         self._runner.check_walks(data_iter)
 
-    @remembers_failure
+    @section("step")
     def drain(self) -> Tensor:
         """Waits until all stages have finished every issued batch. All ranks must call it.
 
@@ -226,6 +225,7 @@ class InterlockEngine(PipelineEngine):
     def destroy(self) -> None:
         """Frees threads and connections. All ranks must call it, after ``drain``."""
         atexit.unregister(self._at_exit)
+        self.sections.log.close()
         self._progress.reporter.close()  # threads first: they end even where the groups are gone
         if self._tracer:
             self._tracer.close()
@@ -251,7 +251,7 @@ class InterlockEngine(PipelineEngine):
 
     # Checkpoints.
 
-    @remembers_failure
+    @section("checkpoint")
     def save_checkpoint(
         self,
         save_dir: str | os.PathLike[str],
@@ -270,7 +270,7 @@ class InterlockEngine(PipelineEngine):
             )
         return True
 
-    @remembers_failure
+    @section("checkpoint")
     def load_checkpoint(
         self,
         load_dir: str | os.PathLike[str],
@@ -331,13 +331,13 @@ class InterlockEngine(PipelineEngine):
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         learning_rate = self.get_lr()[0]
-        self._steps.measure_norm()
-        with self._recorder.span(Action(self.stage_id, Kind.STEP, self.micro_batches)):
+        step = Action(self.stage_id, Kind.STEP, self.micro_batches)
+        with self._recorder.span(step), self._steps.checked(self._progress.losses):
             super()._exec_optimizer_step(lr_kwargs)
         if self.wall_clock_breakdown() and self.global_steps % self.steps_per_print() == 0:
             self.timers.log(MESSAGE_TIMERS)
         values: dict[str, float | Tensor | None] = {
-            "gradient_norm": self._steps.norm_of_step(),
+            **self._steps.reports(),
             "learning_rate": learning_rate,
             "samples": self.global_samples,
             COSINE: self._myopia.take_cosine(),
@@ -394,7 +394,7 @@ def _drain_at_exit(reference: "weakref.ref[InterlockEngine]") -> None:
     """Drains for scripts that do not, as neighbours need what was sent; not after an error, here or there."""
     engine = reference()
     failed = getattr(sys, "last_value", None) is not None
-    if engine is None or failed or engine.has_failed or not dist.is_initialized():
+    if engine is None or failed or engine.sections.has_failed or not dist.is_initialized():
         return
     if engine._runner.has_unfinished_batches:
         engine.drain()

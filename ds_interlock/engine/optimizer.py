@@ -1,6 +1,6 @@
 """What DeepSpeed's optimizers need where a stage clips and steps on its own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from torch import Tensor
 
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
+from ds_interlock.errors import NonfiniteError
 from ds_interlock.transport.ranks import StageRanks
 
 
@@ -23,14 +24,54 @@ class StageOptimizer:
     """Whether DeepSpeed's bf16 optimizer takes gradients up in hooks of its own."""
     _norm: Tensor | None = None
 
-    def measure_norm(self) -> None:
-        """Computes the norm of this stage's gradients, with its tensor-parallel ranks, if it is needed."""
+    def __post_init__(self) -> None:
+        if hasattr(self.engine.optimizer, "check_grad_overflow"):
+            self.engine.optimizer.check_grad_overflow = True  # ZeRO's, which leaves it out in float32
+
+    @property
+    def skips(self) -> bool:
+        """Whether a step with a nan or an infinity is left out, rather than an error."""
+        return self.engine.module.interlock.nonfinite == "skip"
+
+    @contextmanager
+    def checked(self, losses: Mapping[int, Tensor]) -> Iterator[None]:
+        """Around DeepSpeed's step: looks for nan and infinities in this stage's ``losses`` and gradients.
+
+        If the step is to be left out, the gradients go, so that nothing changes, and DeepSpeed counts it. Its
+        bf16 and ZeRO optimizers do both themselves.
+
+        Raises:
+            NonfiniteError: If there are any, and ``interlock.nonfinite`` is "error".
+        """
+        engine = self.engine
+        self._measure_norm()
+        values = [value.float() for value in losses.values()] + ([] if self._norm is None else [self._norm])
+        bad = ~torch.stack(values).isfinite().all() if values else torch.zeros((), dtype=torch.bool)
+        if not self.skips and bad:
+            shown = ", ".join(f"{float(loss):g}" for loss in losses.values()) or "elsewhere"
+            self._refuse(f"losses of the batch: {shown}; norm of its gradient: {self._norm}")
+        if self.skips and self._norm is not None:
+            if not engine.module.steps_alone:
+                bad = bad.float()
+                self.ranks.sum_over_pipeline(bad)
+            engine.optimizer.overflow = bool(bad)
+            if bad:
+                engine.module.zero_grad()
+        yield
+        if not self.skips and getattr(engine.optimizer, "overflow", False):
+            self._refuse("the gradient of the batch is nan or infinite")
+
+    def _refuse(self, what: str) -> None:
+        raise NonfiniteError(
+            f'{what}: lower the learning rate, clip gradients, look at the data; interlock.nonfinite "skip" '
+            "leaves out such steps"
+        )
+
+    def _measure_norm(self) -> None:
+        """Computes the norm of this stage's gradients; not of those that bf16 and ZeRO keep."""
         engine, self._norm = self.engine, None
         if hasattr(engine.optimizer, "_global_grad_norm") or isinstance(engine.optimizer, ZeROOptimizer):
             return  # keeps gradients to itself, and has a norm after the step
-        # Tensor-parallel ranks always: they sum, and the monitor may be on on one of them alone.
-        if not (engine.monitor.enabled or engine.gradient_clipping() > 0 or self.ranks.num_slices > 1):
-            return
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         self._norm = torch.nn.utils.get_total_norm(gradients)
         if self.ranks.num_slices > 1:
@@ -44,10 +85,11 @@ class StageOptimizer:
         parameters = list(self.engine.module.parameters())
         torch.nn.utils.clip_grads_with_norm_(parameters, self.engine.gradient_clipping(), self._norm)
 
-    def norm_of_step(self) -> float | Tensor | None:
-        """The gradient norm of the step just taken; None if it is not known."""
+    def reports(self) -> dict[str, float | Tensor | None]:
+        """Of the step just taken: the gradient norm, None if not known; how many were left out so far."""
         optimizer: Any = self.engine.optimizer
-        return getattr(optimizer, "_global_grad_norm", None) if self._norm is None else self._norm
+        norm = getattr(optimizer, "_global_grad_norm", None) if self._norm is None else self._norm
+        return {"gradient_norm": norm, "skipped_steps": self.engine.skipped_steps if self.skips else None}
 
     def enter_phase(self) -> None:
         """Gives ZeRO, which asks only once, the ranks over which norms are to be taken from now on."""

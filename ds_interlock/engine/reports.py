@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
+from ds_interlock.errors import PeerError
 from ds_interlock.schedule.plan import loss_name
 from ds_interlock.transport.ranks import StageRanks
 
@@ -77,7 +78,9 @@ class Reporter:
         self._reports.join()
         self._flushing.clear()
         if self._failure is not None:
-            raise RuntimeError("reports could not be posted: the job's store is gone") from self._failure
+            raise PeerError(
+                "the job's store is gone: rank 0 or the launcher, which holds it, has most likely stopped"
+            ) from self._failure
 
     def close(self) -> None:
         """Ends the thread."""
@@ -137,20 +140,21 @@ class Progress:
         """Of the newest batch, on the last stage; None elsewhere."""
         self._engine = engine
         self._ranks = ranks
-        self._losses: dict[int, Tensor] = {}
+        self.losses: dict[int, Tensor] = {}
+        """Of the newest batch on this stage: the mean of each loss by its index in the plan."""
         self._stage_values: dict[int, dict[str, float]] = {}
         self.cosines: dict[int, float] = {}
         """Every stage's newest gradient cosine that has arrived here."""
 
     def set_losses(self, losses: dict[int, Tensor]) -> None:
         """Takes the mean losses of this stage in the batch, by their index in the plan."""
-        self._losses = self._ranks.average_over_replicas(losses)
-        self.final_loss = self._losses.get(self._engine.module.plan.final)
+        self.losses = self._ranks.average_over_replicas(losses)
+        self.final_loss = self.losses.get(self._engine.module.plan.final)
 
     def post(self, batch: int, values: Values) -> None:
         """Reports the losses of the batch, and ``values``."""
         plan = self._engine.module.plan
-        names = {loss_name(plan, loss): value for loss, value in self._losses.items()}
+        names = {loss_name(plan, loss): value for loss, value in self.losses.items()}
         self.reporter.post(batch, {**names, **values})
 
     def stage_losses(self) -> dict[str, float]:

@@ -1,8 +1,10 @@
 """How the process of a job begins, what its errors do, and how it resumes."""
 
+import ctypes
 import io
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -18,9 +20,10 @@ from deepspeed.accelerator import get_accelerator
 import ds_interlock
 from ds_interlock import InterlockPipelineModule
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
-from ds_interlock.errors import ConfigError, DataError, PlanError
+from ds_interlock.errors import ConfigError, DataError, NonfiniteError, PeerError, PlanError
 from ds_interlock.jobs.arguments import Arguments, RunArguments, parse_arguments
 
+_PR_SET_PDEATHSIG = 1
 _WARMUP_SHARE = 0.1  # of the steps, where the config's scheduler says "auto"
 
 Result = TypeVar("Result")
@@ -66,8 +69,8 @@ def run_command(
         with propagate_errors():
             args = parse_arguments(kind, description, argv)
         run(args)
-    except (ConfigError, DataError, PlanError) as error:
-        sys.exit(f"{name}: {error}")
+    except (ConfigError, DataError, PlanError, NonfiniteError, PeerError) as error:
+        sys.exit(". ".join([f"{name}: {error}", *getattr(error, "__notes__", ())]))
 
 
 def start(args: RunArguments, complete: Callable[[Config], Config] = lambda config: config) -> Job:
@@ -91,6 +94,8 @@ def join_job() -> bool:
     """Joins the process group, if a launcher has started this process; returns whether one has."""
     if not {"RANK", "OMPI_COMM_WORLD_RANK"} & os.environ.keys():
         return False
+    # If the launcher is killed, so is this process.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     ds_interlock.init_distributed()
     if get_accelerator().device_name() == "cpu":
         torch.set_num_threads(1)  # the stages of a pipeline share the cores

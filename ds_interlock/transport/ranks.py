@@ -28,6 +28,10 @@ class StageRanks:
         """One of the replicas and tensor-parallel ranks of a stage reports for it."""
         self._grid = grid
 
+    def stage_of(self, rank: int) -> int:
+        """The stage of another rank of the job."""
+        return int(self._grid._topo.get_coord(rank).pipe)
+
     def sum_over_replicas(self, tensor: Tensor) -> None:
         """Adds up ``tensor`` over the data-parallel replicas of this stage, in place."""
         if self.num_replicas > 1:

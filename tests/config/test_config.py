@@ -25,6 +25,9 @@ EVERYTHING = {
     "streaming": False,
     "tied_weights": "error",
     "timeout_seconds": 12.5,
+    "setup_timeout_seconds": 60.5,
+    "checkpoint_timeout_seconds": 90.5,
+    "nonfinite": "skip",
     "extra_in_flight": 4,
     "head": {
         "type": "lens",

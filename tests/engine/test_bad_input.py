@@ -38,7 +38,7 @@ def train_badly(job: Job, make_data: Callable[[], Any], **module: Any) -> tuple[
 
 
 # Silent; or already gone, if it has left before the others' time is up.
-_NEIGHBOUR_IS_GONE = r"stage \d \(rank \d\) sent nothing for 1 s|it has most likely stopped"
+_NEIGHBOUR_IS_GONE = r"^stage \d \(rank \d\) stopped in batch 1: stage \d \(rank \d\) "
 
 
 def assert_one_knows(

@@ -72,10 +72,6 @@ class Codes:
             raise ScheduleError(f"{action} is not work of the plan")
         return code
 
-    def of_rows(self, rows: Iterable[Iterable[Action]]) -> list[list[int]]:
-        """The codes of several lists of actions."""
-        return [list(map(self.of, row)) for row in rows]
-
     def action(self, code: int) -> Action:
         """The action with this code."""
         micro_batch, op = divmod(code, self.size)

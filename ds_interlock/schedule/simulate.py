@@ -146,12 +146,8 @@ class _Player:
     def _run(self, stage: int, start: int, batch: int) -> int:
         """Runs a stage from position ``start`` to the first action that cannot start, and returns that."""
         row, clock, spans = self.rows[stage], self.clocks[stage], self.spans[stage]
-        codes, seconds, has_span, actions = (
-            self.codes,
-            self.seconds,
-            self.has_span,
-            self.program.stages[stage],
-        )
+        actions, seconds, has_span = self.program.stages[stage], self.seconds, self.has_span
+        codes = self.codes
         size, receive, is_receive, takes = codes.size, codes.receive, codes.is_receive, codes.takes
         for position in range(start, len(row)):
             code = row[position]

@@ -6,7 +6,7 @@ marks that others pass. A stage's *host* runs the program. It announces messages
     host 0     ..., mark: sent 1F0, wait: posted 1F0, ...
     host 1     ..., mark: posted 1F0, ..., wait: sent 1F0, work on 1F0, ...
 
-That is all there is to know: the payloads of accelerators travel by a rule that adds no standstill
+Hosts are all that counts if payloads between devices travel by the rule of docs/design.md, section 3
 (``tests/helpers/payloads.py`` is a model of it, and of what happens without it).
 """
 
@@ -22,7 +22,6 @@ Place = tuple[int, int]
 
 Agent = tuple[int, str]
 """A stage, and which of its agents."""
-
 
 _NOBODY = (-1, ""), 1
 

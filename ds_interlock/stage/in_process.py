@@ -170,7 +170,7 @@ def run_program(
     interpreters = [Interpreter(work, mailbox, lambda m: copied(micro_batches[m])) for work in stages]
     for interpreter in interpreters:
         interpreter.begin_batch(0, len(micro_batches))
-    left = [deque(of_stage) for of_stage in steps(program)]
+    left = [deque(steps(program, stage)) for stage in range(len(stages))]
     while any(left):
         is_stuck = True
         for interpreter, of_stage in zip(interpreters, left, strict=True):

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from ds_interlock.schedule.action import RECV_KINDS, Action, Kind
@@ -40,9 +39,8 @@ class Step(NamedTuple):
     takes: tuple[Action, ...]
 
 
-@lru_cache(maxsize=64)
-def steps(program: Program) -> tuple[tuple[Step, ...], ...]:
-    """For each stage what it does, step by step."""
+def steps(program: Program, stage: int) -> tuple[Step, ...]:
+    """What ``stage`` does, step by step."""
     taken: set[Action] = set()
     codes = codes_of(program.plan)
 
@@ -51,22 +49,21 @@ def steps(program: Program) -> tuple[tuple[Step, ...], ...]:
         taken.update(takes)
         return Step(action, takes)
 
-    return tuple(tuple(map(step, actions)) for actions in program.stages)
+    return tuple(map(step, program.stages[stage]))
 
 
-def receive_ahead(program: Program) -> int:
-    """The most receives of a link that are posted, in order, from the oldest one that is not taken."""
+def receive_ahead(program: Program, stage: int) -> int:
+    """The most receives of a link that ``stage`` posts, from the oldest one on that it has not taken."""
     most = 0
-    for row in steps(program):
-        untaken: dict[Kind, dict[Action, int]] = defaultdict(dict)
-        num_posted: dict[Kind, int] = defaultdict(int)
-        for action, takes in row:
-            if action.kind in RECV_KINDS:
-                num_posted[action.kind] += 1
-                untaken[action.kind][action] = num_posted[action.kind]
-                most = max(most, 1 + num_posted[action.kind] - next(iter(untaken[action.kind].values())))
-            for receive in takes:
-                del untaken[receive.kind][receive]
+    untaken: dict[Kind, dict[Action, int]] = defaultdict(dict)
+    num_posted: dict[Kind, int] = defaultdict(int)
+    for action, takes in steps(program, stage):
+        if action.kind in RECV_KINDS:
+            num_posted[action.kind] += 1
+            untaken[action.kind][action] = num_posted[action.kind]
+            most = max(most, 1 + num_posted[action.kind] - next(iter(untaken[action.kind].values())))
+        for receive in takes:
+            del untaken[receive.kind][receive]
     return most
 
 

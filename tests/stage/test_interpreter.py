@@ -62,7 +62,7 @@ def test_a_stage_between_others() -> None:
         make_net().stages[1], messenger, no_data, begin_micro_batch=lambda: begun.append(1), span=span
     )
     interpreter.begin_batch(7, 1)
-    for step in steps(training_program(PLAN, 1))[1]:
+    for step in steps(training_program(PLAN, 1), 1):
         interpreter.run(*step)
     assert messenger.calls == [
         "post 1RECV_I0@1 7",
@@ -90,7 +90,7 @@ def test_the_first_stage_loads_each_micro_batch_when_it_is_due() -> None:
     interpreter = Interpreter(make_net().stages[0], messenger, load)
     interpreter.begin_batch(0, 3)
     with torch.no_grad():
-        for step in steps(evaluation_program(PLAN, 3, all_heads=True))[0]:
+        for step in steps(evaluation_program(PLAN, 3, all_heads=True), 0):
             interpreter.run(*step)
     assert loaded == [0, 1, 2]
     assert messenger.calls == [f"send 0SEND_F{micro_batch} 0 2" for micro_batch in range(3)]
@@ -98,7 +98,7 @@ def test_the_first_stage_loads_each_micro_batch_when_it_is_due() -> None:
 
 def test_outputs_are_kept_while_they_are_wanted() -> None:
     interpreter = Interpreter(make_net().stages[2], Notebook(), no_data)
-    program = steps(evaluation_program(PLAN, 2, all_heads=False))[2]
+    program = steps(evaluation_program(PLAN, 2, all_heads=False), 2)
     with torch.no_grad():
         for outputs in ([], None):
             interpreter.outputs = outputs
@@ -111,7 +111,8 @@ def test_outputs_are_kept_while_they_are_wanted() -> None:
 
 @pytest.mark.parametrize("num_micro_batches", [1, 4])
 def test_every_message_is_taken_once_by_the_first_action_that_needs_it(num_micro_batches: int) -> None:
-    for actions in steps(training_program(PLAN, num_micro_batches)):
+    for stage in range(PLAN.num_stages):
+        actions = steps(training_program(PLAN, num_micro_batches), stage)
         posted = [action for action, _ in actions if action.kind in (Kind.RECV_FORWARD, Kind.RECV_GRADIENT)]
         taken = [receive for _, takes in actions for receive in takes]
         assert sorted(taken) == sorted(posted)

@@ -114,7 +114,7 @@ types: $(INSTALLED)  ## mypy, strict, on the package
 matrix: $(INSTALLED)  ## all combinations of precision, replicas, checkpointing, compilation, mode, into docs/migrating.md
 	PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python tests/whole_matrix.py
 
-BENCHMARKS := pipeline_peers overhead real_stages activation_memory relays head_cost single_gpu
+BENCHMARKS := pipeline_peers overhead start_up real_stages activation_memory relays head_cost single_gpu
 bench: $(INSTALLED)  ## all benchmarks, half an hour on a quiet machine, into docs/benchmarks
 	for name in $(BENCHMARKS); do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name --output docs/benchmarks/$$name.json || exit 1; \

@@ -2,10 +2,10 @@
 
     python -m benchmarks.start_up --stages 2 5 32 --output start_up.json
 
-The layers compute next to nothing. Times begin when all ranks have met, and are the slowest rank's; a machine
-with fewer cores than stages divides them among the ranks. Files are open ones, sockets included: of the
-process before there is an engine, most of which are its connections to all other ranks, and those that the
-engine and a batch add, on the rank that has most. ``new_group`` is called on every rank of a job at once.
+The layers compute next to nothing. Times begin when all ranks have met. They are the slowest rank's, in the
+fastest start; ranks share the machine's cores. Files are open ones, sockets included, on the rank that has
+most: those of the process before it has an engine, mostly connections to all other ranks, and those that the
+engine and a batch add. ``new_group`` is called on every rank of a job at once.
 """
 
 import os
@@ -30,6 +30,7 @@ LAYERS_PER_STAGE = 2
 OPTIONS: results.Options = {
     "stages": ([2, 5, 32], "pipeline stages, a process each"),
     "micro_batches": (4, "of a batch"),
+    "repeats": (3, "starts, of which the fastest counts"),
 }
 
 
@@ -75,9 +76,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for num_stages in args.stages:
         for engine in ENGINES:
             print(f"{num_stages} stages, {engine} ...", flush=True)
-            by_rank = run_ranks(measure, num_stages, engine_name=engine, num_micro_batches=args.micro_batches)
-            most = {key: max(of_rank[key] for of_rank in by_rank) for key in by_rank[0]}
-            rows.append({"stages": num_stages, "engine": engine, **most})
+            starts = [
+                run_ranks(measure, num_stages, engine_name=engine, num_micro_batches=args.micro_batches)
+                for _ in range(args.repeats)
+            ]
+            most = [{key: max(of_rank[key] for of_rank in start) for key in start[0]} for start in starts]
+            fastest = min(most, key=lambda start: start["seconds_to_first_batch"])
+            rows.append({"stages": num_stages, "engine": engine, **fastest})
     results.publish("start_up", args, rows, argv)
 
 

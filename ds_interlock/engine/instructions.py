@@ -69,7 +69,8 @@ class InterlockSchedule(PipeSchedule):
     def __init__(self, program: Program, stage: int) -> None:
         super().__init__(program.num_micro_batches, program.plan.num_stages, stage)
         self.program = program
-        self.receive_ahead = receive_ahead(program, stage)
+        neighbours = {stage - 1, stage + 1} & set(range(program.plan.num_stages))
+        self.receive_ahead = max((receive_ahead(program, neighbour) for neighbour in neighbours), default=0)
         self.instructions = [self._instruction(step) for step in steps(program, stage)]
 
     def steps(self) -> Iterator[list[PipeInstruction]]:

@@ -53,18 +53,17 @@ def steps(program: Program, stage: int) -> tuple[Step, ...]:
 
 
 def receive_ahead(program: Program, stage: int) -> int:
-    """The most receives of a link that neighbours post, in order, from the oldest one that is not taken."""
+    """The most receives of a link that ``stage`` posts, from the oldest one on that it has not taken."""
     most = 0
-    for neighbour in {stage - 1, stage + 1} & set(range(program.plan.num_stages)):
-        untaken: dict[Kind, dict[Action, int]] = defaultdict(dict)
-        num_posted: dict[Kind, int] = defaultdict(int)
-        for action, takes in steps(program, neighbour):
-            if action.kind in RECV_KINDS:
-                num_posted[action.kind] += 1
-                untaken[action.kind][action] = num_posted[action.kind]
-                most = max(most, 1 + num_posted[action.kind] - next(iter(untaken[action.kind].values())))
-            for receive in takes:
-                del untaken[receive.kind][receive]
+    untaken: dict[Kind, dict[Action, int]] = defaultdict(dict)
+    num_posted: dict[Kind, int] = defaultdict(int)
+    for action, takes in steps(program, stage):
+        if action.kind in RECV_KINDS:
+            num_posted[action.kind] += 1
+            untaken[action.kind][action] = num_posted[action.kind]
+            most = max(most, 1 + num_posted[action.kind] - next(iter(untaken[action.kind].values())))
+        for receive in takes:
+            del untaken[receive.kind][receive]
     return most
 
 

@@ -151,8 +151,11 @@ def end_problems(fault: Fault, seconds: float, failures: dict[int, str], num_ran
             problems.append(f"rank {rank} does not name stage, peer and batch: {failures[rank]}")
     others = [reason for rank, reason in failures.items() if rank != fault.rank]
     cause = next((words for kind, words in _CAUSES.items() if fault.kind.startswith(kind)), None)
+    if fault.phase == "start":  # in the user's own code, before the engine exists
+        cause = ""
     if cause is not None:
-        named = cause, f"(rank {fault.rank})"
+        # A nan travels, so that several stages may find it by themselves.
+        named = (cause,) if cause == "NonfiniteError" else (cause, f"(rank {fault.rank})")
         problems += [f"not the cause: {reason}" for reason in others if any(n not in reason for n in named)]
     return [problem[:400] for problem in problems]
 
@@ -183,9 +186,9 @@ def _run(
 
 
 def _left_behind() -> set[str]:
-    """Shared memory, and processes below this one."""
+    """Shared memory but semaphores, of which ranks make none, and processes below this one."""
     processes = {f"process {p.pid}" for p in psutil.Process().children(recursive=True)}
-    return processes | {f"shared memory {path.name}" for path in Path("/dev/shm").glob("*")}
+    return processes | {f"shared memory {path.name}" for path in Path("/dev/shm").glob("[!s]*")}
 
 
 def summary(rows: Sequence[Row]) -> str:

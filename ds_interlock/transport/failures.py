@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -83,7 +83,7 @@ class FailureLog:
         self._stage_of = stage_of
         self._rank = dist.get_rank()
         self._stops: list[Stop] = []
-        self._num_old = 0
+        self._has_posted = False
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self.close = weakref.finalize(self, self._closed.set)
@@ -91,51 +91,62 @@ class FailureLog:
         watch = partial(_watch, weakref.ref(self), self._closed)
         threading.Thread(target=watch, name="interlock failures", daemon=True).start()
 
-    def forget(self) -> None:
-        """What is known by now was no reason to stop: the job went on."""
-        self._num_old = len(self._stops)
+    def retract(self) -> None:
+        """The job went on here: what this rank has said was no reason to stop."""
+        if self._has_posted:
+            self._post(Stop(self._rank, self._stage_of(self._rank), 0, "", is_cause=False))
+            self._has_posted = False
 
     def explain(self, error: Exception, batch: int) -> Exception:
         """Tells the others of ``error``; returns what this rank should raise."""
         text = " ".join(f"{type(error).__name__}: {error}".split())[:_MOST_CHARACTERS]
-        peer = _PEER.search(text)
-        is_from_a_peer = isinstance(error, PeerError | dist.DistError) or (
-            type(error) is RuntimeError and "gloo" in text
-        )
-        silent = any(sign in text for sign in _SILENT)
-        closed = not silent and (not isinstance(error, PeerError) or "has most likely stopped" in text)
         own = Stop(self._rank, self._stage_of(self._rank), batch, text, is_cause=True)
-        if not is_from_a_peer or not (silent or closed):
+        own = self._of_peer(own, error)
+        self._post(own)
+        if own.is_cause:
             error.add_note(f"on {own}, {own.when}")
-            self._post(own)
             if self._holds_store:
                 time.sleep(2 * _WATCH_SECONDS)  # the others read the log before it is gone
             return error
-        suspect = int(peer[1]) if peer else None
-        if not isinstance(error, PeerError):
-            text = _IN_COLLECTIVE[silent]
-        elif closed and suspect is not None:
-            text = _DIED.format(stage=self._stage_of(suspect), rank=suspect)
-        else:
-            text = str(error)
-        own = Stop(own.rank, own.stage, batch, text, False, suspect, silent)
-        self._post(own)
-        root = self._root_of(own, _GRACE_SECONDS if silent or suspect is None else 0.0)
+        root = self._root_of(own)
         if root is not own:
             why = f"{root} failed" if root.is_cause else f"{root} stopped"
             return PeerError(f"{own} stopped {own.when}: {why} {root.when}: {root.text}")
-        return PeerError(f"{own} stopped {own.when}: {own.text}{self._absent(suspect, silent)}")
+        return PeerError(f"{own} stopped {own.when}: {own.text}{self._absent(own.suspect)}")
+
+    def _of_peer(self, own: Stop, error: Exception) -> Stop:
+        """``own`` as what it is if ``error`` only says that another rank is gone or silent."""
+        is_of_link = isinstance(error, PeerError)
+        is_of_collective = type(error) is RuntimeError and "gloo" in own.text
+        if not is_of_link and not is_of_collective and not isinstance(error, dist.DistError):
+            return own
+        peer = _PEER.search(own.text) if is_of_link else None
+        suspect = int(peer[1]) if peer else None
+        silent = any(sign in own.text for sign in _SILENT)
+        closed = not silent and (not is_of_link or "has most likely stopped" in own.text)
+        if not silent and not closed:
+            return own  # it disagrees
+        text = str(error) if is_of_link else _IN_COLLECTIVE[silent]
+        if closed and suspect is not None:
+            text = _DIED.format(stage=self._stage_of(suspect), rank=suspect)
+        return replace(own, text=text, is_cause=False, suspect=suspect, waited=silent)
 
     @property
     def _holds_store(self) -> bool:
         return self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
-    def _root_of(self, own: Stop, grace_seconds: float) -> Stop:
+    def _others(self) -> dict[int, Stop]:
+        """What other ranks have said last, by rank."""
+        newest = {stop.rank: stop for stop in self._stops if stop.rank != self._rank}
+        return {rank: stop for rank, stop in newest.items() if stop.text}
+
+    def _root_of(self, own: Stop) -> Stop:
         """The stop behind ``own``, as far as ranks have said; ``own`` if nothing is known."""
-        deadline = time.monotonic() + grace_seconds
+        grace = _GRACE_SECONDS if own.waited else _WATCH_SECONDS if own.suspect is None else 0.0
+        deadline = time.monotonic() + grace
         while True:
             self.read()
-            others = {stop.rank: stop for stop in self._stops[self._num_old :] if stop.rank != own.rank}
+            others = self._others()
             for stop in others.values():
                 if stop.is_cause:
                     return stop
@@ -150,16 +161,15 @@ class FailureLog:
                 return root
             time.sleep(_WATCH_SECONDS / 5)
 
-    def _absent(self, suspect: int | None, silent: bool) -> str:
+    def _absent(self, suspect: int | None) -> str:
         """Names the ranks that have said nothing, if this one does not know for which it waited."""
-        if suspect is not None or not silent:
-            return ""
-        heard = {stop.rank for stop in self._stops[self._num_old :]}
-        ranks = [rank for rank in range(dist.get_world_size()) if rank not in heard]
-        names = ", ".join(f"stage {self._stage_of(rank)} (rank {rank})" for rank in ranks)
-        return f"; no word from {names}" if ranks else ""
+        heard = {self._rank, *self._others()}
+        absent = [rank for rank in range(dist.get_world_size()) if rank not in heard]
+        names = ", ".join(f"stage {self._stage_of(rank)} (rank {rank})" for rank in absent)
+        return f"; no word from {names}" if names and suspect is None else ""
 
     def _post(self, stop: Stop) -> None:
+        self._has_posted = True
         try:
             number = self._store.add("stops", 1)
             self._store.set(f"stop/{number}", json.dumps(asdict(stop)))
@@ -228,7 +238,7 @@ class Sections:
         except BaseException:
             self.has_failed = True
             raise
-        self.log.forget()
+        self.log.retract()
 
 
 def section(

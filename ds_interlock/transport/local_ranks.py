@@ -207,7 +207,8 @@ def _serve(work: Callable[[], Any], settings: dict[str, str], connection: Connec
         if dist.is_initialized():
             dist.barrier()  # no rank leaves while others still send
     except Exception as error:  # noqa: BLE001 - raised again where the job was started
-        answer = "failure", Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+        reason = ". ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+        answer = "failure", Failure(reason, traceback.format_exc())
     send(*answer)
     sys.stdout.flush()
     os._exit(0)  # engines must not drain at exit: their peers may be gone

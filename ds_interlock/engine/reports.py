@@ -18,6 +18,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch.distributed as dist
@@ -188,9 +189,19 @@ class Progress:
             print(f"steps: {step} loss: {loss.item():0.4f} (of step {step - batches_ago})", flush=True)
 
 
-def job_store() -> Any:
-    """A part of the job's key-value store for one purpose. All ranks must call it in the same order."""
+def job_store(*, waits: bool = False) -> Any:
+    """A part of the job's key-value store for one purpose. All ranks must call it in the same order.
+
+    Those who never wait for a key share a connection: some in ten that torch makes take five seconds.
+    """
     store = dist.distributed_c10d._get_default_store()
-    # A connection of its own, that no collective's set-up can keep busy.
-    own = store.clone() if hasattr(store, "clone") else store
+    own = _cloned(store) if waits else _shared(store)
     return dist.distributed_c10d.PrefixStore(f"ds_interlock/{next(_purposes)}", own)
+
+
+def _cloned(store: Any) -> Any:
+    """The same with a connection of its own, that no collective's set-up can keep busy."""
+    return store.clone() if hasattr(store, "clone") else store
+
+
+_shared = lru_cache(maxsize=1)(_cloned)

@@ -186,7 +186,7 @@ class Tracer:
     timeout_seconds: float
 
     def __post_init__(self) -> None:
-        self._store = job_store()
+        self._store = job_store(waits=True)
         self._thread: threading.Thread | None = None
 
     def batch_begins(self, batch: int) -> None:

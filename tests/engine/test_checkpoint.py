@@ -270,11 +270,12 @@ def test_a_run_continues_in_another_mode_and_size(ranks4: RankPool, tmp_path: Pa
         if stage == 0:
             assert all(torch.equal(fresh[name], loaded[name]) for name in heads["b"]), "it is new"
             assert any(not torch.equal(trained[name], loaded[name]) for name in heads["b"])
-        for saved, taken, part in (("a", "b", 1), ("b", "d", 1)):
+        for saved, taken in ("ab", "bd") if stage in (1, 2) else ():
             theirs = {n.split(".", 2)[2]: p for n, p in states[saved][2].items() if n.startswith("heads.")}
-            for name in heads[taken] if stage in (1, 2) else ():
-                assert torch.equal(states[taken][part][name], theirs[name.split(".", 2)[2]])
-                assert not torch.equal(states[taken][part][name], states[taken][0][name])
+            new, kept, _ = states[taken]
+            assert all(torch.equal(kept[name], theirs[name.split(".", 2)[2]]) for name in heads[taken])
+            # In bf16 the first step is too small for the weight of a norm.
+            assert any(not torch.equal(kept[name], new[name]) for name in heads[taken])
         # Two replicas continue as one did.
         assert result["losses"]["c"] == pytest.approx(result["losses"]["d"], rel=1e-2 if extra else 1e-5)
 

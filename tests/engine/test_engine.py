@@ -277,7 +277,7 @@ def exit_after(job: Job, *, fails: bool) -> tuple[str | None, list[str]]:
 
 @pytest.mark.parametrize("section", [GLOBAL, LOCAL, INTERLOCK], ids=["global", "local", "interlock"])
 def test_no_collective_in_the_exit_handler_after_an_error(ranks4: RankPool, section):
-    job = Job({**section, "timeout_seconds": 1.0}, num_micro_batches=2, extra={"steps_per_print": 1})
+    job = Job({**section, "timeout_seconds": 2.0}, num_micro_batches=2, extra={"steps_per_print": 1})
     results = ranks4.run(exit_after, job=job, fails=True)
     assert [error for error, _ in results] == ["DataError", "PeerError", "PeerError", "PeerError"]
     assert all(calls == [] for _, calls in results), "a script that goes on after an error, as by sys.exit"

@@ -15,18 +15,14 @@ from itertools import repeat
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import torch.distributed as dist
-from deepspeed.pipe import LayerSpec
 
 from benchmarks import results
-from benchmarks.overhead import WIDTH, Shift
+from benchmarks.overhead import next_to_nothing
 from benchmarks.peers import DEEPSPEED, make_peer
-from measuring.engines import Workload, run_ranks
-from measuring.sleeping import sleeping_loss
+from measuring.engines import run_ranks
 
 ENGINES = (DEEPSPEED, "global", "window 2")
-LAYERS_PER_STAGE = 2
 OPTIONS: results.Options = {
     "stages": ([2, 5, 32], "pipeline stages, a process each"),
     "micro_batches": (4, "of a batch"),
@@ -36,14 +32,7 @@ OPTIONS: results.Options = {
 
 def measure(engine_name: str, num_micro_batches: int) -> dict[str, float]:
     """On a rank: seconds until the engine exists and until its first batch is done; files; groups."""
-    num_layers = LAYERS_PER_STAGE * dist.get_world_size()
-    work = Workload(
-        layers=[LayerSpec(Shift)] * num_layers,
-        layer_seconds=[1.0] * num_layers,
-        loss_fn=sleeping_loss,
-        micro_batch=(torch.ones(1, WIDTH), torch.zeros(1, WIDTH)),
-        head=lambda position: Shift(),
-    )
+    work = next_to_nothing()
     dist.barrier()
     before, start = _num_open(), time.perf_counter()
     with patch.object(dist, "new_group", wraps=dist.new_group) as new_group:

@@ -56,23 +56,22 @@ def write_list(folder: Path, step: int) -> None:
     (folder / LIST_FILE).write_text(json.dumps({"step": step, "files": files}, indent=0), encoding="utf-8")
 
 
-def newest_first(save_dir: Path) -> list[Path]:
-    """The checkpoints in ``save_dir`` that have a list of their files, whole or not."""
-    folders = [path.parent for path in save_dir.glob(f"*/{LIST_FILE}")]
+def newest_first(save_dir: Path, prefix: str = "") -> list[Path]:
+    """The checkpoints whose tags begin with ``prefix`` and that have a list of their files, whole or not."""
+    folders = [path.parent for path in save_dir.glob(f"{prefix}*/{LIST_FILE}")]
     complete = [folder for folder in folders if folder.suffix not in (UNFINISHED, REPLACED)]
-    return sorted(complete, key=lambda folder: (_step(folder), folder.name), reverse=True)
+    return sorted(complete, key=lambda folder: (_read_list(folder)[0], folder.name), reverse=True)
 
 
 def newest_complete(save_dir: Path, prefix: str) -> Path | None:
     """The newest checkpoint whose tag begins with ``prefix``, but one that lacks files or parts of them."""
-    numbered = [folder for folder in newest_first(save_dir) if folder.name.startswith(prefix)]
+    numbered = newest_first(save_dir, prefix)
     return next((folder for folder in numbered if find_fault(folder, SIZES_ONLY) is None), None)
 
 
 def remove_oldest(save_dir: Path, prefix: str, limit: int) -> None:
     """Leaves the ``limit`` newest checkpoints of those whose tags begin with ``prefix``."""
-    numbered = [folder for folder in newest_first(save_dir) if folder.name.startswith(prefix)]
-    for folder in numbered[limit:]:
+    for folder in newest_first(save_dir, prefix)[limit:]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -85,7 +84,7 @@ def find_fault(folder: Path, share: slice = slice(None)) -> str | None:
     """
     if not folder.is_dir():
         return f"{folder} is missing"
-    for name, size in _listed(folder).items():
+    for name, size in _read_list(folder)[1].items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
@@ -109,19 +108,12 @@ def _damage(path: Path) -> str | None:
     return f"{path} is damaged ({damaged} differs from its checksum)" if damaged else None
 
 
-def _listed(folder: Path) -> dict[str, int]:
-    """Sizes of files in bytes, by name."""
+def _read_list(folder: Path) -> tuple[int, dict[str, int]]:
+    """The step, -1 if it is not known, and the sizes of the files in bytes, by name."""
     try:
-        files: dict[str, int] = json.loads((folder / LIST_FILE).read_text(encoding="utf-8"))["files"]
+        listed = json.loads((folder / LIST_FILE).read_text(encoding="utf-8"))
+        return int(listed["step"]), dict(listed["files"])
     except FileNotFoundError:
-        return {}
+        return -1, {}
     except (ValueError, KeyError, OSError):
-        return {LIST_FILE: 0}  # as it cannot be read
-    return files
-
-
-def _step(folder: Path) -> int:
-    try:
-        return int(json.loads((folder / LIST_FILE).read_text(encoding="utf-8"))["step"])
-    except (ValueError, KeyError, OSError):
-        return -1
+        return -1, {LIST_FILE: 0}  # as it cannot be read

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,13 +44,11 @@ from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.files import replace_folder, replace_text
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
-from ds_interlock.transport.agreement import raised_by_all
+from ds_interlock.transport.agreement import gather, raised_by_all
 from ds_interlock.transport.ranks import StageRanks
 
 Loaded = tuple[str | None, dict[str, Any] | None]
 """What DeepSpeed's ``load_checkpoint`` returns."""
-
-Value = TypeVar("Value")
 
 
 @dataclass
@@ -240,10 +238,3 @@ def _described(plan: GradientFlowPlan) -> dict[str, Any]:
 
 def _described_phases(module: InterlockPipelineModule) -> list[dict[str, Any]]:
     return [{"from_step": phase.from_step, **_described(phase.plan)} for phase in module.schedule.phases]
-
-
-def gather(value: Value) -> list[Value]:
-    """The values of all ranks. All ranks must call it."""
-    values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

@@ -34,11 +34,11 @@ from ds_interlock.checkpoints.optimizer import (
     to_torch,
 )
 from ds_interlock.checkpoints.stages import SavedStages, fits, read_file
-from ds_interlock.engine.checkpoint import Checkpoints, Loaded, gather, load_flat_copies
+from ds_interlock.engine.checkpoint import Checkpoints, Loaded, load_flat_copies
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
 from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.errors import ConfigError
-from ds_interlock.transport.agreement import raised_by_all
+from ds_interlock.transport.agreement import gather, raised_by_all
 
 _TORCHS, _FLAT = "float32 without ZeRO", "bf16 or with ZeRO"
 _OTHER_FORM = "it was saved in {}, this job is in {}"

@@ -192,7 +192,7 @@ class Progress:
 def job_store(*, waits: bool = False) -> Any:
     """A part of the job's key-value store for one purpose. All ranks must call it in the same order.
 
-    Those who never wait for a key share a connection: some in ten that torch makes take five seconds.
+    Those who never wait for a key share a connection: about one in ten new ones takes five seconds.
     """
     store = dist.distributed_c10d._get_default_store()
     own = _cloned(store) if waits else _shared(store)

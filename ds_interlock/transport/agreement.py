@@ -2,11 +2,22 @@
 
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from ds_interlock.errors import ConfigError, list_faults
+
+Value = TypeVar("Value")
+
+
+def gather(value: Value) -> list[Value]:
+    """The values of all ranks; this one's alone outside a job. All ranks must call it."""
+    if not dist.is_initialized():
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def agree(about: Mapping[str, Any], *, may_differ: Container[str] = ()) -> None:
@@ -16,9 +27,8 @@ def agree(about: Mapping[str, Any], *, may_differ: Container[str] = ()) -> None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, {name: value for name, value in _flat(about) if name not in may_differ})
-    first: dict[str, str] = gathered[0]
+    gathered = gather({name: value for name, value in _flat(about) if name not in may_differ})
+    first = gathered[0]
     faults = [
         f"{name} is {first.get(name, 'missing')} on rank 0, {other.get(name, 'missing')} on rank {rank}"
         for rank, other in enumerate(gathered)
@@ -40,11 +50,7 @@ def raised_by_all() -> Iterator[None]:
         yield
     except ConfigError as raised:
         error = raised
-    messages: list[str | None] = [None if error is None else str(error)]
-    if dist.is_initialized():
-        messages *= dist.get_world_size()
-        dist.all_gather_object(messages, messages[0])
-    for message in filter(None, messages):
+    for message in filter(None, gather(None if error is None else str(error))):
         raise ConfigError(message) from error
 
 

@@ -13,7 +13,7 @@ every position. Neither padding nor other samples in its row change a sample's s
 sample by sample, without padding, in the order in which the replica evaluated them, which stage 0 knows.
 
 A file is in safetensors' format: one tensor, ``states``, ``[n, d]``, and a fingerprint as metadata. It may be
-larger than memory, which safetensors' own writer takes tensors from: so header and states are written here.
+larger than memory, in which safetensors' own writer needs all tensors: so header and states are written here.
 
 Shape suffixes: b rows, t positions in a row, n positions of all samples of a replica, d hidden width.
 """

@@ -19,7 +19,7 @@ OUTPUT_DIR ?= runs/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test wheel browser data lint types matrix bench experiments faults docs clean
+.PHONY: help install demo test wheel browser data lint types matrix bench experiments faults gpu docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 13
@@ -131,6 +131,11 @@ experiments: $(INSTALLED) data  ## all experiments (hours), into docs/experiment
 faults: $(INSTALLED)  ## 200 faults in small jobs, and a long streaming run (hours), into docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m measuring.faults --seeds 200 --output docs/reliability.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m measuring.long_run --batches 10000 --output docs/long_run.json
+
+# Where there is no GPU: DEVICE=cpu runs the same steps in small sizes.
+DEVICE ?= cuda
+gpu: $(INSTALLED)  ## verify and measure on the GPUs of this machine (DEVICE=cpu: see it run), into runs/gpu
+	$(BIN)/python -m measuring.gpu --device $(DEVICE) --output_dir runs/gpu
 
 docs: $(INSTALLED)  ## write docs/config.md from the config class
 	$(BIN)/python -m ds_interlock.config.reference > docs/config.md

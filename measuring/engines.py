@@ -44,7 +44,9 @@ class Workload:
         return [int(bound) for bound in bounds]
 
 
-def run_ranks(work: Callable[..., Any], num_ranks: int, **arguments: Any) -> list[Any]:
+def run_ranks(
+    work: Callable[..., Any], num_ranks: int, *, device: str = "cpu", backend: str = "gloo", **arguments: Any
+) -> list[Any]:
     """Calls ``work(**arguments)`` on ``num_ranks`` ranks after process-group initialisation.
 
     ``work`` is at the top of a module, ``arguments`` can be pickled. Returns the results by rank.
@@ -52,12 +54,12 @@ def run_ranks(work: Callable[..., Any], num_ranks: int, **arguments: Any) -> lis
     Raises:
         RankError: If it failed on a rank; with that rank's traceback and the end of its log.
     """
-    joined = partial(_join_and_work, work, arguments)
-    return run_local_ranks(joined, num_ranks, preload=["torch.distributed.pipelining"])
+    joined = partial(_join_and_work, work, backend, arguments)
+    return run_local_ranks(joined, num_ranks, device=device, preload=["torch.distributed.pipelining"])
 
 
-def _join_and_work(work: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    ds_interlock.init_distributed(dist_backend="gloo")
+def _join_and_work(work: Callable[..., Any], backend: str, arguments: dict[str, Any]) -> Any:
+    ds_interlock.init_distributed(dist_backend=backend)
     return work(**arguments)
 
 

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "hf/model": {"config", "heads", "hf/data", "planning", "profiling", "sampling", "schedule"},
     "hf/export": {"checkpoints", "heads", "hf/model", "models", "schedule"},
     "images": {"heads", "hf/data", "sampling"},
-    "jobs": {"checkpoints", "config", "hf/data", "hf/export", "hf/model", "images", "models"},
+    "jobs": {"checkpoints", "config", "hf/data", "hf/export", "hf/model", "images", "models", "transport"},
     "verification": {"config", "heads", "sampling", "schedule", "stage", "transport"},
 }
 # What each tree may import of the others.

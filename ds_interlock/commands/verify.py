@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 _VERIFY = """\
 Runs the plan of CONFIG's "interlock" section (mode, window, combine, head_stride, head, ...) on a small
-random model, with the real engine in as many processes on CPU as there are stages. A program that is wrong
-or could come to a standstill is refused before it runs. Then it compares:
+random model, with the real engine in as many processes as there are stages. A program that is wrong or
+could come to a standstill is refused before it runs. Then it compares:
 
   - the gradient of every parameter, layers and heads, with float64 autograd on truncated graphs;
   - the gradients of the same samples in other numbers of micro-batches;
@@ -31,6 +31,7 @@ or could come to a standstill is refused before it runs. Then it compares:
 
 Of a schedule every phase is checked by itself. The rest of CONFIG (optimizer, batch sizes, clipping,
 precision) is ignored: gradients are compared before any of it applies. No launcher and no GPU are needed.
+With --device cuda the processes use the GPUs here, over CONFIG's "interlock.transport".
 """
 
 
@@ -46,6 +47,8 @@ def add_parser(commands: Any) -> None:
     source = "function that returns (layers, inputs): your layers, and one micro-batch of inputs for them"
     add("--layers-from", metavar="MODULE:FUNCTION", help=source)
     add("--seed", type=int, default=0, metavar="S", help="of weights and data (default: %(default)s)")
+    device = "of the processes (default: %(default)s)"
+    add("--device", choices=("cpu", "cuda"), default="cpu", help=device)
     timeout = "give up after this long (default: %(default)g)"
     add("--timeout", type=positive, default=300.0, metavar="SECONDS", help=timeout)
     add("--json", action="store_true", help="print JSON instead of a picture and a table")
@@ -58,12 +61,13 @@ def run(options: argparse.Namespace) -> int:
     check_deepspeed(contents)
     num_layers = options.layers or 2 * options.stages + 1
     schedule = interlock.plan_schedule(_uniform_bounds(num_layers, options.stages))
-    # The small model runs on the CPU, whatever else there is. DeepSpeed looks when it is imported.
+    # Here the model runs on the CPU, whatever else there is. DeepSpeed looks when it is imported.
     os.environ["DS_ACCELERATOR"] = "cpu"
     print_progress("importing DeepSpeed")
     from ds_interlock.verification.checks import verify
 
-    how = {"seed": options.seed, "timeout_seconds": options.timeout, "progress": print_progress}
+    how: dict[str, Any] = {"seed": options.seed, "timeout_seconds": options.timeout}
+    how |= {"device": options.device, "progress": print_progress}
     if options.layers_from:
         how["layers"], how["inputs"] = _function(options.layers_from)()
     reports = [

@@ -122,6 +122,9 @@ class InterlockConfig(Section):
     """What happens to weights tied between stages outside mode `global`. `untie`: each stage trains its own
     copy. `sync`: an all-reduce in every batch keeps them equal; no stage then streams. `error`: refuse the
     model."""
+    transport: Literal["auto", "gloo"] = "auto"
+    """How tensors travel between GPUs. `auto`: over NCCL. `gloo`: through the host's memory, and so do
+    DeepSpeed's collectives; slower, for machines without NCCL and ranks that share a GPU. CPUs use gloo."""
     timeout_seconds: float = Field(300, gt=0)
     """How long a stage waits for a neighbour before it gives up with an error; all stages for each other as
     many times as long as there are stages."""

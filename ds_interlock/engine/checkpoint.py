@@ -44,7 +44,7 @@ from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.files import replace_folder, replace_text
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
-from ds_interlock.transport.agreement import gather, raised_by_all
+from ds_interlock.transport.agreement import barrier, gather, raised_by_all
 from ds_interlock.transport.ranks import StageRanks
 
 Loaded = tuple[str | None, dict[str, Any] | None]
@@ -77,19 +77,19 @@ class Checkpoints:
         if writes:
             for left_over in save_dir.glob("*" + UNFINISHED):  # by a run that was killed
                 shutil.rmtree(left_over, ignore_errors=True)
-        dist.barrier()
+        barrier()
         yield folder.name
         state = stage_state(self.engine.module) | {"topology": self._topology()}
         if self.ranks.replica == 0:
             torch.save({**state, "heads_aside": self.heads_aside}, self._stage_file(folder))
         torch.save(self._rank_state(), self._rank_file(folder))
-        dist.barrier()
+        barrier()
         if writes:
             write_list(folder, self.engine.global_steps)
             replace_folder(complete, folder, complete.with_name(tag + REPLACED))
             if save_latest:
                 replace_text(save_dir / "latest", tag)
-        dist.barrier()
+        barrier()
 
     def find(self, load_dir: str | os.PathLike[str], tag: str | None) -> Path | None:
         """The folder of the checkpoint with ``tag``, by default the newest one; None if none exists.

@@ -1,9 +1,11 @@
 """What the parts of the engine use of DeepSpeed's pipeline engine, which has no types of its own."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from deepspeed.runtime.pipe import p2p
 
 from ds_interlock.engine.instructions import InterlockSchedule
 from ds_interlock.engine.module import InterlockPipelineModule
@@ -48,3 +50,17 @@ class DeepSpeedSide(Protocol):
     def use_node_local_storage(self) -> bool: ...
     def wall_clock_breakdown(self) -> bool: ...
     def zero_optimization(self) -> bool: ...
+
+
+@contextmanager
+def without_first_message() -> Iterator[None]:
+    """DeepSpeed's engine, when it is made, sends a zero over each link, on a group of the whole job.
+
+    Messages here have communicators of their own, and gloo sends nothing that is on a GPU.
+    """
+    send, recv = p2p.send, p2p.recv
+    p2p.send = p2p.recv = lambda *_: None
+    try:
+        yield
+    finally:
+        p2p.send, p2p.recv = send, recv

@@ -36,10 +36,12 @@ from ds_interlock.engine.parameter_groups import UnusedHeads
 from ds_interlock.engine.reports import COSINE, Progress, job_store
 from ds_interlock.engine.runner import StageRunner
 from ds_interlock.engine.timeline import Tracer, draw, gather
+from ds_interlock.files import replace_text
 from ds_interlock.schedule.action import Action, Kind
 from ds_interlock.schedule.plan import GradientFlowPlan, loss_name
 from ds_interlock.schedule.simulate import Rows
 from ds_interlock.stage.backward import Backward
+from ds_interlock.transport.agreement import barrier
 from ds_interlock.transport.failures import FailureLog, Sections, section
 from ds_interlock.transport.host import to_device
 from ds_interlock.transport.ranks import StageRanks
@@ -71,8 +73,7 @@ class InterlockEngine(PipelineEngine):
         self._warmup = HeadWarmup(self._runner)
         self._myopia = MyopiaMeter(self._runner)
         self._checkpoints = Checkpoints(self, self._ranks, self._data)
-        self._at_exit = partial(_drain_at_exit, weakref.ref(self))
-        atexit.register(self._at_exit)
+        self._at_exit = atexit.register(partial(_drain_at_exit, weakref.ref(self)))
 
     @property
     def plan(self) -> GradientFlowPlan:
@@ -216,7 +217,7 @@ class InterlockEngine(PipelineEngine):
         self._progress.reporter.flush()
         if self._tracer:
             self._tracer.flush()
-        dist.barrier()
+        barrier()
         if self.global_rank == 0:
             self._progress.reporter.flush()  # now that all ranks have posted
             self._progress.write()
@@ -246,8 +247,7 @@ class InterlockEngine(PipelineEngine):
         """Writes a typical recorded batch and its simulation as an SVG. All ranks must call it."""
         rows = self.timeline()
         if self.global_rank == 0 and any(rows):  # a phase that begins after the last batch empties them
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(draw(self._train_schedule().program, rows, streaming=self.streaming))
+            replace_text(path, draw(self._train_schedule().program, rows, streaming=self.streaming))
 
     # Checkpoints.
 
@@ -309,7 +309,7 @@ class InterlockEngine(PipelineEngine):
             result = checkpoint.load(load, load_module_strict)
             self._warmup.is_due = checkpoint.has_new_heads
         self._enter_phase()  # that of the steps done when it was saved
-        dist.barrier()
+        barrier()
         return result
 
     # What DeepSpeed calls.

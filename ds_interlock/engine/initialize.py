@@ -11,6 +11,8 @@ from torch import nn
 
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.config.deepspeed import MAY_DIFFER, MUST_AGREE
+from ds_interlock.config.parts import SECTION
+from ds_interlock.engine.deepspeed_side import without_first_message
 from ds_interlock.engine.engine import InterlockEngine
 from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.engine.parameter_groups import check_unused_heads, has_one_rate, with_groups_of_heads
@@ -18,7 +20,7 @@ from ds_interlock.engine.reports import job_store
 from ds_interlock.errors import ConfigError
 from ds_interlock.transport.agreement import agree, raised_by_all
 from ds_interlock.transport.failures import FailureLog, Sections
-from ds_interlock.transport.start import init_distributed
+from ds_interlock.transport.start import backend_of, init_distributed
 
 
 def initialize(
@@ -49,9 +51,15 @@ def initialize(
     """
     config = config or config_params or getattr(args, "deepspeed_config", None)
     model, config = _checked(model, mpu, mesh_param, config)
-    init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    unchecked = config.get(SECTION)  # ranks meet first: others would wait for one that fails now
+    unchecked = unchecked if isinstance(unchecked, Mapping) else {}
+    init_distributed(
+        backend_of(unchecked.get("transport")),
+        distributed_port=distributed_port,
+        dist_init_required=dist_init_required,
+    )
     log = FailureLog(job_store(), lambda rank: int(model._topo.get_coord(rank).pipe))
-    with closing(log), Sections(log, {"setup": _setup_seconds(config)}, lambda: 0).enter("setup"):
+    with closing(log), Sections(log, {"setup": _setup_seconds(unchecked)}, lambda: 0).enter("setup"):
         shared = {key: config[key] for key in MUST_AGREE if key in config}
         agree(
             {"config": shared, "layers": len(model._layer_specs), "stage_bounds": list(model.parts)},
@@ -71,29 +79,28 @@ def initialize(
             else:
                 model_parameters, config = with_groups_of_heads(model, optimizer, model_parameters, config)
         grid = model.mpu()
-        engine = InterlockEngine(
-            args=args,
-            model=model,
-            optimizer=optimizer,
-            model_parameters=model_parameters,
-            training_data=training_data,
-            lr_scheduler=lr_scheduler,
-            mpu=grid,
-            dist_init_required=False,
-            collate_fn=collate_fn,
-            config=config,
-            config_class=DeepSpeedConfig(config, grid),
-        )
+        with without_first_message():
+            engine = InterlockEngine(
+                args=args,
+                model=model,
+                optimizer=optimizer,
+                model_parameters=model_parameters,
+                training_data=training_data,
+                lr_scheduler=lr_scheduler,
+                mpu=grid,
+                dist_init_required=False,
+                collate_fn=collate_fn,
+                config=config,
+                config_class=DeepSpeedConfig(config, grid),
+            )
         model.let_heads_return_what_the_model_does()
         check_unused_heads(model, engine.optimizer, own=own, zero=engine.zero_optimization())
         engine._configure_python_gc()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def _setup_seconds(config: Mapping[str, Any]) -> float:
-    """The limit of the set-up, before the section has been checked."""
-    section = config.get("interlock")
-    value = section.get("setup_timeout_seconds") if isinstance(section, Mapping) else None
+def _setup_seconds(unchecked: Mapping[str, Any]) -> float:
+    value = unchecked.get("setup_timeout_seconds")
     if isinstance(value, int | float) and value > 0:
         return float(value)
     return InterlockConfig().setup_timeout_seconds

@@ -52,7 +52,8 @@ class StageRunner:
         timers = engine.timers if engine.wall_clock_breakdown() else None
         self.recorder = Recorder(get_accelerator().synchronize, timers)
         self._backward = backward
-        self.links = Links(ranks.of_pipeline, ranks.stage, ranks.device, self.config.timeout_seconds)
+        timeout, transport = self.config.timeout_seconds, self.config.transport
+        self.links = Links(ranks.of_pipeline, ranks.stage, ranks.device, timeout, transport)
         self._num_issued = self._num_flushed = 0  # programs, of training and evaluation
         self._schedules: dict[tuple[int, str, int], InterlockSchedule] = {}
         if engine.torch_autocast_enabled():

@@ -33,6 +33,7 @@ from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.schedule.render import Timeline, render_svg
 from ds_interlock.schedule.simulate import Rows, Span, from_zero, simulate
 from ds_interlock.schedule.trace import chrome_trace
+from ds_interlock.transport import agreement
 from ds_interlock.transport.ranks import StageRanks
 
 _TRACE = "interlock.trace"
@@ -89,10 +90,8 @@ class Recorder:
 
 def gather(spans: list[Span], stage: int, num_stages: int) -> Rows:
     """The spans of all stages, in seconds since the first began. A collective call."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (stage, spans))
     rows: list[list[Span]] = [[] for _ in range(num_stages)]
-    for owner, recorded in gathered:
+    for owner, recorded in agreement.gather((stage, spans)):
         rows[owner] = rows[owner] or recorded  # one data-parallel replica stands for all
     return from_zero(rows)
 

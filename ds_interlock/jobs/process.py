@@ -7,7 +7,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,9 @@ from ds_interlock import InterlockPipelineModule
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError, DataError, NonfiniteError, PeerError, PlanError
 from ds_interlock.jobs.arguments import Arguments, RunArguments, parse_arguments
+from ds_interlock.transport import agreement
+from ds_interlock.transport.failures import CollectiveLimits
+from ds_interlock.transport.start import LONG, backend_of, control_group
 
 _PR_SET_PDEATHSIG = 1
 _WARMUP_SHARE = 0.1  # of the steps, where the config's scheduler says "auto"
@@ -64,10 +67,15 @@ def run_command(
     argv: list[str] | None = None,
 ) -> None:
     """The ``main`` of a job: reads the command line and runs; wrong input ends it with one sentence."""
-    join_job()
     try:
+        args: Arguments | ConfigError = parse_arguments(kind, description, argv)
+    except ConfigError as error:
+        args = error  # raised when all ranks can hear of it
+    try:
+        join_job(None if isinstance(args, ConfigError) else args.deepspeed_config)
         with propagate_errors():
-            args = parse_arguments(kind, description, argv)
+            if isinstance(args, ConfigError):
+                raise args
         run(args)
     except (ConfigError, DataError, PlanError, NonfiniteError, PeerError) as error:
         sys.exit(". ".join([f"{name}: {error}", *getattr(error, "__notes__", ())]))
@@ -75,7 +83,7 @@ def run_command(
 
 def start(args: RunArguments, complete: Callable[[Config], Config] = lambda config: config) -> Job:
     """Joins the process group and reads the DeepSpeed config, which ``complete`` adds to."""
-    if not join_job():
+    if not join_job(args.deepspeed_config):
         raise ConfigError(f"start this through the launcher: deepspeed --num_gpus 4 {' '.join(sys.argv)}")
     transformers.utils.logging.disable_progress_bar()
     world_size = dist.get_world_size()
@@ -90,13 +98,19 @@ def start(args: RunArguments, complete: Callable[[Config], Config] = lambda conf
     return Job(config, interlock, num_stages)
 
 
-def join_job() -> bool:
-    """Joins the process group, if a launcher has started this process; returns whether one has."""
+def join_job(deepspeed_config: str | None) -> bool:
+    """Joins the process group, if a launcher has started this process; returns whether one has.
+
+    The config says over which transport. One that cannot be read is for ``start`` to refuse.
+    """
     if not {"RANK", "OMPI_COMM_WORLD_RANK"} & os.environ.keys():
         return False
     # If the launcher is killed, so is this process.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    ds_interlock.init_distributed()
+    transport = "auto"
+    with suppress(ConfigError):
+        transport = InterlockConfig.from_deepspeed(deepspeed_config or {}).transport
+    ds_interlock.init_distributed(dist_backend=backend_of(transport))
     if get_accelerator().device_name() == "cpu":
         torch.set_num_threads(1)  # the stages of a pipeline share the cores
     return True
@@ -140,15 +154,19 @@ def in_turns(work: Callable[[], Result]) -> Result:
 def broadcast_from_rank_0(value: Result) -> Result:
     """Rank 0's ``value``, on every rank. All ranks must call it."""
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    with _patience():
+        dist.broadcast_object_list(values, src=0, group=control_group())
     return values[0]
 
 
 def gather(value: Result) -> list[Result]:
-    """The values of all ranks. All ranks must call it."""
-    values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    """The values of all ranks. All ranks must call it, and may take long before they do."""
+    with _patience():
+        return agreement.gather(value)
+
+
+def _patience() -> AbstractContextManager[None]:
+    return CollectiveLimits().at(LONG.total_seconds())
 
 
 @contextmanager

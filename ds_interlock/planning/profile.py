@@ -11,6 +11,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from math import inf
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,6 +21,9 @@ from ds_interlock.files import read_record, replace_text
 from ds_interlock.schedule.cost import CostModel
 
 _NO_DEVICE = "none"
+
+_Cut = tuple[float, float, list[int]]
+"""Of some first layers into stages: the slowest stage's seconds, the sum of their squares, the bounds."""
 
 
 def balanced_bounds(seconds: Sequence[float], num_stages: int) -> list[int]:
@@ -31,20 +35,24 @@ def balanced_bounds(seconds: Sequence[float], num_stages: int) -> list[int]:
     if not 1 <= num_stages <= num_layers:
         raise ConfigError(f"{num_stages} stages for {num_layers} layers: every stage needs at least one")
     ends = [0.0, *accumulate(seconds)]
-    # Of the best cut of some first layers into the stages so far: slowest stage, sum of squares, bounds.
-    best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [0])}
-
-    def with_stage(start: int, stop: int) -> tuple[float, float, list[int]]:
-        slowest, squares, bounds = best[start]
-        own = ends[stop] - ends[start]
-        return max(slowest, own), squares + own * own, [*bounds, stop]
-
+    best: dict[int, _Cut] = {0: (0.0, 0.0, [0])}
     for stage in range(1, num_stages + 1):
-        best = {
-            stop: min((with_stage(start, stop) for start in best if start < stop), key=lambda cut: cut[:2])
-            for stop in range(stage, num_layers + 1)
-        }
+        best = {stop: _with_stage(best, ends, stop) for stop in range(stage, num_layers + 1)}
     return best[num_layers][2]
+
+
+def _with_stage(best: dict[int, _Cut], ends: Sequence[float], stop: int) -> _Cut:
+    """The best cut of the first ``stop`` layers that adds a stage to one of ``best``."""
+    slowest, squares, chosen = inf, inf, -1
+    for start in range(stop - 1, -1, -1):
+        own = ends[stop] - ends[start]
+        if own > slowest:  # and more so with more layers
+            break
+        if start in best:
+            cut = max(best[start][0], own), best[start][1] + own * own
+            if cut <= (slowest, squares):
+                (slowest, squares), chosen = cut, start
+    return slowest, squares, [*best[chosen][2], stop]
 
 
 class _Record(BaseModel):

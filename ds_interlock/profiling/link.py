@@ -25,10 +25,10 @@ def measure_link(num_bytes: int) -> tuple[float, float] | None:
     accelerator only, which has no link to measure.
     """
     accelerator = get_accelerator()
-    on_cpu = accelerator.device_name() == "cpu"
-    if not on_cpu and accelerator.device_count() < 2:
+    device = accelerator.device_name()
+    if device != "cpu" and accelerator.device_count() < 2:
         return None
-    small, large = run_local_ranks(partial(_play, num_bytes), 2, fork=on_cpu)[0]
+    small, large = run_local_ranks(partial(_play, num_bytes), 2, device=device)[0]
     return small, num_bytes / max(large - small, 1e-9)
 
 

@@ -74,13 +74,13 @@ class Codes:
 
     def action(self, code: int) -> Action:
         """The action with this code."""
-        micro_batch, op = divmod(code, self.size)
-        like = self.ops[op]
-        return Action(like.stage, like.kind, micro_batch, like.losses)
+        return self.actions([code])[0]
 
     def actions(self, codes: Iterable[int]) -> tuple[Action, ...]:
         """The actions with these codes."""
-        return tuple(map(self.action, codes))
+        size, ops = self.size, self.ops
+        likes = ((ops[code % size], code // size) for code in codes)
+        return tuple(Action(like.stage, like.kind, number, like.losses) for like, number in likes)
 
     def received(self, action: Action) -> tuple[Action, ...]:
         """As ``receives_needed``."""

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from ds_interlock.errors import ConfigError, list_faults
+from ds_interlock.transport.start import control_group
 
 Value = TypeVar("Value")
 
@@ -16,8 +17,13 @@ def gather(value: Value) -> list[Value]:
     if not dist.is_initialized():
         return [value]
     values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=control_group())
     return values
+
+
+def barrier() -> None:
+    """Waits until all ranks have called it."""
+    dist.barrier(group=control_group())
 
 
 def agree(about: Mapping[str, Any], *, may_differ: Container[str] = ()) -> None:

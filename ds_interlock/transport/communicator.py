@@ -8,6 +8,7 @@ Its two members make one by themselves, so their number at a stage does not grow
 ``dist.new_group``: every rank of the job would have to call it, or, under NCCL, to join a split of the
 job's communicator. Headers are gloo's on every device. Payloads are NCCL's where tensors are on a GPU: there
 unbatched messages of one communicator wait for each other, so no two directions or links may share one.
+With ``interlock.transport`` "gloo" they go through the host's memory instead (``staging.py``).
 """
 
 import os
@@ -25,6 +26,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.schedule.action import Kind
+from ds_interlock.transport.staging import Staged
 
 SENDER, RECEIVER = 0, 1
 """Their ranks in every communicator."""
@@ -52,7 +54,7 @@ class Channel:
     headers: Any
     payloads: Any
     on_gloo: bool = True
-    """Whether payloads are gloo's, too."""
+    """Whether payloads are gloo's, too: then only who waits for one learns that it is gone."""
 
     def send_header(self, frame: Tensor) -> Any:
         """Starts to send; the result's ``wait`` returns once the other end has posted a receive."""
@@ -77,10 +79,17 @@ class Channel:
 
 
 class Communicators:
-    """Makes the communicators of a rank. ``device`` is where tensors are received to."""
+    """Makes the communicators of a rank.
 
-    def __init__(self, device: torch.device, timeout_seconds: float) -> None:
+    Args:
+        device: Where tensors are received to.
+        timeout_seconds: Of a message; that of the communicators is longer.
+        transport: ``interlock.transport``.
+    """
+
+    def __init__(self, device: torch.device, timeout_seconds: float, transport: str) -> None:
         self.device = device
+        self._transport = transport
         # Longer than our own limit: the error that names the neighbour is the one to be seen.
         self._timeout = timedelta(seconds=2 * timeout_seconds + 60)
         self._gloo: Any = dist.ProcessGroupGloo
@@ -95,7 +104,7 @@ class Communicators:
         store = PrefixStore(name, dist.distributed_c10d._get_default_store())
         headers = self.gloo(PrefixStore("headers", store), rank)
         payloads = self.payloads(PrefixStore("payloads", store), rank)
-        channel = Channel(peer, headers, payloads, on_gloo=isinstance(payloads, self._gloo))
+        channel = Channel(peer, headers, payloads, on_gloo=isinstance(payloads, self._gloo | Staged))
         # The first message of a NCCL communicator connects it, which would wait for both hosts.
         first = torch.zeros(1, dtype=torch.uint8, device=self.device)
         (channel.send_payload if rank == SENDER else channel.receive_payload)(first).wait()
@@ -111,9 +120,12 @@ class Communicators:
         """A communicator for tensors on the device."""
         if self.device.type == "cpu":
             return self.gloo(store, rank)
+        if self._transport == "gloo":
+            return Staged(self.gloo(store, rank))
         if get_accelerator().communication_backend_name() != "nccl":
             raise ConfigError(
-                f"stages cannot exchange tensors between {self.device.type} devices: only NCCL is known"
+                f'there is no NCCL between {self.device.type} devices: set interlock.transport to "gloo", '
+                "which takes the host's memory"
             )
         nccl: Any = dist.ProcessGroupNCCL
         options = nccl.Options()
@@ -122,13 +134,13 @@ class Communicators:
 
 
 def open_channels(
-    ranks: Sequence[int], stage: int, device: torch.device, timeout_seconds: float
+    ranks: Sequence[int], stage: int, device: torch.device, timeout_seconds: float, transport: str
 ) -> dict[Kind, Channel]:
     """The ends of this stage, by what it does there; ``ranks`` are the pipeline's, by stage.
 
     The other members must call it, too; no other rank has to.
     """
-    communicators = Communicators(device, timeout_seconds)
+    communicators = Communicators(device, timeout_seconds, transport)
     channels: dict[Kind, Channel] = {}
     # Links of even stages first: then no stage waits for one that waits for another.
     for link in sorted({stage - 1, stage} & set(range(len(ranks) - 1)), key=lambda link: link % 2):

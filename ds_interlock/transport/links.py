@@ -196,13 +196,19 @@ class Receiver:
 class Links:
     """The links of ``stage`` to and from its neighbours in ``ranks``, which are the pipeline's, by stage.
 
-    Neighbours must make their links at the same point. Tensors are received to ``device``.
+    Neighbours must make their links at the same point. Tensors are received to ``device``, over what
+    ``transport`` says (``interlock.transport``).
     """
 
     def __init__(
-        self, ranks: Sequence[int], stage: int, device: torch.device, timeout_seconds: float
+        self,
+        ranks: Sequence[int],
+        stage: int,
+        device: torch.device,
+        timeout_seconds: float,
+        transport: str = "auto",
     ) -> None:
-        self.channels = open_channels(ranks, stage, device, timeout_seconds)
+        self.channels = open_channels(ranks, stage, device, timeout_seconds, transport)
         self._senders = {
             kind: Sender(channel, timeout_seconds)
             for kind, channel in self.channels.items()

@@ -6,7 +6,7 @@
 
 The processes are forked from a server that has imported DeepSpeed, so that a job of eight starts in a
 second and not in twenty. A process in which an accelerator may have been initialised cannot be forked;
-ranks that use one are new processes (``fork=False``). What ranks print goes to one log per rank.
+ranks that use one are new processes. What ranks print goes to one log per rank.
 """
 
 import faulthandler
@@ -27,7 +27,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from ds_interlock.errors import PeerError
+from ds_interlock.errors import ConfigError, PeerError
 
 _PRELOADED = ("deepspeed", "torch._dynamo", "ds_interlock.engine.initialize")
 _GRACE_SECONDS = 2.0
@@ -63,7 +63,7 @@ def run_local_ranks(
     work: Callable[[], Any],
     num_ranks: int,
     *,
-    fork: bool = True,
+    device: str = "cpu",
     preload: Sequence[str] = (),
     timeout_seconds: float | None = None,
     on_report: Callable[[Any], None] = lambda _: None,
@@ -73,21 +73,20 @@ def run_local_ranks(
     Args:
         work: A function at the top of a module, or a ``partial`` of one. It and its results are picklable.
         num_ranks: World size.
-        fork: Whether ranks are forked from the server.
+        device: What ranks work on, as torch names it: "cuda" for one GPU each, or some for each GPU if there
+            are fewer. They are forked from the server on CPUs only.
         preload: Modules that the server imports besides DeepSpeed; they count in the first call only.
         timeout_seconds: Limit for everything together.
         on_report: Called with what ranks pass to ``report``.
 
     Raises:
+        ConfigError: If no such device is there.
         RankError: If it failed on some rank.
         TimeoutError: If the time is up; with the end of each unfinished rank's log, and its stacks.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    context: ForkServerContext | SpawnContext = multiprocessing.get_context("spawn")
-    if fork:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*_PRELOADED, *preload])
+    context, num_devices = _context(device, preload), _num_devices(device, num_ranks)
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     # The system picks the port when the store begins to listen: no process can take it in between.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -104,7 +103,7 @@ def run_local_ranks(
         try:
             for rank in range(num_ranks):
                 ours, theirs = context.Pipe()
-                settings = {**job, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                settings = {**job, "RANK": str(rank), "LOCAL_RANK": str(rank % num_devices)}
                 process = context.Process(target=_serve, args=(work, settings, theirs, _log(logs, rank)))
                 ranks[ours] = process
                 process.start()
@@ -115,6 +114,26 @@ def run_local_ranks(
                 if started.pid is not None:
                     started.kill()
                     started.join()
+
+
+def _context(device: str, preload: Sequence[str]) -> ForkServerContext | SpawnContext:
+    if device != "cpu":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_PRELOADED, *preload])
+    return context
+
+
+def _num_devices(device: str, num_ranks: int) -> int:
+    """How many devices there are for ``num_ranks``, each of which has a CPU."""
+    if device == "cpu":
+        return num_ranks
+    import torch
+
+    number: int = torch.get_device_module(device).device_count()
+    if not number:
+        raise ConfigError(f"there is no {device} device here")
+    return number
 
 
 def _collect(

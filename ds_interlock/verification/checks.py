@@ -95,12 +95,14 @@ def verify(
     *,
     seed: int,
     timeout_seconds: float,
+    device: str = "cpu",
     layers: Sequence[Any] = (),
     inputs: Hidden = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Runs ``plan``, that of ``interlock``, on a small model, each stage a process, and compares the results.
 
+    The processes work on ``device``, "cpu" or "cuda", and may share one; the reference is always the CPU's.
     Of ``layers``, a model of the user's for a micro-batch of ``inputs``, the gradients of repeated backward
     passes are compared, if the plan repeats any. ``seed`` is that of weights and data. ``progress`` is
     called with a few words on what is done.
@@ -117,7 +119,8 @@ def verify(
     programs = {_verified_program(run, plan.stage_bounds) for run in runs}
     progress("one process, float64")
     in_process, expected = gradients_in_process(interlock, plan, seed)
-    outcomes = run_job(plan.stage_bounds, runs, seed=seed, timeout_seconds=timeout_seconds, progress=progress)
+    how: dict[str, Any] = {"seed": seed, "timeout_seconds": timeout_seconds, "device": device}
+    outcomes = run_job(plan.stage_bounds, runs, **how, progress=progress)
     checks = [
         _compare("one process, float64: gradients == autograd", in_process, expected, FLOAT64_LIMIT),
         *_checks_by_stage(plan, outcomes[configured].gradients, expected),

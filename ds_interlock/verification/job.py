@@ -1,8 +1,9 @@
-"""The processes of a verification: each stage of the small model on a rank of its own, on the CPU.
+"""The processes of a verification: each stage of the small model on a rank of its own.
 
 Every rank runs all runs of a job with the real engine, one after the other.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,7 @@ from ds_interlock.config import InterlockConfig
 from ds_interlock.config.parts import SECTION
 from ds_interlock.errors import PeerError
 from ds_interlock.transport.local_ranks import RankError, report, run_local_ranks
+from ds_interlock.transport.start import backend_of
 from ds_interlock.verification.reference import (
     NUM_SAMPLES,
     loss_fn,
@@ -55,9 +57,13 @@ def run_job(
     *,
     seed: int,
     timeout_seconds: float,
+    device: str,
     progress: Callable[[str], None],
 ) -> dict[Run, Outcome]:
-    """Trains the small model in as many processes as there are stages, one run after the other."""
+    """Trains the small model in as many processes as there are stages, one run after the other.
+
+    The runs have the same ``interlock.transport``.
+    """
     num_stages, num_done = len(stage_bounds) - 1, 0
 
     def on_report(number: int) -> None:
@@ -66,9 +72,14 @@ def run_job(
         progress(f"processes ({num_stages}): {number} of {len(runs)} runs done")
 
     progress(f"processes ({num_stages}): starting; this takes some seconds")
-    work = partial(_run_all, tuple(runs), tuple(stage_bounds), seed, timeout_seconds)
+    # DeepSpeed looks when it is imported, in each process.
+    os.environ["DS_ACCELERATOR"] = device
+    backend = "gloo" if device == "cpu" else backend_of(runs[0].interlock.transport)
+    work = partial(_run_all, tuple(runs), tuple(stage_bounds), seed, backend, timeout_seconds)
     try:
-        parts = run_local_ranks(work, num_stages, timeout_seconds=timeout_seconds, on_report=on_report)
+        parts = run_local_ranks(
+            work, num_stages, device=device, timeout_seconds=timeout_seconds, on_report=on_report
+        )
     except TimeoutError as error:
         raise PeerError(
             f"{num_done} of {len(runs)} runs in {num_stages} processes were finished after "
@@ -91,9 +102,13 @@ def _put_together(parts: Sequence[Outcome]) -> Outcome:
 
 
 def _run_all(
-    runs: Sequence[Run], stage_bounds: tuple[int, ...], seed: int, timeout_seconds: float
+    runs: Sequence[Run],
+    stage_bounds: tuple[int, ...],
+    seed: int,
+    backend: str | None,
+    timeout_seconds: float,
 ) -> list[Outcome]:
-    ds_interlock.init_distributed("gloo", timeout=timedelta(seconds=timeout_seconds))
+    ds_interlock.init_distributed(backend, timeout=timedelta(seconds=timeout_seconds))
     outcomes = []
     for run in runs:
         outcomes.append(_train(run, stage_bounds, seed))
@@ -126,13 +141,13 @@ def _train(run: Run, stage_bounds: tuple[int, ...], seed: int) -> Outcome:
     def keep_first_gradients(*_: Any) -> None:
         if not gradients:
             for name, p in parameters.items():
-                gradients[name] = torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
+                gradients[name] = (torch.zeros_like(p) if p.grad is None else p.grad).detach().cpu().clone()
 
     optimizer.register_step_pre_hook(keep_first_gradients)
     batches = random_batches(run.num_batches, seed)
     data = iter([part for batch in batches for part in micro_batches(batch, run.num_micro_batches)])
     for _ in range(run.num_batches):
         engine.train_batch(data)
-    loss = engine.drain()
-    weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    loss = engine.drain().cpu()
+    weights = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
     return Outcome(gradients, weights, loss)

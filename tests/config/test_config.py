@@ -24,6 +24,7 @@ EVERYTHING = {
     "head_stride": 2,
     "streaming": False,
     "tied_weights": "error",
+    "transport": "gloo",
     "timeout_seconds": 12.5,
     "setup_timeout_seconds": 60.5,
     "checkpoint_timeout_seconds": 90.5,

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 from engine_jobs import Job, Outcome, assert_same, data_for, make_engine, train_all
-from nccl_rules import nccl_rules
+from nccl_rules import nccl_rules, payloads_by
 from ranks import RankError, RankPool
 
 from ds_interlock.schedule.action import Kind
 from ds_interlock.transport.links import Links, Sender
+from ds_interlock.transport.staging import Staged
 
 
 def interlock(window: float, extra: int = 0) -> dict[str, Any]:
@@ -29,18 +30,19 @@ JOBS = [
 ]
 
 
-def train_on_both(jobs: list[Job]) -> tuple[list[Outcome], list[Outcome]]:
+def train_on_all(jobs: list[Job]) -> list[tuple[Outcome, Outcome, Outcome]]:
     on_gloo = train_all(jobs)
     with nccl_rules():
-        return on_gloo, train_all(jobs)
+        under_rules = train_all(jobs)
+    with payloads_by(lambda self, store, rank: Staged(self.gloo(store, rank))):
+        return list(zip(on_gloo, under_rules, train_all(jobs), strict=True))
 
 
 def test_every_mode_gives_the_bits_of_gloo(ranks4: RankPool):
-    by_rank = ranks4.run(train_on_both, jobs=JOBS)
-    for on_gloo, under_rules in zip(
-        *(zip(*each, strict=True) for each in zip(*by_rank, strict=True)), strict=True
-    ):
+    for of_job in zip(*ranks4.run(train_on_all, jobs=JOBS), strict=True):
+        on_gloo, under_rules, staged = zip(*of_job, strict=True)
         assert_same(on_gloo, under_rules)
+        assert_same(on_gloo, staged)
 
 
 def train_with_fault(fault: str) -> None:

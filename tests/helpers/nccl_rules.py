@@ -8,7 +8,7 @@ the header here, and other tensors as payloads, as between GPUs. The host waits 
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -71,11 +71,16 @@ class NcclRules(dist.ProcessGroup):
 
 
 @contextmanager
-def nccl_rules() -> Iterator[None]:
-    """Within it, the links that are made have payloads under NCCL's rules."""
+def payloads_by(make: Callable[[Communicators, Any, int], Any]) -> Iterator[None]:
+    """Within it, the links that are made have communicators for payloads by ``make``."""
     payloads = Communicators.payloads
-    Communicators.payloads = lambda self, store, rank: NcclRules(self.gloo(store, rank), rank)  # type: ignore[method-assign]
+    Communicators.payloads = make  # type: ignore[method-assign]
     try:
         yield
     finally:
         Communicators.payloads = payloads  # type: ignore[method-assign]
+
+
+def nccl_rules() -> AbstractContextManager[None]:
+    """Within it, the links that are made have payloads under NCCL's rules."""
+    return payloads_by(lambda self, store, rank: NcclRules(self.gloo(store, rank), rank))

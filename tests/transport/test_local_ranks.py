@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ds_interlock.transport.local_ranks import RankError, report, run_local_ranks
 
 
-def rank_and_report(base: int) -> int:
+def rank_and_report(base: int) -> tuple[int, str]:
     rank = int(os.environ["RANK"])
     report((rank, "half way"))
-    return base + rank
+    return base + rank, os.environ["LOCAL_RANK"]
 
 
 def fail_on_rank_0() -> None:
@@ -32,11 +33,12 @@ def sleep_with_a_note(folder: str) -> None:
     time.sleep(600)
 
 
-@pytest.mark.parametrize("fork", [True, False])
-def test_results_and_reports(fork: bool) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_results_and_reports(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # which two ranks share
     reports: list[Any] = []
-    results = run_local_ranks(partial(rank_and_report, 10), 2, fork=fork, on_report=reports.append)
-    assert results == [10, 11]
+    results = run_local_ranks(partial(rank_and_report, 10), 2, device=device, on_report=reports.append)
+    assert results == [(10, "0"), (11, "1" if device == "cpu" else "0")]
     assert sorted(reports) == [(0, "half way"), (1, "half way")]
 
 
@@ -60,8 +62,9 @@ def test_ranks_end_when_the_time_is_up_and_show_what_they_wait_for(tmp_path: Pat
 def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     code = (
         "from functools import partial; from test_local_ranks import *\n"
+        "torch.cuda.device_count = lambda: 1\n"
         f"work = partial(sleep_with_a_note, {str(tmp_path)!r})\n"
-        "if __name__ == '__main__': run_local_ranks(work, 2, fork=False)"
+        "if __name__ == '__main__': run_local_ranks(work, 2, device='cuda')"
     )
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     starter = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths})

@@ -41,7 +41,7 @@ _SIZES = {
     "cuda": {
         "transports": "",
         "head_cost": "--dtype bfloat16 --micro_batch_size 8 --backends full chunked",
-        "single_gpu": "--model_size 355M",
+        "single_gpu": "--model_size 355M --modes local 'window 2' --batches 3",
         "profile": "--micro-batch-size 8 --seq-length 1024",
     },
     "cpu": {
@@ -60,29 +60,29 @@ class Step:
 
     name: str
     arguments: tuple[str, ...]
-    limit_seconds: float = 180.0
+    limit_seconds: float = 120.0
 
 
 def steps(device: str, folder: Path, nccl: bool) -> Iterator[Step]:
     """What is run, with files in ``folder``; ``nccl``: whether ranks can use it."""
     size, transports = _SIZES[device], ["gloo", *(["nccl"] if nccl else [])]
-    benchmark = ("-m", "benchmarks.")
+    on_device = ("--device", device)
     for transport in transports:
         for name, section in _SECTIONS.items():
             config = folder / f"{name}, {transport}.json"
             key = {"transport": "gloo" if transport == "gloo" else "auto"}
             replace_text(config, json.dumps({"train_batch_size": 8, "interlock": {**section, **key}}))
-            command = "verify", str(config), "--device", device, "--stages", str(NUM_STAGES)
+            command = "verify", str(config), *on_device, "--stages", str(NUM_STAGES), "--timeout", "90"
             yield Step(f"verify {name}, {transport}", ("-m", "ds_interlock.cli", *command))
-    on_device = ("--device", device)
     for name, options in (
         ("transports", ("--transports", *transports)),
         ("head_cost", ()),
         ("single_gpu", ()),
     ):
         output = ("--output", str(folder / f"{name}.json"))
-        module = f"{benchmark[1]}{name}"
-        yield Step(name, ("-m", module, *on_device, *options, *shlex.split(size[name]), *output), 300.0)
+        yield Step(
+            name, ("-m", f"benchmarks.{name}", *on_device, *options, *shlex.split(size[name]), *output), 180.0
+        )
     config, model, profile = folder / "profile_config.json", folder / "model", folder / "profile.json"
     bf16 = {"bf16": {"enabled": True}} if device == "cuda" else {}
     section = _SECTIONS["window 2"] | {"head": {"token_fraction": 0.125}}

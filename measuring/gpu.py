@@ -9,6 +9,7 @@ planner. Where there are fewer GPUs than stages, they share them. Each step is a
 time limit. ``steps.json`` has the command, the outcome and the end of the output of each, after every step.
 """
 
+import ctypes
 import json
 import os
 import shlex
@@ -123,11 +124,18 @@ def nccl_fault(device: str) -> str:
         return "there is no GPU"
     import torch
 
-    version, number = torch.cuda.nccl.version(), torch.cuda.device_count()
-    if number >= NUM_STAGES or version >= SHARES_A_GPU:
+    number = torch.cuda.device_count()
+    if number >= NUM_STAGES or nccl_version() >= SHARES_A_GPU:
         return ""
-    need = ".".join(map(str, SHARES_A_GPU))
-    return f"{NUM_STAGES} ranks on {number} GPUs need NCCL {need}, this is {'.'.join(map(str, version))}"
+    need, found = (".".join(map(str, version)) for version in (SHARES_A_GPU, nccl_version()))
+    return f"{NUM_STAGES} ranks on {number} GPUs need NCCL {need}, this is {found}"
+
+
+def nccl_version() -> tuple[int, int, int]:
+    """Of the library that torch has loaded; torch itself tells which one it was built with."""
+    number = ctypes.c_int()
+    ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(number))
+    return number.value // 10000, number.value // 100 % 100, number.value % 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:

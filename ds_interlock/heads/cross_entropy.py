@@ -11,8 +11,6 @@ positions at a time. It computes gradients in the forward pass, while a chunk's 
 Shape suffixes: n positions, r positions of a chunk, d hidden width, v output (vocabulary) entry.
 """
 
-import importlib
-import importlib.util
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -25,7 +23,9 @@ from ds_interlock.heads.labels import IGNORED_LABEL
 CHUNK_BYTES = 2**26
 """What the logits of one chunk may take; with 50,000 outputs in float32, those of 335 positions."""
 
-Backend: TypeAlias = Literal["full", "chunked", "liger"]
+_ACCELERATOR_CHUNK_BYTES = 2**28
+
+Backend: TypeAlias = Literal["full", "chunked"]
 
 
 def cross_entropy_sum(logits_nv: Tensor, labels_n: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -51,46 +51,29 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     *,
     backend: Backend | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """``cross_entropy_sum(F.linear(hidden_nd, weight_vd, bias_v), labels_n)`` in bounded memory.
 
     The numbers are the same to rounding. What does not require a gradient gets none computed. Unless all
     logits fit into one chunk (of ``chunk_bytes``), gradients can be taken once, and not differentiated again.
-    Without ``backend`` more logits are left to Liger's kernels on a CUDA device, if installed.
     """
     device = hidden_nd.device.type
     if torch.is_autocast_enabled(device):  # which does not reach into an autograd function
         dtype = torch.get_autocast_dtype(device)
         hidden_nd, weight_vd = hidden_nd.to(dtype), weight_vd.to(dtype)
         bias_v = None if bias_v is None else bias_v.to(dtype)
-    rows = max(1, chunk_bytes // (weight_vd.shape[0] * wide(hidden_nd.dtype).itemsize))
-    if backend is None:
-        has_liger = device == "cuda" and importlib.util.find_spec("liger_kernel")
-        backend = "full" if len(hidden_nd) <= rows else "liger" if has_liger else "chunked"
+    rows = rows_of_a_chunk(hidden_nd, weight_vd.shape[0], chunk_bytes)
+    backend = backend or ("full" if len(hidden_nd) <= rows else "chunked")
     if not torch.is_grad_enabled():  # autograd functions ask tensors, not the mode, what needs a gradient
         hidden_nd, weight_vd = hidden_nd.detach(), weight_vd.detach()
         bias_v = None if bias_v is None else bias_v.detach()
-    inputs = (hidden_nd, weight_vd, bias_v, labels_n, label_smoothing)
-    match backend:
-        case "full":
-            return cross_entropy_sum(F.linear(hidden_nd, weight_vd, bias_v), labels_n, label_smoothing)
-        case "liger":
-            return _liger(*inputs)
-        case "chunked":
-            chunked: Tensor = _ChunkedLinearCrossEntropy.apply(*inputs, rows)  # type: ignore[no-untyped-call]
-            return chunked
-
-
-def _liger(
-    hidden_nd: Tensor, weight_vd: Tensor, bias_v: Tensor | None, labels_n: Tensor, smoothing: float
-) -> Tensor:
-    # Not imported by name: it is an extra, and importing it takes a GPU.
-    liger: Any = importlib.import_module("liger_kernel.transformers.functional")
-    options = {"ignore_index": IGNORED_LABEL, "label_smoothing": smoothing, "reduction": "sum"}
-    options["accum_dtype"] = torch.float32  # of the weight's gradient, over chunks
-    loss: Tensor = liger.liger_fused_linear_cross_entropy(hidden_nd, weight_vd, labels_n, bias_v, **options)
-    return loss
+    if backend == "full":
+        return cross_entropy_sum(F.linear(hidden_nd, weight_vd, bias_v), labels_n, label_smoothing)
+    chunked: Tensor = _ChunkedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_nd, weight_vd, bias_v, labels_n, label_smoothing, rows
+    )
+    return chunked
 
 
 class GradientsInForward(torch.autograd.Function):
@@ -107,6 +90,12 @@ class GradientsInForward(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         # In place: a copy of the weight's gradient would be as large as a chunk's logits, or larger.
         return tuple(None if gradient is None else gradient.mul_(scale) for gradient in gradients)
+
+
+def rows_of_a_chunk(hidden_nd: Tensor, num_outputs: int, chunk_bytes: int | None) -> int:
+    """How many rows of logits take ``chunk_bytes``; by default more on an accelerator, or it would idle."""
+    usual = CHUNK_BYTES if hidden_nd.device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
+    return max(1, (chunk_bytes or usual) // (num_outputs * wide(hidden_nd.dtype).itemsize))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

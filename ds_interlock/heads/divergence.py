@@ -16,20 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_interlock.heads.cross_entropy import CHUNK_BYTES, GradientsInForward, wide
+from ds_interlock.heads.cross_entropy import GradientsInForward, rows_of_a_chunk, wide
 
 Unembed = Callable[[Tensor], Tensor]
 
 
 def kl_divergence(
-    hidden_nd: Tensor, base_nd: Tensor, unembed: Unembed, num_outputs: int, *, chunk_bytes: int = CHUNK_BYTES
+    hidden_nd: Tensor, base_nd: Tensor, unembed: Unembed, num_outputs: int, *, chunk_bytes: int | None = None
 ) -> Tensor:
     """Sum over positions of KL(softmax(unembed(base)) || softmax(unembed(hidden))).
 
     Gradients reach ``hidden_nd`` alone, and can be taken once. ``unembed`` turns ``[r, d]`` into ``[r, v]``,
     each position by itself, with frozen weights. ``chunk_bytes`` limits both sets of outputs of one chunk.
     """
-    rows = max(1, chunk_bytes // (2 * num_outputs * wide(hidden_nd.dtype).itemsize))
+    rows = rows_of_a_chunk(hidden_nd, 2 * num_outputs, chunk_bytes)
     if not torch.is_grad_enabled():  # autograd functions ask tensors, not the mode, what needs a gradient
         hidden_nd = hidden_nd.detach()
     inputs = (hidden_nd, base_nd.detach(), unembed, rows)

@@ -30,6 +30,9 @@ def init_distributed(*args: Any, **kwargs: Any) -> None:
     deepspeed.init_distributed(*args, **kwargs)
     if get_accelerator().device_name() != "cpu" and "LOCAL_RANK" in os.environ:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    if (world := dist.group.WORLD) and dist.get_backend() == "gloo":
+        # DeepSpeed binds it to a GPU, and torch would then split it, as only NCCL's groups can be.
+        world.bound_device_id = None
 
 
 def backend_of(transport: object) -> str | None:

@@ -28,6 +28,8 @@ from benchmarks import results
 from ds_interlock.transport.local_ranks import RankError
 from measuring.engines import Workload, make_engine, run_ranks
 
+LIMIT_SECONDS = 80.0
+"""For all cases of a transport on as many stages, the start of the processes included."""
 NUM_CLASSES = 32
 BLOCKS_PER_STAGE = 4
 CASES: tuple[tuple[int, dict[str, Any]], ...] = (
@@ -88,10 +90,9 @@ def _rows_of_job(transport: str, num_stages: int, args: Namespace) -> list[resul
         for section in sections
     ]
     try:
-        by_rank = run_ranks(
-            train_all, num_stages, device=args.device, backend=transport, sections=sections, args=args
-        )
-    except RankError as error:
+        how = {"device": args.device, "backend": transport, "timeout_seconds": LIMIT_SECONDS}
+        by_rank = run_ranks(train_all, num_stages, **how, sections=sections, args=args)
+    except (RankError, TimeoutError) as error:
         return [{**row, "error": str(error)} for row in about]
     return [
         {

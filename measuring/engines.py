@@ -45,7 +45,13 @@ class Workload:
 
 
 def run_ranks(
-    work: Callable[..., Any], num_ranks: int, *, device: str = "cpu", backend: str = "gloo", **arguments: Any
+    work: Callable[..., Any],
+    num_ranks: int,
+    *,
+    device: str = "cpu",
+    backend: str = "gloo",
+    timeout_seconds: float | None = None,
+    **arguments: Any,
 ) -> list[Any]:
     """Calls ``work(**arguments)`` on ``num_ranks`` ranks after process-group initialisation.
 
@@ -53,9 +59,10 @@ def run_ranks(
 
     Raises:
         RankError: If it failed on a rank; with that rank's traceback and the end of its log.
+        TimeoutError: If the time is up, with the ends of the logs.
     """
-    joined = partial(_join_and_work, work, backend, arguments)
-    return run_local_ranks(joined, num_ranks, device=device, preload=["torch.distributed.pipelining"])
+    joined, preload = partial(_join_and_work, work, backend, arguments), ["torch.distributed.pipelining"]
+    return run_local_ranks(joined, num_ranks, device=device, preload=preload, timeout_seconds=timeout_seconds)
 
 
 def _join_and_work(work: Callable[..., Any], backend: str, arguments: dict[str, Any]) -> Any:

@@ -52,7 +52,7 @@ _SIZES = {
         "profile": "--micro-batch-size 1 --seq-length 64 --rounds 1",
     },
 }
-_LAST_CHARACTERS = 6000
+_LAST_CHARACTERS = 20_000
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def steps(device: str, folder: Path, nccl: bool) -> Iterator[Step]:
             config = folder / f"{name}, {transport}.json"
             key = {"transport": "gloo" if transport == "gloo" else "auto"}
             replace_text(config, json.dumps({"train_batch_size": 8, "interlock": {**section, **key}}))
-            command = "verify", str(config), *on_device, "--stages", str(NUM_STAGES), "--timeout", "90"
+            command = "verify", str(config), *on_device, "--stages", str(NUM_STAGES), "--timeout", "60"
             yield Step(f"verify {name}, {transport}", ("-m", "ds_interlock.cli", *command))
     for name, options in (
         ("transports", ("--transports", *transports)),

@@ -73,9 +73,10 @@ class Channel:
         return self.payloads.recv([payload], SENDER, 0)
 
     def close(self) -> None:
-        """Ends the communicators; the other end must do so, too."""
+        """Ends the communicators, with all that is under way; waits for nobody."""
         self.headers.shutdown()
-        self.payloads.shutdown()
+        # NCCL's own shutdown waits for the other end, and a rank that collects garbage may be alone in it.
+        self.payloads.shutdown() if self.on_gloo else self.payloads.abort()
 
 
 class Communicators:

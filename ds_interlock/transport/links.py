@@ -247,9 +247,9 @@ class Links:
         get_accelerator().synchronize()
 
     def close(self) -> None:
-        """Ends the communicators. Every rank must close its links."""
-        for channel in self.channels.values():
-            channel.close()
+        """Ends the communicators. Neighbours must have flushed before, or they lose what is under way."""
+        while self.channels:
+            self.channels.popitem()[1].close()
 
     def _start_payloads(self) -> None:
         for receiver in self._receivers.values():

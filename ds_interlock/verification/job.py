@@ -150,4 +150,5 @@ def _train(run: Run, stage_bounds: tuple[int, ...], seed: int) -> Outcome:
         engine.train_batch(data)
     loss = engine.drain().cpu()
     weights = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+    engine.destroy()
     return Outcome(gradients, weights, loss)

@@ -66,8 +66,9 @@ class NcclRules(dist.ProcessGroup):
     def recv(self, tensors: list[Tensor], peer: int, tag: int) -> Turn:  # type: ignore[override]
         return self.stream.put(lambda: self.gloo.recv(tensors, peer, tag))
 
-    def shutdown(self) -> None:
+    def abort(self) -> None:
         self.stream.end()
+        self.gloo.shutdown()
 
 
 @contextmanager

@@ -1,10 +1,8 @@
 """How the process of a job begins, what its errors do, and how it resumes."""
 
-import ctypes
 import io
 import os
 import resource
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -22,8 +20,8 @@ from ds_interlock import InterlockPipelineModule
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError, DataError, NonfiniteError, PeerError, PlanError
 from ds_interlock.jobs.arguments import Arguments, RunArguments, parse_arguments
+from ds_interlock.jobs.orphans import end_with_launcher
 
-_PR_SET_PDEATHSIG = 1
 _WARMUP_SHARE = 0.1  # of the steps, where the config's scheduler says "auto"
 
 Result = TypeVar("Result")
@@ -94,15 +92,14 @@ def join_job() -> bool:
     """Joins the process group, if a launcher has started this process; returns whether one has."""
     if not {"RANK", "OMPI_COMM_WORLD_RANK"} & os.environ.keys():
         return False
-    # If the launcher is killed, so is this process.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    end_with_launcher()
     ds_interlock.init_distributed()
     if get_accelerator().device_name() == "cpu":
         torch.set_num_threads(1)  # the stages of a pipeline share the cores
     return True
 
 
-def _local_rank() -> int:
+def local_rank() -> int:
     """Number of this process on its machine; DeepSpeed sets the variable where a launcher has not."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
@@ -132,7 +129,7 @@ def in_turns(work: Callable[[], Result]) -> Result:
     results = []
     for is_first_turn in (True, False):
         with propagate_errors():
-            if (_local_rank() == 0) == is_first_turn:
+            if (local_rank() == 0) == is_first_turn:
                 results.append(work())
     return results[0]
 

@@ -46,7 +46,9 @@ def run_launched(seed: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         command = _command(Path(folder), supervised=is_supervised)
         job = _start(command)
-        _read_until(job, rf"step {step}/")
+        output = _read_until(job, rf"step {step}/")
+        if job.poll() is not None:
+            raise RuntimeError(f"the job ended by itself: {output[-1000:]}")
         above = psutil.Process(job.pid)
         processes = [above, *above.children(recursive=True)]
         killed, started = processes[depth], time.monotonic()
@@ -84,7 +86,7 @@ def _weights(folder: Path) -> bytes:
 
 def _command(folder: Path, *, supervised: bool) -> list[str]:
     text = folder / "text.txt"
-    text.write_text("\n".join(f"Line {n} of {n * n % 97} lines, and {n % 7} more." for n in range(900)))
+    text.write_text("\n\n".join(f"Text {n}. " + "One and two, and so on. " * (40 + n % 7) for n in range(30)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

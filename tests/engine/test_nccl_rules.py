@@ -55,7 +55,8 @@ def with_a_receive_behind_a_send(*args: Any, **kwargs: Any) -> Program:
 
 def train_with_fault(fault: str) -> None:
     """Receives payloads as late as the rule allows: then the program orders them, and not chance."""
-    job = Job({**interlock(3), "timeout_seconds": 6}, num_micro_batches=8, num_batches=2)
+    seconds = 60 if fault == "none" else 3
+    job = Job({**interlock(3), "timeout_seconds": seconds}, num_micro_batches=8, num_batches=2)
     changed = training_program if fault != RECEIVE_BEHIND_SEND else with_a_receive_behind_a_send
     with nccl_rules(), patch("ds_interlock.engine.runner.training_program", changed):
         engine = make_engine(job)
@@ -89,5 +90,5 @@ def test_payloads_may_be_received_as_late_as_they_are_taken(ranks4: RankPool):
     "fault", ["a sender waits for its payload", "one queue for each direction", RECEIVE_BEHIND_SEND]
 )
 def test_a_broken_rule_is_a_standstill(fault: str):
-    with RankPool(4) as pool, pytest.raises(RankError, match=r"(sent|took) nothing for 6 s|NoAnswer"):
-        pool.run(train_with_fault, fault=fault, within_seconds=30)
+    with RankPool(4) as pool, pytest.raises(RankError, match=r"(sent|took) nothing for 3 s|NoAnswer"):
+        pool.run(train_with_fault, fault=fault, within_seconds=20)

@@ -128,8 +128,8 @@ experiments: $(INSTALLED) data  ## all experiments (hours), into docs/experiment
 	done
 	$(BIN)/python -m experiments.report
 
-faults: $(INSTALLED)  ## 200 faults in small jobs, and a long streaming run (hours), into docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m measuring.faults --seeds 200 --output docs/reliability.json
+faults: $(INSTALLED)  ## 200 faults in small jobs, 12 above them, and long streaming runs (hours), into docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m measuring.faults --seeds 200 --launched 12 --output docs/reliability.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m measuring.long_run --batches 10000 --output docs/long_run.json
 
 # Where there is no GPU: DEVICE=cpu runs the same steps in small sizes.

@@ -1,13 +1,13 @@
 """Faults at random moments of a small job: how each ends, and whether the resumed job is as if nothing was.
 
-    python -m measuring.faults --seeds 200 --output docs/reliability.json
+    python -m measuring.faults --seeds 200 --launched 12 --output docs/reliability.json
 
 Each seed picks a fault, the rank and the batch that it happens in, the mode, and the number of stages and
 replicas. The job must end within its time limit plus a few seconds, each rank that is left with one sentence
 that names stage, peer, batch and cause. Nothing may be left behind: no process, no shared memory, no file
 that is half written. Then the same job resumes from its newest checkpoint, and must end with the weights of
-one that nothing happened to, bit for bit. Results are written after each seed; ``--resume`` leaves out those
-that are there.
+one that nothing happened to, bit for bit. Faults above the ranks follow (``measuring.launched_faults``).
+Results are written after each seed; ``--resume`` leaves out those that are there.
 """
 
 import json
@@ -39,6 +39,7 @@ from measuring.fault_job import (
     Fault,
     train,
 )
+from measuring.launched_faults import run_launched
 from measuring.results import machine, markdown, versions
 
 _ANYWHERE = ("start", "forward", "relay", "weight gradient", "step", "saving", "evaluation", "end")
@@ -62,6 +63,8 @@ _CAUSES = {"exception": INJECTED, "nonfinite": "NonfiniteError", "SIG": "", "ful
 """What the sentences of the other ranks say besides the rank that it happened on, by how kinds begin."""
 _LIMIT_SECONDS = 600.0
 _FEW_SECONDS = 10.0
+_GRACE_SECONDS = SHAPES[0][0] * TIMEOUTS["timeout_seconds"] + _FEW_SECONDS
+"""The longest limit, that of a collective: a rank may need all of it before it says what it missed."""
 _SENTENCE = re.compile(r"stage \d+ \(rank \d+\).*(in batch \d+|at the start)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -177,7 +180,12 @@ def _run(
     preload = ["measuring.fault_job"]
     try:
         return run_local_ranks(
-            work, num_ranks, preload=preload, timeout_seconds=_LIMIT_SECONDS, on_report=reached.append
+            work,
+            num_ranks,
+            preload=preload,
+            timeout_seconds=_LIMIT_SECONDS,
+            on_report=reached.append,
+            grace_seconds=_GRACE_SECONDS,
         ), {}
     except RankError as error:
         return [], {rank: failure.reason for rank, failure in error.failures.items()}
@@ -192,7 +200,10 @@ def _left_behind() -> set[str]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A Markdown table of the kinds of faults: how many, how many without a problem, and the longest time."""
+    """A Markdown table of the kinds of faults: how many, how many without a problem, and the longest time.
+
+    Below it the longest time until a rank said what was wrong.
+    """
     kinds: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         kinds[row["kind"]].append(row)
@@ -205,7 +216,11 @@ def summary(rows: Sequence[Row]) -> str:
         )
         for kind, of_kind in sorted(kinds.items())
     ]
-    return markdown(["fault", "injected", "as expected", "seconds to the end, at most"], cells)
+    table = markdown(["fault", "injected", "as expected", "seconds to the end, at most"], cells)
+    errors = [row for row in rows if row.get("sentence")]
+    longest = max(errors, key=lambda row: row["seconds"] or 0.0, default=None)
+    what = f"{longest['seconds']} s ({longest['kind']}, seed {longest['seed']})" if longest else "none"
+    return f"{table}\n\nLongest time to an error: {what}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -213,27 +228,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=200, help="how many faults (%(default)s)")
     parser.add_argument("--first", type=int, default=0, help="the first seed (%(default)s)")
+    parser.add_argument("--launched", type=int, default=0, help="how many above the ranks (%(default)s)")
     parser.add_argument("--output", type=Path, help="a JSON file")
     parser.add_argument("--resume", action="store_true", help="keep what the file has, without problems")
     args = parser.parse_args(argv)
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    rows: list[Row] = []
+    results: dict[str, list[Row]] = {"rows": [], "launched": []}
     if args.resume and args.output and args.output.exists():
-        rows = [row for row in json.loads(args.output.read_text())["rows"] if not row["problems"]]
-    done = {row["seed"] for row in rows}
-    for seed in range(args.first, args.first + args.seeds):
-        if seed in done:
-            continue
-        rows.append(row := run_seed(seed))
-        print(f"{seed}: {row['kind']}, {row['phase']}: {row['seconds']} s", *row["problems"], sep="\n    ")
-        sys.stdout.flush()
-        if args.output:
-            contents = {
-                "machine": machine(),
-                "versions": versions(),
-                "rows": sorted(rows, key=lambda r: r["seed"]),
-            }
-            replace_text(args.output, json.dumps(contents, indent=1) + "\n")
+        old = json.loads(args.output.read_text())
+        results = {name: [row for row in old.get(name, ()) if not row["problems"]] for name in results}
+    every = range(args.first, args.first + args.seeds)
+    for name, run, seeds in (("rows", run_seed, every), ("launched", run_launched, range(args.launched))):
+        done = {row["seed"] for row in results[name]}
+        for seed in [seed for seed in seeds if seed not in done]:
+            row = run(seed)
+            results[name] = sorted([*results[name], row], key=lambda row: row["seed"])
+            when = row.get("phase") or f"step {row['step']}"
+            print(f"{seed}: {row['kind']}, {when}: {row['seconds']} s", *row["problems"], sep="\n    ")
+            sys.stdout.flush()
+            if args.output:
+                about = {"machine": machine(), "versions": versions()}
+                replace_text(args.output, json.dumps({**about, **results}, indent=1) + "\n")
+    rows = [*results["rows"], *results["launched"]]
     print(summary(rows))
     return int(any(row["problems"] for row in rows))
 

@@ -5,16 +5,21 @@
 Local learning, so that each stage runs as far ahead as it may. Every loss that a stage has reported, for each
 batch, is compared with that of the same batch in one process. Losses differ from batch to batch by far more
 than by rounding. The memory of each process is read after a tenth of the batches, and at the end.
+
+Three shorter runs follow, in which something is slow: the last stage, the reader of the reports, the data. It
+must slow the others, rather than fill memory, and change no loss. Waiting for data must be visible as that.
 """
 
 import json
 import os
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -24,7 +29,10 @@ from torch import Tensor, nn
 import ds_interlock
 from ds_interlock import GradientFlowPlan
 from ds_interlock.files import replace_text
+from ds_interlock.schedule.action import Kind
+from ds_interlock.schedule.lower import RECEIVE_AHEAD
 from ds_interlock.schedule.plan import LossHead, loss_name
+from ds_interlock.schedule.simulate import SEND_AHEAD
 from ds_interlock.stage.in_process import InProcessPipeline
 from ds_interlock.transport.local_ranks import run_local_ranks
 from measuring.command import command_parser
@@ -35,26 +43,54 @@ LEARNING_RATE = 1e-3
 MOST_GROWTH = 0.02
 MOST_DIFFERENCE = 1e-3
 """Relative: rounding, after thousands of updates."""
+SLOW_SECONDS = {"last stage": 0.02, "reader": 0.005, "data": 0.02}
+"""How long it takes for a micro-batch, for the report of a stage, for a micro-batch."""
+STALL_SECONDS = 3.0
+"""How long the slow reader does nothing at all, once."""
 
 Losses = dict[str, float]
+Slow = Literal["last stage", "reader", "data", None]
 
 
+@dataclass
+class Rank:
+    """What a rank has to say: bytes after a tenth of the batches and at the end, and so on."""
+
+    early_bytes: int
+    last_bytes: int
+    ends: list[float]
+    """When each batch ended here, in seconds."""
+    reports: Losses
+    data_share: float
+    """Of the last batches, the share of the time that this stage waited for data."""
+
+
+@dataclass
 class _Events:
     """In place of DeepSpeed's monitor: what stages report, by name and samples."""
 
-    enabled = True
-
-    def __init__(self) -> None:
-        self.values: Losses = {}
+    is_slow: bool
+    stalls_at: int
+    enabled: bool = True
+    values: Losses = field(default_factory=dict)
 
     def write_events(self, events: Sequence[tuple[str, float, int]]) -> None:
+        stalls = self.stalls_at in [samples for _, _, samples in events]
+        if self.is_slow:
+            time.sleep(STALL_SECONDS if stalls else SLOW_SECONDS["reader"])
+            self.stalls_at = 0 if stalls else self.stalls_at
         self.values |= {f"{name} {samples}": value for name, value, samples in events}
 
 
 class _Layer(nn.Sequential):
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, slow_seconds: float = 0.0) -> None:
         torch.manual_seed(seed)
         super().__init__(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+        self.slow_seconds = slow_seconds
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        time.sleep(self.slow_seconds)
+        return super().forward(hidden)
 
 
 def _head(position: LossHead) -> nn.Module:
@@ -66,17 +102,18 @@ def _loss_fn(outputs: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.mse_loss(outputs, labels)
 
 
-def _data(num_batches: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _data(num_batches: int, slow_seconds: float = 0.0) -> Iterator[tuple[Tensor, Tensor]]:
     """Labels of another size for each batch, so that the losses of two batches are never alike."""
     generator = torch.Generator().manual_seed(0)
     for number in range(num_batches * NUM_MICRO_BATCHES):
         size = 1 + number // NUM_MICRO_BATCHES * 7 % 13
         inputs, labels = torch.randn(2, ROWS, WIDTH, generator=generator)
+        time.sleep(slow_seconds)
         yield inputs, size * labels
 
 
-def run_rank(num_batches: int) -> tuple[int, int, float, Losses]:
-    """On a rank: memory in bytes after a tenth of the batches and at the end, seconds, reports collected."""
+def run_rank(num_batches: int, slow: Slow = None) -> Rank:
+    """On a rank: trains, with one thing that is slow."""
     ds_interlock.init_distributed(dist_backend="gloo")
     num_stages = torch.distributed.get_world_size()
     config = {
@@ -87,24 +124,31 @@ def run_rank(num_batches: int) -> tuple[int, int, float, Losses]:
         "steps_per_print": None,
         "interlock": {"mode": "local"},
     }
+    seconds = dict.fromkeys(range(num_stages), 0.0)
+    seconds[num_stages - 1] = SLOW_SECONDS["last stage"] if slow == "last stage" else 0.0
     net = ds_interlock.InterlockPipelineModule(
-        layers=[LayerSpec(_Layer, seed) for seed in range(num_stages)],
+        layers=[LayerSpec(_Layer, *layer) for layer in seconds.items()],
         loss_fn=_loss_fn,
         num_stages=num_stages,
         partition_method="uniform",
         head=_head,
     )
     engine, *_ = ds_interlock.initialize(model=net, config=config)
-    engine.monitor = events = _Events()
-    data, process, start = _data(num_batches), psutil.Process(), time.perf_counter()
-    early = 0
+    engine.monitor = events = _Events(slow == "reader", num_batches // 2 * NUM_MICRO_BATCHES * ROWS)
+    data = _data(num_batches, SLOW_SECONDS["data"] if slow == "data" else 0.0)
+    process, ends, early = psutil.Process(), list[float](), 0
     for batch in range(num_batches):
+        if slow == "data" and batch == num_batches // 2:
+            engine.record_timeline()
         engine.train_batch(data)
+        ends.append(time.time())
         if batch == num_batches // 10:
             early = process.memory_info().rss
+    row = engine.timeline()[engine.stage_id]
     engine.drain()
-    seconds = time.perf_counter() - start
-    return early, process.memory_info().rss, seconds, events.values
+    waits = sum(span.end - span.start for span in row if span.action.kind is Kind.LOAD)
+    share = waits / (row[-1].end - row[0].start) if row else 0.0
+    return Rank(early, process.memory_info().rss, ends, events.values, share)
 
 
 def one_process(num_stages: int, num_batches: int) -> Losses:
@@ -124,32 +168,34 @@ def one_process(num_stages: int, num_batches: int) -> Losses:
     return losses
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs and compares; 1 if something was not as it should be."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--batches", type=int, default=10_000, help="(%(default)s)")
-    parser.add_argument("--stages", type=int, default=8, help="processes (%(default)s)")
-    parser.add_argument("--output", type=Path, help="a JSON file")
-    args = parser.parse_args(argv)
-    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    ranks: list[Any] = run_local_ranks(partial(run_rank, args.batches), args.stages)
-    torch.set_num_threads(1)
-    result = {**compare(one_process(args.stages, args.batches), ranks), **vars(args)}
-    del result["output"]
-    if args.output:
-        about = {"machine": machine(), "versions": versions()}
-        replace_text(args.output, json.dumps({**about, **result}, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
-    return int(bool(result["problems"]))
+def run(num_stages: int, num_batches: int, slow: Slow = None) -> dict[str, Any]:
+    """Trains in ``num_stages`` processes and in one: what there is to say, and problems."""
+    ranks: list[Rank] = run_local_ranks(partial(run_rank, num_batches, slow), num_stages)
+    expected = one_process(num_stages, num_batches)
+    result = compare(expected, ranks)
+    ahead = batches_ahead(ranks[0].ends, ranks[-1].ends)
+    most_ahead = 1 + (num_stages - 1) * (RECEIVE_AHEAD + SEND_AHEAD + 1) / NUM_MICRO_BATCHES
+    if ahead > most_ahead:
+        result["problems"].append(f"stage 0 was {ahead} batches ahead, expected {most_ahead:g} at most")
+    result |= {"batches": num_batches, "stages": num_stages, "most_batches_ahead": ahead}
+    if slow == "data":
+        result["share_of_waiting_for_data"] = share = round(ranks[0].data_share, 3)
+        result["problems"] += [] if share > 0.8 else [f"only {share:.0%} of the time was waiting for data"]
+    return result
 
 
-def compare(expected: Losses, ranks: Sequence[tuple[int, int, float, Losses]]) -> dict[str, Any]:
+def batches_ahead(first: Sequence[float], last: Sequence[float]) -> int:
+    """The most batches that one stage had ended when another one had not, given when each ended them."""
+    return max(bisect_right(first, end) - number for number, end in enumerate(last))
+
+
+def compare(expected: Losses, ranks: Sequence[Rank]) -> dict[str, Any]:
     """Losses that were reported and their largest relative difference, growth of memory, problems."""
-    reported = ranks[0][3]
+    reported = ranks[0].reports
     differences = {
         name: abs(reported[name] - value) / abs(value) for name, value in expected.items() if name in reported
     }
-    growth = [last / early - 1 for early, last, _, _ in ranks]
+    growth = [rank.last_bytes / rank.early_bytes - 1 for rank in ranks]
     wrong = [name for name, difference in differences.items() if difference > MOST_DIFFERENCE]
     problems = [f"{len(expected) - len(differences)} losses were never reported"]
     problems = problems if len(differences) < len(expected) else []
@@ -159,9 +205,31 @@ def compare(expected: Losses, ranks: Sequence[tuple[int, int, float, Losses]]) -
         "losses_reported": len(differences),
         "largest_relative_difference": max(differences.values()),
         "largest_growth_of_memory": max(growth),
-        "seconds": ranks[0][2],
+        "seconds": ranks[0].ends[-1] - ranks[0].ends[0],
         "problems": problems,
     }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs and compares; 1 if something was not as it should be."""
+    parser = command_parser(__doc__)
+    parser.add_argument("--batches", type=int, default=10_000, help="(%(default)s)")
+    parser.add_argument("--slow_batches", type=int, default=400, help="of each shorter run (%(default)s)")
+    parser.add_argument("--stages", type=int, default=8, help="processes (%(default)s)")
+    parser.add_argument("--output", type=Path, help="a JSON file")
+    args = parser.parse_args(argv)
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    about = {"machine": machine(), "versions": versions()}
+    results: dict[str, dict[str, Any]] = {}
+    runs: dict[str, tuple[int, Slow]] = {"nothing slow": (args.batches, None)}
+    runs |= {f"slow {part}": (args.slow_batches, part) for part in ("last stage", "reader", "data")}
+    for name, (num_batches, slow) in runs.items():
+        results[name] = run(args.stages, num_batches, slow)
+        print(name, json.dumps(results[name], indent=1), flush=True)
+        if args.output:
+            replace_text(args.output, json.dumps({**about, "runs": results}, indent=1) + "\n")
+    return int(any(result["problems"] for result in results.values()))
 
 
 if __name__ == "__main__":

@@ -351,8 +351,9 @@ class OtherShape(MappedCheckpoint):
         kind, _, rest = name.partition(".")
         key, _, rest = rest.partition(".")
         if kind == "heads":
-            taken = self._taken.get(self._saved.position(key))
-            return f"heads.{taken[0]}.{rest}" if taken else None
+            after = self._saved.position(key)
+            number, state = self._taken.get(after, ("", None))  # it may be one kept aside
+            return f"heads.{number}.{rest}" if state is self._saved.heads[after] else None
         is_other_copy = kind == "tied_modules" and (
             key not in self.engine.module.tied_modules or self._tied_owner(key) != stage
         )

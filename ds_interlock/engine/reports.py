@@ -8,7 +8,8 @@ the last stage has got:
     stage k    ── post(batch 7, loss, norm, lr) ──►  "values/k/0": batches 5 to 7, a parcel
     rank 0     ◄─ collected() ──────────────────────  "values/0/0", "values/1/0", ... ──► the monitor
 
-No stage ever waits for this: ``newest`` and ``collected`` are what has arrived.
+No stage waits for this: ``newest`` and ``collected`` are what has arrived. Only if a thread has stalled for
+a thousand batches does its stage wait, so that nothing is lost and memory has a bound.
 """
 
 import itertools
@@ -18,6 +19,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -38,6 +40,8 @@ _EXCHANGE_SECONDS = 0.25
 """Values travel in parcels, so that short batches do not pay for them one by one."""
 _PAUSE_SECONDS = 0.02
 """A report is posted when its stage turns to the next batch, and this thread would be in the way."""
+_MOST_WAITING = 1000
+"""Reports that a stage holds; then it waits until the thread, which must have stalled, takes some."""
 
 _purposes = itertools.count()
 
@@ -57,7 +61,7 @@ class Reporter:
         self.newest: tuple[int, float] = -1, math.nan
         """Batch and value of the newest final loss that has reached this stage."""
         self._collected: queue.SimpleQueue[tuple[int, dict[str, float]]] = queue.SimpleQueue()
-        self._reports: queue.Queue[tuple[int, Values] | None] = queue.Queue()
+        self._reports: queue.Queue[tuple[int, Values] | None] = queue.Queue(_MOST_WAITING)
         self._closed = False
         self._flushing = threading.Event()
         self._failure: Exception | None = None
@@ -87,7 +91,8 @@ class Reporter:
         """Ends the thread."""
         self._closed = True
         self._flushing.set()
-        self._reports.put(None)
+        with suppress(queue.Full):
+            self._reports.put(None, timeout=CLOSE_SECONDS)
         self._thread.join(CLOSE_SECONDS)  # a thread in a collective when the process ends would abort it
 
     def _work(self) -> None:

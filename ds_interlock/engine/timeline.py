@@ -37,7 +37,7 @@ from ds_interlock.transport import agreement
 from ds_interlock.transport.ranks import StageRanks
 
 _TRACE = "interlock.trace"
-_RECORDED = COMPUTE_KINDS | {Kind.STEP}
+_RECORDED = COMPUTE_KINDS | {Kind.LOAD}
 _FINAL = "final head"
 _WHOLE = CostModel(input_gradient=1.0)
 """Says what share of its stage a relay crosses."""

@@ -173,7 +173,7 @@ class Loop:
             self.engine.save_checkpoint(self.checkpoints, tag=tag, save_latest=tag != _BEST)
         if tag != _BEST:
             self.saved_step = self.step
-        if self.args.save_total_limit and self.is_rank_0:
+        if self.args.save_total_limit and process.local_rank() == 0:  # of each machine: disks may be local
             remove_oldest(self.checkpoints, _NUMBERED, self.args.save_total_limit)
 
     def _finish(self, first: Losses) -> Metrics:

@@ -1,10 +1,8 @@
 """How the process of a job begins, what its errors do, and how it resumes."""
 
-import ctypes
 import io
 import os
 import resource
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
@@ -22,11 +20,11 @@ from ds_interlock import InterlockPipelineModule
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError, DataError, NonfiniteError, PeerError, PlanError
 from ds_interlock.jobs.arguments import Arguments, RunArguments, parse_arguments
+from ds_interlock.jobs.orphans import end_with_launcher
 from ds_interlock.transport import agreement
 from ds_interlock.transport.failures import CollectiveLimits
 from ds_interlock.transport.start import LONG, backend_of, control_group
 
-_PR_SET_PDEATHSIG = 1
 _WARMUP_SHARE = 0.1  # of the steps, where the config's scheduler says "auto"
 
 Result = TypeVar("Result")
@@ -105,8 +103,7 @@ def join_job(deepspeed_config: str | None) -> bool:
     """
     if not {"RANK", "OMPI_COMM_WORLD_RANK"} & os.environ.keys():
         return False
-    # If the launcher is killed, so is this process.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    end_with_launcher()
     transport = "auto"
     with suppress(ConfigError):
         transport = InterlockConfig.from_deepspeed(deepspeed_config or {}).transport
@@ -116,7 +113,7 @@ def join_job(deepspeed_config: str | None) -> bool:
     return True
 
 
-def _local_rank() -> int:
+def local_rank() -> int:
     """Number of this process on its machine; DeepSpeed sets the variable where a launcher has not."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
@@ -146,7 +143,7 @@ def in_turns(work: Callable[[], Result]) -> Result:
     results = []
     for is_first_turn in (True, False):
         with propagate_errors():
-            if (_local_rank() == 0) == is_first_turn:
+            if (local_rank() == 0) == is_first_turn:
                 results.append(work())
     return results[0]
 

@@ -4,8 +4,8 @@ r"""Starts a job again when it fails: from its newest checkpoint, a bounded numb
         deepspeed --num_gpus 4 launcher/train_lm.py --output_dir runs/a --resume_from_checkpoint auto ...
 
 The command must resume by itself where a checkpoint exists. It runs in a process group of its own, and
-whatever it leaves is killed before it starts again. Bad input fails in the same way each time, so a run that
-ends within ``--min_seconds`` is not repeated.
+whatever it leaves is killed before it starts again; if the supervisor is killed, the command ends too. Bad
+input fails in the same way each time, so a run that ends within ``--min_seconds`` is not repeated.
 """
 
 import argparse
@@ -17,6 +17,8 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
+
+from ds_interlock.jobs.orphans import end_with_parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: Sequence[str]) -> int:
     """Runs ``command`` and ends what it leaves; its exit status, 128 and the signal that ended it."""
-    job = subprocess.Popen(command, start_new_session=True)
+    job = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         os.killpg(job.pid, number)

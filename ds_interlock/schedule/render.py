@@ -138,10 +138,14 @@ LABELS = {
     Kind.WEIGHT_GRADIENT: "weight gradient",
     Kind.BACKWARD: "backward, both gradients",
     Kind.STEP: "optimizer step",
+    Kind.LOAD: "waiting for data",
 }
-"""What pictures call the work."""
+"""What pictures call the work, and reading data, for which all other work of a stage waits."""
 
-COLOURS = {"f": "#5b9bd5", "h": "#e6a532", "i": "#3fae8c", "w": "#a98bd0", "b": "#cb6a94", "s": "#8d95a1"}
+COLOURS = {
+    **{"f": "#5b9bd5", "h": "#e6a532", "i": "#3fae8c", "w": "#a98bd0", "b": "#cb6a94", "s": "#8d95a1"},
+    "load": "#b0793f",
+}
 """What pictures paint it with, by the kind's value in lower case, the name of its class in style sheets."""
 
 

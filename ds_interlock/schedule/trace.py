@@ -21,6 +21,7 @@ _COLOURS = {
     Kind.WEIGHT_GRADIENT: "thread_state_runnable",
     Kind.BACKWARD: "bad",
     Kind.STEP: "generic_work",
+    Kind.LOAD: "terrible",
 }
 
 
@@ -44,7 +45,8 @@ def _events(process: int, timeline: Timeline) -> Iterator[dict[str, Any]]:
                 "micro_batch": span.action.micro_batch,
                 "losses": list(span.action.losses),
             }
-            more = {"args": details, "cat": "work", "cname": _COLOURS[kind]}
+            category = "wait" if kind is Kind.LOAD else "work"
+            more = {"args": details, "cat": category, "cname": _COLOURS[kind]}
             yield _slice(process, stage, LABELS[kind], span.start, span.end) | more
         for start, end in waits(row, last_end(rows)):
             yield _slice(process, stage, "waiting", start, end) | {"cat": "wait", "cname": "grey"}

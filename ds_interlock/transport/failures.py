@@ -38,7 +38,7 @@ _MOST_CHARACTERS = 400
 _USUAL = dist.distributed_c10d.default_pg_timeout
 
 _PEER = re.compile(r"stage \d+ \(rank (\d+)\)")
-_SILENT = ("sent nothing for", "Timed out", "timed out")
+_SILENT = ("sent nothing for", "took nothing for", "Timed out", "timed out")
 
 # What to say of a rank that is gone or silent: not how this one noticed.
 _DIED = (

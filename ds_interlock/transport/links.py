@@ -63,7 +63,7 @@ class Sender:
     def __init__(self, channel: Channel, timeout_seconds: float) -> None:
         self.channel = channel
         self.receive_ahead = RECEIVE_AHEAD
-        self._timeout = timedelta(seconds=timeout_seconds)
+        self._timeout_seconds = timeout_seconds
         self._num_sent = 0
         self._frames: deque[tuple[Any, Tensor]] = deque()
         self._payloads: deque[_Payloads] = deque()
@@ -91,8 +91,7 @@ class Sender:
 
     def _wait_for_oldest_frame(self) -> None:
         work, _ = self._frames.popleft()
-        with _named(self.channel.peer, "sending to"):
-            work.wait(self._timeout)
+        _wait(work, self._timeout_seconds, self.channel.peer, "sending to", "took nothing", "a message")
 
     def _let_go_of_payloads(self) -> None:
         """Drops the buffers of payloads that are gone.
@@ -180,17 +179,8 @@ class Receiver:
         return contents.structures(message.payloads, self.device)
 
     def _wait_for_frame(self, message: _Expected) -> None:
-        start = time.monotonic()
-        try:
-            with _named(self.channel.peer, "receiving from"):
-                message.work.wait(timedelta(seconds=self.timeout_seconds))
-        except PeerError:
-            if time.monotonic() - start < self.timeout_seconds:
-                raise
-            raise PeerError(
-                f"{self.channel.peer} sent nothing for {self.timeout_seconds:g} s while {message.receive} "
-                "was due (interlock.timeout_seconds): it hangs, died, or is slower than that"
-            ) from None
+        peer, due = self.channel.peer, str(message.receive)
+        _wait(message.work, self.timeout_seconds, peer, "receiving from", "sent nothing", due)
 
 
 class Links:
@@ -268,4 +258,19 @@ def _named(peer: Peer, doing: str) -> Iterator[None]:
         # The neighbour's own error is the one to read, not the way this one came about.
         raise PeerError(
             f"{doing} {peer} failed; it has most likely stopped: see its own error ({detail})"
+        ) from None
+
+
+def _wait(frame: Any, seconds: float, peer: Peer, doing: str, it: str, due: str) -> None:
+    """Waits until ``frame`` is gone or there; PeerError if ``peer`` is, or does not answer in time."""
+    start = time.monotonic()
+    try:
+        with _named(peer, doing):
+            frame.wait(timedelta(seconds=seconds))
+    except PeerError:
+        if time.monotonic() - start < seconds:
+            raise
+        raise PeerError(
+            f"{peer} {it} for {seconds:g} s while {due} was due (interlock.timeout_seconds): it hangs, "
+            "died, or is slower than that"
         ) from None

@@ -30,9 +30,6 @@ from typing import Any
 from ds_interlock.errors import ConfigError, PeerError
 
 _PRELOADED = ("deepspeed", "torch._dynamo", "ds_interlock.engine.initialize")
-_GRACE_SECONDS = 2.0
-"""Time for the neighbours of a failed rank to report what they saw."""
-
 _DUMP_SECONDS = 0.5
 """Time for ranks to write their stacks."""
 
@@ -67,6 +64,7 @@ def run_local_ranks(
     preload: Sequence[str] = (),
     timeout_seconds: float | None = None,
     on_report: Callable[[Any], None] = lambda _: None,
+    grace_seconds: float = 2.0,
 ) -> list[Any]:
     """Calls ``work()`` on ``num_ranks`` ranks. It finds its rank in the environment, as under a launcher.
 
@@ -78,6 +76,8 @@ def run_local_ranks(
         preload: Modules that the server imports besides DeepSpeed; they count in the first call only.
         timeout_seconds: Limit for everything together.
         on_report: Called with what ranks pass to ``report``.
+        grace_seconds: How long, once a rank has failed, the others have to say what they saw before they are
+            ended. Not waited for are those that a signal has stopped.
 
     Raises:
         ConfigError: If no such device is there.
@@ -108,7 +108,7 @@ def run_local_ranks(
                 ranks[ours] = process
                 process.start()
                 theirs.close()
-            return _collect(ranks, logs, deadline, on_report)
+            return _collect(ranks, logs, deadline, on_report, grace_seconds)
         finally:
             for started in ranks.values():
                 if started.pid is not None:
@@ -137,13 +137,19 @@ def _num_devices(device: str, num_ranks: int) -> int:
 
 
 def _collect(
-    ranks: dict[Connection, BaseProcess], logs: Path, deadline: float | None, on_report: Callable[[Any], None]
+    ranks: dict[Connection, BaseProcess],
+    logs: Path,
+    deadline: float | None,
+    on_report: Callable[[Any], None],
+    grace_seconds: float,
 ) -> list[Any]:
     """One result from each rank."""
     numbers = {connection: rank for rank, connection in enumerate(ranks)}
     results: dict[int, Any] = {}
     failures: dict[int, Failure] = {}
     while waiting := [c for c, rank in numbers.items() if rank not in results and rank not in failures]:
+        if failures and all(_is_stopped(ranks[connection]) for connection in waiting):
+            break
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         ready = wait(waiting, left)
         if not ready and not failures:
@@ -167,10 +173,19 @@ def _collect(
             else:
                 failures[rank] = value
                 if len(failures) == 1:
-                    deadline = time.monotonic() + _GRACE_SECONDS
+                    deadline = time.monotonic() + grace_seconds
     if failures:
         raise RankError(failures, logs)
     return [results[rank] for rank in range(len(ranks))]
+
+
+def _is_stopped(process: BaseProcess) -> bool:
+    """Whether a signal has stopped it, so that it says nothing until another one lets it continue."""
+    try:
+        status = Path(f"/proc/{process.pid}/stat").read_text()
+    except FileNotFoundError:
+        return False  # it has ended
+    return status.rpartition(")")[2].split()[0] == "T"
 
 
 def _stacks(silent: dict[int, BaseProcess], logs: Path) -> str:

@@ -360,6 +360,7 @@ def test_a_missing_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "interlok.json: cannot read the DeepSpeed config" in capsys.readouterr().err
 
 
+@pytest.mark.bad_input
 def test_settings_that_training_refuses_are_refused_here(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -368,6 +369,7 @@ def test_settings_that_training_refuses_are_refused_here(
     assert "fp16.enabled" in capsys.readouterr().err
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     "arguments", [["--stages", "0"], ["--layers", "x"], ["--timeout", "-1"], ["--window"]]
 )

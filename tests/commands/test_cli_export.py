@@ -76,6 +76,7 @@ def test_flags_that_do_not_go_together(
     assert re.search(message, printed), printed
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     "flags", [["--stages", "0"], ["--head", "-1"], ["--dtype", "int8"], ["--max_shard_size", "5"]]
 )

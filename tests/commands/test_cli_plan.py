@@ -232,6 +232,7 @@ def test_a_config_that_does_not_say_how_many_micro_batches(tmp_path, capsys, key
     assert cli.main(["plan", config(tmp_path, **keys), "--micro-batches", "2"]) == 0
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     "words",
     [["--stages", "0"], ["--micro-batches", "x"], ["--bounds", "1,2"], ["--tflops", "-1"]],

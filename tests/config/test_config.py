@@ -177,6 +177,7 @@ def test_a_config_does_not_change() -> None:
 # What is wrong with it.
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
@@ -308,6 +309,7 @@ def test_a_fault_is_named_by_its_key(keys: dict[str, object], expected: str) -> 
     assert expected in error_of(section(**keys))
 
 
+@pytest.mark.bad_input
 def test_all_faults_come_at_once() -> None:
     message = error_of(
         {"interlok": {}, "interlock": {"mode": "lokal", "head": {"typ": 1, "rank": 0}, "head_stride": 0}}
@@ -324,11 +326,13 @@ def test_all_faults_come_at_once() -> None:
         assert f"\n  - {key}: " in message
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("name", ["interlok", "Interlock", "inter_lock", "interlocks"])
 def test_a_misspelt_section_is_not_passed_over(name: str) -> None:
     assert error_of({name: {"mode": "local"}}).endswith(f'{name}: unknown section; did you mean "interlock"?')
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("value", "shown"), [(None, "null"), (True, "true"), ([], "[]"), ("local", '"local"')]
 )
@@ -337,6 +341,7 @@ def test_a_section_that_is_no_object(value: object, shown: str) -> None:
     assert f"interlock: got {shown}, expected an object with some of the keys mode, window," in message
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -355,6 +360,7 @@ def test_a_file_that_is_no_config(tmp_path: Path, text: str, expected: str) -> N
     assert expected in message
 
 
+@pytest.mark.bad_input
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     missing = tmp_path / "missing.json"
     assert error_of(missing).startswith(f"{missing}: cannot read the DeepSpeed config:")
@@ -363,6 +369,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert "cannot read" in error_of(tmp_path / "latin.json")
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
@@ -378,6 +385,7 @@ def test_a_plan_that_does_not_fit_names_the_keys(keys: dict[str, object], expect
     assert "do not fit a model of 4 stages" in str(caught.value)
 
 
+@pytest.mark.bad_input
 def test_a_phase_that_does_not_fit_is_named() -> None:
     schedule = [{"from_step": 0, "window": 2}, {"from_step": 9, "window": 9}]
     config = InterlockConfig.from_deepspeed(section(schedule=schedule))
@@ -385,6 +393,7 @@ def test_a_phase_that_does_not_fit_is_named() -> None:
         config.plan_schedule(BOUNDS)
 
 
+@pytest.mark.bad_input
 def test_bad_bounds_are_not_blamed_on_the_section() -> None:
     with pytest.raises(PlanError, match="stage_bounds"):
         InterlockConfig(mode="local").plan([0, 3, 3])
@@ -393,6 +402,7 @@ def test_bad_bounds_are_not_blamed_on_the_section() -> None:
 # DeepSpeed's own keys.
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("config", "key"),
     [
@@ -408,6 +418,7 @@ def test_deepspeed_settings_refused(config: dict[str, object], key: str) -> None
     assert key in str(caught.value)
 
 
+@pytest.mark.bad_input
 def test_deepspeed_settings_refused_together() -> None:
     with pytest.raises(ConfigError, match="3 faults") as caught:
         check_deepspeed(

@@ -73,12 +73,14 @@ def nothing() -> None:
     return None
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("section", [GLOBAL, LOCAL, INTERLOCK], ids=["global", "local", "interlock"])
 def test_data_that_runs_dry_within_a_batch(ranks4: RankPool, section):
     results = ranks4.run(train_badly, job=Job(section), make_data=too_few)
     assert_one_knows(results, 0, DataError, "ended in the middle of a batch", "takes 4", "RepeatingLoader")
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("make_data", "says"),
     [
@@ -111,6 +113,7 @@ def full_batch() -> Iterator[Any]:
     return iter(micro_batches(4))
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("head", "rank", "says"),
     [
@@ -138,6 +141,7 @@ def assert_all_say(errors: list[Exception | None], *says: str) -> None:
             assert re.search(text, str(error)), error
 
 
+@pytest.mark.bad_input
 def test_ranks_with_different_configs(ranks4: RankPool):
     job = Job(INTERLOCK)
     other = job.but(section={**INTERLOCK, "window": 3}, extra={"gradient_clipping": 0.9})
@@ -167,12 +171,14 @@ def train_with_settings_of_its_own(jobs: list[Job], folder: str) -> list[float]:
     return losses
 
 
+@pytest.mark.bad_input
 def test_settings_that_may_differ_between_ranks(ranks4: RankPool, tmp_path: Path):
     jobs = [Job({"mode": "global"}), Job({"mode": "local"}), Job({"mode": "interlock", "window": 2})]
     losses = ranks4.run(train_with_settings_of_its_own, jobs=jobs, folder=str(tmp_path))
     assert all(of_rank == losses[0] for of_rank in losses)
 
 
+@pytest.mark.bad_input
 def test_ranks_with_different_models(ranks4: RankPool):
     job = Job({**INTERLOCK, "window": 3})
     errors = ranks4.run(build_with_more_layers_on, rank=3, job=job)
@@ -184,6 +190,7 @@ def build_with_more_layers_on(rank: int, job: Job) -> Exception | None:
     return caught(make_engine, job, layers=layers(num_blocks=num_blocks))
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
@@ -197,11 +204,13 @@ def test_deepspeed_settings_that_are_refused(ranks4: RankPool, extra, says):
     assert_all_say(ranks4.run(build, job=Job(INTERLOCK, extra=extra)), says)
 
 
+@pytest.mark.bad_input
 def test_more_stages_than_layers(ranks4: RankPool):
     errors = ranks4.run(build, job=Job(INTERLOCK), layers=layers(num_blocks=0))
     assert_all_say(errors, "4 stages for 3 layers", "num_stages=3")
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("section", "says"),
     [
@@ -250,6 +259,7 @@ def misuse() -> dict[str, Exception | None]:
     }
 
 
+@pytest.mark.bad_input
 def test_misuse(ranks4: RankPool):
     results = ranks4.run(misuse)
     says = {

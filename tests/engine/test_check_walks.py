@@ -73,6 +73,7 @@ def outcomes(ranks4: RankPool) -> list[dict[str, Any]]:
     return ranks4.run(run_all)
 
 
+@pytest.mark.bad_input
 def test_a_kernel_is_refused_by_name_where_its_stage_walks_back_twice(outcomes: list[dict[str, Any]]) -> None:
     for mode in MODES:
         refusals = [outcome["refusals"][mode] for outcome in outcomes]

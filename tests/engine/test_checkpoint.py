@@ -296,6 +296,41 @@ def test_layers_and_heads_alone(ranks4: RankPool, tmp_path: Path):
         assert all(torch.equal(loaded[name], p) for name, p in saved.items() if name[0].isdigit())
 
 
+def resume_with_heads_of_another_type(folder: str) -> list[dict[str, Tensor]]:
+    """Before and after each load: "low_rank" continues what "block_linear" began, and the other way round."""
+    parameters, previous = [], None
+    for tag, head in {"a": HEAD, "b": {"type": "low_rank", "rank": 2}, "c": HEAD}.items():
+        engine = make_engine(Job({**INTERLOCK, "head": head}))
+        parameters.append(parameters_of(engine))
+        if previous is not None:
+            engine.load_checkpoint(folder, tag=previous)
+        parameters.append(parameters_of(engine))
+        if tag == "b":  # the state of layers is that of the checkpoint
+            engine.save_checkpoint(folder, tag="b loaded")
+            saved = [saved_by_name(engine, Path(folder) / name) for name in ("a", "b loaded")]
+            for name in [name for name in saved[0] if name[0].isdigit()]:
+                assert all(
+                    torch.equal(torch.as_tensor(v), saved[1][name][k]) for k, v in saved[0][name].items()
+                )
+        engine.train_batch(iter(micro_batches(4)))
+        engine.save_checkpoint(folder, tag=tag)
+        parameters.append(parameters_of(engine))
+        previous = tag
+        engine.destroy()
+    return parameters
+
+
+def test_heads_of_another_type_start_anew_and_the_old_ones_are_kept_aside(ranks4: RankPool, tmp_path: Path):
+    for stage, states in enumerate(ranks4.run(resume_with_heads_of_another_type, folder=str(tmp_path))):
+        _, _, block, fresh, loaded, _, other, back, _ = states
+        heads, old = ([n for n in state if n.startswith("heads.")] for state in (loaded, block))
+        assert (set(heads) != set(old)) == (stage in (1, 2))
+        assert all(torch.equal(fresh[name], loaded[name]) for name in heads), "new heads start anew"
+        assert all(torch.equal(block[name], loaded[name]) for name in loaded if name not in heads)
+        assert all(torch.equal(block[name], back[name]) for name in old), "they were kept aside"
+        assert not old or any(not torch.equal(other[name], back[name]) for name in old)
+
+
 # Refusals.
 
 
@@ -325,6 +360,7 @@ def damage(file: Path) -> None:
     file.write_bytes(content[:start] + bytes(byte ^ 1 for byte in content[start:-1]) + content[-1:])
 
 
+@pytest.mark.bad_input
 def test_a_damaged_checkpoint_is_refused_on_every_rank_and_the_newest_whole_one_named(
     ranks4: RankPool, tmp_path: Path
 ) -> None:
@@ -465,6 +501,7 @@ class Harmful:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.bad_input
 def test_loading_a_checkpoint_runs_no_code_of_it(tmp_path: Path):
     trace, file = tmp_path / "trace", tmp_path / "interlock_rank_00000.pt"
     torch.save({"data_iterator": Harmful(trace)}, file)

@@ -282,6 +282,7 @@ def add_to(file: Path, **more: Any) -> None:
     torch.save({**torch.load(file), **more}, file)
 
 
+@pytest.mark.bad_input
 def test_what_does_not_fit_is_refused_on_every_rank_and_layers_load_alone(ranks4: RankPool, tmp_path: Path):
     says = {
         "another cut": "cannot take the optimizer state of stage 0: its groups have [9] parameters",

@@ -178,6 +178,7 @@ def test_wall_clock_breakdown(ranks4: RankPool):
 # What is refused.
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("config", "says"),
     [

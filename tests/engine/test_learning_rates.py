@@ -127,6 +127,7 @@ def _initialize(net: Any, job: Job, **more: Any) -> None:
     ds_interlock.initialize(model=net, config=job.config(), **more)
 
 
+@pytest.mark.bad_input
 def test_a_scale_that_is_no_number_above_0(ranks4: RankPool) -> None:
     for errors in ranks4.run(bad_values):
         assert all(isinstance(error, ConfigError) for error in errors)
@@ -142,6 +143,7 @@ def bring_an_optimizer() -> Exception | None:
     return caught(_initialize, net, job, optimizer=torch.optim.SGD(net.parameters(), lr=0.1))
 
 
+@pytest.mark.bad_input
 def test_scales_need_the_optimizer_of_the_configuration(ranks4: RankPool) -> None:
     for error in ranks4.run(bring_an_optimizer):
         assert isinstance(error, ConfigError)

@@ -129,6 +129,7 @@ def adam_of_the_layers(net: nn.Module) -> torch.optim.Optimizer:
     return make_adam(net.parameters())
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("extra", [{}, BF16, BF16_ZERO_1], ids=["fp32", "bf16", "bf16, ZeRO 1"])
 def test_heads_that_cannot_join_are_an_error_on_every_rank(ranks4: RankPool, extra):
     job = Job({"mode": "interlock", "window": 2}, extra=extra)

@@ -2,6 +2,8 @@
 
 import csv
 import math
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +215,37 @@ def test_reports_of_short_batches_do_not_pile_up(ranks2: RankPool):
         for job, result in zip(jobs, by_job, strict=True):
             assert result["waiting"] < job.num_batches / 2, job.section
             assert not all(map(math.isnan, result["returned"])), job.section
+
+
+def train_while_the_thread_stalls(job: Job) -> tuple[float, int, dict[str, float]]:
+    """Seconds that the batches took on rank 0, whose thread stalls for one; reports that then waited."""
+    engine = make_engine(job)
+    reporter = engine._progress.reporter
+    exchange, goes_on = reporter._exchange, threading.Event()
+    reporter._reports.maxsize = 4
+
+    def stall(reports: Any) -> None:
+        goes_on.wait()
+        exchange(reports)
+
+    reporter._exchange = stall
+    threading.Timer(1.0 if engine.global_rank == 0 else 0.0, goes_on.set).start()
+    data, started, most = data_for(engine, job), time.monotonic(), 0
+    for _ in range(job.num_batches):
+        engine.train_batch(data)
+        most = max(most, reporter._reports.qsize())
+    seconds = time.monotonic() - started
+    engine.drain()
+    losses = engine.stage_losses()
+    engine.destroy()
+    return seconds, most, losses
+
+
+def test_a_stalled_reader_stops_its_stage_and_loses_nothing(ranks2: RankPool, tmp_path: Path):
+    job = Job({"mode": "local"}, num_stages=2, num_micro_batches=1, num_batches=20)
+    (seconds, most, losses), _ = ranks2.run(train_while_the_thread_stalls, job=monitored(job, tmp_path))
+    assert seconds > 0.9
+    assert most <= 4
+    assert len(losses) == 2
+    every = [2 * batch for batch in range(1, 21)]
+    assert all(list(values) == every for values in read(tmp_path).values())

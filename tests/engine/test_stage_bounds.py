@@ -59,6 +59,7 @@ def build_with(stage_bounds: list[int], partition_method: str | None) -> Excepti
     return caught(make_module, Job(INTERLOCK), stage_bounds=stage_bounds, partition_method=partition_method)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("stage_bounds", "partition_method", "message"),
     [

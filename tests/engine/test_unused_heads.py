@@ -110,12 +110,14 @@ def refused(job: Job, own_optimizer: bool) -> str:
     return str(error)
 
 
+@pytest.mark.bad_input
 def test_heads_cannot_rest_under_flat_copies_of_the_users_own_optimizer(ranks4: RankPool):
     job = Job(scheduled(WIDENING), extra=BF16)
     for message in ranks4.run(refused, job=job, own_optimizer=True):
         assert message.startswith("interlock.schedule: some phases do not use all heads; with bf16 or ZeRO")
 
 
+@pytest.mark.bad_input
 def test_ties_kept_in_step_with_zero_need_the_same_heads_throughout(ranks4: RankPool):
     job = Job(scheduled(WIDENING, tied_weights="sync"), tied=True, extra=FP32_ZERO_1)
     for message in ranks4.run(refused, job=job, own_optimizer=False):

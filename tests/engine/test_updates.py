@@ -111,6 +111,7 @@ def test_untied_copies_start_equal(ranks4: RankPool):
     assert torch.equal(first, second)
 
 
+@pytest.mark.bad_input
 def test_tied_weights_can_be_refused(ranks4: RankPool):
     for error, _ in ranks4.run(build_tied, tied_weights="error"):
         assert isinstance(error, ConfigError)

@@ -184,6 +184,7 @@ def test_gradients_can_be_taken_once() -> None:
         loss.backward()
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_a_label_that_is_no_output_is_an_error(backend: Backend) -> None:
     hidden_nd, weight_vd, bias_v, labels_n = inputs()

@@ -179,6 +179,7 @@ def test_without_any_label_a_sampled_loss_is_zero() -> None:
     assert torch.equal(hidden_btd.grad, torch.zeros_like(hidden_btd))
 
 
+@pytest.mark.bad_input
 def test_what_a_base_model_needs_is_said() -> None:
     head = lens(kl_weight=0.5).train()
     hidden_btd, (labels_bt, normaliser_1, base_btd) = taught()
@@ -191,6 +192,7 @@ def test_what_a_base_model_needs_is_said() -> None:
     assert head.loss(hidden_btd, labels_bt, lm_loss()) > 0, "evaluation needs none"
 
 
+@pytest.mark.bad_input
 def test_a_head_that_is_no_lens_cannot_learn_from_a_base_model() -> None:
     config = HeadConfig(kl_weight=1.0)
     with pytest.raises(ConfigError, match=r"interlock\.head\.kl_weight: 1 needs a lens, but type auto means"):

@@ -167,6 +167,7 @@ def test_no_label_at_all_is_left_to_the_loss_function() -> None:
     assert loss == 0
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("labels", [torch.zeros(3, dtype=torch.long), torch.zeros(3, 7, 1), (1, 2)])
 def test_sampling_needs_a_label_for_each_position(labels: Any) -> None:
     head = build(language_model(), token_fraction=0.3).train()
@@ -239,6 +240,7 @@ def test_what_follows_the_unembedding_is_never_skipped() -> None:
 # What is refused.
 
 
+@pytest.mark.bad_input
 def test_block_linear_behind_a_layer_that_is_no_block() -> None:
     layers = language_model()
     layers[1] = torch.tanh
@@ -247,6 +249,7 @@ def test_block_linear_behind_a_layer_that_is_no_block() -> None:
             build(layers, after_layer=after_layer, type="block_linear")
 
 
+@pytest.mark.bad_input
 def test_block_linear_behind_a_layer_that_changes_the_shape() -> None:
     layers = [*language_model()[:1], LayerSpec(nn.Linear, WIDTH, 4), *language_model()[3:]]
     head = build(layers, type="block_linear")
@@ -254,6 +257,7 @@ def test_block_linear_behind_a_layer_that_changes_the_shape() -> None:
         head(hidden_and_labels()[0])
 
 
+@pytest.mark.bad_input
 def test_a_hidden_state_of_another_width() -> None:
     head = build(language_model())
     with pytest.raises(ConfigError, match=r"hidden state is \[3, 5\].* vectors of 12"):

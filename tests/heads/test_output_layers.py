@@ -146,6 +146,7 @@ def test_looking_draws_no_random_numbers() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     "layers",
     [

@@ -1,6 +1,8 @@
 """What the schedule's tests share: hypothesis strategies, and grids typed as text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
 from unittest.mock import patch
 
 from hypothesis import settings
@@ -8,6 +10,9 @@ from hypothesis import strategies as st
 
 from ds_interlock.errors import PlanError
 from ds_interlock.schedule import CostModel, GradientFlowPlan, Program, training_program
+from ds_interlock.schedule.action import Action, Kind
+from ds_interlock.schedule.dependency import receive_of, receives_needed
+from ds_interlock.schedule.standstill import Place
 
 # Derandomized: a failure on one machine is a failure on all.
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -39,6 +44,51 @@ def lowered(plan: GradientFlowPlan, num_micro_batches: int, extra: int, *, recei
         patch("ds_interlock.schedule.verify.standstill", return_value=[]),
     ):
         return training_program.__wrapped__(plan, num_micro_batches, extra_in_flight=extra)
+
+
+def places(program: Program, wanted: Callable[[Action], bool]) -> list[Place]:
+    """Where the actions are that are ``wanted``."""
+    return [
+        (stage, position)
+        for stage, actions in enumerate(program.stages)
+        for position, action in enumerate(actions)
+        if wanted(action)
+    ]
+
+
+def edit(program: Program, stage: int, actions: Sequence[Action]) -> Program:
+    """The program with other actions on one stage."""
+    return replace(program, stages=(*program.stages[:stage], tuple(actions), *program.stages[stage + 1 :]))
+
+
+def crossings(program: Program) -> list[tuple[Action, Action]]:
+    """Sends of a forward and of a gradient over one link, each before its stage needs the other one."""
+    taken: list[dict[Action, int]] = [{} for _ in program.stages]
+    for stage, position in places(program, lambda _: True):
+        for receive in receives_needed(program.plan, program.stages[stage][position]):
+            taken[stage].setdefault(receive, position)
+    return [
+        (forward, gradient)
+        for (stage, position), (other, also) in product(
+            places(program, lambda action: action.kind is Kind.SEND_FORWARD),
+            places(program, lambda action: action.kind is Kind.SEND_GRADIENT),
+        )
+        if other == stage + 1
+        for forward, gradient in [(program.stages[stage][position], program.stages[other][also])]
+        if position < taken[stage][receive_of(gradient)] and also < taken[other][receive_of(forward)]
+    ]
+
+
+def receives_behind(program: Program, forward: Action, gradient: Action) -> Program:
+    """Of ``crossings``: each of the two stages posts what the other one sends only behind its own send."""
+    for send, receive in ((forward, receive_of(gradient)), (gradient, receive_of(forward))):
+        actions = list(program.stages[send.stage])
+        link = [action for action in actions if action.kind is receive.kind]
+        late = [a for a in link[link.index(receive) :] if actions.index(a) < actions.index(send)]
+        actions = [action for action in actions if action not in late]
+        place = actions.index(send) + 1
+        program = edit(program, send.stage, [*actions[:place], *late, *actions[place:]])
+    return program
 
 
 @st.composite

@@ -36,6 +36,7 @@ def test_without_a_folder_the_debian_package_is_read(tmp_path: Path, monkeypatch
     assert len(load_fashion_mnist().train) == 12
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
 def test_a_missing_file_is_named(tmp_path: Path, name: str):
     write_idx(tmp_path, TRAIN, TEST)
@@ -47,6 +48,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str):
 ZIPPED = gzip.compress(idx(PIXELS), mtime=0)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("content", "error"),
     [
@@ -90,6 +92,7 @@ def empty_the_test_set(folder: Path) -> None:
     (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(TEST.labels_n[:0]))
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("damage", "error"),
     [

@@ -86,6 +86,7 @@ def test_a_resumed_iterator_goes_on_with_the_same_images():
     assert_equal(take(resumed, 6), take(undisturbed, 6))
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("other", "named"),
     [
@@ -99,6 +100,7 @@ def test_a_position_in_other_data_is_refused(other: ImageIterator, named: str):
         other.load_state_dict(iterator().state_dict())
 
 
+@pytest.mark.bad_input
 def test_too_few_images_are_refused():
     with pytest.raises(DataError, match=r"there are 23 training images, .*micro-batch of 8 for each of 3"):
         ImageIterator(IMAGES, AS_THEY_ARE, 8, num_replicas=3)
@@ -169,6 +171,7 @@ def test_ignored_labels_do_not_count():
     assert Score.of(logits, torch.full((3,), IGNORED_LABEL)) == Score()
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("pixels", "labels", "error"),
     [

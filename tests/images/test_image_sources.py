@@ -44,12 +44,14 @@ def test_validation_images_stand_in_for_test_images(tmp_path: Path):
     assert len(load_images(name).test) == 4
 
 
+@pytest.mark.bad_input
 def test_a_data_set_without_test_images_is_refused(tmp_path: Path):
     name = write_hub(tmp_path / "hub", {"train": random_images(9, (1, 8, 8), 3)})
     with pytest.raises(DataError, match=r"has the splits \['train'\]: expected one named \"test\""):
         load_images(name)
 
 
+@pytest.mark.bad_input
 def test_other_columns_are_refused(tmp_path: Path):
     images = random_images(3, (1, 8, 8), 3)
     name = write_hub(tmp_path / "hub", {"train": images, "test": images}, image="photo")
@@ -64,18 +66,21 @@ def write_rows(folder: Path, **columns: Any) -> str:
     return str(folder)
 
 
+@pytest.mark.bad_input
 def test_labels_that_are_names_are_refused(tmp_path: Path):
     name = write_rows(tmp_path / "hub", image=[[1]], label=["cat"])
     with pytest.raises(DataError, match="labels that are not class numbers, as 'cat'"):
         load_images(name)
 
 
+@pytest.mark.bad_input
 def test_columns_without_pictures_are_refused(tmp_path: Path):
     name = write_rows(tmp_path / "hub", image=[[1]], label=[0])
     with pytest.raises(DataError, match="has a list for a picture"):
         load_images(name)
 
 
+@pytest.mark.bad_input
 def test_images_of_two_sizes_are_refused(tmp_path: Path):
     pictures = [np.zeros((8, 8), np.uint8), np.zeros((8, 6), np.uint8)]
     folder = tmp_path / "hub"

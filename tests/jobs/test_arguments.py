@@ -65,12 +65,14 @@ WRONG: list[tuple[type[RunArguments], dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(("kind", "values", "why"), WRONG, ids=[why for _, _, why in WRONG])
 def test_what_makes_no_sense_is_named(kind: type[RunArguments], values: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         kind(**values)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("words", "why"),
     [

@@ -96,6 +96,7 @@ def test_weights_kept_in_step_are_exported_tied(ranks4: RankPool, data: Path, tm
     assert loss_of(model, rows_of(data / "valid.jsonl")) == pytest.approx(metrics["eval_loss"], abs=1e-5)
 
 
+@pytest.mark.bad_input
 def test_tied_weights_can_be_refused(ranks4: RankPool, data: Path, tmp_path: Path) -> None:
     save_tiny("gpt2", tmp_path / "model")
     with pytest.raises(RankError, match=r'interlock\.tied_weights is "error"'):

@@ -155,6 +155,7 @@ MODELS = {
 }
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("write", MODELS, ids=lambda write: write.__name__.strip("<>"))
 def test_a_model_that_cannot_be_used(write: Any, ranks2: RankPool, data: Path, tmp_path: Path) -> None:
     write(tmp_path / "model")
@@ -190,6 +191,7 @@ WORDS: list[tuple[str, str]] = [
 ]
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(("words", "why"), WORDS, ids=[words for words, _ in WORDS])
 def test_a_wrong_word_on_the_command_line(
     words: str, why: str, llama: Path, ranks2: RankPool, data: Path, tmp_path: Path
@@ -207,6 +209,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(("config", "why"), CONFIGS, ids=[next(iter(c)) for c, _ in CONFIGS])
 def test_a_config_that_cannot_be_used(
     config: dict[str, Any], why: str, llama: Path, ranks2: RankPool, data: Path, tmp_path: Path
@@ -223,6 +226,7 @@ LINES = {
 }
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("text", LINES, ids=["cut off", "another format", "empty", "no object"])
 def test_a_data_file_names_its_line(
     text: str, llama: Path, ranks2: RankPool, data: Path, tmp_path: Path
@@ -232,6 +236,7 @@ def test_a_data_file_names_its_line(
     assert_refused(ranks2, LINES[text], tmp_path, data, "--train_file", tmp_path / "lines.jsonl")
 
 
+@pytest.mark.bad_input
 def test_more_stages_than_blocks(ranks2: RankPool, data: Path, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model", num_hidden_layers=1)
     assert_refused(ranks2, "2 stages for the 1 blocks? of --model", tmp_path, data)
@@ -243,6 +248,7 @@ def test_robertas_positions_begin_behind_the_padding(ranks2: RankPool, data: Pat
     assert_refused(ranks2, "knows 63 positions", tmp_path, data, *more, task="classification")
 
 
+@pytest.mark.bad_input
 def test_a_classifier_of_other_classes(ranks2: RankPool, data: Path, tmp_path: Path) -> None:
     save_tiny("bert", tmp_path / "model", num_labels=3)
     why = r"classifier.weight is \[3, 32\] in the files, expected \[2, 32\], for 2 classes in the data"
@@ -260,6 +266,7 @@ def refused_with_a_fused_kernel(argv: list[str]) -> str | None:
         return refused(argv)
 
 
+@pytest.mark.bad_input
 def test_a_kernel_that_cannot_be_walked_back_twice(
     llama: Path, ranks4: RankPool, data: Path, tmp_path: Path
 ) -> None:
@@ -306,6 +313,7 @@ def test_a_disk_that_is_full_at_export_leaves_the_old_model_and_the_checkpoint(
     assert (tmp_path / "later" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.bad_input
 def test_an_output_folder_that_cannot_be_made(
     llama: Path, ranks2: RankPool, data: Path, tmp_path: Path
 ) -> None:

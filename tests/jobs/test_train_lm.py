@@ -107,6 +107,7 @@ def test_the_configs_differ_in_their_section_alone() -> None:
     assert [section.get("mode") for section in sections] == ["global", "local", "interlock", None]
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("words", "why"),
     [
@@ -123,6 +124,7 @@ def test_one_rank_says_what_is_wrong(
     assert why in refusal(ranks2, argv, "train_lm")
 
 
+@pytest.mark.bad_input
 def test_a_process_alone_is_told_about_the_launcher(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="train_lm: start this through the launcher"):
         train(arguments(tmp_path))

@@ -178,6 +178,7 @@ def test_the_schedule_is_the_configs_if_it_has_one(ranks4: RankPool, images: Pat
         assert torch.equal(weight, weights[name]), name
 
 
+@pytest.mark.bad_input
 def test_a_head_for_language_models_is_refused() -> None:
     with pytest.raises(ConfigError, match=r'head.type: "lens" is for language models: .*--head_channels'):
         job.check_heads(InterlockConfig.from_deepspeed({"interlock": {"head": {"type": "lens"}}}))
@@ -194,6 +195,7 @@ def test_the_configs_differ_in_their_section_alone() -> None:
     assert [section["mode"] for section in sections] == ["global", "local", "interlock"]
 
 
+@pytest.mark.bad_input
 def test_a_missing_data_set_is_named_once(ranks2: RankPool, tmp_path: Path) -> None:
     words = ["--deepspeed_config", ROOT / "configs/resnet/local.json", "--data_dir", tmp_path]
     argv = [str(word) for word in [*words, "--output_dir", tmp_path / "out"]]

@@ -147,6 +147,7 @@ def test_whole_sequences_can_be_classified():
     torch.testing.assert_close(lm_loss()(logits, (labels, torch.tensor([8.0]))), expected * 4 / 8)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("labels", "got"),
     [
@@ -186,6 +187,7 @@ def test_loss_of_half_precision_is_computed_in_float32():
     torch.testing.assert_close(half, lm_loss()(logits.bfloat16().float(), labels), rtol=0, atol=0)
 
 
+@pytest.mark.bad_input
 def test_impossible_configurations_name_every_fault():
     with pytest.raises(ConfigError, match="3 faults") as error:
         LMConfig(vocab_size=10, seq_length=0, width=10, num_blocks=2, num_heads=4, dropout=1.0)

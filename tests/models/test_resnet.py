@@ -179,16 +179,19 @@ def test_heads_fit_wherever_a_plan_may_put_them():
             assert sum(isinstance(part, nn.BatchNorm2d) for part in head.modules()) == len(channels)
 
 
+@pytest.mark.bad_input
 def test_a_head_behind_the_classifier_is_refused():
     with pytest.raises(ConfigError, match=r"no hidden state after layer 5 of a ResNet-8: expected 1 .* to 4"):
         resnet_heads(SMALL)(LossHead(stage=0, after_layer=5))
 
 
+@pytest.mark.bad_input
 def test_a_head_without_channels_is_refused():
     with pytest.raises(ConfigError, match=r"\[8, 0\] channels"):
         resnet_heads(SMALL, (8, 0))
 
 
+@pytest.mark.bad_input
 def test_impossible_configurations_name_every_fault():
     with pytest.raises(ConfigError, match="4 faults") as error:
         ResNetConfig(depth=21, width=0, in_channels=0, shortcut="C")  # type: ignore[arg-type]

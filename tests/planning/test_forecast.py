@@ -136,11 +136,13 @@ def test_names_of_settings(section, name):
     assert setting_name(InterlockConfig(**section)) == name
 
 
+@pytest.mark.bad_input
 def test_bounds_of_another_model():
     with pytest.raises(ConfigError, match="do not end at 8"):
         compare(WINDOW_2, profile(8), [0, 2, 4], 2)
 
 
+@pytest.mark.bad_input
 def test_a_configured_window_that_is_too_long():
     with pytest.raises(ConfigError, match=r"interlock\.window 3.*2 stages"):
         compared(InterlockConfig(mode="interlock", window=3), profile(8), 2, 2)

@@ -160,6 +160,7 @@ def test_a_long_batch_is_drawn_once() -> None:
     assert each["end"] * view_of(data, 2, 20)["tick"] == pytest.approx(each["seconds"], rel=1e-4)
 
 
+@pytest.mark.bad_input
 def test_a_configured_setting_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(ConfigError, match="do not fit a model of 64 stages"):
         render_page(INTERLOCK, UNIT, range(65), 1)

@@ -34,6 +34,7 @@ def test_a_heavy_last_layer_stands_alone():
     assert balanced_bounds([1, 1, 1, 1, 4], 2) == [0, 4, 5]
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("num_stages", [0, 4])
 def test_more_stages_than_layers(num_stages):
     with pytest.raises(ConfigError, match=f"{num_stages} stages for 3 layers"):

@@ -89,6 +89,7 @@ BAD = {
 }
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("name", BAD)
 def test_a_file_that_is_no_profile_is_an_error_that_says_why(tmp_path, name):
     text, message = BAD[name]
@@ -99,6 +100,7 @@ def test_a_file_that_is_no_profile_is_an_error_that_says_why(tmp_path, name):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.bad_input
 def test_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.json: cannot read the profile.*ds-interlock profile"):
         Profile.load(tmp_path / "none.json")

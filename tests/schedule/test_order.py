@@ -99,6 +99,7 @@ def test_global_is_deepspeeds_own_schedule(num_stages, num_micro_batches):
         assert ["F" if kind is Kind.FORWARD else "B" for kind in kinds] == expected
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [((0,), "at least 1 micro-batch, got 0"), ((-3,), "at least 1 micro-batch, got -3")],
@@ -108,6 +109,7 @@ def test_there_must_be_a_micro_batch(arguments, message):
         compute_order(GradientFlowPlan.local(2), *arguments)
 
 
+@pytest.mark.bad_input
 def test_extra_in_flight_is_not_negative():
     with pytest.raises(ScheduleError, match="extra_in_flight is -1: expected 0 or more"):
         compute_order(GradientFlowPlan.local(2), 4, extra_in_flight=-1)

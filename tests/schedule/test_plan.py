@@ -66,6 +66,7 @@ def test_head_stride_with_a_fractional_window():
     assert where(plan) == [[(1, 6)], [(3, 14)], [(3, 14), FINAL], [FINAL]]
 
 
+@pytest.mark.bad_input
 def test_a_head_stride_beyond_the_window_is_refused_naming_every_stage_left_out():
     with pytest.raises(PlanError) as error:
         GradientFlowPlan.n_wise(7, 2, head_stride=3)
@@ -264,18 +265,21 @@ def test_one_stage_is_trained_end_to_end_whatever_the_window(window, combine):
     assert plan == GradientFlowPlan.end_to_end(1)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("window", [0, 0.5, -1, math.nan, math.inf])
 def test_one_stage_takes_no_impossible_window(window):
     with pytest.raises(PlanError, match=rf"window is {window}"):
         GradientFlowPlan.n_wise(1, window)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("window", [0, 0.5, -1, 3.01, 4, math.nan, math.inf])
 def test_a_window_counts_between_one_and_all_stages(window):
     with pytest.raises(PlanError, match=rf"window is {window}: .* between 1 \(local\) and 3, the number"):
         GradientFlowPlan.n_wise(3, window)
 
 
+@pytest.mark.bad_input
 def test_faults_of_the_arguments_are_told_at_once():
     with pytest.raises(PlanError) as error:
         GradientFlowPlan.n_wise(3, 9, "mean", head_stride=0)
@@ -286,12 +290,14 @@ def test_faults_of_the_arguments_are_told_at_once():
     assert "head_stride is 0" in message
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("stride", [0, -2, 1.5, math.nan, math.inf])
 def test_a_head_stride_is_a_whole_number(stride):
     with pytest.raises(PlanError, match=f"head_stride is {stride}: expected a whole number"):
         GradientFlowPlan.n_wise(4, 3, head_stride=stride)
 
 
+@pytest.mark.bad_input
 def test_a_fractional_window_needs_stages_that_can_be_cut():
     with pytest.raises(PlanError) as error:
         GradientFlowPlan.n_wise(window=1.5, stage_bounds=[0, 4, 5, 6, 9])
@@ -301,6 +307,7 @@ def test_a_fractional_window_needs_stages_that_can_be_cut():
     assert "inside stage 3" not in message
 
 
+@pytest.mark.bad_input
 def test_num_stages_or_stage_bounds():
     for build in (GradientFlowPlan.local, GradientFlowPlan.end_to_end, GradientFlowPlan.deep_supervision):
         with pytest.raises(PlanError, match="either num_stages"):

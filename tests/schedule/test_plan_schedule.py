@@ -65,6 +65,7 @@ def test_end_to_end_throughout():
     assert PlanSchedule.constant(END_TO_END).heads == ()
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("phases", "expected"),
     [

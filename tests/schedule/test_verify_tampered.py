@@ -4,62 +4,48 @@ Each tampering breaks a rule by construction; where a program has no place for i
 """
 
 from dataclasses import replace
-from itertools import product
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from schedule_strategies import plans, quick
+from schedule_strategies import crossings, edit, places, plans, quick, receives_behind
 
 from ds_interlock.errors import ScheduleError
 from ds_interlock.schedule import simulate, training_program, verify
 from ds_interlock.schedule.action import COMPUTE_KINDS, RECV_KINDS, SEND_KINDS, Kind
-from ds_interlock.schedule.dependency import dependencies, receive_of, receives_needed
-
-
-def _places(program, wanted):
-    return [
-        (stage, position)
-        for stage, actions in enumerate(program.stages)
-        for position, action in enumerate(actions)
-        if wanted(action)
-    ]
-
-
-def _edit(program, stage, actions):
-    return replace(program, stages=(*program.stages[:stage], tuple(actions), *program.stages[stage + 1 :]))
+from ds_interlock.schedule.dependency import dependencies, receives_needed
 
 
 def _drop(program, draw):
-    stage, position = draw(st.sampled_from(_places(program, lambda _: True)))
+    stage, position = draw(st.sampled_from(places(program, lambda _: True)))
     actions = program.stages[stage]
-    return _edit(program, stage, actions[:position] + actions[position + 1 :])
+    return edit(program, stage, actions[:position] + actions[position + 1 :])
 
 
 def _duplicate(program, draw):
-    stage, position = draw(st.sampled_from(_places(program, lambda _: True)))
+    stage, position = draw(st.sampled_from(places(program, lambda _: True)))
     actions = list(program.stages[stage])
     actions.insert(draw(st.integers(0, len(actions))), actions[position])
-    return _edit(program, stage, actions)
+    return edit(program, stage, actions)
 
 
 def _move_to_other_stage(program, draw):
     if program.plan.num_stages == 1:
         return None
-    stage, position = draw(st.sampled_from(_places(program, lambda _: True)))
+    stage, position = draw(st.sampled_from(places(program, lambda _: True)))
     action = program.stages[stage][position]
-    tampered = _edit(program, stage, program.stages[stage][:position] + program.stages[stage][position + 1 :])
+    tampered = edit(program, stage, program.stages[stage][:position] + program.stages[stage][position + 1 :])
     other = draw(st.sampled_from([k for k in range(program.plan.num_stages) if k != stage]))
     actions = list(tampered.stages[other])
     actions.insert(draw(st.integers(0, len(actions))), action)
-    return _edit(tampered, other, actions)
+    return edit(tampered, other, actions)
 
 
 def _put_before(program, stage, action, needed):
     """Moves ``action`` to just in front of ``needed``, which now stands in front of it."""
     actions = [other for other in program.stages[stage] if other != action]
     actions.insert(actions.index(needed), action)
-    return _edit(program, stage, actions)
+    return edit(program, stage, actions)
 
 
 def _needs_on_the_same_stage(program):
@@ -79,7 +65,7 @@ def _before_what_it_needs(program, draw):
 
 def _swap(program, stage, one, other):
     turned = {one: other, other: one}
-    return _edit(program, stage, [turned.get(action, action) for action in program.stages[stage]])
+    return edit(program, stage, [turned.get(action, action) for action in program.stages[stage]])
 
 
 def _swap_with_what_it_needs(program, draw):
@@ -98,11 +84,11 @@ def _receive_behind_its_use(program, draw):
 
 def _swap_two_of_one_link(kinds):
     def tamper(program, draw):
-        places = _places(program, lambda action: action.kind in kinds)
+        of_kinds = places(program, lambda action: action.kind in kinds)
         pairs = [
             (stage, program.stages[stage][one], program.stages[stage][other])
-            for stage, one in places
-            for also, other in places
+            for stage, one in of_kinds
+            for also, other in of_kinds
             if stage == also
             and one < other
             and program.stages[stage][one].kind is program.stages[stage][other].kind
@@ -113,58 +99,34 @@ def _swap_two_of_one_link(kinds):
 
 
 def _receives_behind_sends_that_cross(program, draw):
-    """Two neighbours each post what the other one sends only behind a send of their own."""
-    taken = [{} for _ in program.stages]
-    for stage, position in _places(program, lambda _: True):
-        for receive in receives_needed(program.plan, program.stages[stage][position]):
-            taken[stage].setdefault(receive, position)
-    crossings = [
-        (forward, gradient)
-        for (stage, position), (other, also) in product(
-            _places(program, lambda action: action.kind is Kind.SEND_FORWARD),
-            _places(program, lambda action: action.kind is Kind.SEND_GRADIENT),
-        )
-        if other == stage + 1
-        for forward, gradient in [(program.stages[stage][position], program.stages[other][also])]
-        if position < taken[stage][receive_of(gradient)] and also < taken[other][receive_of(forward)]
-    ]
-    if not crossings:
-        return None
-    forward, gradient = draw(st.sampled_from(crossings))
-    for send, receive in ((forward, receive_of(gradient)), (gradient, receive_of(forward))):
-        actions = list(program.stages[send.stage])
-        link = [action for action in actions if action.kind is receive.kind]
-        late = [a for a in link[link.index(receive) :] if actions.index(a) < actions.index(send)]
-        actions = [action for action in actions if action not in late]
-        place = actions.index(send) + 1
-        program = _edit(program, send.stage, [*actions[:place], *late, *actions[place:]])
-    return program
+    pairs = crossings(program)
+    return receives_behind(program, *draw(st.sampled_from(pairs))) if pairs else None
 
 
 def _other_losses(program, draw):
-    stage, position = draw(st.sampled_from(_places(program, lambda action: action.kind is not Kind.LOAD)))
+    stage, position = draw(st.sampled_from(places(program, lambda action: action.kind is not Kind.LOAD)))
     action = program.stages[stage][position]
     losses = draw(st.sets(st.integers(0, program.plan.final + 1)).map(sorted).map(tuple))
     assume(losses != action.losses)
     # Whether or not the plan knows the new action, the old one is now missing.
     actions = list(program.stages[stage])
     actions[position] = replace(action, losses=losses)
-    return _edit(program, stage, actions)
+    return edit(program, stage, actions)
 
 
 def _other_micro_batch(program, draw):
-    stage, position = draw(st.sampled_from(_places(program, lambda _: True)))
+    stage, position = draw(st.sampled_from(places(program, lambda _: True)))
     actions = list(program.stages[stage])
     shift = draw(st.integers(1, 3))
     actions[position] = replace(actions[position], micro_batch=actions[position].micro_batch + shift)
-    return _edit(program, stage, actions)
+    return edit(program, stage, actions)
 
 
 def _something_behind_the_step(program, draw):
     stage = draw(st.integers(0, program.plan.num_stages - 1))
     actions = list(program.stages[stage])
     actions.append(actions.pop(draw(st.integers(0, len(actions) - 2))))
-    return _edit(program, stage, actions)
+    return edit(program, stage, actions)
 
 
 def _fewer_slots(program, draw):

@@ -35,6 +35,7 @@ def train(layers: list[Any], loss_fn: Any, plan: str) -> list[Tensor]:
     return [*losses.values(), *(p.grad for p in net.parameters() if p.grad is not None)]
 
 
+@pytest.mark.bad_input
 @EVERY_PLAN
 @pytest.mark.parametrize(
     ("form", "name"),

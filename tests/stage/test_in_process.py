@@ -371,6 +371,7 @@ def test_building_heads_leaves_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.bad_input
 def test_bad_input():
     local = GradientFlowPlan.local(3)
     with pytest.raises(ConfigError, match="the plan is for 3 layers, got 4"):
@@ -381,6 +382,7 @@ def test_bad_input():
         InProcessPipeline(make_layers(3), F.cross_entropy, local, lambda head: "linear")
 
 
+@pytest.mark.bad_input
 def test_a_head_whose_output_does_not_fit_the_loss():
     def too_narrow(head: LossHead) -> nn.Module:
         return nn.Linear(WIDTH, 1)

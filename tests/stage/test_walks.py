@@ -11,6 +11,7 @@ from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.walks import compare_walks
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("kernel", [ScalesWhatItSaved, ReusesMemory, Frees])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_kernel_that_changes_what_it_saved(kernel: Any, dtype: torch.dtype) -> None:

@@ -28,6 +28,14 @@ def fail_on_rank_0() -> None:
     os._exit(3)
 
 
+def fail_late_or_never() -> None:
+    rank = int(os.environ["RANK"])
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(3.0 * rank)
+    raise ValueError(f"rank {rank}")
+
+
 def sleep_with_a_note(folder: str) -> None:
     (Path(folder) / os.environ["RANK"]).write_text(str(os.getpid()))
     time.sleep(600)
@@ -48,6 +56,15 @@ def test_a_rank_that_died_is_named_first() -> None:
     assert {rank: failure.reason for rank, failure in error.value.failures.items()} == {
         1: "the process died with status 3",
         0: "ValueError: first",
+    }
+
+
+def test_failed_ranks_have_time_to_say_why_and_stopped_ones_are_not_waited_for() -> None:
+    with pytest.raises(RankError) as error:
+        run_local_ranks(fail_late_or_never, 3, grace_seconds=600.0)
+    assert {rank: failure.reason for rank, failure in error.value.failures.items()} == {
+        0: "ValueError: rank 0",
+        1: "ValueError: rank 1",
     }
 
 

@@ -79,6 +79,7 @@ def test_packed_rows():
     assert rows.arrange([0, 2, 1]) == [(0,), (2, 1)]
 
 
+@pytest.mark.bad_input
 def test_samples_longer_than_a_row_are_refused():
     with pytest.raises(DataError, match="has 5 positions: expected at most 4"):
         PaddedRows([sample_of(1, 5)], seq_length=4)
@@ -310,6 +311,7 @@ def test_a_resumed_iterator_goes_on_as_an_undisturbed_one(kind, position):
         assert all(map(torch.equal, (*inputs_a, *labels_a), (*inputs_b, *labels_b)))
 
 
+@pytest.mark.bad_input
 def test_a_position_in_other_data_is_refused():
     samples = random_samples(20, longest=10)
     state = TrainingBatches(PaddedRows(samples, 16), BatchShape(2, 2)).state_dict()
@@ -339,6 +341,7 @@ def test_other_sizes_continue_after_as_many_rows():
             assert torch.equal(ids[row : row + 1, : part.shape[1]], part)
 
 
+@pytest.mark.bad_input
 def test_too_few_samples_for_a_batch():
     message = (
         r"11 training samples may fill as few as 11 rows of 8 positions, and one batch takes 12 "

@@ -78,11 +78,13 @@ def test_chats_are_cut_at_the_end_and_counted():
     )
 
 
+@pytest.mark.bad_input
 def test_no_template():
     with pytest.raises(DataError, match="has no chat template"):
         render_chat(chat("hello", "fine"), byte_level())
 
 
+@pytest.mark.bad_input
 def test_a_template_that_rewrites_earlier_turns():
     tokenizer = byte_level(FORGETFUL)
     render_chat(chat("hello", "fine"), tokenizer)
@@ -90,6 +92,7 @@ def test_a_template_that_rewrites_earlier_turns():
         render_chat(chat("hello", "fine", "and", "you"), tokenizer)
 
 
+@pytest.mark.bad_input
 def test_a_template_that_refuses_a_chat():
     tokenizer = byte_level("{{ raise_exception('roles must alternate') }}" + CHATML)
     with pytest.raises(

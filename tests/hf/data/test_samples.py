@@ -95,6 +95,7 @@ def test_more_records_than_are_tokenised_together():
     assert [len(sample.ids) for sample in samples] == [2, 3, 4] * 700
 
 
+@pytest.mark.bad_input
 def test_a_tokenizer_must_know_an_end():
     with pytest.raises(DataError, match="neither an eos_token nor a sep_token"):
         encode_records(documents("a"), letters(eos_token=None), 8)
@@ -104,6 +105,7 @@ def test_a_tokenizer_must_know_an_end():
     ]
 
 
+@pytest.mark.bad_input
 def test_classified_texts_cannot_train_a_language_model():
     with pytest.raises(DataError, match="line 0: a classified text"):
         encode_records([Classified("a", None, 1, "line 0")], LETTERS, 8)

@@ -54,6 +54,7 @@ def test_byte_order_marks_are_no_text(tmp_path):
         read_records([str(lines)])
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -80,6 +81,7 @@ def test_a_faulty_line_is_named(line, message, tmp_path):
         read_records([str(path)])
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -108,6 +110,7 @@ def test_a_faulty_first_object_is_named(value, message, tmp_path):
         read_records([path])
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -137,6 +140,7 @@ def test_validation_is_given_or_a_seeded_share(tmp_path):
     assert load_records([train], seed=4).validation != split.validation
 
 
+@pytest.mark.bad_input
 def test_too_little_to_split(tmp_path):
     with pytest.raises(DataError, match="only 1 document"):
         load_records([write(tmp_path / "train.jsonl", {"text": "a"})])
@@ -194,6 +198,7 @@ def test_a_class_that_only_the_split_off_share_has_is_known(tmp_path):
     assert (len(data.train), len(data.classes)) == (4, 5)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -210,6 +215,7 @@ def test_faulty_classified_texts(value, message, tmp_path):
         read_records([path], "classification")
 
 
+@pytest.mark.bad_input
 def test_classes_must_be_of_one_kind_and_known_from_training(tmp_path):
     train = write(tmp_path / "train.jsonl", {"text": "a", "label": "x"}, {"text": "a", "label": "y"})
     other = write(tmp_path / "other.jsonl", {"text": "a", "label": "y"}, {"text": "a", "label": "z"})

@@ -91,6 +91,7 @@ def test_sotu_is_there():
     assert (len(data.train), len(data.validation)) == (237, 12)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -108,6 +109,7 @@ def test_unusable_text_files(content, message, tmp_path):
         load_text([str(path)])
 
 
+@pytest.mark.bad_input
 def test_other_unusable_sources(tmp_path):
     with pytest.raises(DataError, match=r"holds no \*\.txt"):
         load_text([str(tmp_path)])
@@ -138,6 +140,7 @@ def test_labels_are_the_next_tokens_and_cover_all_but_a_rest():
     assert labels.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
 
 
+@pytest.mark.bad_input
 def test_too_small_for_one_batch_says_how_much_is_needed():
     blocks = TokenBlocks(torch.arange(50), seq_length=7)
     blocks.require(7, "training")
@@ -183,6 +186,7 @@ def test_a_resumed_iterator_goes_on_as_an_undisturbed_one(position):
         assert torch.equal(label_a, label_b)
 
 
+@pytest.mark.bad_input
 def test_a_position_in_other_data_is_refused():
     state = BlockIterator(blocks_of(11), 2, seed=6).state_dict()
     with pytest.raises(DataError, match="this run: seed was 6 and is 7"):

@@ -72,6 +72,7 @@ def test_given_models_with_sentencepieces_own_defaults_convert(model_type, speec
     assert fast.encode("one<sep>two") != given.encode("one<sep>two"), "parts are normalised one by one"
 
 
+@pytest.mark.bad_input
 def test_given_models_that_have_no_hugging_face_form_are_refused(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["letters only"] * 9),
@@ -104,6 +105,7 @@ def test_hugging_face_tokenizers_are_taken_as_they_are(trained, processor, speec
     assert tokenizer.encode(speeches[1][0]) == processor.encode(speeches[1][0])
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("vocab_size", [260, 5000])
 def test_vocabularies_that_do_not_fit_the_text(vocab_size, tmp_path):
     with pytest.raises(DataError, match=rf"no tokenizer of {vocab_size} ids.*16 characters.*--vocab_size"):
@@ -111,6 +113,7 @@ def test_vocabularies_that_do_not_fit_the_text(vocab_size, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.bad_input
 def test_unreadable_tokenizers(tmp_path):
     broken = tmp_path / "broken.model"
     broken.write_bytes(b"not a model")

@@ -145,6 +145,7 @@ def test_a_new_classifier_goes_with_the_adapters(family: str, tmp_path: Path) ->
     torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.bad_input
 def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
     job = Job(tmp_path, "lora")
     file = job.step / "layer_02-model_states.pt"
@@ -158,6 +159,7 @@ def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.bad_input
 def test_what_does_not_go_together_is_said(tmp_path: Path) -> None:
     job = Job(tmp_path, "lora")
     for options in ({"heads": True}, {"dtype": torch.bfloat16}):

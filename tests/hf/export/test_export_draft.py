@@ -128,6 +128,7 @@ def test_a_draft_in_another_form(tmp_path: Path) -> None:
 # What cannot be a draft.
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("head", "why"),
     [
@@ -147,6 +148,7 @@ def test_heads_of_another_form_are_refused(head: dict[str, Any], why: str, tmp_p
     assert not (tmp_path / "draft").exists()
 
 
+@pytest.mark.bad_input
 def test_a_users_own_head_is_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     heads = {0: nn.Linear(32, VOCABULARY)}
@@ -155,6 +157,7 @@ def test_a_users_own_head_is_refused(tmp_path: Path) -> None:
         export_draft(step, tmp_path / "draft", 1)
 
 
+@pytest.mark.bad_input
 def test_a_bias_that_nothing_takes_is_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     heads = make_heads(model, local_plan(model), **LENS)
@@ -164,6 +167,7 @@ def test_a_bias_that_nothing_takes_is_refused(tmp_path: Path) -> None:
         export_draft(step, tmp_path / "draft", 1)
 
 
+@pytest.mark.bad_input
 def test_a_singular_translator_is_refused(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
     heads = make_heads(model, local_plan(model), **LENS)
@@ -173,6 +177,7 @@ def test_a_singular_translator_is_refused(tmp_path: Path) -> None:
         export_draft(step, tmp_path / "draft", 1)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(("num_stages", "head"), [(3, None), (9, None), (1, 1), (2, 7), (3, 2)])
 def test_heads_that_are_not_there_are_listed(num_stages: int, head: int | None, tmp_path: Path) -> None:
     model = tiny_model("llama")
@@ -183,6 +188,7 @@ def test_heads_that_are_not_there_are_listed(num_stages: int, head: int | None, 
         export_draft(step, tmp_path / "draft", num_stages, head)
 
 
+@pytest.mark.bad_input
 def test_a_global_job_has_no_heads(tmp_path: Path) -> None:
     model = tiny_model("llama")
     plan = GradientFlowPlan.end_to_end(stage_bounds=[0, 3, 7])
@@ -191,6 +197,7 @@ def test_a_global_job_has_no_heads(tmp_path: Path) -> None:
         export_draft(step, tmp_path / "draft", 1)
 
 
+@pytest.mark.bad_input
 def test_a_head_after_no_block_is_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     plan = GradientFlowPlan.local(stage_bounds=[0, 1, 7])

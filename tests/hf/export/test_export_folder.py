@@ -77,6 +77,7 @@ def test_a_model_is_replaced_as_a_whole(step: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"job", "out"}
 
 
+@pytest.mark.bad_input
 def test_what_is_no_model_is_not_replaced(step: Path, tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("kept")
@@ -90,6 +91,7 @@ def test_what_is_no_model_is_not_replaced(step: Path, tmp_path: Path) -> None:
     assert (tmp_path / "empty" / "config.json").exists()
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("path", ["hf", ".", "..", "global_step7"])
 def test_what_is_exported_is_not_replaced(path: str, step: Path) -> None:
     checkpoints = step.parent

@@ -110,6 +110,7 @@ def test_a_folder_that_is_there_is_replaced_when_the_new_one_is_complete(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.bad_input
 def test_layers_that_are_missing_or_too_many_are_named(tmp_path):
     states = dict(enumerate(layer.state_dict() for layer in trained_model(CONFIG)))
     without_one = {number: state for number, state in states.items() if number != 6}
@@ -120,6 +121,7 @@ def test_layers_that_are_missing_or_too_many_are_named(tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.bad_input
 def test_a_model_of_another_width_is_refused(tmp_path):
     wider = LMConfig(**{**vars(CONFIG), "width": 32})
     states = dict(enumerate(layer.state_dict() for layer in trained_model(CONFIG)))
@@ -127,6 +129,7 @@ def test_a_model_of_another_width_is_refused(tmp_path):
         export_gpt2(states, wider, tmp_path / "hf", TOKENIZER)
 
 
+@pytest.mark.bad_input
 def test_folders_without_a_pipeline_checkpoint_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no layer_\*"):
         read_layer_states(tmp_path)

@@ -169,6 +169,7 @@ def test_no_heads_is_said(tmp_path: Path) -> None:
 # What is wrong with a checkpoint.
 
 
+@pytest.mark.bad_input
 def test_tensors_that_are_not_the_models_are_named(tmp_path: Path) -> None:
     model = tiny_model("llama")
     step = write_checkpoint(tmp_path / "checkpoints", model, plan_for(model))
@@ -192,6 +193,7 @@ def test_tensors_that_are_not_the_models_are_named(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
+@pytest.mark.bad_input
 def test_copies_of_something_else_are_refused(tmp_path: Path) -> None:
     model = tiny_model("llama, tied")
     step = write_checkpoint(
@@ -203,6 +205,7 @@ def test_copies_of_something_else_are_refused(tmp_path: Path) -> None:
         export_model(step, tmp_path / "out")
 
 
+@pytest.mark.bad_input
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     model = tiny_model("llama")
     step = write_checkpoint(tmp_path / "checkpoints", model, plan_for(model))
@@ -214,6 +217,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         export_model(step, tmp_path / "out")
 
 
+@pytest.mark.bad_input
 def test_what_is_missing_or_wrong_in_hf_is_said(tmp_path: Path) -> None:
     model = tiny_model("llama")
     step = write_checkpoint(tmp_path / "checkpoints", model, plan_for(model))

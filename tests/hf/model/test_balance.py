@@ -37,6 +37,7 @@ def test_a_heavy_unembedding_is_worth_blocks_unless_every_stage_has_a_head(tmp_p
     assert in_local[1] <= default_bounds(eight, some, 2)[1] <= in_global[1]
 
 
+@pytest.mark.bad_input
 def test_every_stage_needs_a_block(tmp_path: Path) -> None:
     net = blueprint(tmp_path)
     with pytest.raises(ConfigError, match="5 stages for the 4 blocks of --model"):

@@ -221,6 +221,7 @@ def test_too_little_room_is_told_beforehand(tmp_path: Path) -> None:
         check_room(tmp_path / "file", 1)
 
 
+@pytest.mark.bad_input
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "base_states" / "states.safetensors"
     with pytest.raises(ConfigError, match=r"states.safetensors is missing.*needs the folder base_states"):

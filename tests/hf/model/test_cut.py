@@ -152,6 +152,7 @@ def test_the_check_at_load_agrees(family: str, inputs: tuple[str, ...], tmp_path
     assert pipeline_error(pretrained, inputs) <= 1e-6
 
 
+@pytest.mark.bad_input
 def test_the_check_at_load_refuses_what_does_not_pack(tmp_path: Path) -> None:
     save_tiny("opt", tmp_path)
     with pytest.raises(ConfigError, match="without --packing"):
@@ -183,6 +184,7 @@ def test_the_check_at_load_notices_a_difference(tmp_path: Path) -> None:
         compare(logits_off, logits, given, pretrained)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
@@ -200,6 +202,7 @@ def test_models_that_cannot_be_cut_are_refused(family: str, changes: dict[str, A
         find_anatomy(model)
 
 
+@pytest.mark.bad_input
 def test_a_configuration_without_a_causal_model_is_refused() -> None:
     from transformers import ViTConfig
 

@@ -73,6 +73,7 @@ def test_prefixes_and_ties_are_seen_through(tensors: dict[str, Tensor], tmp_path
     assert misfits == ["head is [7, 5] in the files, expected [5, 7]"]
 
 
+@pytest.mark.bad_input
 def test_files_that_are_missing_or_cut_short_are_found_at_once(
     tensors: dict[str, Tensor], tmp_path: Path
 ) -> None:

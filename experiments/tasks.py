@@ -40,22 +40,22 @@ class ResidualBranch(nn.Module):
 
 
 class Prose:
-    """Characters of prose; heads are as the section says, by default norm and unembedding.
+    """Characters or words of prose; heads are as the section says, by default norm and unembedding.
 
     ``layers`` have the seed's weights; they are cut at ``stage_bounds``.
     """
 
     def __init__(self, run: Run, model: ProseModel) -> None:
         self.run, self.seq_length = run, model.seq_length
-        self.train, self.validation = prose()
-        sizes = model.model_dump(exclude={"kind", "border_norm"})
-        config = LMConfig(vocab_size=VOCAB_SIZE, seed=run.seed, **sizes)
+        self.train, self.validation = prose(model.vocab_size)
+        sizes = model.model_dump(exclude={"kind", "border_norm", "vocab_size"})
+        config = LMConfig(vocab_size=model.vocab_size or VOCAB_SIZE, seed=run.seed, **sizes)
         self.layers, self.stage_bounds = _cut_into_halves(config, run.num_stages, model.border_norm)
         self.loss_fn = lm_loss()
 
     def heads(self, section: InterlockConfig) -> HeadFactory:
         """What builds auxiliary heads."""
-        return head_factory(section.head, self.layers)
+        return head_factory(section.head, self.layers, layers_per_block=2)
 
     def batch(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step, on the CPU."""

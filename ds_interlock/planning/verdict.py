@@ -63,8 +63,8 @@ def _about_heads(comparison: Comparison, best: Forecast | None) -> str:
     if dearest < _DEAR_HEADS:
         return ""
     return (
-        f". Auxiliary heads are {dearest:.0%} of the work: lower interlock.head.token_fraction, or choose "
-        "a cheaper interlock.head.type"
+        f". Auxiliary heads are {dearest:.0%} of the work: lower interlock.head.token_fraction (with blocks "
+        "sequence_fraction), or choose a cheaper interlock.head.type"
     )
 
 

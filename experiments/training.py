@@ -9,6 +9,7 @@ Source: Shamir, Zhang: Stochastic Gradient Descent for Non-smooth Optimization: 
 Optimal Averaging Schemes, 2013, section 4 (polynomial-decay averaging).
 """
 
+import copy
 import math
 import time
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from ds_interlock.errors import ConfigError, DataError
@@ -93,8 +94,7 @@ class Training:
         net = InProcessPipeline(self.task.layers, self.task.loss_fn, schedule, self.task.heads(section))
         self.net = net.to(device)
         self.optimizer = _optimizer(run, self.net)
-        self.average = AveragedModel(self.model, multi_avg_fn=self._take_in)
-        self.average.n_averaged = self.average.n_averaged.cpu()  # to read it on a device is to wait for that
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.step = 0
         self.seconds = 0.0
         self.curve: list[dict[str, Any]] = []
@@ -111,7 +111,7 @@ class Training:
         self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.average.update_parameters(self.model)
+        take_in(self.average, self.model, self.step)
         self._losses.append(losses[self.net.plan.final].detach())
         self.step += 1
         self.seconds += time.perf_counter() - started
@@ -133,7 +133,7 @@ class Training:
             point["cosine"] = [None if math.isnan(cosine) else cosine for cosine in cosines]
         # Averaged weights have batch norm statistics of their own.
         last_steps = range(max(0, self.step - _NUM_BATCH_NORM_STEPS), self.step)
-        update_bn((x for step in last_steps for x, _ in self._batch(step)), self.average.module)
+        update_bn((x for step in last_steps for x, _ in self._batch(step)), self.average)
         self.average.eval()
         score = self._score(measure.num_samples)
         point |= {**score, "stage_rms": self._stage_rms()}
@@ -160,14 +160,14 @@ class Training:
 
     def _score(self, num_samples: int) -> dict[str, float]:
         batch_size = self.run.measurements.evaluation_batch_size
-        return self.task.evaluate(self.average.module, num_samples, batch_size, self.device)
+        return self.task.evaluate(self.average, num_samples, batch_size, self.device)
 
     @torch.no_grad()
     def _stage_rms(self) -> list[float]:
         """Root mean square of each stage's output but the last's, on some validation inputs."""
         hidden = self.task.probe().to(self.device)
         values = []
-        for number, layer in enumerate(self.average.module, start=1):
+        for number, layer in enumerate(self.average, start=1):
             hidden = layer(hidden)
             if number in self.task.stage_bounds[1:-1]:
                 values.append(hidden.square().mean().sqrt().item())
@@ -210,9 +210,6 @@ class Training:
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve, self.final = state["curve"], state["final"]
 
-    def _take_in(self, averaged: list[Tensor], current: list[Tensor], _: Tensor | int) -> None:
-        _average(averaged, current, self.step)
-
     def _set_learning_rate(self) -> None:
         warmup = self.run.training.warmup_steps
         share = min(1.0, (self.step + 1) / warmup) if warmup else 1.0
@@ -234,9 +231,16 @@ class Training:
             nn.utils.clip_grad_norm_(of_stage, limit, foreach=True)
 
 
-def _average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
-    """Takes in the weights after one more step."""
-    torch._foreach_lerp_(averaged, current, (_ETA + 1) / (int(num_averaged) + 1 + _ETA))
+@torch.no_grad()
+def take_in(average: nn.Module, model: nn.Module, num_averaged: int) -> None:
+    """Takes the weights after one more step into their average; buffers are the model's.
+
+    Like ``torch.optim.swa_utils.AveragedModel``, which counts on the device and waits for it in every step.
+    """
+    averaged, current = list(average.parameters()), list(model.parameters())
+    torch._foreach_lerp_(averaged, current, (_ETA + 1) / (num_averaged + 1 + _ETA))
+    for of_average, of_model in zip(average.buffers(), model.buffers(), strict=True):
+        of_average.copy_(of_model)
 
 
 def _optimizer(run: Run, net: InProcessPipeline) -> torch.optim.Optimizer:

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from ds_interlock.errors import ConfigError, DataError
 from experiments import definition, prose, run
 from experiments.definition import Definition, Run
 from experiments.tasks import make_task
-from experiments.training import Training, _average, train
+from experiments.training import Training, take_in, train
 from measuring import results_file
 
 TINY = {
@@ -126,12 +125,12 @@ def test_a_border_norm_is_a_layer_at_every_border() -> None:
 
 def test_the_average_is_polynomial() -> None:
     module = nn.Linear(1, 1, bias=False)
-    average = AveragedModel(module, multi_avg_fn=_average)
-    for value in (1.0, 2.0, 4.0):
+    average = nn.Linear(1, 1, bias=False)
+    for number, value in enumerate((1.0, 2.0, 4.0)):
         module.weight.data.fill_(value)
-        average.update_parameters(module)
+        take_in(average, module, number)
     second = 1 + 9 / 10 * (2 - 1)
-    assert average.module.weight.item() == pytest.approx(second + 9 / 11 * (4 - second))
+    assert average.weight.item() == pytest.approx(second + 9 / 11 * (4 - second))
 
 
 def test_averaged_weights_are_judged_with_batch_norms_of_their_own() -> None:
@@ -140,7 +139,7 @@ def test_averaged_weights_are_judged_with_batch_norms_of_their_own() -> None:
     for _ in range(3):
         training.do_step()
     training.evaluate()
-    stem = training.average.module[0]
+    stem = training.average[0]
     inputs = [images for step in range(3) for images, _ in training.task.batch(step)]
     with torch.no_grad():
         means = [stem.convolution(images).mean(dim=(0, 2, 3)) for images in inputs]

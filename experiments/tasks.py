@@ -17,7 +17,7 @@ from ds_interlock.heads.factory import HeadFactory, head_factory
 from ds_interlock.images.batches import ImageIterator, evaluation_batches
 from ds_interlock.images.data import Normalisation, Score
 from ds_interlock.images.sources import load_fashion_mnist
-from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
+from ds_interlock.models.lm import CausalSelfAttention, LMConfig, lm_layers, lm_loss
 from ds_interlock.models.resnet import ResNetConfig, classification_loss, resnet_heads, resnet_layers
 from ds_interlock.stage.in_process import MicroBatch
 from experiments.definition import ImageModel, ProseModel, Run
@@ -40,22 +40,28 @@ class ResidualBranch(nn.Module):
 
 
 class Prose:
-    """Characters of prose; heads are as the section says, by default norm and unembedding.
+    """Characters or words of prose; heads are as the section says, by default norm and unembedding.
 
     ``layers`` have the seed's weights; they are cut at ``stage_bounds``.
     """
 
     def __init__(self, run: Run, model: ProseModel) -> None:
         self.run, self.seq_length = run, model.seq_length
-        self.train, self.validation = prose()
-        sizes = model.model_dump(exclude={"kind", "border_norm"})
-        config = LMConfig(vocab_size=VOCAB_SIZE, seed=run.seed, **sizes)
+        self.train, self.validation = prose(model.vocab_size)
+        sizes = model.model_dump(exclude={"kind", "border_norm", "vocab_size"})
+        config = LMConfig(vocab_size=model.vocab_size or VOCAB_SIZE, seed=run.seed, **sizes)
         self.layers, self.stage_bounds = _cut_into_halves(config, run.num_stages, model.border_norm)
         self.loss_fn = lm_loss()
 
     def heads(self, section: InterlockConfig) -> HeadFactory:
         """What builds auxiliary heads."""
-        return head_factory(section.head, self.layers)
+        return head_factory(section.head, self.layers, block=self._block)
+
+    def _block(self, after_layer: int) -> range:
+        """Attention and MLP of the block that ends, or has its middle, after so many layers."""
+        branches = [layer.branch if isinstance(layer, ResidualBranch) else None for layer in self.layers]
+        first = max(n for n in range(after_layer) if isinstance(branches[n], CausalSelfAttention))
+        return range(first, first + 2)
 
     def batch(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step, on the CPU."""

@@ -9,6 +9,7 @@ Source: Shamir, Zhang: Stochastic Gradient Descent for Non-smooth Optimization: 
 Optimal Averaging Schemes, 2013, section 4 (polynomial-decay averaging).
 """
 
+import copy
 import math
 import time
 from datetime import UTC, datetime
@@ -18,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.files import unfinished_file
+from ds_interlock.heads.factory import block_parameters
 from ds_interlock.stage.in_process import InProcessPipeline, MicroBatch
 from ds_interlock.stage.myopia import gradient_cosines
 from experiments.definition import Run
@@ -37,28 +39,42 @@ _NUM_BATCH_NORM_STEPS = 20
 """The last steps before an evaluation, whose batches give batch norm its statistics."""
 
 
-def train(run: Run, checkpoint: Path, device: str = "cpu") -> Record:
-    """Trains, or resumes from ``checkpoint``, a file that the caller removes; a line for the results file.
+def train(run: Run, checkpoint: Path | None, device: str = "cpu", seconds_left: float = math.inf) -> Record:
+    """Trains, or resumes from ``checkpoint``, a file that the caller removes.
+
+    Args:
+        run: What to do.
+        checkpoint: Where to save at every evaluation; None to save nothing.
+        device: Where to compute.
+        seconds_left: After so many seconds no batch is begun: the run is evaluated where it is.
+
+    Returns:
+        A line for the results file. If the time was up, its "stopped_after" are the steps done.
 
     Raises:
         DataError: If data is missing, or the checkpoint belongs to another run.
         ConfigError: If the loss becomes nan.
     """
+    deadline = time.monotonic() + seconds_left
     torch.manual_seed(run.seed)
     training = Training(run, device)
-    if checkpoint.exists():
+    if checkpoint is not None and checkpoint.exists():
         training.load(checkpoint)
     name = f"{run.mode}, seed {run.seed}"
     ends = (run.training.num_steps, run.num_steps)  # of the budget, of all
     with tqdm(total=run.num_steps, desc=name, unit="step", leave=False, disable=None) as bar:
-        while training.step < run.num_steps:
+        stopped = False
+        while training.step < run.num_steps and not stopped:
             training.do_step()
-            if training.step % run.measurements.evaluate_every == 0 or training.step in ends:
-                bar.set_postfix_str(training.evaluate())
-                training.save(checkpoint)
+            stopped = training.step < run.num_steps and time.monotonic() > deadline
+            if stopped or training.step % run.measurements.evaluate_every == 0 or training.step in ends:
+                bar.set_postfix_str(training.evaluate(final=stopped))
+                if checkpoint is not None:
+                    training.save(checkpoint)
                 bar.update(training.step - bar.n)
     return {
         **training.numbers(),
+        **({"stopped_after": training.step} if stopped else {}),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
         "machine": machine(),
@@ -78,7 +94,7 @@ class Training:
         net = InProcessPipeline(self.task.layers, self.task.loss_fn, schedule, self.task.heads(section))
         self.net = net.to(device)
         self.optimizer = _optimizer(run, self.net)
-        self.average = AveragedModel(self.model, multi_avg_fn=_average)
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.step = 0
         self.seconds = 0.0
         self.curve: list[dict[str, Any]] = []
@@ -90,19 +106,26 @@ class Training:
         started = time.perf_counter()
         self._set_learning_rate()
         self.net.change_plan(self.net.schedule.plan_at(self.step))
-        losses = self.net.accumulate_gradients(self._batch(self.step))
+        with self._precision():
+            losses = self.net.accumulate_gradients(self._batch(self.step))
         self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.average.update_parameters(self.model)
+        take_in(self.average, self.model, self.step)
         self._losses.append(losses[self.net.plan.final].detach())
         self.step += 1
         self.seconds += time.perf_counter() - started
 
-    def evaluate(self) -> str:
-        """Adds a point to the curve, and describes it in a line."""
+    def evaluate(self, *, final: bool = False) -> str:
+        """Adds a point to the curve, and describes it in a line; ``final`` as at the end of the budget."""
+        with self._precision():
+            return self._evaluate(final or self.step == self.run.training.num_steps)
+
+    def _evaluate(self, final: bool) -> str:
         measure = self.run.measurements
-        train_loss = torch.stack(self._losses).mean().item()
+        started = time.perf_counter()
+        train_loss = torch.stack(self._losses).mean().item()  # waits for the device
+        self.seconds += time.perf_counter() - started
         self._losses.clear()
         point: dict[str, Any] = {"step": self.step, "train_loss": train_loss}
         if measure.cosines_every and self.step % measure.cosines_every == 0:
@@ -110,11 +133,11 @@ class Training:
             point["cosine"] = [None if math.isnan(cosine) else cosine for cosine in cosines]
         # Averaged weights have batch norm statistics of their own.
         last_steps = range(max(0, self.step - _NUM_BATCH_NORM_STEPS), self.step)
-        update_bn((x for step in last_steps for x, _ in self._batch(step)), self.average.module)
+        update_bn((x for step in last_steps for x, _ in self._batch(step)), self.average)
         self.average.eval()
         score = self._score(measure.num_samples)
         point |= {**score, "stage_rms": self._stage_rms()}
-        if self.step == self.run.training.num_steps:
+        if final:
             self.final = self._score(measure.num_final_samples)
         if any(math.isnan(value) for value in score.values()):
             raise ConfigError(
@@ -125,18 +148,26 @@ class Training:
         return ", ".join(f"{name} {value:.4f}" for name, value in score.items())
 
     def _batch(self, step: int) -> list[MicroBatch]:
-        return [(x.to(self.device), y.to(self.device)) for x, y in self.task.batch(step)]
+        batch = self.task.batch(step)
+        if self.device == "cpu":
+            return batch
+        moved = ((x.pin_memory(), y.pin_memory()) for x, y in batch)  # so that nothing waits for the device
+        return [tuple(t.to(self.device, non_blocking=True) for t in pair) for pair in moved]
+
+    def _precision(self) -> torch.autocast:
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.run.training.dtype == "bfloat16")
 
     def _score(self, num_samples: int) -> dict[str, float]:
         batch_size = self.run.measurements.evaluation_batch_size
-        return self.task.evaluate(self.average.module, num_samples, batch_size, self.device)
+        return self.task.evaluate(self.average, num_samples, batch_size, self.device)
 
     @torch.no_grad()
     def _stage_rms(self) -> list[float]:
         """Root mean square of each stage's output but the last's, on some validation inputs."""
         hidden = self.task.probe().to(self.device)
         values = []
-        for number, layer in enumerate(self.average.module, start=1):
+        for number, layer in enumerate(self.average, start=1):
             hidden = layer(hidden)
             if number in self.task.stage_bounds[1:-1]:
                 values.append(hidden.square().mean().sqrt().item())
@@ -155,6 +186,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),
             "random": torch.get_rng_state(),
+            "device_random": None if self.device == "cpu" else torch.cuda.get_rng_state(self.device),
             "step": self.step,
         }
         with unfinished_file(path) as draft:
@@ -173,6 +205,8 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["random"].cpu())
+        if state["device_random"] is not None:
+            torch.cuda.set_rng_state(state["device_random"].cpu(), self.device)
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve, self.final = state["curve"], state["final"]
 
@@ -197,18 +231,28 @@ class Training:
             nn.utils.clip_grad_norm_(of_stage, limit, foreach=True)
 
 
-def _average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
-    """Takes in the weights after one more step."""
-    torch._foreach_lerp_(averaged, current, (_ETA + 1) / (int(num_averaged) + 1 + _ETA))
+@torch.no_grad()
+def take_in(average: nn.Module, model: nn.Module, num_averaged: int) -> None:
+    """Takes the weights after one more step into their average; buffers are the model's.
+
+    Like ``torch.optim.swa_utils.AveragedModel``, which counts on the device and waits for it in every step.
+    """
+    averaged, current = list(average.parameters()), list(model.parameters())
+    torch._foreach_lerp_(averaged, current, (_ETA + 1) / (num_averaged + 1 + _ETA))
+    for of_average, of_model in zip(average.buffers(), model.buffers(), strict=True):
+        of_average.copy_(of_model)
 
 
 def _optimizer(run: Run, net: InProcessPipeline) -> torch.optim.Optimizer:
     rate, decay = run.training.learning_rate, run.training.weight_decay
-    of_heads = list(net.heads.parameters())
-    of_layers = [p for p in net.parameters() if not any(p is of_head for of_head in of_heads)]
+    blocks = {p for head in net.heads.values() for p in block_parameters(head)}
+    of_readouts = [p for p in net.heads.parameters() if p not in blocks]
+    others = set(of_readouts)
+    of_layers = [p for p in net.parameters() if p not in others]
     scale = run.section.head.learning_rate_scale
-    groups = [{"params": of_layers, "peak": rate}, {"params": of_heads, "peak": scale * rate}]
+    groups = [{"params": of_layers, "peak": rate}, {"params": of_readouts, "peak": scale * rate}]
     groups = [group for group in groups if group["params"]]
     if run.training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=decay, foreach=True)
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=decay, foreach=True)
+    how = {"foreach": True} if of_layers[0].device.type == "cpu" else {"fused": True}
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=decay, **how)

@@ -1,9 +1,10 @@
 """What measurements are published with: machine and versions, Markdown tables."""
 
+import importlib
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,16 @@ def machine() -> dict[str, Any]:
 
 def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
     """Versions of Python and of the packages that a measurement depends on."""
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    installed = {package: _version(package) for package in packages}
+    return {"python": platform.python_version(), **installed}
+
+
+def _version(package: str) -> str:
+    """Of an installed package, or of one that is imported from its source."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return str(importlib.import_module(package).__version__)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

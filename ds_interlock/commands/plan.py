@@ -122,12 +122,12 @@ def _print_report(comparison: Comparison, forecasts: Sequence[Forecast]) -> None
     if not profile.is_unit:
         print(f"a job with these stages: --stage_bounds {bounds.replace(' ', '')}")
     batch = f"batch ({_unit_of(comparison)})"
-    heads = ("setting", batch, "x global", "bubble", "heads", "in flight", "activations", "relays")
+    heads = ("setting", batch, "x global", "gap", "bubble", "heads", "in flight", "activations", "relays")
     print()
     terminal.print_table(heads, [_row(comparison, each) for each in forecasts])
     print(
-        "\n* configured. In flight: micro-batches, by stage. "
-        "Activations, relays: per batch, of the stage with the most."
+        "\n* configured. Gap: the share of local's gap to global that it closed in an experiment. In flight: "
+        "micro-batches, by stage. Activations, relays: per batch, of the stage with the most."
     )
     for reason in comparison.skipped:
         print(f"left out: {reason}")
@@ -178,6 +178,7 @@ def _row(comparison: Comparison, each: Forecast) -> tuple[str, ...]:
         f"{each.name} *" if each.name == comparison.configured.name else each.name,
         f"{each.batch_seconds:.4g}",
         f"{each.speed:.2f}",
+        "-" if each.gap_recovered is None else f"{each.gap_recovered:.0%}",
         f"{each.bubble_fraction:.0%}",
         f"{each.head_share:.1%}",
         _by_stage(each.in_flight),

@@ -75,8 +75,11 @@ def run(options: argparse.Namespace) -> int:
     )
     profile.save(options.output)
     stage = 1000 * sum(profile.layer_seconds)
-    head = f"head {1000 * profile.head.seconds:.4g} ms ({profile.source})"
-    print(f"{options.output}: {len(profile.layers)} layers, {stage:.4g} ms a micro-batch, {head}")
+    head = f"head {1000 * profile.head.seconds:.4g} ms"
+    if any(profile.head.blocks):
+        head += f" and {1000 * profile.head.block_seconds:.4g} ms for each of its blocks"
+    where = f"{stage:.4g} ms a micro-batch, {head} ({profile.source})"
+    print(f"{options.output}: {len(profile.layers)} layers, {where}")
     return 0
 
 

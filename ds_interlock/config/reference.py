@@ -24,6 +24,7 @@ _WORDS: dict[Any, str] = {
     bool: "`true` or `false`",
     int: "whole number",
     int | None: "whole number",
+    int | tuple[int, ...]: "whole number, or list of them",
     float: "number",
     float | None: "number",
     list[int]: "list of whole numbers",

@@ -25,7 +25,7 @@ from ds_interlock.schedule.plan import Combine, GradientFlowPlan
 
 _LENS_WARMUP_STEPS = 20
 
-HeadType = Literal["auto", "linear", "norm_linear", "low_rank", "block_linear", "lens"]
+HeadType = Literal["auto", "linear", "norm_linear", "low_rank", "lens"]
 
 
 class HeadConfig(Section):
@@ -34,9 +34,11 @@ class HeadConfig(Section):
     type: HeadType = "auto"
     """What a head is, if the module is given no `head` of its own. `auto`: `lens` for a pretrained model,
     otherwise `norm_linear`. `linear`: an unembedding. `norm_linear`: a norm of the model's kind, then an
-    unembedding. `low_rank`: a norm, then an unembedding of rank `rank`. `block_linear`: one more layer, then
-    a norm and an unembedding. `lens`: a trainable affine translator, then a frozen copy of the model's own
-    norm and unembedding. See docs/heads.md."""
+    unembedding. `low_rank`: a norm, then an unembedding of rank `rank`. `lens`: a trainable affine
+    translator, then a frozen copy of the model's own norm and unembedding. See docs/heads.md."""
+    blocks: int | tuple[int, ...] = 0
+    """More layers like the one before the head, at the beginning of a head of any type. A list is by stage,
+    its last number for all stages that follow: `[2, 1]`. They learn at the model's rate."""
     translator: Literal["after_norm", "before_norm"] = "after_norm"
     """Where the translator of a `lens` is. `after_norm`: it folds into the unembedding, so that stages and
     head make a smaller model of the same architecture (it has a bias only if the model has one to fold it
@@ -54,8 +56,12 @@ class HeadConfig(Section):
     """Share of the labelled positions, drawn at random in every micro-batch, on which a head computes its
     loss in training. Needs one label for each position, and a loss function that averages over positions
     without shifting the labels (shift them in the data). The final loss uses all."""
+    sequence_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of a micro-batch's sequences, drawn at random and at least one, that a head reads in training:
+    what makes `blocks` cheap, which need whole sequences. Needs labels with a row for each sequence, and a
+    loss function that averages over them. The final loss uses all."""
     learning_rate_scale: float = Field(1.0, gt=0)
-    """Learning rate of the heads' own parameters, as a multiple of the model's."""
+    """Learning rate of the heads' own parameters, but for `blocks`, as a multiple of the model's."""
     weight: float = Field(1.0, gt=0)
     """Factor of every auxiliary loss in the gradients it takes part in; the final loss has 1."""
     rank: int = Field(64, ge=1)
@@ -69,6 +75,22 @@ class HeadConfig(Section):
     warmup_learning_rate: float = Field(1e-3, gt=0)
     """Learning rate of these batches; their optimizer is AdamW without decay."""
 
+    @field_validator("type", mode="before")
+    @classmethod
+    def _says_what_became_of_it(cls, kind: object) -> object:
+        if kind == "block_linear":
+            raise ValueError('got "block_linear", which is now type "norm_linear" with "blocks": 1')
+        return kind
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _a_number_or_a_list(cls, blocks: object) -> object:
+        numbers = blocks if isinstance(blocks, list | tuple) else [blocks]
+        if not numbers or any(type(number) is not int or number < 0 for number in numbers):
+            expected = "a whole number, 0 or more, or a list of them, by stage"
+            raise ValueError(f"got {shown_as_json(blocks)}, expected {expected}")
+        return tuple(blocks) if isinstance(blocks, list) else blocks
+
     @field_validator("kl_weight", mode="after")
     @classmethod
     def _has_an_objective(cls, kl_weight: float, info: ValidationInfo) -> float:
@@ -81,6 +103,11 @@ class HeadConfig(Section):
         if kl_weight == 0 and info.data.get("cross_entropy_weight") == 0:
             raise ValueError("got 0, as cross_entropy_weight: nothing is left to learn; set one above 0")
         return kl_weight
+
+    def blocks_at(self, stage: int) -> int:
+        """The number of blocks of a head in this stage."""
+        by_stage = (self.blocks,) if isinstance(self.blocks, int) else self.blocks
+        return by_stage[min(stage, len(by_stage) - 1)]
 
     def resolve(self, *, pretrained: bool) -> "HeadConfig":
         """This section with what is left open replaced by what it means for a model."""

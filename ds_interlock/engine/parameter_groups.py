@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.errors import ConfigError
+from ds_interlock.heads.factory import block_parameters
 
 UNUSED_PHASES = "idle_phases"
 """Key of a parameter group of the optimizer, also in checkpoints: the phases that do not use it."""
@@ -114,13 +115,11 @@ def _kinds(model: InterlockPipelineModule, *, apart: bool) -> dict[int, _Kind]:
 
     A parameter may have an attribute ``learning_rate_scale`` of its own.
     """
-    of_heads = {
-        id(parameter): _Kind(
-            model.interlock.head.learning_rate_scale, model.unused_phases(int(number)), apart
-        )
-        for number, head in model.heads.items()
-        for parameter in head.parameters()
-    }
+    of_heads: dict[int, _Kind] = {}
+    for number, head in model.heads.items():
+        kind = _Kind(model.interlock.head.learning_rate_scale, model.unused_phases(int(number)), apart)
+        of_heads |= {id(p): kind for p in head.parameters()}
+        of_heads |= {id(p): kind._replace(scale=1.0) for p in block_parameters(head)}
     kinds = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

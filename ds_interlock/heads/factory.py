@@ -9,11 +9,12 @@ A head repeats the output layers of its model, which are found from the last lay
     linear                          ├─►               unembedding ─► (the callable)
     norm_linear                     ├─►        norm ─► unembedding ─► ...
     low_rank                        ├─►        norm ─► down ─► unembedding ─► ...
-    block_linear                    ├─► block ─► norm ─► unembedding ─► ...
-    lens                            └─► norm* ─► translator ─► unembedding* ─► ...     (*: frozen copies)
+    lens                            ├─► norm* ─► translator ─► unembedding* ─► ...     (*: frozen copies)
+    any of them, with blocks: 2     └─► block ─► block ─► norm ─► unembedding ─► ...
 
 A head's method ``loss(hidden, labels, loss_fn)`` is used in place of ``loss_fn(head(hidden), labels)``: for
-``token_fraction``, for ``kl_weight``, and without all logits where the loss function has a method
+``sequence_fraction``, ``token_fraction``, ``kl_weight``, and without all logits where the loss function has
+a method
 
     fused_linear(hidden, weight, bias, labels)     the same as loss_fn(F.linear(hidden, weight, bias), labels)
 
@@ -23,22 +24,37 @@ Shape suffixes: b batch, t position (any number of dimensions), d hidden width, 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from ds_interlock.config import HeadConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.heads.divergence import kl_divergence
-from ds_interlock.heads.labels import IGNORED_LABEL, Labels
+from ds_interlock.heads.labels import Labels
 from ds_interlock.heads.output_layers import PASS_HEAD, Layer, OutputLayers, find_output_layers, first_tensor
 from ds_interlock.heads.readout import UNEMBEDDING, another_like, make_readout
+from ds_interlock.heads.samples import at, labelled_positions, sample_positions, sample_sequences
 from ds_interlock.schedule.plan import LossHead
 
 LossFn = Callable[[Tensor, Any], Tensor]
 HeadFactory = Callable[[LossHead], nn.Module]
 
 
-def head_factory(config: HeadConfig, layers: Sequence[Layer], pretrained: bool = False) -> HeadFactory:
+def block_parameters(head: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a head's blocks, which learn at the model's rate; none of a head of the user's."""
+    return list(head.blocks.parameters()) if isinstance(head, AuxiliaryHead) else []
+
+
+def _last_layer(after_layer: int) -> range:
+    return range(after_layer - 1, after_layer)
+
+
+def head_factory(
+    config: HeadConfig,
+    layers: Sequence[Layer],
+    pretrained: bool = False,
+    *,
+    block: Callable[[int], range] = _last_layer,
+) -> HeadFactory:
     """The heads of a model whose user passes none. Looks at the model at once, builds heads when called.
 
     The frozen copies of a ``lens`` are made by building the model's last layers once more, when the head
@@ -50,6 +66,8 @@ def head_factory(config: HeadConfig, layers: Sequence[Layer], pretrained: bool =
         config: The section ``"interlock.head"``.
         layers: All layers of the model, as passed to ``PipelineModule``.
         pretrained: Whether the model's weights are those of a trained model: what type ``auto`` goes by.
+        block: The numbers of the layers that one of a head's ``blocks`` repeats, by its ``after_layer``; by
+            default the layer before it.
 
     Raises:
         ConfigError: If the output layers are not found, or ``kl_weight`` finds no lens.
@@ -64,26 +82,32 @@ def head_factory(config: HeadConfig, layers: Sequence[Layer], pretrained: bool =
     output_layers = find_output_layers(layers)
 
     def make_head(head: LossHead) -> nn.Module:
-        block = None
-        if config.type == "block_linear":
-            block = another_like(layers[head.after_layer - 1], f"layer {head.after_layer - 1}")
-        return AuxiliaryHead(make_readout(config, output_layers), output_layers, config, block)
+        blocks = [
+            another_like(layers[number], f"layer {number}")
+            for _ in range(config.blocks_at(head.stage))
+            for number in block(head.after_layer)
+        ]
+        return AuxiliaryHead(make_readout(config, output_layers), output_layers, config, blocks)
 
     return make_head
 
 
 class AuxiliaryHead(nn.Module):
-    """A readout of the hidden state of width d, after one more block if there is a ``block``.
+    """A readout of the hidden state of width d, after blocks of the model's kind if there are ``blocks``.
 
     ``readout`` turns hidden states ``[..., d]`` into outputs ``[..., v]``, each position by itself; its part
     ``unembedding`` makes the outputs, in a tuple if ``output_layers`` do.
     """
 
     def __init__(
-        self, readout: nn.Sequential, output_layers: OutputLayers, config: HeadConfig, block: nn.Module | None
+        self,
+        readout: nn.Sequential,
+        output_layers: OutputLayers,
+        config: HeadConfig,
+        blocks: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
-        self.block = block
+        self.blocks = nn.ModuleList(blocks)
         self.readout = readout
         self.width = output_layers.width
         self.in_tuple = output_layers.in_tuple
@@ -99,18 +123,21 @@ class AuxiliaryHead(nn.Module):
 
         That is the model's loss, the divergence from the base model, or both, as ``config`` weights them.
 
-        For ``token_fraction`` and ``kl_weight`` the labels have a form of ``ds_interlock.heads.labels``, with
-        one label for each position. If positions are sampled, ``loss_fn`` must average over those labelled
-        other than -100.
+        For all of them but the first the labels have a form of ``ds_interlock.heads.labels``: for
+        ``sequence_fraction`` with a row for each sequence, for ``token_fraction`` and ``kl_weight`` with one
+        label for each position. If some are drawn, ``loss_fn`` must average over those labelled other than
+        -100.
 
         Raises:
             ConfigError: If ``labels`` lack what ``config`` asks for.
         """
+        if self.training and self.config.sequence_fraction < 1:
+            hidden, labels = sample_sequences(hidden, labels, self.config.sequence_fraction)
         hidden_btd = self._before_readout(hidden)
         if not self.training:
             return self._cross_entropy(self._to_unembedding(hidden_btd), labels, loss_fn)
         if self.config.token_fraction < 1:
-            hidden_btd, labels = _sample_positions(hidden_btd, labels, self.config.token_fraction)
+            hidden_btd, labels = sample_positions(hidden_btd, labels, self.config.token_fraction)
         hidden_btd = self._to_unembedding(hidden_btd)
         losses = []
         if self.config.cross_entropy_weight > 0:
@@ -145,8 +172,8 @@ class AuxiliaryHead(nn.Module):
                 f"{list(hidden_btd.shape)}; set it to 0, or let the data bring them"
             )
         num_outputs = cast(nn.Linear, self.readout[self._unembedding_at]).out_features
-        labelled = _labelled_positions(parts.labels)
-        hidden_nd, base_nd = _at(labelled, hidden_btd), _at(labelled, parts.base).to(hidden_btd.dtype)
+        labelled = labelled_positions(parts.labels)
+        hidden_nd, base_nd = at(labelled, hidden_btd), at(labelled, parts.base).to(hidden_btd.dtype)
         divergence = kl_divergence(
             hidden_nd, base_nd, lambda hidden_nd: first_tensor(self._unembed(hidden_nd)), num_outputs
         )
@@ -159,49 +186,12 @@ class AuxiliaryHead(nn.Module):
                 f"interlock.head: the hidden state is {list(hidden_btd.shape)}, but the model's unembedding "
                 f"takes vectors of {self.width}, so no built-in head can follow this layer. {PASS_HEAD}"
             )
-        if self.block is None:
-            return hidden_btd
-        after = first_tensor(self.block(hidden))
-        if after.shape != hidden_btd.shape:
-            raise ConfigError(
-                f"interlock.head.type: block_linear needs a layer before the head that keeps the hidden "
-                f"state's shape, but {type(self.block).__name__} turns {list(hidden_btd.shape)} into "
-                f"{list(after.shape)}; choose another type"
-            )
-        return after
-
-
-def _sample_positions(hidden_btd: Tensor, labels: Any, fraction: float) -> tuple[Tensor, Any]:
-    """A random share of the labelled positions, as one sequence ``[1, n, d]`` with its labels.
-
-    Drawn from the device's global generator, whose state is part of a checkpoint. A mean over the share is
-    an unbiased estimate of the mean over all; so is a sum divided by a normaliser that shrinks as much.
-    """
-    parts = Labels.parse(labels)
-    if parts is None or parts.labels.shape != hidden_btd.shape[:-1]:
-        got = type(labels).__name__ if parts is None else list(parts.labels.shape)
-        raise ConfigError(
-            f"interlock.head.token_fraction: {fraction} needs one label for each position, a tensor "
-            f"{list(hidden_btd.shape[:-1])} for states {list(hidden_btd.shape)}, not {got}; set it to 1"
-        )
-    labelled = _labelled_positions(parts.labels)
-    num_labelled = len(labelled)
-    # Without any label the model's own loss is taken over nothing too: leave that to the loss function.
-    num_chosen = min(num_labelled, max(1, round(fraction * num_labelled)))
-    chosen = labelled[torch.randperm(num_labelled, device=labelled.device)[:num_chosen]]
-    share = num_chosen / num_labelled if num_labelled else 1.0
-    sampled = Labels(
-        parts.labels.flatten()[chosen].unsqueeze(0),
-        None if parts.normaliser is None else parts.normaliser * share,
-        None if parts.base is None else _at(chosen, parts.base).unsqueeze(0),
-    )
-    return _at(chosen, hidden_btd).unsqueeze(0), sampled.compact
-
-
-def _at(positions_n: Tensor, hidden_btd: Tensor) -> Tensor:
-    """The hidden states at some positions, counted through the micro-batch: ``[n, d]``."""
-    return hidden_btd.flatten(0, -2).index_select(0, positions_n)
-
-
-def _labelled_positions(labels_bt: Tensor) -> Tensor:
-    return (labels_bt.flatten() != IGNORED_LABEL).nonzero().squeeze(1)
+        for block in self.blocks:
+            hidden = block(hidden)
+            if (shape := first_tensor(hidden).shape) != hidden_btd.shape:
+                raise ConfigError(
+                    "interlock.head.blocks: they need a layer before the head that keeps the hidden state's "
+                    f"shape, but {type(block).__name__} turns {list(hidden_btd.shape)} into {list(shape)}; "
+                    "set it to 0"
+                )
+        return first_tensor(hidden)

@@ -86,9 +86,8 @@ def another_like(layer: Layer, name: str) -> nn.Module:
     if not parts or isinstance(parts[0], nn.Embedding):
         what = getattr(layer, "__name__", type(module).__name__)
         raise ConfigError(
-            "interlock.head.type: block_linear repeats the layer before the head, which must turn a "
-            f"hidden state into a hidden state; {name} is {what}. Choose another type, or cut the stages "
-            "elsewhere"
+            "interlock.head.blocks: they repeat the layer before the head, which must turn a hidden state "
+            f"into a hidden state; {name} is {what}. Set it to 0, or cut the stages elsewhere"
         )
     if isinstance(layer, LayerSpec):
         return build(layer)

@@ -14,6 +14,7 @@ from typing import Any
 from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.planning.profile import Profile
+from ds_interlock.planning.quality import beats_local, gap_recovered, measurement
 from ds_interlock.planning.zero_bubble import zero_bubble_batches
 from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.cost import CostModel
@@ -48,6 +49,9 @@ class Forecast(Simulation):
     activation_bytes: tuple[float, ...]  # by stage: of the micro-batches in flight
     head_share: float  # share of all work that is auxiliary heads
     speed: float  # times as fast as global (1F1B)
+    gap_recovered: float | None  # as measured in our experiments (quality.py); None: not measured
+    beats_local: bool | None  # likewise, with heads of the same kind
+    measured_in: str | None  # the experiment, and its model
     is_reference: bool  # it is here to compare with and cannot be run
 
 
@@ -125,7 +129,7 @@ def _compare(
             skipped.append(f"{setting_name(setting)}: {error.__cause__ or error}")
     plan = played[0].plan
     batches = zero_bubble_batches(plan, num_micro_batches, profile.cost_model(stage_bounds), _NUM_BATCHES)
-    played.insert(1, _forecast_of(batches, profile, plan, ZERO_BUBBLE, plan.num_stages))
+    played.insert(1, _forecast_of(batches, profile, plan, ZERO_BUBBLE, InterlockConfig()))
     configured, *played = [
         replace(each, speed=played[0].batch_seconds / each.batch_seconds) for each in (configured, *played)
     ]
@@ -139,25 +143,28 @@ def forecast(
     """One setting by itself (``speed`` 1); a ConfigError if it does not exist for these stages."""
     costs, tied = profile.cost_model(stage_bounds), profile.is_tied_across(stage_bounds)
     plan, simulation = play(interlock, costs, stage_bounds, num_micro_batches, tied=tied)
-    window = plan.num_stages if interlock.is_global else interlock.window or 1
-    return _forecast_of(simulation, profile, plan, setting_name(interlock), window)
+    return _forecast_of(simulation, profile, plan, setting_name(interlock), interlock)
 
 
 def _forecast_of(
-    simulation: Simulation, profile: Profile, plan: GradientFlowPlan, name: str, window: float
+    simulation: Simulation, profile: Profile, plan: GradientFlowPlan, name: str, interlock: InterlockConfig
 ) -> Forecast:
     spans = [span for row in simulation.spans for span in row]
     heads = [s for s in spans if s.action.kind is Kind.HEAD and s.action.losses != (plan.final,)]
     busy = sum(span.end - span.start for span in spans)
+    measured = measurement(interlock)
     kept = zip(simulation.in_flight, profile.activation_bytes(plan.stage_bounds), strict=True)
     return Forecast(
         **vars(simulation),
         name=name,
-        window=window,
+        window=plan.num_stages if interlock.is_global else interlock.window or 1,
         plan=plan,
         activation_bytes=tuple(number * size for number, size in kept),
         head_share=sum(span.end - span.start for span in heads) / busy if busy else 0.0,
         speed=1.0,
+        gap_recovered=gap_recovered(interlock),
+        beats_local=beats_local(interlock),
+        measured_in=f'"{measured.experiment}", {measured.where}' if measured else None,
         is_reference=name == ZERO_BUBBLE,
     )
 

@@ -73,12 +73,15 @@ class LayerProfile(_Record):
 
 
 class HeadProfile(_Record):
-    """One auxiliary head: forward and backward together."""
+    """One auxiliary head, forward and backward together, and one of the blocks that some stages add to it."""
 
     type: str
     seconds: float = Field(ge=0)
     optimizer_seconds: float = Field(0.0, ge=0)
     num_parameters: int = Field(0, ge=0)
+    blocks: tuple[int, ...] = (0,)  # by stage, the last number for all stages that follow
+    block_seconds: float = Field(0.0, ge=0)
+    block_optimizer_seconds: float = Field(0.0, ge=0)
 
 
 class Profile(_Record):
@@ -138,15 +141,19 @@ class Profile(_Record):
         """The costs, in seconds, of stages cut at ``stage_bounds``."""
         last = [self.layers[stop - 1].output_bytes for stop in stage_bounds[1:]]
         stages = [self.layers[start:stop] for start, stop in pairwise(stage_bounds)]
+        head, blocks = self.head, self.head.blocks
+        blocks = tuple(blocks[min(stage, len(blocks) - 1)] for stage in range(len(stages)))
         return CostModel(
             forward=[sum(layer.forward_seconds for layer in stage) for stage in stages],
             input_gradient=[sum(layer.input_gradient_seconds for layer in stage) for stage in stages],
             weight_gradient=[sum(layer.weight_gradient_seconds for layer in stage) for stage in stages],
             optimizer=[sum(layer.optimizer_seconds for layer in stage) for stage in stages],
             layer_weights=[layer.forward_seconds for layer in self.layers],
-            head=self.head.seconds,
+            head=[head.seconds + number * head.block_seconds for number in blocks],
             final_head=self.loss_seconds,
-            head_optimizer=self.head.optimizer_seconds,
+            head_optimizer=[
+                head.optimizer_seconds + number * head.block_optimizer_seconds for number in blocks
+            ],
             latency=self.latency_seconds,
             bandwidth=self.bandwidth_bytes_per_second or float("inf"),
             forward_bytes=[size + self.label_bytes for size in last],

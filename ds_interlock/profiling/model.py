@@ -56,9 +56,18 @@ def profile_model(
     layers = profile_layers(calls, meter, make_optimizer)
     unembedding = next(call for call in reversed(calls) if has_weights(call.module))
     hidden_btd = first_tensor([value for value in unembedding.inputs if isinstance(value, Tensor)]).detach()
-    head = _head(head_config, calls, hidden_btd)
+    head = _head(head_config.model_copy(update={"blocks": 0}), calls, hidden_btd)
     head_loss = _head_loss(head, head_config, loss_fn, labels_bt, meter)
     head_profile = profile_head(head, head_loss, hidden_btd, meter, make_optimizer, head_config.type)
+    block, blocks = layers[_middle(calls) - 1], head_config.blocks
+    passes = block.forward_seconds + block.input_gradient_seconds + block.weight_gradient_seconds
+    head_profile = head_profile.model_copy(
+        update={
+            "blocks": (blocks,) if isinstance(blocks, int) else blocks,
+            "block_seconds": passes * head_config.sequence_fraction,
+            "block_optimizer_seconds": block.optimizer_seconds,
+        }
+    )
     last = calls[-1]
     with torch.no_grad():
         outputs = first_tensor(last.module(*last.inputs, **last.options))
@@ -93,9 +102,14 @@ def _head(config: HeadConfig, calls: list[LayerCall], hidden_btd: Tensor) -> nn.
     torch.set_default_dtype(hidden_btd.dtype)
     try:
         with hidden_btd.device:
-            return make_head(LossHead(stage=0, after_layer=len(calls) // 2)).train()
+            return make_head(LossHead(stage=0, after_layer=_middle(calls))).train()
     finally:
         torch.set_default_dtype(before)
+
+
+def _middle(calls: list[LayerCall]) -> int:
+    """After so many layers a head is profiled."""
+    return len(calls) // 2
 
 
 def _head_loss(
@@ -104,6 +118,7 @@ def _head_loss(
     """From a hidden state to the head's loss, on the share of positions it is computed on."""
     # Which positions are drawn depends on labels. Where these have no contents: as many, but the first.
     chosen = max(1, round(config.token_fraction * labels_bt.shape[1]))
+    sequences = max(1, round(config.sequence_fraction * labels_bt.shape[0]))
     normaliser_1 = torch.full((1,), float(labels_bt.numel()), device=labels_bt.device)
 
     def loss(hidden_btd: Tensor) -> Tensor:
@@ -113,10 +128,10 @@ def _head_loss(
 
     def products(hidden_btd: Tensor) -> Tensor:
         objectives = [weight for weight in (config.cross_entropy_weight, config.kl_weight) if weight > 0]
-        outputs = [head(hidden_btd[:, :chosen]).sum() for _ in objectives]
+        outputs = [head(hidden_btd[:sequences, :chosen]).sum() for _ in objectives]
         if config.kl_weight > 0:  # the base model's outputs
             with torch.no_grad():
-                head(hidden_btd.detach()[:, :chosen])
+                head(hidden_btd.detach()[:sequences, :chosen])
         return torch.stack(outputs).sum()
 
     return products if isinstance(meter, FlopMeter) else loss

@@ -40,7 +40,7 @@ class CostModel:
     head: PerStage = 0.3
     final_head: float = 0.0
     optimizer: PerStage = 0.0
-    head_optimizer: float = 0.0
+    head_optimizer: PerStage = 0.0
     latency: float = 0.0
     bandwidth: float = float("inf")
     forward_bytes: PerStage = 0.0
@@ -61,7 +61,7 @@ class CostModel:
                 return _at(self.input_gradient, stage) + _at(self.weight_gradient, stage)
             case Kind.STEP:
                 num_heads = sum(loss != plan.final for loss in plan.losses_at(stage))
-                return _at(self.optimizer, stage) + num_heads * self.head_optimizer
+                return _at(self.optimizer, stage) + num_heads * _at(self.head_optimizer, stage)
             case _:
                 return 0.0
 

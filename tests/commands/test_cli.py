@@ -240,11 +240,11 @@ def test_global_has_nothing_to_stream(
     [
         {"mode": "global"},
         {"mode": "local", "head": {"type": "linear", "weight": 0.3}},
-        WINDOW_2 | {"head": {"type": "block_linear"}},
+        WINDOW_2 | {"head": {"type": "norm_linear", "blocks": 1}},
         WINDOW_2 | {"window": 2.5},
         WINDOW_2 | {"combine": "farthest", "head_stride": 2},
     ],
-    ids=["global", "local", "block_linear", "window 2.5", "stride"],
+    ids=["global", "local", "blocks", "window 2.5", "stride"],
 )
 def test_one_process_agrees_with_autograd(section: dict[str, Any]) -> None:
     interlock = InterlockConfig.model_validate(section)

@@ -36,9 +36,9 @@ def test_the_plan_of_a_config_beside_global(tmp_path, capsys):
     lines = out.splitlines()
     assert "stage 7" in lines[0]  # the plan as a picture
     (configured,) = [line.split() for line in lines if "window 2 *" in line]
-    assert configured[3:6] == ["17.2", "1.92", "5%"]
+    assert configured[3:6] == ["17.2", "1.92", "70%"]
     (reference,) = [line.split() for line in lines if "global (1F1B)" in line and " 33 " in line]
-    assert reference[2:5] == ["33", "1.00", "64%"]
+    assert reference[2:5] == ["33", "1.00", "100%"]
     assert "local  " not in out
     assert lines[-1].startswith("Interlocking pays with 4 micro-batches on 8 stages")
 
@@ -97,7 +97,9 @@ def test_compare_shows_every_setting(tmp_path, capsys):
     assert by_name["window 1.25"]["batch_seconds"] == pytest.approx(4.35)
     assert found["unit"] == "forwards"
     assert found["pays"] is True
-    assert found["best_interlock"] == "window 1.25"
+    assert found["best_interlock"] == "window 2"
+    assert by_name["window 1.25"]["beats_local"] is False
+    assert by_name["window 3, stride 2"]["gap_recovered"] is None
 
 
 @pytest.mark.parametrize(

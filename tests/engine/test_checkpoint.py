@@ -27,7 +27,7 @@ from ds_interlock import ConfigError
 from ds_interlock.checkpoints.stages import read_file
 from ds_interlock.engine.mapped_checkpoint import OtherShape
 
-HEAD = {"type": "block_linear", "token_fraction": 0.4, "weight": 0.7}
+HEAD = {"type": "norm_linear", "blocks": 1, "token_fraction": 0.4, "weight": 0.7}
 INTERLOCK = {"mode": "interlock", "window": 2, "head": HEAD}
 HALF = 5
 

@@ -29,7 +29,7 @@ from ds_interlock.heads.factory import head_factory
 from ds_interlock.schedule.lower import RECEIVE_AHEAD
 from ds_interlock.schedule.simulate import SEND_AHEAD
 
-INTERLOCK = {"mode": "interlock", "window": 2, "head": {"type": "block_linear", "weight": 0.7}}
+INTERLOCK = {"mode": "interlock", "window": 2, "head": {"type": "norm_linear", "blocks": 1, "weight": 0.7}}
 FRACTIONAL = {**INTERLOCK, "window": 1.4}
 LOCAL = {"mode": "local"}
 GLOBAL = {"mode": "global"}

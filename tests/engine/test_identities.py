@@ -26,7 +26,7 @@ from torch import Tensor
 from ds_interlock import GradientFlowPlan, InProcessPipeline, InterlockConfig
 from ds_interlock.heads.factory import head_factory
 
-BLOCK_HEAD = {"type": "block_linear", "token_fraction": 0.4, "weight": 0.7}
+BLOCK_HEAD = {"type": "norm_linear", "blocks": 1, "token_fraction": 0.4, "weight": 0.7}
 NORM_HEAD = {"type": "norm_linear", "token_fraction": 0.6, "weight": 1.5}
 
 

@@ -16,6 +16,7 @@ SGD = {"optimizer": {"type": "SGD", "params": {"lr": 0.5}}, "gradient_clipping":
 # Of 11 layers in 4 stages: 0-2, 3-5, 6-8, 9-10. Stages 1 and 2 have heads.
 SCALES = {"1": 0.5, "2": 0.5, "6": 2.0, "7": 2.0, "8": 2.0, "9": 0.25, "heads": 0.5}
 RATES = [[1.0, 0.5], [1.0, 1.5], [1.5, 2.0], [1.0, 0.25]]
+RATES_WITH_BLOCKS = [[1.0, 0.5], [1.0, 0.5, 1.5], [0.5, 1.5, 2.0], [1.0, 0.25]]
 
 
 def scaled_engine(job: Job, **initialize: Any) -> Any:
@@ -33,7 +34,8 @@ def scaled_engine(job: Job, **initialize: Any) -> Any:
 
 
 def scale_of(name: str) -> float:
-    return SCALES.get(name.split(".")[0], 1.0) * (3.0 if name.startswith("heads.") else 1.0)
+    is_readout = name.startswith("heads.") and ".blocks." not in name  # blocks learn as layers do
+    return SCALES.get(name.split(".")[0], 1.0) * (3.0 if is_readout else 1.0)
 
 
 def take_a_step(job: Job, scaled: bool) -> tuple[dict[str, Tensor], list[float]]:
@@ -48,12 +50,13 @@ def take_a_step(job: Job, scaled: bool) -> tuple[dict[str, Tensor], list[float]]
 
 
 def test_a_step_is_as_long_as_its_rate(ranks4: RankPool) -> None:
-    job = Job(INTERLOCK, num_batches=1, extra=SGD)
-    plain = job.but(section={**INTERLOCK, "head": {**HEAD, "learning_rate_scale": 1.0}})
+    head = {**HEAD, "blocks": 1}
+    job = Job({**INTERLOCK, "head": head}, num_batches=1, extra=SGD)
+    plain = job.but(section={**INTERLOCK, "head": {**head, "learning_rate_scale": 1.0}})
     results = zip(
         ranks4.run(take_a_step, job=job, scaled=True),
         ranks4.run(take_a_step, job=plain, scaled=False),
-        RATES,
+        RATES_WITH_BLOCKS,
         strict=True,
     )
     for (steps, rates), (plain_steps, _), expected in results:

@@ -27,7 +27,7 @@ from torch import Tensor
 from ds_interlock import InProcessPipeline, InterlockConfig
 from ds_interlock.heads.factory import head_factory
 
-HEAD = {"type": "block_linear", "token_fraction": 0.4, "weight": 0.7}
+HEAD = {"type": "norm_linear", "blocks": 1, "token_fraction": 0.4, "weight": 0.7}
 WIDENING = [{"from_step": 0, "window": 1}, {"from_step": 2, "window": 2}, {"from_step": 4, "mode": "global"}]
 THERE_AND_BACK = [
     {"from_step": 0, "window": 1.5, "combine": "farthest"},

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ds_interlock import ConfigError
 
-INTERLOCK = {"mode": "interlock", "window": 2, "head": {"type": "block_linear", "weight": 0.7}}
+INTERLOCK = {"mode": "interlock", "window": 2, "head": {"type": "norm_linear", "blocks": 1, "weight": 0.7}}
 LOCAL = {"mode": "local"}
 
 

@@ -13,7 +13,7 @@ from experiments.training import Training
 FEW_MODES = ("global", "local", "window 2")
 NUM_STAGES = 4
 SMALL: dict[str, dict[str, Any]] = {
-    "prose": {"seq_length": 16, "width": 16, "num_blocks": NUM_STAGES},
+    "prose": {"seq_length": 16, "width": 16, "num_blocks": NUM_STAGES, "num_heads": 2, "vocab_size": None},
     "images": {"width": 2, "num_train_images": 256},
     "training": {"num_steps": 4, "micro_batch_size": 4, "warmup_steps": 1},
     "measurements": {"evaluate_every": 2, "num_samples": 16, "num_final_samples": 32},

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from ds_interlock.errors import ConfigError, DataError
 from experiments import definition, prose, run
 from experiments.definition import Definition, Run
 from experiments.tasks import make_task
-from experiments.training import Training, _average, train
+from experiments.training import Training, take_in, train
 from measuring import results_file
 
 TINY = {
@@ -35,7 +34,11 @@ TINY = {
     "modes": {
         "global": {"interlock": {"mode": "global"}},
         "window 2": {
-            "interlock": {"mode": "interlock", "window": 2, "head": {"learning_rate_scale": 0.5}},
+            "interlock": {
+                "mode": "interlock",
+                "window": 2,
+                "head": {"blocks": 1, "sequence_fraction": 0.5, "learning_rate_scale": 0.5},
+            },
             "num_steps": 6,
         },
     },
@@ -122,12 +125,12 @@ def test_a_border_norm_is_a_layer_at_every_border() -> None:
 
 def test_the_average_is_polynomial() -> None:
     module = nn.Linear(1, 1, bias=False)
-    average = AveragedModel(module, multi_avg_fn=_average)
-    for value in (1.0, 2.0, 4.0):
+    average = nn.Linear(1, 1, bias=False)
+    for number, value in enumerate((1.0, 2.0, 4.0)):
         module.weight.data.fill_(value)
-        average.update_parameters(module)
+        take_in(average, module, number)
     second = 1 + 9 / 10 * (2 - 1)
-    assert average.module.weight.item() == pytest.approx(second + 9 / 11 * (4 - second))
+    assert average.weight.item() == pytest.approx(second + 9 / 11 * (4 - second))
 
 
 def test_averaged_weights_are_judged_with_batch_norms_of_their_own() -> None:
@@ -136,7 +139,7 @@ def test_averaged_weights_are_judged_with_batch_norms_of_their_own() -> None:
     for _ in range(3):
         training.do_step()
     training.evaluate()
-    stem = training.average.module[0]
+    stem = training.average[0]
     inputs = [images for step in range(3) for images, _ in training.task.batch(step)]
     with torch.no_grad():
         means = [stem.convolution(images).mean(dim=(0, 2, 3)) for images in inputs]
@@ -152,6 +155,22 @@ def test_prose_reads_a_sword_module_and_drops_its_markup(tmp_path: Path) -> None
     assert prose.treasury(tmp_path) == ["Psalm\u00a01 Blessed\nis the man"]
     numbers = prose.encode("na\u00efve \u2014 \u4e2d\u2019")
     assert "".join(prose.ALPHABET[number] for number in numbers) == "naive -- '"
+
+
+def test_words_are_kept_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [Path(definition.__file__).read_text(), "to be or not to be"]
+    monkeypatch.setattr(prose, "TOKENS", tmp_path)
+    monkeypatch.setattr(prose, "documents", lambda: (texts, texts[1:]))
+    train_text, validation_text = prose.load_prose(300)
+    tokenizer = prose.train_tokenizer(texts, 300)
+    assert tokenizer.decode(validation_text.tolist()) == texts[1]
+    end = tokenizer.token_to_id(prose.END_OF_TEXT)
+    assert (train_text == end).sum() == 2
+    assert train_text[-len(validation_text) :].equal(validation_text)
+    monkeypatch.setattr(prose, "documents", None)
+    assert all(a.equal(b) for a, b in zip(prose.load_prose(300), (train_text, validation_text), strict=True))
+    with pytest.raises(DataError, match="words for a BPE, expected 60000"):
+        prose.train_tokenizer(texts, 60000)
 
 
 def test_a_missing_text_says_how_to_get_it(tmp_path: Path) -> None:
@@ -196,6 +215,32 @@ def test_runs_are_not_repeated_nor_overwritten(
     assert found == [("global", 1), ("window 2", 1), ("global", 0), ("window 2", 0)]
     assert not list((tmp_path / "runs").rglob("*.pt"))  # finished runs need no checkpoint
     assert json.loads(first[0])["versions"]["torch"] == torch.__version__
+
+
+def test_a_run_whose_time_is_up_is_evaluated_and_kept_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(definition, "load", lambda name: Definition.model_validate(TINY))
+    changes = ["--set", "training.dtype=bfloat16", "measurements.num_samples=5", "seeds=[7]"]
+    output = ["--output", str(tmp_path / "tiny.jsonl"), "--no_checkpoints"]
+    assert run.main(["tiny", *changes, *output, "--limit_seconds", "1e-6"]) == 0
+    assert "global, seed 7: not begun, the time is up" in capsys.readouterr().out
+    one_run = tiny_run(training={**TINY["training"], "dtype": "bfloat16"})
+    record = train(one_run, None, seconds_left=0.0)
+    assert record["stopped_after"] == 1
+    assert [point["step"] for point in record["curve"]] == [1]
+    assert record["final"]["loss"] > 0
+    assert record["run"]["training"]["dtype"] == "bfloat16"
+    monkeypatch.setattr(run, "train", lambda run, *_: {**record, "run": run.model_dump(mode="json")})
+    assert run.main(["tiny", *changes, *output, "--modes", "window 2"]) == 0
+    assert not (tmp_path / "tiny.jsonl").exists()
+    (stopped,) = results_file.read(tmp_path / "tiny_stopped.jsonl")
+    assert stopped["run"]["seed"] == 7
+    assert stopped["run"]["measurements"]["num_samples"] == 5
+    with pytest.raises(SystemExit):
+        run.main(["tiny", *changes])
+    assert run.main(["tiny", *output, "--set", "training.steps=4"]) == 1
+    assert "--set training.steps=4: expected KEY=VALUE" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -26,7 +26,12 @@ from ds_interlock.heads.factory import AuxiliaryHead, head_factory
 from ds_interlock.models.lm import LMLoss
 from ds_interlock.schedule.plan import LossHead
 
-TYPES = ["linear", "norm_linear", "low_rank", "block_linear", "lens"]
+TYPES: dict[str, dict[str, Any]] = {
+    **{kind: {"type": kind} for kind in ("linear", "norm_linear", "low_rank", "lens")},
+    "blocks": {"type": "norm_linear", "blocks": 2},
+}
+KINDS = pytest.mark.parametrize("kind", TYPES)
+
 
 # What the heads compute.
 
@@ -62,21 +67,27 @@ def test_low_rank() -> None:
 
 
 @pytest.mark.parametrize("built", [False, True], ids=["spec", "module"])
-def test_block_linear_repeats_the_layer_in_front(built: bool) -> None:
+def test_blocks_repeat_the_layer_in_front(built: bool) -> None:
     layers = language_model()
     layers[1] = Block(eps=0.5) if built else LayerSpec(Block, eps=0.5)
-    head = build(layers, type="block_linear")
-    assert isinstance(head.block, Block)
-    assert head.block.norm.eps == 0.5
+    head = build(layers, blocks=2)
+    assert [block.norm.eps for block in head.blocks] == [0.5, 0.5]
     hidden_btd, _ = hidden_and_labels()
-    torch.testing.assert_close(head(hidden_btd), head.readout(head.block(hidden_btd)))
-    if built:
-        assert not torch.equal(head.block.grow.weight, layers[1].grow.weight)
+    first, second = head.blocks
+    torch.testing.assert_close(head(hidden_btd), head.readout(second(first(hidden_btd))))
+    weights = [first.grow.weight, second.grow.weight, *([layers[1].grow.weight] if built else [])]
+    assert len({weight[0, 0].item() for weight in weights}) == len(weights)
 
 
-@pytest.mark.parametrize("type", TYPES)
-def test_of_a_tuple_the_first_is_the_hidden_state(type: str) -> None:
-    head = build(language_model(), type=type)
+def test_a_list_of_blocks_is_by_stage_and_a_block_may_be_some_layers() -> None:
+    two = lambda after_layer: range(after_layer - 2, after_layer)  # noqa: E731
+    factory = head_factory(HeadConfig(blocks=[2, 0, 1]), language_model(), block=two)
+    assert [len(factory(LossHead(stage, 3)).blocks) for stage in range(5)] == [4, 0, 2, 2, 2]
+
+
+@KINDS
+def test_of_a_tuple_the_first_is_the_hidden_state(kind: str) -> None:
+    head = build(language_model(), **TYPES[kind])
     hidden_btd, _ = hidden_and_labels()
     mask = torch.ones(3, 7)
     torch.testing.assert_close(head((hidden_btd, mask)), head(hidden_btd))
@@ -130,9 +141,9 @@ def test_a_share_of_the_labelled_positions_is_chosen_without_repeats(
 
 def test_a_block_sees_all_positions() -> None:
     hidden_btd, labels_bt = hidden_and_labels()
-    head = build(language_model(), type="block_linear", token_fraction=0.3).train()
+    head = build(language_model(), blocks=1, token_fraction=0.3).train()
     seen = []
-    head.block.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    head.blocks[0].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     head.loss(hidden_btd, labels_bt, cross_entropy)
     assert seen == [(3, 7, WIDTH)]
 
@@ -158,6 +169,39 @@ def test_the_choice_comes_from_the_global_generator() -> None:
     assert not torch.equal(head.loss(hidden_btd, labels_bt, cross_entropy), first)
     torch.set_rng_state(state)
     assert torch.equal(head.loss(hidden_btd, labels_bt, cross_entropy), first)
+
+
+# sequence_fraction.
+
+
+def test_a_share_of_the_sequences_is_an_unbiased_estimate_from_whole_rows() -> None:
+    hidden_btd, labels_bt = hidden_and_labels(num_ignored=4)
+    head = build(language_model(), blocks=1, sequence_fraction=0.5).train()
+    normaliser = torch.full((1,), 17.0)
+    seen, losses = [], []
+    head.blocks[0].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    with torch.no_grad():
+        for _ in range(20):
+            losses.append(head.loss((hidden_btd, torch.ones(3, 7)), (labels_bt, normaliser), LMLoss()))
+        exact = head.eval().loss(hidden_btd, (labels_bt, normaliser), LMLoss())
+        by_row = [LMLoss()(head(hidden_btd[[n]]), (labels_bt[[n]], normaliser / 3)) for n in range(3)]
+    assert all(len(rows) == 2 for rows, _ in seen[:20]), "two of three sequences, and their rows of the mask"
+    assert all(len(mask) == 2 for _, mask in seen[:20])
+    torch.testing.assert_close(sum(by_row) / 3, exact)
+    pairs = [(by_row[a] + by_row[b]) / 2 for a, b in ((0, 1), (0, 2), (1, 2))]
+    drawn = [min(range(3), key=lambda n: abs(pairs[n] - loss)) for loss in losses]
+    torch.testing.assert_close(torch.stack(losses), torch.stack([pairs[n] for n in drawn]))
+    assert set(drawn) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(2, 7, dtype=torch.long), (1, 2)])
+def test_sequences_are_drawn_where_labels_have_a_row_for_each(labels: Any) -> None:
+    head = build(language_model(), sequence_fraction=0.3).train()
+    with pytest.raises(ConfigError, match=r"interlock\.head\.sequence_fraction: 0\.3 needs labels"):
+        head.loss(hidden_and_labels()[0], labels, cross_entropy)
+
+
+# Nothing to draw from, or nothing that can be.
 
 
 def test_no_label_at_all_is_left_to_the_loss_function() -> None:
@@ -206,16 +250,16 @@ def loss_and_gradients(head: nn.Module, loss_fn: LMLoss) -> list[Tensor]:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("token_fraction", [1.0, 0.5])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("type", TYPES)
+@KINDS
 def test_the_numbers_are_the_same_fused_or_not(
-    type: str, bias: bool, token_fraction: float, training: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, bias: bool, token_fraction: float, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_chunks = partial(linear_cross_entropy, chunk_bytes=3 * VOCABULARY * 8, backend="chunked")
     monkeypatch.setattr("ds_interlock.heads.lm_loss.linear_cross_entropy", in_chunks)
     found = {}
     for fused in (False, True):
         loss_fn = CountingLoss(label_smoothing=0.2).train(training)
-        head = build(language_model(bias=bias), type=type, token_fraction=token_fraction, fused=fused)
+        head = build(language_model(bias=bias), token_fraction=token_fraction, fused=fused, **TYPES[kind])
         found[fused] = loss_and_gradients(head.train(training), loss_fn)
         assert loss_fn.asked == {"logits": int(not fused), "fused": int(fused)}
     torch.testing.assert_close(found[True], found[False], rtol=1e-12, atol=1e-14)
@@ -241,19 +285,19 @@ def test_what_follows_the_unembedding_is_never_skipped() -> None:
 
 
 @pytest.mark.bad_input
-def test_block_linear_behind_a_layer_that_is_no_block() -> None:
+def test_blocks_behind_a_layer_that_is_no_block() -> None:
     layers = language_model()
     layers[1] = torch.tanh
     for after_layer, what in ((1, "layer 0 is Embedding"), (2, "layer 1 is tanh")):
-        with pytest.raises(ConfigError, match=rf"interlock\.head\.type: block_linear .*{what}"):
-            build(layers, after_layer=after_layer, type="block_linear")
+        with pytest.raises(ConfigError, match=rf"interlock\.head\.blocks: .*{what}"):
+            build(layers, after_layer=after_layer, blocks=1)
 
 
 @pytest.mark.bad_input
-def test_block_linear_behind_a_layer_that_changes_the_shape() -> None:
+def test_blocks_behind_a_layer_that_changes_the_shape() -> None:
     layers = [*language_model()[:1], LayerSpec(nn.Linear, WIDTH, 4), *language_model()[3:]]
-    head = build(layers, type="block_linear")
-    with pytest.raises(ConfigError, match=r"interlock\.head\.type: .*\[3, 7, 12\] into \[3, 7, 4\]"):
+    head = build(layers, blocks=1)
+    with pytest.raises(ConfigError, match=r"interlock\.head\.blocks: .*\[3, 7, 12\] into \[3, 7, 4\]"):
         head(hidden_and_labels()[0])
 
 
@@ -265,7 +309,7 @@ def test_a_hidden_state_of_another_width() -> None:
 
 
 def test_each_head_has_weights_of_its_own() -> None:
-    factory = head_factory(HeadConfig(type="block_linear"), [Block(), *language_model()[3:]])
+    factory = head_factory(HeadConfig(blocks=1), [Block(), *language_model()[3:]])
     first, second = factory(LossHead(0, 1)), factory(LossHead(1, 1))
     assert isinstance(first, AuxiliaryHead)
     shared = {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}

@@ -25,7 +25,10 @@ def test_the_costs_of_stages_are_the_sums_of_their_layers():
     assert costs.input_gradient == pytest.approx([1.25 * 2.1, 1.25 * 4.5])
     assert costs.weight_gradient == pytest.approx([0.75 * 2.1, 0.75 * 4.5])
     assert costs.optimizer == pytest.approx([0.021, 0.045])
-    assert (costs.head, costs.final_head, costs.head_optimizer) == (0.5, 0.125, 0.02)
+    assert (costs.head, costs.final_head, costs.head_optimizer) == ([0.5] * 2, 0.125, [0.02] * 2)
+    blocks = {"blocks": (2, 1), "block_seconds": 0.25, "block_optimizer_seconds": 0.01}
+    deep = p.model_copy(update={"head": p.head.model_copy(update=blocks)}).cost_model([0, 2, 4, 6])
+    assert (deep.head, deep.head_optimizer) == ([1.0, 0.75, 0.75], [0.04, 0.03, 0.03])
     assert (costs.latency, costs.bandwidth) == (0.001, 1e6)
 
 

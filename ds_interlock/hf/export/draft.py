@@ -130,7 +130,7 @@ def _read_parts(source: FineTunedCheckpoint, loss: int, model: Any) -> _Parts:
     norm_last = list(parts)[:2] == ["translator", "norm"]
     hindrances = [
         (no_weights, "may have a norm without weights or none, which its weights do not show"),
-        ("block" in parts, "has a block (interlock.head.type block_linear), and so one more than the stages"),
+        ("blocks" in parts, "has blocks of its own (interlock.head.blocks), and so more than the stages"),
         ("down" in parts, "has an unembedding of low rank (interlock.head.type low_rank)"),
         (is_own, f"is the user's own: it has {', '.join(parts)}"),
         (no_norm, "has no norm before its unembedding (interlock.head.type linear)"),

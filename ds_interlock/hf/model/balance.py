@@ -24,7 +24,8 @@ def default_bounds(blueprint: Blueprint, interlock: InterlockConfig, num_stages:
             f"{num_stages} stages for the {num_blocks} blocks of --model: every stage needs at least one; "
             f"use 1 to {num_blocks} processes, or fewer --num_stages with data-parallel replicas"
         )
-    in_heads = 0.0 if interlock.is_global else interlock.head.token_fraction
+    head = interlock.head
+    in_heads = 0.0 if interlock.is_global else head.token_fraction * head.sequence_fraction
     return balanced_bounds([_work(layer, in_heads) for layer in blueprint.outline], num_stages)
 
 

@@ -134,10 +134,10 @@ def test_a_draft_in_another_form(tmp_path: Path) -> None:
     [
         ({"type": "linear"}, "no norm before its unembedding .*type linear"),
         ({"type": "low_rank", "rank": 3}, "type low_rank"),
-        ({"type": "block_linear"}, "type block_linear"),
+        ({"type": "norm_linear", "blocks": 1}, r"interlock\.head\.blocks"),
         ({"type": "lens", "translator": "before_norm"}, r'interlock\.head\.translator "before_norm"'),
     ],
-    ids=["linear", "low_rank", "block_linear", "lens before the norm"],
+    ids=["linear", "low_rank", "blocks", "lens before the norm"],
 )
 def test_heads_of_another_form_are_refused(head: dict[str, Any], why: str, tmp_path: Path) -> None:
     model = tiny_model("llama")

@@ -91,11 +91,15 @@ def test_a_tied_unembedding_costs_what_an_untied_one_does() -> None:
     assert unembedding.optimizer_seconds > 0
 
 
-@pytest.mark.parametrize("kind", ["block_linear", "lens"])
-def test_heads_read_the_hidden_state_also_where_logits_are_capped_after_the_unembedding(kind: str) -> None:
-    estimate, profile = estimated("gemma2", type=kind), measured("gemma2", type=kind)
+@pytest.mark.parametrize("head", [{"blocks": 1, "sequence_fraction": 0.5}, {"type": "lens"}], ids=str)
+def test_heads_read_the_hidden_state_also_where_logits_are_capped(head: dict[str, Any]) -> None:
+    estimate, profile = estimated("gemma2", **head), measured("gemma2", **head)
     assert estimate.layers[-1].name == f"{NUM_BLOCKS + 3} Logits"
     assert estimate.layers[-1].num_parameters == 0
-    assert estimate.head.seconds >= 2 * (2 * BATCH * LENGTH * WIDTH * VOCABULARY)
+    sequences = 1 if "blocks" in head else BATCH
+    assert estimate.head.seconds >= 2 * (2 * sequences * LENGTH * WIDTH * VOCABULARY)
+    if "blocks" in head:
+        layer, (with_block,) = estimate.layer_seconds[1], set(estimate.cost_model([0, 2, 5]).head)
+        assert with_block == estimate.head.seconds + sequences / BATCH * layer
     assert profile.head.seconds > 0
     assert profile.head.num_parameters == estimate.head.num_parameters

@@ -5,8 +5,8 @@
                                                         └─► optimizer step    norm, DeepSpeed, report
 
 ``_train_schedule`` returns the program of this stage in DeepSpeed's own instructions, and
-``_INSTRUCTION_MAP`` says what each one does here. The optimizer, ZeRO, the data-parallel reduction,
-learning rates and checkpoints of layers stay DeepSpeed's; objects that the constructor makes do what is new.
+``_INSTRUCTION_MAP`` says what each one does here. Optimizer, ZeRO, data-parallel reduction, learning rates
+and checkpoints of layers stay DeepSpeed's. What is new is in objects that the constructor makes.
 """
 
 import atexit
@@ -72,7 +72,7 @@ class InterlockEngine(PipelineEngine):
         self._tracer = Tracer(trace, self._recorder, self._ranks, seconds) if trace else None
         self._warmup = HeadWarmup(self._runner)
         self._myopia = MyopiaMeter(self._runner)
-        self._checkpoints = Checkpoints(self, self._ranks, self._data)
+        self._checkpoints = Checkpoints(self, self._ranks, self._data, config)
         self._at_exit = atexit.register(partial(_drain_at_exit, weakref.ref(self)))
 
     @property
@@ -207,7 +207,7 @@ class InterlockEngine(PipelineEngine):
 
     @section("step")
     def drain(self) -> Tensor:
-        """Waits until all stages have finished every issued batch. All ranks must call it.
+        """Waits until all stages have finished every issued batch, and checkpoints are written. Collective.
 
         Returns:
             The exact final loss of the last batch, a float32 scalar; nan before the first.
@@ -217,6 +217,7 @@ class InterlockEngine(PipelineEngine):
         self._progress.reporter.flush()
         if self._tracer:
             self._tracer.flush()
+        self._checkpoints.wait()
         barrier()
         if self.global_rank == 0:
             self._progress.reporter.flush()  # now that all ranks have posted
@@ -336,8 +337,7 @@ class InterlockEngine(PipelineEngine):
             super()._exec_optimizer_step(lr_kwargs)
         if self.wall_clock_breakdown() and self.global_steps % self.steps_per_print() == 0:
             self.timers.log(MESSAGE_TIMERS)
-        values: dict[str, float | Tensor | None] = {
-            **self._steps.reports(),
+        values: dict[str, float | Tensor | None] = self._steps.reports() | {
             "learning_rate": learning_rate,
             "samples": self.global_samples,
             COSINE: self._myopia.take_cosine(),
@@ -392,9 +392,9 @@ class InterlockEngine(PipelineEngine):
 
 def _drain_at_exit(reference: "weakref.ref[InterlockEngine]") -> None:
     """Drains for scripts that do not, as neighbours need what was sent; not after an error, here or there."""
-    engine = reference()
-    failed = getattr(sys, "last_value", None) is not None
+    engine, failed = reference(), getattr(sys, "last_value", None) is not None
     if engine is None or failed or engine.sections.has_failed or not dist.is_initialized():
         return
+    engine._checkpoints.wait()
     if engine._runner.has_unfinished_batches:
         engine.drain()

@@ -391,10 +391,10 @@ class InterlockEngine(PipelineEngine):
 
 
 def _drain_at_exit(reference: "weakref.ref[InterlockEngine]") -> None:
-    """Drains for scripts that do not, as neighbours need what was sent; not after an error, here or there."""
+    """Drains for scripts that do not, as neighbours need what was sent. Tells of an error in the script."""
     engine = reference()
-    failed = getattr(sys, "last_value", None) is not None
-    if engine is None or failed or engine.sections.has_failed or not dist.is_initialized():
+    if engine is None or engine.sections.has_failed or not dist.is_initialized():
         return
-    if engine._runner.has_unfinished_batches:
+    told = engine.sections.tell(getattr(sys, "last_value", None))
+    if not told and engine._runner.has_unfinished_batches:
         engine.drain()

@@ -264,7 +264,7 @@ class InterlockEngine(PipelineEngine):
         """Saves everything a resumed run needs. As DeepSpeed's; all ranks must call it."""
         self.drain()
         tag = str(tag or f"global_step{self.global_steps}")
-        writes = self.global_rank == 0 or (self.use_node_local_storage() and self.local_rank == 0)
+        writes = (self.local_rank if self.use_node_local_storage() else self.global_rank) == 0
         with self._checkpoints.new(Path(save_dir), tag, writes=writes, save_latest=save_latest) as unfinished:
             super().save_checkpoint(
                 str(save_dir), unfinished, client_state or {}, False, exclude_frozen_parameters
@@ -284,8 +284,7 @@ class InterlockEngine(PipelineEngine):
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Loads a checkpoint. As DeepSpeed's; all ranks must call it.
 
-        Another mode, window, type of head, number of stages or replicas may have written it, or DeepSpeed,
-        or a converter: heads that are not in it start anew.
+        Another mode or size may have written it, or DeepSpeed, or a converter: heads it lacks start anew.
 
         Raises:
             ConfigError: If it is damaged, or lacks what this stage needs. Nothing has been loaded then.
@@ -391,10 +390,11 @@ class InterlockEngine(PipelineEngine):
 
 
 def _drain_at_exit(reference: "weakref.ref[InterlockEngine]") -> None:
-    """Drains for scripts that do not, as neighbours need what was sent; not after an error, here or there."""
-    engine, failed = reference(), getattr(sys, "last_value", None) is not None
-    if engine is None or failed or engine.sections.has_failed or not dist.is_initialized():
+    """Drains for scripts that do not, as neighbours need what was sent. Tells of an error in the script."""
+    engine = reference()
+    if engine is None or engine.sections.has_failed or not dist.is_initialized():
         return
-    engine._checkpoints.wait()
-    if engine._runner.has_unfinished_batches:
-        engine.drain()
+    if not engine.sections.tell(getattr(sys, "last_value", None)):
+        engine._checkpoints.wait()
+        if engine._runner.has_unfinished_batches:
+            engine.drain()

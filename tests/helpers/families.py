@@ -44,6 +44,18 @@ DECODERS: dict[str, dict[str, Any]] = {
     "mixtral": {**_GROUPED, "num_local_experts": 2},
     "cohere": _GROUPED,
     "bloom": {"hidden_size": 32, "n_layer": NUM_BLOCKS, "n_head": 4},
+    "olmo": _GROUPED,  # a norm without weights at the end
+    "lfm2": {**_GROUPED, "layer_types": ["conv", "full_attention"] * 2},
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": NUM_BLOCKS,
+        "num_heads": 4,
+        "window_size": 5,
+        "attention_types": [[["global", "local"], NUM_BLOCKS // 2]],
+        "max_position_embeddings": POSITIONS,
+    },
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": NUM_BLOCKS, "max_seq_len": POSITIONS},
+    "codegen": {**_GPT2_SIZES, "n_ctx": POSITIONS, "rotary_dim": 4},
 }
 """Sizes by family. The name before a comma is transformers' ``model_type``."""
 

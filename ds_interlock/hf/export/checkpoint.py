@@ -26,9 +26,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ds_interlock.checkpoints.folder import latest_folder
-from ds_interlock.errors import ConfigError
+from ds_interlock.errors import ConfigError, first_line
 from ds_interlock.files import read_record
-from ds_interlock.hf.model.pretrained import first_line
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
 
 DESCRIPTION_FILE = "interlock.json"

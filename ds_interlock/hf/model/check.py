@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ds_interlock.errors import ConfigError
+from ds_interlock.hf.model.anatomy import find_anatomy, forward_without_cache
 from ds_interlock.hf.model.cut import HFLayer, Values
 from ds_interlock.hf.model.pretrained import Pretrained
-from ds_interlock.hf.model.surgery import find_anatomy, forward_without_cache
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative to the largest logit (at least 1)
 _HALF_TOLERANCE = 3e-2  # of other dtypes

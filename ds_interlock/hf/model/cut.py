@@ -172,7 +172,7 @@ class Block(HFLayer):
         inputs, options = self.blueprint.skeleton.arguments(self.index, hidden_btd, context)
         (block,) = self.parts().values()
         result = block(hidden_btd, *inputs, **options)
-        hidden_btd = result[0] if isinstance(result, tuple) else result
+        hidden_btd = result[0] if isinstance(result, tuple | list) else result
         return (hidden_btd, *context.values()) if context else hidden_btd
 
 

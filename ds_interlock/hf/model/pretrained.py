@@ -21,12 +21,13 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ds_interlock.errors import ConfigError, first_names
+from ds_interlock.errors import ConfigError, first_line, first_names
 from ds_interlock.files import unfinished_folder
 from ds_interlock.hf.data.records import Task
 from ds_interlock.hf.data.tokenizer import default_cache_dir
+from ds_interlock.hf.model.anatomy import refuse_other_models
 from ds_interlock.hf.model.cut import Blueprint
-from ds_interlock.hf.model.surgery import Skeleton, refuse_other_models
+from ds_interlock.hf.model.surgery import Skeleton
 from ds_interlock.hf.model.weights import Weights, has_safetensors
 
 _AUTO_MODELS: Mapping[str, Any] = {
@@ -275,8 +276,3 @@ def _convert(auto_model: Any, folder: Path, name: str, gguf_file: str | None, dr
     tokenizer.save_pretrained(draft)
     for extra in folder.glob("generation_config.json"):
         shutil.copy(extra, draft)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -48,6 +48,9 @@ class AdaptationArguments:
     _argument_group_name: ClassVar[str] = "what trains, and how fast"
 
     learning_rate: float | None = argument(None, "default: that of the DeepSpeed config")
+    output_router_logits: bool = argument(
+        False, "learn the experts' balance too, as transformers does; default: as config.json says"
+    )
     freeze: list[str] = argument([], "names of parameters that do not train", metavar="REGEX")
     learning_rate_scale: list[str] = argument(
         [], "learning rates of parameters by name, as multiples of the config's", metavar="REGEX=FACTOR"

@@ -127,8 +127,8 @@ def take_hidden(inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, 
 
 
 def forward_without_cache(model: Any, inputs: Mapping[str, Tensor]) -> Any:
-    """The output of a transformers model, without keys and values for generation."""
-    options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    """The output of a transformers model, without keys and values for generation, and without losses."""
+    options = {name: False for name in ("use_cache", "output_router_logits") if hasattr(model.config, name)}
     return model(**inputs, **options)
 
 

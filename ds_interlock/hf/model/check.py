@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.heads.lm_loss import lm_loss
+from ds_interlock.heads.output_layers import first_tensor
 from ds_interlock.hf.model.anatomy import Anatomy, find_anatomy, forward_without_cache, take_hidden
 from ds_interlock.hf.model.cut import TIE, HFLayer, Values
 from ds_interlock.hf.model.pretrained import Pretrained
@@ -212,7 +213,7 @@ def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_in
     own = {name: tensor for layer in layers for name, tensor in layer.state_dict().items()}
     by_name = {name: tensor.to(engine.device) for name, tensor in by_name.items()}
     expected, gradients = reference(pretrained, by_name, blueprint.values, own)
-    compare(outputs[0], expected, by_name, pretrained)
+    compare(first_tensor(outputs[0]), expected, by_name, pretrained)
     known = blueprint.parameters().keys()  # adapters are not among them
     of_all: Fingerprints = {}
     for name, summand in (pair for some in by_stage.values() for pair in some.items() if pair[0] in known):

@@ -27,6 +27,7 @@ from ds_interlock.hf.data.records import Task
 from ds_interlock.hf.data.tokenizer import default_cache_dir
 from ds_interlock.hf.model.anatomy import refuse_other_models
 from ds_interlock.hf.model.cut import Blueprint
+from ds_interlock.hf.model.routing import find_routing
 from ds_interlock.hf.model.surgery import Skeleton
 from ds_interlock.hf.model.weights import Weights, has_safetensors
 
@@ -55,7 +56,7 @@ class Pretrained:
     def blueprint(self, inputs: tuple[str, ...] = ("input_ids",), *, tie: bool = True) -> Blueprint:
         """The model as layers to build; see ``Blueprint``."""
         skeleton = Skeleton(self.new_model())
-        return Blueprint(skeleton, _Values(self, skeleton), inputs, tie)
+        return Blueprint(skeleton, _Values(self, skeleton), inputs, tie, find_routing(skeleton.model))
 
     def num_positions(self) -> int | None:
         """The longest sequence that the model can take; None if there is no bound."""

@@ -86,8 +86,9 @@ def _complete_config(config: Config, args: FinetuneArguments) -> Config:
 
 def open_model(args: FinetuneArguments, dtype: torch.dtype, classes: tuple[str, ...]) -> Pretrained:
     """The model's files; it must have room for the sequences."""
+    how: Any = {"text_model_only": args.text_model_only, "trust_remote_code": args.trust_remote_code}
     pretrained = open_pretrained(
-        args.model, args.task, gguf_file=args.gguf_file, dtype=dtype, classes=classes
+        args.model, args.task, gguf_file=args.gguf_file, dtype=dtype, classes=classes, **how
     )
     if args.output_router_logits:
         pretrained.config.output_router_logits = True

@@ -17,6 +17,8 @@ class ModelArguments:
     model: str = argument(MISSING, "folder, or name on the hub", metavar="NAME_OR_PATH")
     gguf_file: str | None = argument(None, "GGUF file in it; converted once, then cached", metavar="FILE")
     task: Literal["causal", "classification"] = argument("causal")
+    text_model_only: bool = argument(False, "the text part of a model that also sees or hears")
+    trust_remote_code: bool = argument(False, "run code that comes with the model")
     stage_bounds: str | None = argument(
         None, "first layer of each stage, and number of layers (default: equal work)", metavar="0,9,18,33"
     )

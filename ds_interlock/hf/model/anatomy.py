@@ -84,7 +84,8 @@ def refuse_other_models(config: Any, name: str) -> None:
         _cannot_cut(name, "it is an encoder-decoder; decoder-only models and BERT-style encoders can be cut")
     for part in ("vision_config", "audio_config"):
         if getattr(config, part, None) is not None:
-            _cannot_cut(name, f"it is no text model (its configuration has a {part}); take its text model")
+            why = f"it is no text model (its configuration has a {part})"
+            _cannot_cut(name, f"{why}; --text_model_only takes its text part")
 
 
 def _input_embedding(model: Any) -> Any:

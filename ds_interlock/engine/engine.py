@@ -34,7 +34,7 @@ from ds_interlock.engine.myopia import MyopiaMeter
 from ds_interlock.engine.optimizer import StageOptimizer
 from ds_interlock.engine.parameter_groups import UnusedHeads
 from ds_interlock.engine.reports import COSINE, Progress, job_store
-from ds_interlock.engine.runner import StageRunner
+from ds_interlock.engine.runner import Losses, StageRunner
 from ds_interlock.engine.timeline import Tracer, draw, gather
 from ds_interlock.files import replace_text
 from ds_interlock.schedule.action import Action, Kind
@@ -180,12 +180,9 @@ class InterlockEngine(PipelineEngine):
         if compute_loss and reduce_output != "avg":
             raise NotImplementedError(f'reduce_output={reduce_output!r}: losses can only be averaged, "avg"')
         outputs_only = not compute_loss or (self.module.loss_fn is None and not return_head_losses)
-        outputs = self._runner.evaluate(
-            data_iter,
-            num_micro_batches or self.micro_batches,
-            "none" if outputs_only else "all" if return_head_losses else "final",
-            keep_outputs=return_logits or outputs_only,
-        )
+        which: Losses = "none" if outputs_only else "all" if return_head_losses else "final"
+        keep_outputs, count = return_logits or outputs_only, num_micro_batches or self.micro_batches
+        outputs = self._runner.evaluate(data_iter, count, which, keep_outputs=keep_outputs)
         if not compute_loss:
             return outputs if self.is_last_stage() else None
         losses = None if outputs_only else self._runner.evaluated_losses()
@@ -198,12 +195,13 @@ class InterlockEngine(PipelineEngine):
 
     @section("step")
     def check_walks(self, data_iter: Iterator[Any]) -> None:
-        """Computes gradients of each layer twice on a micro-batch, if the plan does. All ranks must call it.
-
-        Raises:
-            ConfigError: On the ranks of a layer whose backward pass overwrites what its forward saved.
-        """
+        """Refuses kernels that overwrite what they saved, if the plan walks back twice. For all ranks."""
         self._runner.check_walks(data_iter)
+
+    @section("step")
+    def global_gradients(self, data_iter: Iterator[Any]) -> dict[str, Tensor]:
+        """This stage's gradients of a micro-batch, by name, as ``MyopiaMeter``. All ranks must call it."""
+        return self._myopia.global_gradients(data_iter)
 
     @section("step")
     def drain(self) -> Tensor:

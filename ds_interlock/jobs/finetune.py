@@ -25,6 +25,7 @@ from ds_interlock.hf.model.balance import default_bounds, describe, parse_bounds
 from ds_interlock.hf.model.check import check_layers
 from ds_interlock.hf.model.cut import Blueprint, End
 from ds_interlock.hf.model.pretrained import Pretrained, open_pretrained
+from ds_interlock.hf.model.routing import BalancedLMLoss
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.finetune_task import FinetuneTask, encode, read_data
 from ds_interlock.jobs.loop import Loop, Metrics
@@ -85,9 +86,12 @@ def _complete_config(config: Config, args: FinetuneArguments) -> Config:
 
 def open_model(args: FinetuneArguments, dtype: torch.dtype, classes: tuple[str, ...]) -> Pretrained:
     """The model's files; it must have room for the sequences."""
+    how: Any = {"text_model_only": args.text_model_only, "trust_remote_code": args.trust_remote_code}
     pretrained = open_pretrained(
-        args.model, args.task, gguf_file=args.gguf_file, dtype=dtype, classes=classes
+        args.model, args.task, gguf_file=args.gguf_file, dtype=dtype, classes=classes, **how
     )
+    if args.output_router_logits:
+        pretrained.config.output_router_logits = True
     positions = pretrained.num_positions()
     if positions is not None and args.seq_length > positions:
         raise ConfigError(
@@ -102,6 +106,11 @@ def prepare(
 ) -> tuple[InterlockPipelineModule, ModelDescription]:
     """The model with its adapters and frozen weights, cut into stages; and its description for export."""
     blueprint = pretrained.blueprint(inputs, tie=args.lora_r == 0)
+    if args.output_router_logits and blueprint.routing is None:
+        raise ConfigError(
+            f"--output_router_logits: transformers adds no balance of experts to the loss of {args.model}, a "
+            f"{type(blueprint.skeleton.model).__name__}: leave the flag out"
+        )
     adapters = _adapt(blueprint, args)
     if args.stage_bounds:
         bounds = parse_bounds(args.stage_bounds)
@@ -116,7 +125,8 @@ def prepare(
     elif not job.interlock.is_global:
         _check_heads_fit(blueprint)
     how = {"stage_bounds": bounds, "pretrained": True, "base_seed": args.seed, **head}
-    net = job.build_pipeline(blueprint.layers(), loss_fn=lm_loss(), **how)
+    loss_fn = BalancedLMLoss(blueprint.routing) if blueprint.routing else lm_loss()
+    net = job.build_pipeline(blueprint.layers(), loss_fn=loss_fn, **how)
     return net, _describe_for_export(pretrained, blueprint, adapters)
 
 

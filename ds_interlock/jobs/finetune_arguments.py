@@ -17,6 +17,8 @@ class ModelArguments:
     model: str = argument(MISSING, "folder, or name on the hub", metavar="NAME_OR_PATH")
     gguf_file: str | None = argument(None, "GGUF file in it; converted once, then cached", metavar="FILE")
     task: Literal["causal", "classification"] = argument("causal")
+    text_model_only: bool = argument(False, "the text part of a model that also sees or hears")
+    trust_remote_code: bool = argument(False, "run code that comes with the model")
     stage_bounds: str | None = argument(
         None, "first layer of each stage, and number of layers (default: equal work)", metavar="0,9,18,33"
     )
@@ -48,6 +50,9 @@ class AdaptationArguments:
     _argument_group_name: ClassVar[str] = "what trains, and how fast"
 
     learning_rate: float | None = argument(None, "default: that of the DeepSpeed config")
+    output_router_logits: bool = argument(
+        False, "learn the experts' balance too, as transformers does; default: as config.json says"
+    )
     freeze: list[str] = argument([], "names of parameters that do not train", metavar="REGEX")
     learning_rate_scale: list[str] = argument(
         [], "learning rates of parameters by name, as multiples of the config's", metavar="REGEX=FACTOR"

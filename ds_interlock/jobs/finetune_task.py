@@ -1,94 +1,24 @@
-"""What ``finetune`` gives to the training loop: a Hugging Face model's data, evaluation and export.
-
-The ranks of stage 0 read and encode the data; the others get what they must know.
-"""
+"""What ``finetune`` gives to the training loop: a Hugging Face model's data, evaluation and export."""
 
 import math
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
-import datasets
-import numpy as np
 import torch.distributed as dist
 
-from ds_interlock.errors import ConfigError
 from ds_interlock.files import replace_text, unfinished_folder
 from ds_interlock.hf.data.batches import EvaluationBatches, TrainingBatches
-from ds_interlock.hf.data.rows import ClassifiedRows, PackedRows, PaddedRows, Rows, padding_id
-from ds_interlock.hf.data.samples import encode_classified, encode_records
-from ds_interlock.hf.data.sources import RecordData, Records, load_records
-from ds_interlock.hf.data.tokenised import Encode, Samples, identity, tokenise
 from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, ModelDescription
 from ds_interlock.hf.export.model import export_model
 from ds_interlock.hf.model import base_states
 from ds_interlock.hf.model.base_states import Share
 from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
+from ds_interlock.jobs.finetune_data import Data, Training
 from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity
-from ds_interlock.jobs.process import broadcast_from_rank_0, gather, in_turns, propagate_errors, writing
-
-Data: TypeAlias = tuple[Rows, Rows]  # to train on, and to validate on
-
-
-def read_data(args: FinetuneArguments, *, has_data: bool) -> tuple[RecordData | None, tuple[str, ...]]:
-    """The records, None on ranks without data; names of their classes by id. All ranks must call it."""
-    if dist.get_rank() or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-
-    def load() -> RecordData | None:
-        files = args.train_file, args.validation_file
-        how: dict[str, Any] = {"task": args.task, "seed": args.seed}
-        return load_records(*files, args.dataset, args.dataset_config, **how) if has_data else None
-
-    records = in_turns(load)
-    return records, broadcast_from_rank_0(records.classes if records else ())
-
-
-def encode(
-    args: FinetuneArguments, records: RecordData | None, pretrained: Pretrained
-) -> tuple[Data | None, tuple[str, ...]]:
-    """The records in rows, and the names of the model's arguments that they hold. All ranks must call it."""
-
-    def fill_rows(some: Records, what: str, most: int | None) -> Rows:
-        tokenizer = pretrained.tokenizer
-        kind: type[Rows] = PackedRows if args.packing else PaddedRows
-        how: dict[str, Any] = {"tokenizer": tokenizer, "seq_length": args.seq_length}
-        encode: Encode = partial(encode_records, **how)
-        if args.task == "classification":
-            assert records is not None, "there are records to encode"
-            kind, encode = ClassifiedRows, partial(encode_classified, **how, label_ids=records.label_ids)
-            how["label_ids"] = sorted(records.label_ids.items())
-        options = [*identity(how.pop("tokenizer")), how]
-        samples = tokenise(some, encode, options, args.preprocessing_num_workers)
-        if dist.get_rank() == 0:
-            print(f"{what}: {samples.summary(len(some))}")
-        vocab_size = pretrained.config.get_text_config().vocab_size
-        _check_vocabulary(samples, vocab_size, pretrained.name)
-        if most is not None:
-            samples = samples.subset(np.arange(min(most, len(samples))))
-        return kind(samples, args.seq_length, padding_id(tokenizer, vocab_size))
-
-    def fill() -> Data | None:
-        if records is None:
-            return None
-        train = fill_rows(records.train, "training", args.max_train_samples)
-        return train, fill_rows(records.validation, "validation", args.max_eval_samples)
-
-    data = in_turns(fill)
-    return data, broadcast_from_rank_0(data[0].names if data else ())
-
-
-def _check_vocabulary(samples: Samples, known: int, model: str) -> None:
-    largest = samples.largest_id()
-    if largest >= known:
-        raise ConfigError(
-            f"--model {model}: its tokenizer gives the token id {largest}, and the model knows "
-            f"{known} tokens (vocab_size): tokenizer and weights do not belong together"
-        )
+from ds_interlock.jobs.process import broadcast_from_rank_0, gather, propagate_errors, writing
 
 
 class FinetuneTask(Task):
@@ -108,14 +38,14 @@ class FinetuneTask(Task):
     ) -> None:
         super().__init__(engine, args.output_dir)
         self.args, self.pretrained, replica = args, pretrained, self.replica
-        self.training: TrainingBatches | None = None
+        self.data = data
+        self.training: Training | None = None
         self.validation: EvaluationBatches | None = None
         with propagate_errors(), writing(self.output):
             if data is not None:
-                train, validation = data
-                self.training = TrainingBatches(train, self.shape, replica=replica, seed=args.seed)
+                self.training = data.batches(engine, self.shape)
                 engine.set_dataiterator(self.training)  # its position is saved and restored with the engine
-                self.validation = EvaluationBatches(validation, self.shape, replica=replica)
+                self.validation = EvaluationBatches(data.validation, self.shape, replica=replica)
             if dist.get_rank() == 0:
                 self._write_description(description)
         self.num_eval_batches = broadcast_from_rank_0(self.validation.num_batches if self.validation else 0)
@@ -139,8 +69,8 @@ class FinetuneTask(Task):
         width = int(pretrained.config.get_text_config().hidden_size)  # of what goes into the unembedding
         shares: list[Share] = []  # of all replicas
         with propagate_errors():
-            if self.training is not None:
-                rows, model = self.training.rows, base_states.digest_of_model(pretrained.folder)
+            if self.data is not None and self.data.train is not None:
+                rows, model = self.data.train, base_states.digest_of_model(pretrained.folder)
                 replicas = range(self.shape.num_replicas)
                 batches = [EvaluationBatches(rows, self.shape, replica=r) for r in replicas]
                 shares = [Share.of(of_replica, model) for of_replica in batches]
@@ -156,7 +86,7 @@ class FinetuneTask(Task):
         if step == 0:
             base_states.record(self.engine, folder, own, width, pretrained.dtype)
         with propagate_errors():
-            if self.training is not None:
+            if isinstance(self.training, TrainingBatches):
                 self.training.base_of_rows = base_states.BaseStates(folder, shares).stack
 
     def evaluate(self) -> Losses:

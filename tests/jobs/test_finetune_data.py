@@ -131,3 +131,15 @@ def test_max_train_samples_are_the_first(ranks2: RankPool, data: Path, tmp_path:
     run(ranks2, tmp_path, data, "--train_file", few, out="few")
     all_of_few, first = (state_of(tmp_path / out / "hf") for out in ("few", "out"))
     assert all(torch.equal(first[name], all_of_few[name]) for name in first)
+
+
+def test_a_mixture_is_streamed_and_resumed(ranks2: RankPool, data: Path, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    files = f"{data / 'train.jsonl'}:0.8", f"{data / 'valid.jsonl'}:.2"
+    more = "--train_file", *files, "--streaming", "--packing", "--num_stages", 1, "--max_steps", 4
+    run(ranks2, tmp_path, data, *more, out="whole")
+    run(ranks2, tmp_path, data, *more, "--save_steps", 2)
+    resume = "--resume_from_checkpoint", tmp_path / "out" / "checkpoints" / "global_step2"
+    run(ranks2, tmp_path, data, *more, *resume, out="other")
+    ours, theirs = (state_of(tmp_path / out / "hf") for out in ("other", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

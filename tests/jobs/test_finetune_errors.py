@@ -187,6 +187,11 @@ WORDS: list[tuple[str, str]] = [
     ("--lora_r 2 --lora_target_modules w_proj", "--lora_target_modules w_proj: no linear layer of a block"),
     ("--maximum_steps 5", "unrecognized arguments: --maximum_steps 5"),
     ("--resume_from_checkpoint gone", "--resume_from_checkpoint gone: there is no checkpoint"),
+    (
+        "--streaming --max_train_samples 3",
+        "--streaming does not know all samples .* --max_train_samples",
+    ),
+    ("--train_file a.jsonl:0.7 b.jsonl", "a.jsonl:0.7 b.jsonl: expected a weight above 0 for each"),
     ("--max_train_samples 3", "3 training samples may fill as few as 3 rows .* one batch takes 4"),
 ]
 

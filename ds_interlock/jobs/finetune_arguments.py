@@ -19,6 +19,9 @@ class ModelArguments:
     model: str = argument(MISSING, "folder, or name on the hub", metavar="NAME_OR_PATH")
     gguf_file: str | None = argument(None, "GGUF file in it; converted once, then cached", metavar="FILE")
     task: Literal["causal", "classification"] = argument("causal")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = argument(
+        None, "attention kernel (default: transformers' choice)"
+    )
     stage_bounds: str | None = argument(
         None, "first layer of each stage, and number of layers (default: equal work)", metavar="0,9,18,33"
     )

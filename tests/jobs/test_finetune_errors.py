@@ -171,6 +171,8 @@ def assert_refused(pool: RankPool, why: str, folder: Path, data: Path, *more: ob
 
 
 WORDS: list[tuple[str, str]] = [
+    ("--attn_implementation flash_attention_2", "--attn_implementation flash_attention_2: FlashAttention2"),
+    ("--attn_implementation fast", "argument --attn_implementation.* invalid choice: 'fast'"),
     ("--stage_bounds 0,x,7", "--stage_bounds 0,x,7: expected layer numbers"),
     ("--stage_bounds 0,3,9", "stage_bounds"),
     ("--stage_bounds 0,5,3,7", "stage_bounds"),

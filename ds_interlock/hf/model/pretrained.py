@@ -133,6 +133,7 @@ def open_pretrained(
     gguf_file: str | None = None,
     dtype: torch.dtype = torch.float32,
     classes: Sequence[str] = (),
+    attn_implementation: str | None = None,
     cache_dir: Path | None = None,
 ) -> Pretrained:
     """Finds a model's files, converting them if they are no safetensors.
@@ -145,10 +146,12 @@ def open_pretrained(
         gguf_file: Name of a GGUF file in it, which then has configuration and tokenizer too.
         dtype: What its weights are converted to.
         classes: Names of the classes by id, for classification.
+        attn_implementation: Transformers' name of an attention kernel; default: transformers' choice.
         cache_dir: Where converted weights are kept; default ``default_cache_dir()``.
 
     Raises:
-        ConfigError: If the model or its tokenizer is not found, or it cannot be converted.
+        ConfigError: If the model or its tokenizer is not found, it cannot be converted, or it cannot use the
+            attention kernel.
     """
     folder = _local_folder(name, gguf_file)
     auto_model, cache_dir = _AUTO_MODELS[task], cache_dir or default_cache_dir()
@@ -156,6 +159,13 @@ def open_pretrained(
         folder = _converted(auto_model, folder, name, gguf_file, cache_dir)
     config = load_config(name, folder, classes)
     skeleton = Skeleton(empty_model(config, task, dtype))  # refuses what cannot be cut, before anything else
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+        try:
+            skeleton = Skeleton(empty_model(config, task, dtype))
+        except (ConfigError, ImportError) as error:
+            why = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+            raise ConfigError(f"--attn_implementation {attn_implementation}: {why}") from error
     tokenizer = _load_tokenizer(name, folder)
     if not has_safetensors(folder):
         folder = _converted(auto_model, folder, name, None, cache_dir)

@@ -36,19 +36,24 @@ def epoch_order(num_items: int, seed: int, epoch: int) -> Tensor:
 
 
 def set_aside(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """The items without a random ``share`` (0 to 1) of them, and that share, both in their original order.
+    """The items of the indices that ``split_indices`` draws."""
+    others, aside = split_indices(len(items), share, seed)
+    return [items[number] for number in others.tolist()], [items[number] for number in aside.tolist()]
 
-    It has at least one item, and at most all but one. DataError if there are fewer than two.
+
+def split_indices(num_items: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """All indices but a random ``share`` (0 to 1) of them, and that share, both ascending (int64).
+
+    It has at least one index, and at most all but one. DataError if there are fewer than two items.
     """
-    if len(items) < 2:
+    if num_items < 2:
         raise DataError(
-            f"there is only {len(items)} document, and validation needs one of its own: give a "
+            f"there is only {num_items} document, and validation needs one of its own: give a "
             "--validation_file, or more documents (form feeds or blank lines divide a single text file)"
         )
-    num_aside = min(max(round(share * len(items)), 1), len(items) - 1)
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-    others, aside = sorted(order[num_aside:]), sorted(order[:num_aside])
-    return [items[number] for number in others], [items[number] for number in aside]
+    num_aside = min(max(round(share * num_items), 1), num_items - 1)
+    order = torch.randperm(num_items, generator=torch.Generator().manual_seed(seed))
+    return order[num_aside:].sort().values, order[:num_aside].sort().values
 
 
 class ResumableIterator(Iterator[Item], ABC):

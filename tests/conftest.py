@@ -3,8 +3,11 @@
 Must run before torch is first imported: it reads these variables once.
 """
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -12,6 +15,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What a test needs is on this machine; a hub must not be asked for it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# What tests tokenise is not for the cache of the user. Workers and ranks get it from here.
+if "HF_DATASETS_CACHE" not in os.environ:
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 from collections.abc import Iterator
 

@@ -176,10 +176,13 @@ class StageRunner:
         """Does this stage's work under ``plan``, the one in force or another one for the same layers."""
         module, stage = self.engine.module, self.ranks.stage
         heads = module.heads.by_loss(plan, stage)
+        work = StageWork(
+            plan, stage, self._run_layers, module.layer_parameters(), heads, module.loss_fn, backward
+        )
+        if module.interlock.head.kl_weight > 0 and all(h.stage <= stage for h in module.schedule.heads):
+            work.num_label_parts = 2  # no later head reads the base model's states
         return Interpreter(
-            StageWork(
-                plan, stage, self._run_layers, module.layer_parameters(), heads, module.loss_fn, backward
-            ),
+            work,
             self.links,
             self.data.load,
             begin_micro_batch=module.begin_micro_batch,

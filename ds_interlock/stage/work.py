@@ -73,6 +73,8 @@ class StageWork:
     A method ``beside(hidden)``, if it has one, is added to every loss: of what a head reads, or the outputs.
     """
     backward: Backward = field(default_factory=Backward)
+    num_label_parts: int | None = None
+    """How many parts of a tuple of labels the later stages read; None: all."""
 
     def __post_init__(self) -> None:
         self.num_micro_batches = 1
@@ -124,7 +126,10 @@ class StageWork:
         """What the next stage starts from: the hidden state at the end of this one, and the labels."""
         entry = self._in_flight[micro_batch]
         end = self.plan.stage_bounds[self.stage + 1]
-        return detached(entry.hidden[end]), entry.labels
+        labels = entry.labels
+        if isinstance(labels, tuple) and self.num_label_parts is not None:
+            labels = labels[: self.num_label_parts]
+        return detached(entry.hidden[end]), labels
 
     def mean_losses(self) -> dict[int, Tensor]:
         """The mean of every loss of this stage over the micro-batches since ``begin_batch``."""

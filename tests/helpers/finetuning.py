@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from encoded import samples_of
 from families import save_tiny as save_tiny
 from families import tiny_model as tiny_model
 from families import tiny_tokenizer as tiny_tokenizer
@@ -143,7 +144,9 @@ def loss_of(model: Any, rows: Rows) -> float:
 def rows_of(file: Path, tokenizer: Any = None, seq_length: int = SEQ_LENGTH) -> PaddedRows:
     """The samples of a file of JSON lines."""
     records = read_records([str(file)])
-    return PaddedRows(encode_records(records, tokenizer or tiny_tokenizer(), seq_length).samples, seq_length)
+    return PaddedRows(
+        samples_of(encode_records(records, tokenizer or tiny_tokenizer(), seq_length)), seq_length
+    )
 
 
 def state_of(folder: Path) -> dict[str, Tensor]:

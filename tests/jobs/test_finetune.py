@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from encoded import samples_of
 from finetuning import (
     SEQ_LENGTH,
     log_of,
@@ -57,7 +58,9 @@ def test_encoders_classify_with_heads_on_the_stages(
     records = load_records(
         [str(data / "train_classes.jsonl")], [str(data / "valid_classes.jsonl")], task="classification"
     )
-    samples = encode_classified(records.validation, tiny_tokenizer(), SEQ_LENGTH, records.label_ids).samples
+    samples = samples_of(
+        encode_classified(records.validation, tiny_tokenizer(), SEQ_LENGTH, records.label_ids)
+    )
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "hf")
     assert model.config.id2label == {0: "cab", 1: "none"}
     assert loss_of(model, ClassifiedRows(samples, SEQ_LENGTH)) == pytest.approx(

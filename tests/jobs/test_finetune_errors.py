@@ -171,6 +171,8 @@ def assert_refused(pool: RankPool, why: str, folder: Path, data: Path, *more: ob
 
 
 WORDS: list[tuple[str, str]] = [
+    ("--attn_implementation flash_attention_2", "--attn_implementation flash_attention_2: FlashAttention2"),
+    ("--attn_implementation fast", "argument --attn_implementation.* invalid choice: 'fast'"),
     ("--stage_bounds 0,x,7", "--stage_bounds 0,x,7: expected layer numbers"),
     ("--stage_bounds 0,3,9", "stage_bounds"),
     ("--stage_bounds 0,5,3,7", "stage_bounds"),
@@ -187,6 +189,11 @@ WORDS: list[tuple[str, str]] = [
     ("--lora_r 2 --lora_target_modules w_proj", "--lora_target_modules w_proj: no linear layer of a block"),
     ("--maximum_steps 5", "unrecognized arguments: --maximum_steps 5"),
     ("--resume_from_checkpoint gone", "--resume_from_checkpoint gone: there is no checkpoint"),
+    (
+        "--streaming --max_train_samples 3",
+        "--streaming does not know all samples .* --max_train_samples",
+    ),
+    ("--train_file a.jsonl:0.7 b.jsonl", "a.jsonl:0.7 b.jsonl: expected a weight above 0 for each"),
     ("--max_train_samples 3", "3 training samples may fill as few as 3 rows .* one batch takes 4"),
 ]
 

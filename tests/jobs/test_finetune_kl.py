@@ -6,16 +6,18 @@ import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from families import save_tiny
-from finetuning import LOCAL, SEQ_LENGTH, arguments, refusal, rows_of, run
+from finetuning import LOCAL, SEQ_LENGTH, arguments, finetune, refusal, rows_of, run
 from ranks import RankPool
 
 from ds_interlock.hf.data.batches import BatchShape, TrainingBatches
 from ds_interlock.hf.data.rows import PackedRows, PaddedRows, Rows
+from ds_interlock.stage.work import StageWork
 
 KL_ONLY = {**LOCAL, "head": {"cross_entropy_weight": 0.0, "kl_weight": 1.0, "warmup_steps": 0}}
 SEED = 42  # what the job has if none is given
@@ -127,3 +129,24 @@ def test_states_are_kept_only_where_heads_learn_from_them(
     section = {**LOCAL, "head": {"kl_weight": 0.5}}
     message = refusal(ranks2, arguments(tmp_path, data, section=section, task="classification"))
     assert "interlock.head.kl_weight is 0.5" in message
+
+
+def parts_of_labels(argv: list[str]) -> set[int]:
+    """The job; returns how many parts the labels have that this rank trains with."""
+    feed, seen = StageWork.feed, set()
+
+    def note(work: StageWork, micro_batch: int, inputs: Any, labels: Any) -> None:
+        if torch.is_grad_enabled():
+            seen.add(len(labels))
+        feed(work, micro_batch, inputs, labels)
+
+    with mock.patch.object(StageWork, "feed", note):
+        finetune(argv)
+    return seen
+
+
+def test_states_travel_as_far_as_the_last_head(ranks4: RankPool, data: Path, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    section = {**KL_ONLY, "mode": "interlock", "window": 3}  # the head is at the end of stage 2
+    argv = arguments(tmp_path, data, section=section)
+    assert ranks4.run(parts_of_labels, argv=argv) == [{3}, {3}, {3}, {2}]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from encoded import samples_of
 from finetuning import (
     LOCAL,
     SEQ_LENGTH,
@@ -113,7 +114,9 @@ def test_a_classifier_with_adapters_is_exported_whole(
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "hf")
     files = [[str(data / f"{name}_classes.jsonl")] for name in ("train", "valid")]
     records = load_records(*files, task="classification")
-    samples = encode_classified(records.validation, tiny_tokenizer(), SEQ_LENGTH, records.label_ids).samples
+    samples = samples_of(
+        encode_classified(records.validation, tiny_tokenizer(), SEQ_LENGTH, records.label_ids)
+    )
     loss = loss_of(model, ClassifiedRows(samples, SEQ_LENGTH))
     assert loss == pytest.approx(metrics["eval_loss"], abs=1e-5)
     assert loss != pytest.approx(metrics["first_eval_loss"], abs=1e-3)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +91,7 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
     def fingerprint(self) -> dict[str, int | str]:
         return {
             "num_samples": len(self.rows.samples),
-            "num_tokens": sum(len(sample.ids) for sample in self.rows.samples),
+            "num_tokens": self.rows.num_tokens,
             "inputs": ", ".join(self.rows.names),
             "seq_length": self.rows.seq_length,
             **vars(self.shape),
@@ -108,7 +109,7 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
 
     def _begin_epoch(self, epoch: int, first_position: int) -> None:
         self._epoch, self._first_position = epoch, first_position
-        self._epoch_rows = self.rows.arrange(epoch_order(len(self.rows.samples), self.seed, epoch).tolist())
+        self._epoch_rows = self.rows.arrange(epoch_order(len(self.rows.samples), self.seed, epoch).numpy())
         num_batches = len(self._epoch_rows) // self.shape.num_rows
         self._end_position = first_position + num_batches * self.shape.num_micro_batches
 
@@ -124,15 +125,16 @@ class EvaluationBatches:
         if not rows.samples:
             raise DataError("no validation sample: expected at least one")
         self.rows, self.shape, self.replica = rows, shape, replica
-        arranged = rows.arrange(range(len(rows.samples)))
-        self.num_batches = -(-len(arranged) // shape.num_rows)
-        self._normaliser = shape.normaliser(rows.num_labels(arranged), self.num_batches)
-        self._arranged = arranged + [()] * (self.num_batches * shape.num_rows - len(arranged))
+        self._arranged = rows.arrange(np.arange(len(rows.samples)))
+        self.num_batches = -(-len(self._arranged) // shape.num_rows)
+        num_labels = int(rows.samples.num_labels.sum())
+        self._normaliser = shape.normaliser(num_labels, self.num_batches)
 
     def rows_of_micro_batches(self) -> Iterator[Sequence[Row]]:
         """The rows of each micro-batch of this replica; the last may be without samples."""
         for number in range(self.num_batches * self.shape.num_micro_batches):
-            yield self.shape.rows_of(self._arranged, number, self.replica)
+            rows = list(self.shape.rows_of(self._arranged, number, self.replica))
+            yield rows + [()] * (self.shape.micro_batch_size - len(rows))
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for rows in self.rows_of_micro_batches():

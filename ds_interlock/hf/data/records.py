@@ -9,7 +9,7 @@ Other keys are ignored. A record knows where it came from, for error messages.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, ValidationError
@@ -107,25 +107,34 @@ _FORMATS: Mapping[Task, Mapping[tuple[str, ...], type[Record]]] = {
 }
 
 
-def records_of(objects: Iterable[tuple[str, Mapping[str, Any]]], task: Task) -> Iterator[Record]:
-    """The records of one source; its first object decides on the format, DataError if one has another.
+Keys: TypeAlias = tuple[str, ...]
 
-    ``objects`` are pairs of where an object is (for messages, as "train.jsonl line 3") and the object.
+
+def format_of(value: Mapping[str, Any], where: str, task: Task) -> Keys:
+    """The keys of the format that an object has; DataError if it has none.
+
+    ``where`` the object is, for messages, is such as "train.jsonl line 3".
     """
-    formats = _FORMATS[task]
-    keys: tuple[str, ...] | None = None
-    for where, value in objects:
-        fitting = next((keys for keys in formats if all(key in value for key in keys)), None)
-        keys = keys or fitting
-        if keys is None:
-            raise DataError(f"{where}: {_keys(value)}; expected {' or '.join(map(_named, formats))}")
-        missing = next((key for key in keys if key not in value), None)
-        if missing is not None:
-            fault = f'"{missing}" is missing, {_keys(value)}; expected {_named(keys)}'
-            if fitting:
-                fault = f"mixed formats, {_named(fitting)} here, {_named(keys)} before; use a file for each"
-            raise DataError(f"{where}: {fault}")
-        yield _record(formats[keys], value, where)
+    keys = _fitting(value, task)
+    if keys is None:
+        raise DataError(f"{where}: {_keys(value)}; expected {' or '.join(map(_named, _FORMATS[task]))}")
+    return keys
+
+
+def record_of(value: Mapping[str, Any], where: str, task: Task, keys: Keys) -> Record:
+    """The record in an object of a source whose first object has the format ``keys``; DataError if not."""
+    missing = next((key for key in keys if key not in value), None)
+    if missing is not None:
+        fitting = _fitting(value, task)
+        fault = f'"{missing}" is missing, {_keys(value)}; expected {_named(keys)}'
+        if fitting:
+            fault = f"mixed formats, {_named(fitting)} here, {_named(keys)} before; use a file for each"
+        raise DataError(f"{where}: {fault}")
+    return _record(_FORMATS[task][keys], value, where)
+
+
+def _fitting(value: Mapping[str, Any], task: Task) -> Keys | None:
+    return next((keys for keys in _FORMATS[task] if all(key in value for key in keys)), None)
 
 
 def _record(kind: type[Record], value: Mapping[str, Any], where: str) -> Record:

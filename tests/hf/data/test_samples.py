@@ -1,6 +1,7 @@
 """What each position of a sample is to say: by hand on a tokenizer of letters."""
 
 import pytest
+from encoded import samples_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import bert, byte_level, letters
@@ -28,18 +29,16 @@ def completions(*pairs):
 
 
 def test_a_document_is_learned_whole_and_ends():
-    data = encode_records(documents("ab", "c"), LETTERS, 8)
-    assert data.samples == [Sample([START, A, B], [A, B, END]), Sample([START, C], [C, END])]
-    assert (data.num_cut, data.num_dropped) == (0, 0)
-    assert data.summary() == "2 samples, 5 tokens, 5 labels"
+    samples = samples_of(encode_records(documents("ab", "c"), LETTERS, 8))
+    assert samples == [Sample([START, A, B], [A, B, END]), Sample([START, C], [C, END])]
 
 
 def test_a_long_document_is_cut_into_pieces():
-    (first, second) = encode_records(documents("abcd"), LETTERS, 3).samples
+    (first, second) = samples_of(encode_records(documents("abcd"), LETTERS, 3))
     assert first == Sample([START, A, B], [A, B, C])
     assert second == Sample([C, D], [D, END])
     # Seq_length + 1 tokens are one piece.
-    assert encode_records(documents("ab"), LETTERS, 3).samples == [Sample([START, A, B], [A, B, END])]
+    assert samples_of(encode_records(documents("ab"), LETTERS, 3)) == [Sample([START, A, B], [A, B, END])]
 
 
 TEXTS = st.text("abcd \n", max_size=30).map(lambda text: text + "a")
@@ -48,7 +47,7 @@ TEXTS = st.text("abcd \n", max_size=30).map(lambda text: text + "a")
 @settings(deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=5), st.integers(1, 12))
 def test_every_token_of_a_document_but_the_first_is_a_label_once(texts, seq_length):
-    samples = encode_records(documents(*texts), LETTERS, seq_length).samples
+    samples = samples_of(encode_records(documents(*texts), LETTERS, seq_length))
     labels = [label for sample in samples for label in sample.labels]
     assert labels == [token for text in texts for token in [*LETTERS(text)["input_ids"][1:], END]]
     assert max(len(sample.ids) for sample in samples) <= seq_length
@@ -56,50 +55,49 @@ def test_every_token_of_a_document_but_the_first_is_a_label_once(texts, seq_leng
 
 
 def test_special_tokens_are_not_doubled():
-    assert encode_records(documents("<s>a</s>"), LETTERS, 8).samples == [Sample([START, A], [A, END])]
-    (sample,) = encode_records(completions(("<s>a", "b</s>")), LETTERS, 8).samples
+    assert samples_of(encode_records(documents("<s>a</s>"), LETTERS, 8)) == [Sample([START, A], [A, END])]
+    (sample,) = samples_of(encode_records(completions(("<s>a", "b</s>")), LETTERS, 8))
     assert sample == Sample([START, A, B], [N, B, END])
 
 
 def test_only_the_completion_is_learned_and_its_end():
-    (sample,) = encode_records(completions(("ab", "cd")), LETTERS, 8).samples
+    (sample,) = samples_of(encode_records(completions(("ab", "cd")), LETTERS, 8))
     assert sample == Sample([START, A, B, C, D], [N, N, C, D, END])
     assert sample.num_labels == 3
 
 
 def test_prompt_and_completion_are_one_text():
     tokenizer = byte_level()
-    (sample,) = encode_records(completions(("hello ", "there")), tokenizer, 20).samples
+    (sample,) = samples_of(encode_records(completions(("hello ", "there")), tokenizer, 20))
     assert tokenizer.decode([*sample.ids, sample.labels[-1]]) == "hello there<|endoftext|>"
     assert tokenizer.decode([x for x in sample.labels if x != N]) == " there<|endoftext|>"
 
 
 def test_long_prompts_are_cut_and_dropped_if_nothing_is_left():
-    data = encode_records(completions(("ab", "cd"), ("abcd", "a"), ("a", "b")), LETTERS, 3)
-    assert data.samples == [Sample([START, A, B], [N, N, C]), Sample([START, A, B], [N, B, END])]
-    assert (data.num_cut, data.num_dropped) == (2, 1)
-    with pytest.raises(
-        DataError, match="none of the 1 records has anything to learn within the first 3 tokens"
-    ):
-        encode_records(completions(("abcd", "a")), LETTERS, 3)
+    encoded = list(encode_records(completions(("ab", "cd"), ("abcd", "a"), ("a", "b")), LETTERS, 3))
+    kept = [Sample([START, A, B], [N, N, C])], [], [Sample([START, A, B], [N, B, END])]
+    assert [one.samples for one in encoded] == list(kept)
+    assert [one.was_cut for one in encoded] == [True, True, False]
 
 
 def test_records_of_different_kinds_keep_their_order():
     records = [*documents("a"), *completions(("b", "c")), *documents("d")]
-    samples = encode_records(records, LETTERS, 8).samples
+    samples = samples_of(encode_records(records, LETTERS, 8))
     assert [sample.ids[1] for sample in samples] == [A, B, D]
 
 
 def test_more_records_than_are_tokenised_together():
-    samples = encode_records(documents(*(["a", "bb", "ccc"] * 700)), LETTERS, 8).samples
+    samples = samples_of(encode_records(documents(*(["a", "bb", "ccc"] * 700)), LETTERS, 8))
     assert [len(sample.ids) for sample in samples] == [2, 3, 4] * 700
 
 
 @pytest.mark.bad_input
 def test_a_tokenizer_must_know_an_end():
     with pytest.raises(DataError, match="neither an eos_token nor a sep_token"):
-        encode_records(documents("a"), letters(eos_token=None), 8)
-    assert encode_records(documents("a"), letters(eos_token=None, sep_token="b"), 8).samples[0].labels == [
+        list(encode_records(documents("a"), letters(eos_token=None), 8))
+    assert samples_of(encode_records(documents("a"), letters(eos_token=None, sep_token="b"), 8))[
+        0
+    ].labels == [
         A,
         B,
     ]
@@ -108,16 +106,16 @@ def test_a_tokenizer_must_know_an_end():
 @pytest.mark.bad_input
 def test_classified_texts_cannot_train_a_language_model():
     with pytest.raises(DataError, match="line 0: a classified text"):
-        encode_records([Classified("a", None, 1, "line 0")], LETTERS, 8)
+        list(encode_records([Classified("a", None, 1, "line 0")], LETTERS, 8))
 
 
 def test_classified_texts_and_pairs():
     records = [Classified("w0 w1", None, "no", "line 0"), Classified("w0", "w1 w2", "yes", "line 1")]
-    data = encode_classified(records, bert(), 8, {"no": 0, "yes": 1})
-    assert data.samples == [
+    samples = samples_of(encode_classified(records, bert(), 8, {"no": 0, "yes": 1}))
+    assert samples == [
         Sample([2, 4, 5, 3], [0], [0, 0, 0, 0]),
         Sample([2, 4, 3, 5, 6, 3], [1], [0, 0, 0, 1, 1, 1]),
     ]
-    data = encode_classified(records, bert(pair=False), 5, {"no": 0, "yes": 1})
-    assert data.samples[1] == Sample([2, 4, 3, 5, 3], [1])
-    assert (data.num_cut, data.num_dropped) == (1, 0)
+    data = list(encode_classified(records, bert(pair=False), 5, {"no": 0, "yes": 1}))
+    assert data[1].samples[0] == Sample([2, 4, 3, 5, 3], [1])
+    assert [one.was_cut for one in data] == [False, True]

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import VOCABULARY, save_tiny
@@ -81,7 +82,7 @@ def states_of_a_pipeline(
     if engine.is_first_stage():
         training = TrainingBatches(rows, shape, replica=replica, seed=5)
         training.base_of_rows = BaseStates(Path(folder), shares).stack
-        num = 2 * len(rows.arrange(range(len(rows.samples)))) // shape.num_rows * shape.num_micro_batches
+        num = 2 * len(rows.arrange(np.arange(len(rows.samples)))) // shape.num_rows * shape.num_micro_batches
         found = [(inputs, labels[-1]) for inputs, labels in islice(training, num)]
     engine.drain()
     engine.destroy()

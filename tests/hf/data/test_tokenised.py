@@ -1,0 +1,69 @@
+"""Samples in Arrow files: what goes in comes out, and is tokenised once."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+import torch
+from encoded import samples_of
+from tiny_tokenizers import bert, letters
+
+from ds_interlock.errors import DataError
+from ds_interlock.hf.data.samples import encode_records
+from ds_interlock.hf.data.sources import Records, read_records
+from ds_interlock.hf.data.tokenised import Samples, identity, tokenise
+
+ENCODE = partial(encode_records, tokenizer=letters(), seq_length=4)
+
+
+@pytest.fixture
+def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return read_records([write(tmp_path / "train.jsonl", [{"text": "abcd" * n} for n in range(1, 9)])])
+
+
+def write(path: Path, values: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return str(path)
+
+
+def not_called(*_args: Any) -> NoReturn:
+    raise AssertionError("tokenised again")
+
+
+def test_what_is_tokenised_once_is_found_again(records: Records, tmp_path: Path) -> None:
+    samples = tokenise(records, ENCODE, [1])
+    assert list(samples) == samples_of(ENCODE(records))
+    assert list(tokenise(records, not_called, [1])) == list(samples)
+    with pytest.raises(AssertionError, match="tokenised again"):
+        tokenise(records, not_called, [2])
+    write(tmp_path / "train.jsonl", [{"text": "d"}])
+    assert len(tokenise(read_records([str(tmp_path / "train.jsonl")]), ENCODE, [1])) == 1
+    assert identity(letters()) == identity(letters()) != identity(bert())
+
+
+def test_samples_of_some_records(records: Records) -> None:
+    numbers = torch.tensor([1, 4])
+    some = tokenise(records.subset(numbers), ENCODE, [1])
+    assert list(some) == samples_of(ENCODE([records[1], records[4]]))
+    assert list(some.subset(np.array([2, 0]))) == [some[2], some[0]]
+    assert some.num_labels.tolist() == [sample.num_labels for sample in some]
+    assert some.largest_id() == max(max(sample.ids) for sample in some)
+
+
+def test_two_processes_tokenise_as_one_does(records: Records, tmp_path: Path) -> None:
+    assert list(tokenise(records, ENCODE, [1], 2)) == samples_of(ENCODE(records))
+    faulty = read_records([write(tmp_path / "faulty.jsonl", [{"text": "a"}, {"text": 3}])])
+    with pytest.raises(DataError, match=r"faulty.jsonl line 2: text: Input should be a valid string"):
+        tokenise(faulty, ENCODE, [1], 2)
+
+
+@pytest.mark.bad_input
+def test_nothing_to_learn(tmp_path: Path, records: Records) -> None:
+    one = read_records([write(tmp_path / "one.jsonl", [{"prompt": "abcd", "completion": "a"}])])
+    with pytest.raises(DataError, match="none of the 1 records has anything to learn within --seq_length"):
+        tokenise(one, ENCODE, [1])
+    assert list(Samples.of(list(tokenise(records, ENCODE, [1])))) == list(tokenise(records, ENCODE, [1]))

@@ -48,6 +48,8 @@ SLOW_SECONDS = {"last stage": 0.02, "reader": 0.005, "data": 0.02}
 """How long it takes for a micro-batch, for the report of a stage, for a micro-batch."""
 STALL_SECONDS = 3.0
 """How long the slow reader does nothing at all, once."""
+RECORDED_BATCHES = 20
+"""The last ones are recorded, where waiting for data must be visible; a recording takes memory."""
 
 Losses = dict[str, float]
 Slow = Literal["last stage", "reader", "data", None]
@@ -130,7 +132,7 @@ def run_rank(num_batches: int, slow: Slow = None) -> Rank:
         stalls_at = num_batches // 2 * NUM_MICRO_BATCHES * ROWS
         engine.monitor = events = _Events(slow == "reader", stalls_at, file)
         for batch in range(num_batches):
-            if slow == "data" and batch == num_batches // 2:
+            if slow == "data" and batch == num_batches - RECORDED_BATCHES:
                 engine.record_timeline()
             engine.train_batch(data)
             ends.append(time.time())

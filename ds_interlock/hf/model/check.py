@@ -199,7 +199,6 @@ def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_in
     by_name = dict(zip(own_inputs, inputs, strict=True))
     batch = fed, labels_for(pretrained, by_name)
     outputs = engine.eval_batch(iter([batch]), compute_loss=False, num_micro_batches=1)
-    engine.check_walks(iter([batch]))
     blueprint = pretrained.blueprint()
     own_gradients: Fingerprints = {}
     for name, gradient in engine.global_gradients(iter([batch])).items():
@@ -207,6 +206,7 @@ def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_in
         full = canonical(full, blueprint.skeleton.anatomy)
         own_gradients[full] = fingerprint(full, gradient)
     by_stage = dict(gather((engine.stage_id, own_gradients)))  # replicas have the same
+    engine.check_walks(iter([batch]))  # may fail on one rank: after it no rank waits for another
     if not engine.is_last_stage():
         return
     layers = [module for module in engine.module.modules() if isinstance(module, HFLayer)]

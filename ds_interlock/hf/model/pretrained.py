@@ -245,18 +245,23 @@ def _local_folder(name: str, gguf_file: str | None, with_code: bool) -> Path:
 
 
 def load_config(
-    name: str, folder: Path | None = None, classes: Sequence[str] = (), *, trust_remote_code: bool = False
+    name: str,
+    folder: Path | None = None,
+    classes: Sequence[str] = (),
+    *,
+    trust_remote_code: bool = False,
+    flag: str = "--model",
 ) -> Any:
-    """The configuration of a model on the hub or in ``folder``; ConfigError if it has none."""
+    """The configuration of a model on the hub or in ``folder``; ConfigError (of ``flag``) if it has none."""
     try:
         config = AutoConfig.from_pretrained(folder or name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ConfigError(
-                f"--model {name}: it comes with code of its own; --trust_remote_code runs it, if you trust it"
+                f"{flag} {name}: it comes with code of its own; --trust_remote_code runs it, if you trust it"
             ) from error
         raise ConfigError(
-            f"--model {name}: no Hugging Face configuration could be loaded ({first_line(error)}); give a "
+            f"{flag} {name}: no Hugging Face configuration could be loaded ({first_line(error)}); give a "
             "folder with the config.json of a model that transformers knows, or a model's name on the hub"
         ) from error
     if classes:

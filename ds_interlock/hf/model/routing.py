@@ -84,8 +84,8 @@ class Routing:
 class BalancedLMLoss(LMLoss):
     """The loss of a language model; in training with ``coefficient`` times the balance of its routers."""
 
-    def __init__(self, routing: Routing) -> None:
-        super().__init__()
+    def __init__(self, routing: Routing, label_smoothing: float = 0.0) -> None:
+        super().__init__(label_smoothing)
         self.routing = routing
 
     def forward(self, outputs: Any, labels: Any) -> Tensor:

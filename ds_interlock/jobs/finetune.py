@@ -60,7 +60,7 @@ def run(args: FinetuneArguments) -> Metrics:
         with propagate_errors():
             check_layers(engine, pretrained, args.seq_length, inputs)
     torch.manual_seed(args.seed + dist.get_rank())  # every stage and replica drops out other units
-    return Loop(FinetuneTask(engine, args, data, pretrained, description), args, job).run()
+    return Loop(FinetuneTask(engine, args, data, pretrained, description, job.config), args, job).run()
 
 
 main = partial(run_command, "finetune", FinetuneArguments, run, __doc__)
@@ -72,6 +72,8 @@ def _complete_config(config: Config, args: FinetuneArguments) -> Config:
         optimizer = config.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
         params = {**optimizer.get("params", {}), "lr": args.learning_rate}
         config = {**config, "optimizer": {**optimizer, "params": params}}
+    if args.gradient_checkpointing:
+        config = {**config, "pipeline": {**config.get("pipeline", {}), "activation_checkpoint_interval": 1}}
     if args.report_to == "tensorboard":
         board = {"enabled": True, "output_path": args.output_dir, "job_name": "tensorboard"}
         config = {**config, "tensorboard": board}

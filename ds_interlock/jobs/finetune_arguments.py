@@ -63,6 +63,9 @@ class AdaptationArguments:
     _argument_group_name: ClassVar[str] = "what trains, and how fast"
 
     learning_rate: float | None = argument(None, "default: that of the DeepSpeed config")
+    optim: Literal["adamw_torch", "adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit"] | None = argument(
+        None, "instead of the DeepSpeed config's; 8 bits need bitsandbytes"
+    )
     freeze: list[str] = argument([], "names of parameters that do not train", metavar="REGEX")
     learning_rate_scale: list[str] = argument(
         [], "learning rates of parameters by name, as multiples of the config's", metavar="REGEX=FACTOR"

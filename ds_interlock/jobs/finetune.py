@@ -78,10 +78,8 @@ main = partial(run_command, "finetune", FinetuneArguments, run, __doc__)
 def _complete_config(config: Config, args: FinetuneArguments) -> Config:
     """The DeepSpeed config with what the arguments say of it; with a learning rate, which has no default."""
     if args.optim is not None:
-        config = {
-            **config,
-            "optimizer": _optimizer(args.optim, config.get("optimizer", {}).get("params", {})),
-        }
+        params = config.get("optimizer", {}).get("params", {})
+        config = {**config, "optimizer": _optimizer(args.optim, params)}
     if args.learning_rate is not None:
         optimizer = config.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
         params = {**optimizer.get("params", {}), "lr": args.learning_rate}
@@ -110,15 +108,14 @@ def _optimizer(name: str, params: Config) -> Config:
 
 def _function_of(optimizer: Config) -> Any:
     """What makes an optimizer of bitsandbytes; None if DeepSpeed makes it by itself."""
-    if "8bit" not in optimizer["type"]:
+    kind = optimizer.get("type", "")
+    if "8bit" not in kind:
         return None
     try:
         from bitsandbytes import optim
     except ImportError as error:
-        raise ConfigError(
-            f"--optim: {optimizer['type']} needs bitsandbytes: pip install bitsandbytes"
-        ) from error
-    return partial(getattr(optim, optimizer["type"]), **optimizer["params"])
+        raise ConfigError(f"--optim: {kind} needs bitsandbytes: pip install bitsandbytes") from error
+    return partial(getattr(optim, kind), **optimizer["params"])
 
 
 def open_model(args: FinetuneArguments, dtype: torch.dtype, classes: tuple[str, ...]) -> Pretrained:

@@ -33,6 +33,13 @@ from ds_interlock.jobs.loop import Loop, Metrics
 from ds_interlock.jobs.process import Config, Job, in_turns, propagate_errors, run_command, start
 from ds_interlock.models.lm import lm_loss
 
+_OPTIMIZERS = {  # by transformers' names: those of torch, then those of bitsandbytes
+    "adamw_torch": "AdamW",
+    "adafactor": "Adafactor",
+    "sgd": "SGD",
+    "adamw_8bit": "AdamW8bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+}
 _HIGH_LEARNING_RATE = 5e-4  # for weights that are trained already
 
 
@@ -56,12 +63,14 @@ def run(args: FinetuneArguments) -> Metrics:
     data, inputs = encode(args, opened, pretrained)
     with propagate_errors():
         net, description = prepare(args, job, pretrained, inputs)
-    engine, *_ = ds_interlock.initialize(model=net, config=job.config)
+    with propagate_errors():
+        optimizer = _function_of(job.config["optimizer"])
+    engine, *_ = ds_interlock.initialize(model=net, optimizer=optimizer, config=job.config)
     if not args.skip_load_check:
         with propagate_errors():
             check_layers(engine, pretrained, args.seq_length, inputs)
     torch.manual_seed(args.seed + dist.get_rank())  # every stage and replica drops out other units
-    return Loop(FinetuneTask(engine, args, data, pretrained, description), args, job).run()
+    return Loop(FinetuneTask(engine, args, data, pretrained, description, job.config), args, job).run()
 
 
 main = partial(run_command, "finetune", FinetuneArguments, run, __doc__)
@@ -69,10 +78,15 @@ main = partial(run_command, "finetune", FinetuneArguments, run, __doc__)
 
 def _complete_config(config: Config, args: FinetuneArguments) -> Config:
     """The DeepSpeed config with what the arguments say of it; with a learning rate, which has no default."""
+    if args.optim is not None:
+        params = config.get("optimizer", {}).get("params", {})
+        config = {**config, "optimizer": _optimizer(args.optim, params)}
     if args.learning_rate is not None:
         optimizer = config.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
         params = {**optimizer.get("params", {}), "lr": args.learning_rate}
         config = {**config, "optimizer": {**optimizer, "params": params}}
+    if args.gradient_checkpointing:
+        config = {**config, "pipeline": {**config.get("pipeline", {}), "activation_checkpoint_interval": 1}}
     if args.report_to == "tensorboard":
         board = {"enabled": True, "output_path": args.output_dir, "job_name": "tensorboard"}
         config = {**config, "tensorboard": board}
@@ -83,6 +97,26 @@ def _complete_config(config: Config, args: FinetuneArguments) -> Config:
             "as 5e-5, or optimizer.params.lr in the DeepSpeed config"
         )
     return config
+
+
+def _optimizer(name: str, params: Config) -> Config:
+    """The config's section of an optimizer, with those of ``params`` that it takes."""
+    kind = _OPTIMIZERS[name]
+    names = ("lr", "weight_decay", "betas", "eps") if "Adam" in kind else ("lr", "weight_decay")
+    own = {"torch_adam": True} if kind == "AdamW" else {}
+    return {"type": kind, "params": {**{key: params[key] for key in names if key in params}, **own}}
+
+
+def _function_of(optimizer: Config) -> Any:
+    """What makes an optimizer of bitsandbytes; None if DeepSpeed makes it by itself."""
+    kind = optimizer.get("type", "")
+    if "8bit" not in kind:
+        return None
+    try:
+        from bitsandbytes import optim
+    except ImportError as error:
+        raise ConfigError(f"--optim: {kind} needs bitsandbytes: pip install bitsandbytes") from error
+    return partial(getattr(optim, kind), **optimizer["params"])
 
 
 def open_model(args: FinetuneArguments, dtype: torch.dtype, classes: tuple[str, ...]) -> Pretrained:

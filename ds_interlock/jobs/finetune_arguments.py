@@ -68,6 +68,9 @@ class AdaptationArguments:
     output_router_logits: bool = argument(
         False, "learn the experts' balance too, as transformers does; default: as config.json says"
     )
+    optim: Literal["adamw_torch", "adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit"] | None = argument(
+        None, "instead of the DeepSpeed config's; 8 bits need bitsandbytes"
+    )
     freeze: list[str] = argument([], "names of parameters that do not train", metavar="REGEX")
     learning_rate_scale: list[str] = argument(
         [], "learning rates of parameters by name, as multiples of the config's", metavar="REGEX=FACTOR"
@@ -84,6 +87,11 @@ class FinetuneRunArguments(RunArguments):
 
     max_steps: int = argument(200, "optimizer steps (%(default)s)")
     eval_steps: int = argument(0, "0: at start and end only (%(default)s)")
+    eval_on_start: bool = argument(True, "evaluate before the first step (%(default)s)")
+    early_stopping_patience: int | None = argument(
+        None, "stop after so many evaluations in a row without a lower validation loss"
+    )
+    gradient_checkpointing: bool = argument(False, "recompute each block's activations in its backward pass")
     max_eval_samples: int | None = argument(None, "default: all of them")
     max_train_samples: int | None = argument(None, "default: all of them")
     output_dir: str = argument("runs/finetune", "(%(default)s)")
@@ -99,6 +107,9 @@ class ResultArguments:
     load_best_model_at_end: bool = argument(False, "export the checkpoint with the lowest validation loss")
     export_heads: bool = argument(False, "write heads.safetensors beside the exported model")
     merge_adapter: bool = argument(False, "export the model with its LoRA adapters merged in")
+    push_to_hub: bool = argument(False, "upload what is exported")
+    hub_model_id: str | None = argument(None, "where to, as user/name", metavar="NAME")
+    hub_private_repo: bool = argument(False, "make it private, if it is new")
     max_shard_size: str = argument("5GB", "of exported files (%(default)s)")
 
 
@@ -111,6 +122,7 @@ class FinetuneArguments(
     _least: ClassVar[dict[str, int]] = {
         **RunArguments._least, "seq_length": 1, "max_eval_samples": 1, "max_train_samples": 1, "lora_r": 0,
         "preprocessing_num_workers": 1,
+        "early_stopping_patience": 1,
     }  # fmt: skip
     _example_config: ClassVar[str] = "configs/finetune/interlock.json"
 
@@ -128,8 +140,12 @@ class FinetuneArguments(
             raise ConfigError("--packing is for language models: leave it out with --task classification")
         if self.merge_adapter and not self.lora_r:
             raise ConfigError("--merge_adapter: there is no adapter without --lora_r")
+        if self.early_stopping_patience and not self.eval_steps:
+            raise ConfigError("--early_stopping_patience needs --eval_steps: it counts these evaluations")
         if self.load_best_model_at_end and not self.eval_steps:
             raise ConfigError("--load_best_model_at_end needs --eval_steps: the best of which evaluations?")
+        if self.push_to_hub and not self.hub_model_id:
+            raise ConfigError("--push_to_hub needs --hub_model_id: where to?")
         if self.export_heads and self.exports_adapter:
             raise ConfigError("--export_heads writes heads beside a whole model: it needs --merge_adapter")
 

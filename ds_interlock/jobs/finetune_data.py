@@ -46,6 +46,13 @@ class Data:
     batches: Callable[[Any, BatchShape], Training]
     """The batches to train on, for an engine."""
 
+    def describe(self) -> dict[str, Any]:
+        """How much there is."""
+        about: dict[str, Any] = {"training": "streamed"}
+        if self.train is not None:
+            about = {"training": self.train.describe()}
+        return about | {"validation": self.validation.describe()}
+
 
 def read_data(args: FinetuneArguments, *, has_data: bool) -> tuple[Opened | None, tuple[str, ...]]:
     """The data, None on ranks without; names of their classes by id. All ranks must call it."""

@@ -1,7 +1,7 @@
 """What ``finetune`` gives to the training loop: a Hugging Face model's data, evaluation and export."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.finetune_data import Data, Training
 from ds_interlock.jobs.hugging_face import write_description
 from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity
+from ds_interlock.jobs.model_card import push, write_card
 from ds_interlock.jobs.process import broadcast_from_rank_0, gather, propagate_errors, writing
 
 
@@ -24,7 +25,6 @@ class FinetuneTask(Task):
     """A Hugging Face model and its samples."""
 
     loss_name = "eval_loss"
-    evaluates_first = True
     keeps_best = True
 
     def __init__(
@@ -34,10 +34,12 @@ class FinetuneTask(Task):
         data: Data | None,
         pretrained: Pretrained,
         description: ModelDescription,
+        config: Mapping[str, Any],
     ) -> None:
         super().__init__(engine, args.output_dir)
         self.args, self.pretrained, replica = args, pretrained, self.replica
-        self.data = data
+        self.data, self.config = data, config
+        self.evaluates_first, self.patience = args.eval_on_start, args.early_stopping_patience
         self.training: Training | None = None
         self.validation: EvaluationBatches | None = None
         with propagate_errors(), writing(self.output):
@@ -129,15 +131,22 @@ class FinetuneTask(Task):
     def export(self, trained: Trained) -> Metrics:
         """Writes ``hf/``, a plain Hugging Face folder, or ``adapter/`` in peft's format."""
         args, is_adapter = self.args, self.args.exports_adapter
+        folder = self.output / ("adapter" if is_adapter else "hf")
         self.exported = export_model(
             trained.best_checkpoint if args.load_best_model_at_end else trained.checkpoint,
-            self.output / ("adapter" if is_adapter else "hf"),
+            folder,
             max_shard_size=args.max_shard_size,
             heads=args.export_heads and not is_adapter,
             merge_adapter=bool(args.lora_r) and not is_adapter,
             trust_remote_code=args.trust_remote_code,
         )
-        return {f"first_{name}": loss for name, loss in trained.first.items()} | trained.last
+        metrics = {f"first_{name}": loss for name, loss in trained.first.items()} | trained.last
+        assert self.data is not None, "rank 0 belongs to stage 0, which has the data"
+        about = {"steps": trained.step, **metrics}
+        write_card(folder, args, self.config, self.data.describe(), about)
+        if args.push_to_hub:
+            print(f"pushed to {push(folder, args)}")
+        return metrics
 
     def summary(self, metrics: Metrics) -> str:
         before = metrics.get("first_eval_loss", math.nan)

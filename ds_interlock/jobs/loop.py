@@ -42,8 +42,9 @@ class Task(ABC):
     loss_name: ClassVar[str]  # among the results of an evaluation
     unit: ClassVar[str | None] = None  # what the speed counts, such as "tokens"; None to show no speed
     units_per_sample: int = 1
-    evaluates_first: ClassVar[bool] = False  # before the first step
+    evaluates_first: bool = False  # before the first step
     keeps_best: ClassVar[bool] = False  # the checkpoint with the lowest loss, if evaluated on the way
+    patience: int | None = None  # stops after so many evaluations in a row without a lower loss
 
     def __init__(self, engine: Any, output_dir: str) -> None:
         self.engine = engine
@@ -96,7 +97,10 @@ class Loop:
         self.step = self.first_step = 0
         self.seconds = 0.0
         self.saved_step: int | None = None
+        self.records = False  # a timeline
         self.best = math.inf
+        self.num_worse = 0  # evaluations since the best
+        self.last_evaluation: tuple[int, Losses] | None = None
 
     def run(self) -> Metrics:
         """Trains up to ``max_steps`` and destroys the engine; returns the metrics. All ranks must call it."""
@@ -128,9 +132,12 @@ class Loop:
                 past = self.log.evaluations(self.task.loss_name) if self.step > 0 else {}
                 self.log.begin(self.step)
                 if (self.checkpoints / _BEST).is_dir():
-                    losses = [losses[self.task.loss_name] for step, losses in past.items() if step]
-                    self.best = min(losses, default=math.inf)
-        first, self.best = broadcast_from_rank_0((past.get(0, {}), self.best))
+                    losses = {step: past[step][self.task.loss_name] for step in sorted(past) if step}
+                    self.best = min(losses.values(), default=math.inf)
+                    before = [loss for step, loss in losses.items() if step <= self.step]
+                    self.num_worse = before[::-1].index(min(before)) if before else 0
+        state = past.get(0, {}), self.best, self.num_worse
+        first, self.best, self.num_worse = broadcast_from_rank_0(state)
         if not first and self.task.evaluates_first:
             first = self.task.evaluate()
             self._log_evaluation(first)
@@ -141,9 +148,10 @@ class Loop:
         # Evaluations would be part of the timeline, so it begins after the last one on the way.
         last_evaluation = (args.max_steps - 1) // args.eval_steps * args.eval_steps if args.eval_steps else 0
         timeline_from = max(self.first_step, last_evaluation, args.max_steps - _TIMELINE_STEPS)
-        while self.step < args.max_steps:
+        while self.step < args.max_steps and not self._is_out_of_patience():
             if self.step == timeline_from:
                 self.engine.record_timeline()
+                self.records = True
             started = time.perf_counter()
             loss = self.engine.train_batch().item()
             self.seconds += time.perf_counter() - started
@@ -157,12 +165,22 @@ class Loop:
                 self._save(f"{_NUMBERED}{self.step}")
         self.progress.bar.close()
 
+    def _is_out_of_patience(self) -> bool:
+        if self.task.patience is None or self.num_worse < self.task.patience:
+            return False
+        why = f"no lower {self.task.loss_name} in {self.num_worse} evaluations"
+        self.progress.write(f"step {self.step}: stopped early, {why}")
+        return True
+
     def _evaluate(self) -> Losses:
         """Evaluates; if the task keeps the best checkpoint, saves one that is better than all before."""
         losses = self.task.evaluate()
-        if self.task.keeps_best and self.args.eval_steps and losses[self.task.loss_name] < self.best:
-            self.best = losses[self.task.loss_name]
-            self._save(_BEST)
+        self.last_evaluation = self.step, losses
+        if self.task.keeps_best and self.args.eval_steps:
+            self.num_worse += 1
+            if losses[self.task.loss_name] < self.best:
+                self.best, self.num_worse = losses[self.task.loss_name], 0
+                self._save(_BEST)
         return losses
 
     def _save(self, tag: str) -> None:
@@ -179,14 +197,16 @@ class Loop:
         started = time.perf_counter()
         train_loss = self.engine.drain().item()
         self.seconds += time.perf_counter() - started
-        if self.step > self.first_step:
+        if self.records:
             self.engine.write_timeline(self.output / "timeline.svg")
-        last = self._evaluate()
+        is_evaluated = self.last_evaluation is not None and self.last_evaluation[0] == self.step
+        last = self.last_evaluation[1] if is_evaluated and self.last_evaluation else self._evaluate()
         tag = f"{_NUMBERED}{self.step}"
         if self.saved_step != self.step:
             self._save(tag)
         self.engine.drain()  # the checkpoint is complete
-        self._log_evaluation(last)
+        if not is_evaluated:
+            self._log_evaluation(last)
         metrics: Metrics = {
             "mode": self.job.interlock.mode_name,
             "window": self.job.interlock.window,
@@ -197,6 +217,8 @@ class Loop:
             "peak_memory_bytes": process.peak_memory_bytes(),
             "train_loss": train_loss,
         }
+        if self.task.keeps_best and self.args.eval_steps:
+            metrics[f"best_{self.task.loss_name}"] = self.best
         speed = self._units_per_second()
         trained = Trained(self.step, speed, self.checkpoints / tag, self.checkpoints / _BEST, first, last)
         with propagate_errors(), writing(self.output):

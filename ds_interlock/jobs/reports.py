@@ -49,7 +49,7 @@ class TrainLog:
     def append(self, entry: Mapping[str, Any]) -> None:
         """Adds a line; NaN becomes null."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_with_nulls(entry)) + "\n")
+            file.write(json.dumps(with_nulls(entry)) + "\n")
 
     def evaluations(self, loss_name: str) -> dict[int, dict[str, float]]:
         """The evaluations by step: entries that have ``loss_name``."""
@@ -64,9 +64,9 @@ class TrainLog:
 
 def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
     """Writes a file of JSON as a whole; NaN becomes null."""
-    replace_text(path, json.dumps(_with_nulls(metrics), indent=2, allow_nan=False) + "\n")
+    replace_text(path, json.dumps(with_nulls(metrics), indent=2, allow_nan=False) + "\n")
 
 
-def _with_nulls(content: Mapping[str, Any]) -> dict[str, Any]:
+def with_nulls(content: Mapping[str, Any]) -> dict[str, Any]:
     """NaN and infinities, which JSON does not know, as null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}

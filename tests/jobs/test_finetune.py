@@ -1,14 +1,19 @@
 """the job ``finetune`` on tiny models of every family: what goes in comes out, what it says is true."""
 
+import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from encoded import samples_of
 from finetuning import (
     SEQ_LENGTH,
+    arguments,
+    finetune,
     log_of,
     loss_of,
     rows_of,
@@ -17,6 +22,7 @@ from finetuning import (
     state_of,
     tiny_tokenizer,
 )
+from huggingface_hub import ModelCard
 from ranks import RankError, RankPool
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -94,6 +100,36 @@ def test_every_mode_trains_and_exports_what_it_evaluated(
     log = log_of(tmp_path / "out")
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [0, 6, 12]
     assert (tmp_path / "out" / "checkpoints" / "best").is_dir()
+
+
+def pushed(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The job with a hub that accepts everything; returns what was created there, and the files uploaded."""
+    api = mock.MagicMock()
+    api.create_repo.return_value.repo_id = "me/tuned"
+    with mock.patch("ds_interlock.jobs.model_card.HfApi", return_value=api):
+        finetune(argv)
+    uploads = [call.kwargs["folder_path"] for call in api.upload_folder.call_args_list]
+    return [call.args[0] for call in api.create_repo.call_args_list], [
+        path.name for folder in uploads for path in sorted(folder.iterdir())
+    ]
+
+
+def test_a_model_has_a_card_and_goes_to_the_hub(ranks2: RankPool, data: Path, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    argv = arguments(tmp_path, data, "--push_to_hub", "--hub_model_id", "me/tuned", section=INTERLOCK)
+    (names, files), of_rank_1 = ranks2.run(pushed, argv=argv)
+    assert (names, of_rank_1) == (["me/tuned"], ([], []))
+    assert {"README.md", "run.json", "config.json", "model.safetensors"} <= set(files)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    card = ModelCard.load(tmp_path / "out" / "hf" / "README.md")
+    assert card.data.tags == ["ds_interlock"]
+    assert f"| eval_loss | {metrics['eval_loss']:.4f} |" in card.text
+    manifest = json.loads((tmp_path / "out" / "hf" / "run.json").read_text())
+    assert manifest["versions"]["torch"] == version("torch")
+    assert manifest["arguments"]["seed"] == metrics["seed"]
+    assert manifest["deepspeed_config"]["interlock"] == INTERLOCK
+    assert manifest["data"]["training"]["samples"] == len(rows_of(data / "train.jsonl").samples)
+    assert manifest["metrics"]["eval_loss"] == metrics["eval_loss"]
 
 
 def test_weights_kept_in_step_are_exported_tied(ranks4: RankPool, data: Path, tmp_path: Path) -> None:

@@ -194,6 +194,9 @@ WORDS: list[tuple[str, str]] = [
         "--streaming does not know all samples .* --max_train_samples",
     ),
     ("--train_file a.jsonl:0.7 b.jsonl", "a.jsonl:0.7 b.jsonl: expected a weight above 0 for each"),
+    ("--optim adamw_8bit", "--optim: AdamW8bit needs bitsandbytes"),
+    ("--push_to_hub", "--push_to_hub needs --hub_model_id"),
+    ("--early_stopping_patience 2", "--early_stopping_patience needs --eval_steps"),
     ("--max_train_samples 3", "3 training samples may fill as few as 3 rows .* one batch takes 4"),
 ]
 

@@ -1,7 +1,10 @@
 """LoRA and frozen weights in the job ``finetune``: what must not train does not; peft reads what does."""
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from finetuning import (
     LOCAL,
     SEQ_LENGTH,
     SGD,
+    arguments,
+    finetune,
     loss_of,
     rows_of,
     run,
@@ -158,3 +163,21 @@ def test_a_learning_rate_scale_is_the_factor_of_a_step(ranks2: RankPool, data: P
         step = plain[name] - start
         assert step.abs().max() > 0
         torch.testing.assert_close(scaled[name] - start, factor * step, rtol=1e-3, atol=1e-6)
+
+
+def with_bitsandbytes(argv: list[str]) -> list[str]:
+    """The job with a stand-in for bitsandbytes; returns the names of what was asked of it."""
+    optim = mock.MagicMock()
+    optim.AdamW8bit = mock.Mock(wraps=torch.optim.AdamW)
+    with mock.patch.dict(sys.modules, {"bitsandbytes": mock.Mock(optim=optim)}):
+        finetune(argv)
+    return [f"{call.kwargs['lr']:g}" for call in optim.AdamW8bit.call_args_list]
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw_8bit"])
+def test_optimizers_by_name(name: str, ranks2: RankPool, data: Path, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    argv = arguments(tmp_path, data, "--optim", name, "--max_steps", 8, section=LOCAL)
+    assert ranks2.run(with_bitsandbytes, argv=argv) == [["0.01"] if name == "adamw_8bit" else []] * 2
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["eval_loss"] < metrics["first_eval_loss"]

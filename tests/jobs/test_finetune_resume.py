@@ -3,12 +3,25 @@
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from finetuning import LOCAL, log_of, loss_of, rows_of, run, save_tiny, state_of, write_lines
+from finetuning import (
+    LOCAL,
+    arguments,
+    finetune,
+    log_of,
+    loss_of,
+    rows_of,
+    run,
+    save_tiny,
+    state_of,
+    write_lines,
+)
 from ranks import RankPool
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from ds_interlock.cli import main as cli
@@ -75,6 +88,45 @@ def test_the_best_checkpoint_is_exported_even_if_a_resumed_run_gets_worse(
     assert losses[25] > best < losses[30]
     model = causal(tmp_path / "out" / "hf")
     assert loss_of(model, rows_of(other)) == pytest.approx(best, abs=1e-5)
+
+
+def test_a_run_stops_when_its_validation_loss_no_longer_falls(
+    ranks2: RankPool, data: Path, tmp_path: Path
+) -> None:
+    save_tiny("llama", tmp_path / "model")
+    other = write_lines(tmp_path / "other.jsonl", [{"text": "zy xw vu ts"}, {"text": "wx yz"}])
+    more = "--validation_file", other, "--eval_steps", 2, "--learning_rate", 2e-2, "--max_steps", 60
+    stops = "--early_stopping_patience", 3, "--no_eval_on_start", "--load_best_model_at_end"
+    metrics = run(ranks2, tmp_path, data, *more, *stops, "--save_steps", 2)
+    losses = evaluated(tmp_path / "out")
+    steps = sorted(losses)
+    assert steps == list(range(2, metrics["steps"] + 1, 2))
+    assert metrics["steps"] < 60
+    assert min(losses, key=losses.__getitem__) == steps[-4]
+    assert metrics["best_eval_loss"] == losses[steps[-4]] < metrics["eval_loss"]
+    assert loss_of(causal(tmp_path / "out" / "hf"), rows_of(other)) == pytest.approx(
+        metrics["best_eval_loss"], abs=1e-5
+    )
+    # It has stopped for good, and a resumed run counts on from the log.
+    resume = "--resume_from_checkpoint", tmp_path / "out" / "checkpoints" / f"global_step{steps[-2]}"
+    assert run(ranks2, tmp_path, data, *more, *stops, *resume)["steps"] == metrics["steps"]
+
+
+def checkpointed(argv: list[str]) -> int:
+    """The job; returns how often activations were not kept."""
+    with mock.patch("ds_interlock.stage.recomputation.checkpoint", wraps=checkpoint) as spy:
+        finetune(argv)
+    return spy.call_count
+
+
+def test_checkpointed_activations_change_no_number(ranks2: RankPool, data: Path, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    lora = "--lora_r", 2, "--max_steps", 2, "--no_eval_on_start"
+    run(ranks2, tmp_path, data, *lora, section=LOCAL, out="kept")
+    argv = arguments(tmp_path, data, *lora, "--gradient_checkpointing", section=LOCAL)
+    assert all(ranks2.run(checkpointed, argv=argv))
+    kept, recomputed = (state_of(tmp_path / out / "adapter") for out in ("kept", "out"))
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
 def test_tensorboard_has_every_evaluation(ranks2: RankPool, data: Path, tmp_path: Path) -> None:

@@ -76,6 +76,11 @@ class Rows(ABC):
         if longest > seq_length:
             raise DataError(f"a sample has {longest} positions: expected at most {seq_length}, --seq_length")
 
+    def describe(self) -> dict[str, int]:
+        """How much there is."""
+        num_labels = int(self.samples.num_labels.sum())
+        return {"samples": len(self.samples), "tokens": self.num_tokens, "labels": num_labels}
+
     @property
     def fewest(self) -> int:
         """A lower bound of the number of rows, for any order of the samples."""

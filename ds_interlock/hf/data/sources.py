@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ds_interlock.errors import DataError
@@ -45,17 +44,19 @@ class Records(Sequence[Record]):
         self, rows: Any, sources: Sequence[Source], task: Task, numbers: Tensor | None = None
     ) -> None:
         self.rows, self.sources, self.task = rows, sources, task
-        self.numbers = torch.arange(len(rows)) if numbers is None else numbers  # those that belong to it
+        self.numbers = numbers  # of those that belong to it; None: all
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.rows if self.numbers is None else self.numbers)
 
     def __getitem__(self, number: Any) -> Any:
-        return record_in(self.rows[int(self.numbers[number])], self.sources, self.task)
+        row = range(len(self.rows))[number] if self.numbers is None else int(self.numbers[number])
+        return record_in(self.rows[row], self.sources, self.task)
 
     def subset(self, numbers: Tensor) -> "Records":
         """The records of these indices."""
-        return Records(self.rows, self.sources, self.task, self.numbers[numbers])
+        numbers = numbers if self.numbers is None else self.numbers[numbers]
+        return Records(self.rows, self.sources, self.task, numbers)
 
 
 def record_in(row: Mapping[str, Any], sources: Sequence[Source], task: Task, number: int = 0) -> Record:

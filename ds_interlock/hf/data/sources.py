@@ -13,6 +13,7 @@ there: they may be more than memory holds, and the processes of a machine share 
 import json
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,16 +123,30 @@ def load_records(
 def read_records(paths: Sequence[str], task: Task = "causal") -> Records:
     """The records of all texts (``*.txt``, folders of them), then those of all ``*.jsonl`` and ``*.json``."""
     from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
 
     files, sources = _files_and_sources(paths, task)
-    try:
+    with cache_errors():
         rows = Dataset.from_generator(_rows, features=_features(), gen_kwargs={"files": files})
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        raise
     return Records(rows, sources, task)
+
+
+@contextmanager
+def cache_errors() -> Iterator[None]:
+    """Within it the library ``datasets`` writes: DataError if it cannot, or of the data themselves."""
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if isinstance(cause, DataError):
+            raise cause from None
+        if not isinstance(cause, OSError):
+            raise
+        raise DataError(
+            f"the cache of datasets cannot be written ({cause}): make room, or set HF_DATASETS_CACHE to a "
+            "folder with room"
+        ) from error
 
 
 def stream_of_files(paths: Sequence[str]) -> tuple[Any, list[Source]]:

@@ -20,7 +20,7 @@ from ds_interlock.errors import DataError
 from ds_interlock.heads.labels import IGNORED_LABEL
 from ds_interlock.hf.data.records import Record, Task
 from ds_interlock.hf.data.samples import Encoded, Sample
-from ds_interlock.hf.data.sources import Records, Source, record_in
+from ds_interlock.hf.data.sources import Records, Source, cache_errors, record_in
 
 Numbers: TypeAlias = NDArray[np.integer[Any]]
 Encode: TypeAlias = Callable[[Sequence[Record]], Iterable[Encoded]]
@@ -115,17 +115,18 @@ def tokenise(
     if num_processes is None:
         num_processes = os.cpu_count() if len(rows) > _ROWS_OF_ONE_PROCESS else None
     fingerprint = Hasher.hash([_FORM, rows._fingerprint, records.sources, records.task, *options])
-    data = rows.map(
-        _map_rows,
-        batched=True,
-        with_indices=True,
-        num_proc=num_processes,
-        features=features(),
-        remove_columns=rows.column_names,
-        fn_kwargs={"sources": records.sources, "task": records.task, "encode": encode},
-        new_fingerprint=fingerprint,
-        desc="tokens",
-    )
+    with cache_errors():
+        data = rows.map(
+            _map_rows,
+            batched=True,
+            with_indices=True,
+            num_proc=num_processes,
+            features=features(),
+            remove_columns=rows.column_names,
+            fn_kwargs={"sources": records.sources, "task": records.task, "encode": encode},
+            new_fingerprint=fingerprint,
+            desc="tokens",
+        )
     samples = Samples(data)
     if records.numbers is not None:
         samples = samples.of_records(records.numbers.numpy(), len(rows))

@@ -52,8 +52,10 @@ def split_indices(num_items: int, share: float, seed: int) -> tuple[Tensor, Tens
             "--validation_file, or more documents (form feeds or blank lines divide a single text file)"
         )
     num_aside = min(max(round(share * num_items), 1), num_items - 1)
+    is_other = torch.ones(num_items, dtype=torch.bool)
     order = torch.randperm(num_items, generator=torch.Generator().manual_seed(seed))
-    return order[num_aside:].sort().values, order[:num_aside].sort().values
+    is_other[order[:num_aside]] = False
+    return is_other.nonzero().flatten(), (~is_other).nonzero().flatten()
 
 
 class ResumableIterator(Iterator[Item], ABC):

@@ -114,27 +114,26 @@ def pushed(argv: list[str]) -> tuple[list[str], list[str]]:
     ]
 
 
-def test_a_model_has_a_card_and_goes_to_the_hub(ranks2: RankPool, data: Path, tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path / "model")
-    argv = arguments(tmp_path, data, "--push_to_hub", "--hub_model_id", "me/tuned", section=INTERLOCK)
-    (names, files), of_rank_1 = ranks2.run(pushed, argv=argv)
-    assert (names, of_rank_1) == (["me/tuned"], ([], []))
-    assert {"README.md", "run.json", "config.json", "model.safetensors"} <= set(files)
+def test_weights_kept_in_step_are_exported_tied_with_a_card(
+    ranks4: RankPool, data: Path, tmp_path: Path
+) -> None:
+    save_tiny("llama, tied", tmp_path / "model")
+    section = {**INTERLOCK, "tied_weights": "sync"}
+    more = "--max_steps", 3, "--push_to_hub", "--hub_model_id", "me/tuned"
+    answers = ranks4.run(pushed, argv=arguments(tmp_path, data, *more, section=section))
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    (names, files), *of_others = answers
+    assert (names, of_others) == (["me/tuned"], [([], [])] * 3)
+    assert {"README.md", "run.json", "config.json", "model.safetensors"} <= set(files)
     card = ModelCard.load(tmp_path / "out" / "hf" / "README.md")
     assert card.data.tags == ["ds_interlock"]
     assert f"| eval_loss | {metrics['eval_loss']:.4f} |" in card.text
     manifest = json.loads((tmp_path / "out" / "hf" / "run.json").read_text())
     assert manifest["versions"]["torch"] == version("torch")
     assert manifest["arguments"]["seed"] == metrics["seed"]
-    assert manifest["deepspeed_config"]["interlock"] == INTERLOCK
+    assert manifest["deepspeed_config"]["interlock"] == section
     assert manifest["data"]["training"]["samples"] == len(rows_of(data / "train.jsonl").samples)
     assert manifest["metrics"]["eval_loss"] == metrics["eval_loss"]
-
-
-def test_weights_kept_in_step_are_exported_tied(ranks4: RankPool, data: Path, tmp_path: Path) -> None:
-    save_tiny("llama, tied", tmp_path / "model")
-    metrics = run(ranks4, tmp_path, data, "--max_steps", 3, section={**INTERLOCK, "tied_weights": "sync"})
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf", dtype=torch.float32)
     assert model.config.tie_word_embeddings
     assert "lm_head.weight" not in state_of(tmp_path / "out" / "hf")

@@ -13,7 +13,7 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import TypeAlias, overload
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -43,11 +43,11 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
 
 
 class Arrangement(Sequence[Row]):
-    """Rows of sample indices, as two arrays."""
+    """Rows of sample indices."""
 
     def __init__(self, samples: Numbers, ends: Numbers | None = None) -> None:
         self.samples = samples  # of the first row, then those of the second one, ...
-        self.ends = np.arange(1, len(samples) + 1) if ends is None else ends  # of the rows, in ``samples``
+        self.ends: Any = range(1, len(samples) + 1) if ends is None else ends  # of the rows, in ``samples``
 
     def __len__(self) -> int:
         return len(self.ends)

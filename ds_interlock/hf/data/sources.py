@@ -13,11 +13,11 @@ there: they may be more than memory holds, and the processes of a machine share 
 import json
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ds_interlock.errors import DataError
@@ -45,17 +45,19 @@ class Records(Sequence[Record]):
         self, rows: Any, sources: Sequence[Source], task: Task, numbers: Tensor | None = None
     ) -> None:
         self.rows, self.sources, self.task = rows, sources, task
-        self.numbers = torch.arange(len(rows)) if numbers is None else numbers  # those that belong to it
+        self.numbers = numbers  # of those that belong to it; None: all
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.rows if self.numbers is None else self.numbers)
 
     def __getitem__(self, number: Any) -> Any:
-        return record_in(self.rows[int(self.numbers[number])], self.sources, self.task)
+        row = range(len(self.rows))[number] if self.numbers is None else int(self.numbers[number])
+        return record_in(self.rows[row], self.sources, self.task)
 
     def subset(self, numbers: Tensor) -> "Records":
         """The records of these indices."""
-        return Records(self.rows, self.sources, self.task, self.numbers[numbers])
+        numbers = numbers if self.numbers is None else self.numbers[numbers]
+        return Records(self.rows, self.sources, self.task, numbers)
 
 
 def record_in(row: Mapping[str, Any], sources: Sequence[Source], task: Task, number: int = 0) -> Record:
@@ -121,16 +123,30 @@ def load_records(
 def read_records(paths: Sequence[str], task: Task = "causal") -> Records:
     """The records of all texts (``*.txt``, folders of them), then those of all ``*.jsonl`` and ``*.json``."""
     from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
 
     files, sources = _files_and_sources(paths, task)
-    try:
+    with cache_errors():
         rows = Dataset.from_generator(_rows, features=_features(), gen_kwargs={"files": files})
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        raise
     return Records(rows, sources, task)
+
+
+@contextmanager
+def cache_errors() -> Iterator[None]:
+    """Within it the library ``datasets`` writes: DataError if it cannot, or of the data themselves."""
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if isinstance(cause, DataError):
+            raise cause from None
+        if not isinstance(cause, OSError):
+            raise
+        raise DataError(
+            f"the cache of datasets cannot be written ({cause}): make room, or set HF_DATASETS_CACHE to a "
+            "folder with room"
+        ) from error
 
 
 def stream_of_files(paths: Sequence[str]) -> tuple[Any, list[Source]]:

@@ -10,6 +10,7 @@ run, and the other processes of a machine, find it. Only a few numbers of each s
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias, overload
 
 import numpy as np
@@ -19,7 +20,7 @@ from ds_interlock.errors import DataError
 from ds_interlock.heads.labels import IGNORED_LABEL
 from ds_interlock.hf.data.records import Record, Task
 from ds_interlock.hf.data.samples import Encoded, Sample
-from ds_interlock.hf.data.sources import Records, Source, record_in
+from ds_interlock.hf.data.sources import Records, Source, cache_errors, record_in
 
 Numbers: TypeAlias = NDArray[np.integer[Any]]
 Encode: TypeAlias = Callable[[Sequence[Record]], Iterable[Encoded]]
@@ -33,9 +34,18 @@ class Samples(Sequence[Sample]):
 
     def __init__(self, data: Any, rows: Numbers | None = None) -> None:
         self.data = data.with_format("arrow")
-        self.rows = np.arange(len(data)) if rows is None else rows
-        self.num_labels = self._numbers("num_labels")
-        self.lengths = self._numbers("length")
+        all_rows: Numbers = np.arange(len(data), dtype=np.int32 if len(data) < 2**31 else np.int64)
+        self.rows = all_rows if rows is None else all_rows[rows]
+
+    @cached_property
+    def num_labels(self) -> Numbers:
+        """Labels of each sample that are not ignored."""
+        return self._numbers("num_labels")
+
+    @cached_property
+    def lengths(self) -> Numbers:
+        """Positions of each sample."""
+        return self._numbers("length")
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> "Samples":
@@ -45,7 +55,7 @@ class Samples(Sequence[Sample]):
         return cls(Dataset.from_dict(columns([(0, Encoded(list(samples), False))]), features=features()))
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.rows)
 
     @overload
     def __getitem__(self, number: int) -> Sample: ...
@@ -80,7 +90,7 @@ class Samples(Sequence[Sample]):
         """The samples of the records with these indices, of ``num_records`` in all."""
         is_one = np.zeros(num_records, bool)
         is_one[numbers] = True
-        return self if is_one.all() else self.subset(np.flatnonzero(is_one[self._numbers("record")]))
+        return self.subset(np.flatnonzero(is_one[self._numbers("record")]))
 
     def largest_id(self) -> int:
         """The largest token id; -1 without any."""
@@ -105,18 +115,21 @@ def tokenise(
     if num_processes is None:
         num_processes = os.cpu_count() if len(rows) > _ROWS_OF_ONE_PROCESS else None
     fingerprint = Hasher.hash([_FORM, rows._fingerprint, records.sources, records.task, *options])
-    data = rows.map(
-        _map_rows,
-        batched=True,
-        with_indices=True,
-        num_proc=num_processes,
-        features=features(),
-        remove_columns=rows.column_names,
-        fn_kwargs={"sources": records.sources, "task": records.task, "encode": encode},
-        new_fingerprint=fingerprint,
-        desc="tokens",
-    )
-    samples = Samples(data).of_records(records.numbers.numpy(), len(rows))
+    with cache_errors():
+        data = rows.map(
+            _map_rows,
+            batched=True,
+            with_indices=True,
+            num_proc=num_processes,
+            features=features(),
+            remove_columns=rows.column_names,
+            fn_kwargs={"sources": records.sources, "task": records.task, "encode": encode},
+            new_fingerprint=fingerprint,
+            desc="tokens",
+        )
+    samples = Samples(data)
+    if records.numbers is not None:
+        samples = samples.of_records(records.numbers.numpy(), len(rows))
     if not samples:
         raise DataError(
             f"none of the {len(records)} records has anything to learn within --seq_length: make it larger, "

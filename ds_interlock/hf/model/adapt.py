@@ -68,8 +68,9 @@ def lora_config(
 ) -> Any:
     """Peft's ``LoraConfig`` for adapters in a model's blocks.
 
-    ``alpha`` is by default twice the rank. ``target_modules`` are names of linear layers in a block, as peft
-    takes them, or "all-linear"; a ConfigError if there is no such layer, or no peft.
+    ``alpha`` is by default twice the rank. ``target_modules`` are, as peft takes them, names of linear layers
+    in a block, or one regular expression for full names, or "all-linear"; a ConfigError if there is no such
+    layer, or no peft.
     """
     try:
         from peft import LoraConfig
@@ -79,8 +80,12 @@ def lora_config(
     block = blueprint.skeleton.original(f"{anatomy.blocks}.0")
     linear = {name: part for name, part in block.named_modules() if isinstance(part, nn.Linear | Conv1D)}
     names = sorted({name.rpartition(".")[2] for name in linear})
-    targets = names if list(target_modules) == [ALL_LINEAR] else list(target_modules)
+    targets: Any = names if list(target_modules) == [ALL_LINEAR] else list(target_modules)
     unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linear)]
+    if unknown and len(targets) == 1:
+        full = [f"{anatomy.blocks}.{n}.{name}" for n in range(anatomy.num_blocks) for name in linear]
+        if any(_fullmatch(unknown[0], name) for name in full):
+            targets, unknown = unknown[0], []
     if unknown:
         raise ConfigError(
             f"--lora_target_modules {unknown[0]}: no linear layer of a block has this name; expected "
@@ -96,17 +101,26 @@ def lora_config(
     )
 
 
+def _fullmatch(pattern: str, name: str) -> bool:
+    try:
+        return bool(re.fullmatch(pattern, name))
+    except re.error:
+        return False
+
+
 def add_lora(config: Any, seed: int) -> Prepare:
     """Puts adapters into the blocks. Only they, and a classifier's new output layers, stay trainable.
 
     The adapters of a block are drawn from the seed and the block's name, whatever stage the block is on.
     """
     from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import check_target_module_exists
 
     def prepare(layer: nn.Module) -> None:
         is_new = isinstance(layer, End) and layer.blueprint.skeleton.anatomy.unembedding is None
         layer.requires_grad_(is_new)
-        if isinstance(layer, Block):
+        names = [name for name, _ in layer.named_modules()]
+        if isinstance(layer, Block) and any(check_target_module_exists(config, name) for name in names):
             with seeded(seed + zlib.crc32(layer.paths[0].encode())):
                 inject_adapter_in_model(config, layer)
 

@@ -146,6 +146,14 @@ def test_validation_is_given_or_a_seeded_share(tmp_path):
 
 
 @pytest.mark.bad_input
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(DataError, match=r"cache of datasets cannot be written .*Not a directory"):
+        read_records([write(tmp_path / "train.jsonl", {"text": "a"})])
+
+
+@pytest.mark.bad_input
 def test_too_little_to_split(tmp_path):
     with pytest.raises(DataError, match="only 1 document"):
         load_records([write(tmp_path / "train.jsonl", {"text": "a"})])

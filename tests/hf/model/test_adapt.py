@@ -62,5 +62,11 @@ def test_only_named_modules_are_adapted(tmp_path: Path) -> None:
     net.prepare.append(add_lora(lora_config(net, rank=2, target_modules=["self_attn.v_proj"]), 0))
     adapted = {name.partition(".lora_")[0] for name in parameters(net) if "lora_" in name}
     assert adapted == {f"model.layers.{n}.self_attn.v_proj" for n in range(4)}
+    some = blueprint(tmp_path)
+    pattern = r".*layers\.[13]\..*\.(q|down)_proj"
+    some.prepare.append(add_lora(lora_config(some, rank=2, target_modules=[pattern]), 0))
+    adapted = {name.partition(".lora_")[0] for name in parameters(some) if "lora_" in name}
+    parts = "self_attn.q_proj", "mlp.down_proj"
+    assert adapted == {f"model.layers.{n}.{part}" for n in (1, 3) for part in parts}
     with pytest.raises(ConfigError, match=r"--lora_target_modules c_attn: no linear .* some of down_proj"):
         lora_config(net, rank=2, target_modules=["q_proj", "c_attn"])

@@ -17,6 +17,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 CONFIG ?= configs/interlock.json
 OUTPUT_DIR ?= runs/demo
 
+# Of the demo's Llama: 2.1 million parameters.
+SIZES := hidden_size=128,intermediate_size=352,num_hidden_layers=8,num_attention_heads=4,num_key_value_heads=4
+SIZES := $(SIZES),head_dim=32,max_position_embeddings=128
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test wheel browser data lint types matrix bench experiments faults gpu docs clean
@@ -60,10 +64,11 @@ $(DEMO_INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 # One thread for each process: the four share the cores.
 demo: $(DEMO_INSTALLED)  ## train a small language model in 4 processes (CONFIG=configs/local.json, ...)
-	@echo "Trains a small Transformer on the State of the Union addresses in 4 stages, one process each, as"
+	@echo "Trains a small Llama on the State of the Union addresses in 4 stages, one process each, as"
 	@echo "$(CONFIG) says; then exports it to $(OUTPUT_DIR)/hf. This takes a few minutes."
 	@DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --log_level error --num_gpus 4 launcher/train_lm.py \
-		--deepspeed_config $(CONFIG) --dataset sotu --output_dir $(OUTPUT_DIR)
+		--deepspeed_config $(CONFIG) --dataset sotu --output_dir $(OUTPUT_DIR) \
+		--config_name llama --config_overrides $(SIZES)
 	@echo
 	@echo "In $(OUTPUT_DIR): hf/ is the model for transformers, timeline.svg what each stage did when,"
 	@echo "metrics.json the numbers, checkpoints/ to resume from."

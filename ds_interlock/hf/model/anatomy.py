@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from ds_interlock.errors import ConfigError, first_line
 
@@ -88,8 +89,17 @@ def refuse_other_models(config: Any, name: str) -> None:
             _cannot_cut(name, f"{why}; --text_model_only takes its text part")
 
 
+def base_of(model: Any) -> Any:
+    """The part of a language model that returns hidden states; any other model as it is."""
+    base = model.base_model
+    if base is not model or model.get_output_embeddings() is None:
+        return base
+    # Of some classes (Llama 4) the prefix of the base names a larger model.
+    return next((part for part in model.children() if isinstance(part, PreTrainedModel)), base)
+
+
 def _input_embedding(model: Any) -> Any:
-    for part in (model.base_model, model):
+    for part in (base_of(model), model):
         with suppress(NotImplementedError):
             return part.get_input_embeddings()
     return None
@@ -187,7 +197,7 @@ class _View:
         calls |= {f"{self.blocks}.{i}": partial(self.block, i) for i in range(self._num_blocks)}
         ids_bt = torch.ones((_BATCH, _POSITIONS), dtype=torch.int64)
         with _replaced(model, calls):
-            forward_without_cache(model.base_model, {"input_ids": ids_bt})
+            forward_without_cache(base_of(model), {"input_ids": ids_bt})
         if self.num_calls != self._num_blocks:
             called = f"{self.num_calls} of the {self._num_blocks} modules"
             raise _NotTheBlocks(f"{called} of {self.blocks} are called")

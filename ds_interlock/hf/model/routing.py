@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ds_interlock.errors import ConfigError
 from ds_interlock.heads.lm_loss import LMLoss
 from ds_interlock.heads.output_layers import first_tensor
+from ds_interlock.hf.model.anatomy import base_of
 
 _FORMULA = "load_balancing_loss_func"  # its name in transformers' files
 
@@ -111,7 +112,7 @@ def find_routing(model: Any) -> Routing | None:
     in_its_loss = own_formula is not None and hasattr(model, "router_aux_loss_coef")
     if not in_its_loss or not getattr(model.config, "output_router_logits", False):
         return None
-    recorders = (model.base_model._can_record_outputs or {}).get("router_logits")
+    recorders = (base_of(model)._can_record_outputs or {}).get("router_logits")
     recorders = recorders if isinstance(recorders, list) else [recorders]
     routing = Routing(
         tuple((each.target_class, each.index) for each in recorders if hasattr(each, "target_class")),

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from ds_interlock.hf.model.anatomy import StandIn, find_anatomy, forward_without_cache, take_hidden
+from ds_interlock.hf.model.anatomy import StandIn, base_of, find_anatomy, forward_without_cache, take_hidden
 
 
 class _Captured(Exception):  # noqa: N818 - not an error: ends a forward early, with its result so far
@@ -82,7 +82,7 @@ class Skeleton:
             raise _Captured(hidden)
 
         training = any(part.training for part in parts.values())
-        return cast(Tensor, self._run(self.model.base_model, inputs, stop, parts, training))
+        return cast(Tensor, self._run(base_of(self.model), inputs, stop, parts, training))
 
     def arguments(self, index: int, hidden_btd: Tensor, context: Mapping[str, Tensor]) -> Arguments:
         """The arguments of block ``index`` besides the hidden state, positional and by name.
@@ -108,7 +108,7 @@ class Skeleton:
 
         self._hidden = hidden_btd.detach()
         inputs = {"inputs_embeds": self._hidden, **context}
-        self._run(self.model.base_model, inputs, note, {}, training=False)
+        self._run(base_of(self.model), inputs, note, {}, training=False)
         return arguments
 
     def end(
@@ -121,7 +121,7 @@ class Skeleton:
         """
         self._hidden = hidden_btd
         is_language_model = self.anatomy.unembedding is not None
-        model = self.model.base_model if is_language_model else self.model
+        model = base_of(self.model) if is_language_model else self.model
         inputs = {"inputs_embeds": hidden_btd, **context}
         outputs = self._run(model, inputs, lambda *_: hidden_btd, parts, training)
         return cast(Tensor, outputs.last_hidden_state if is_language_model else outputs.logits)

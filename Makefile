@@ -120,8 +120,9 @@ bench: $(INSTALLED)  ## all benchmarks, half an hour on a quiet machine, into do
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name --output docs/benchmarks/$$name.json || exit 1; \
 	done
 
-EXPERIMENTS := $(basename $(notdir $(wildcard experiments/definitions/*.toml)))
-experiments: $(INSTALLED) data  ## all experiments (hours), into docs/experiments and docs/results.md
+# Those for a GPU are run by hand: python -m experiments.run language_gpu --device cuda
+EXPERIMENTS := $(filter-out %_gpu,$(basename $(notdir $(wildcard experiments/definitions/*.toml))))
+experiments: $(INSTALLED) data  ## all experiments for CPUs (hours), into docs/experiments and docs/results.md
 	for name in $(EXPERIMENTS); do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m experiments.run $$name --resume --jobs 2 && \
 		OMP_NUM_THREADS=1 $(BIN)/python -m experiments.batch_times $$name || exit 1; \

@@ -42,3 +42,8 @@ def list_faults(subject: str, faults: Sequence[str]) -> str:
 def first_names(names: Sequence[str], most: int = 5) -> str:
     """``names`` as a list for a message, which names the first ones and counts the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

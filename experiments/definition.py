@@ -64,6 +64,9 @@ class Training(_Section):
     num_micro_batches: int = Field(1, ge=1)
     optimizer: Literal["adamw", "sgd"]
     learning_rate: float = Field(gt=0)
+    ends_rate_scale: float = Field(1.0, gt=0)
+    """Learning rate of the model's first and last two layers, as a multiple of the blocks'. In a language
+    model these are embeddings, norm and unembedding, and rows of rare words have few gradients."""
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
     max_gradient_norm: float | None = Field(None, gt=0)

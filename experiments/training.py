@@ -247,10 +247,16 @@ def _optimizer(run: Run, net: InProcessPipeline) -> torch.optim.Optimizer:
     rate, decay = run.training.learning_rate, run.training.weight_decay
     blocks = {p for head in net.heads.values() for p in block_parameters(head)}
     of_readouts = [p for p in net.heads.parameters() if p not in blocks]
-    others = set(of_readouts)
+    scale, ends_scale = run.section.head.learning_rate_scale, run.training.ends_rate_scale
+    layers = nn.ModuleList(net.layers_in_order)
+    of_ends = [*layers[:2].parameters(), *layers[-2:].parameters()] if ends_scale != 1 else []
+    others = {*of_readouts, *of_ends}
     of_layers = [p for p in net.parameters() if p not in others]
-    scale = run.section.head.learning_rate_scale
-    groups = [{"params": of_layers, "peak": rate}, {"params": of_readouts, "peak": scale * rate}]
+    groups = [
+        {"params": of_layers, "peak": rate},
+        {"params": of_readouts, "peak": scale * rate},
+        {"params": of_ends, "peak": ends_scale * rate},
+    ]
     groups = [group for group in groups if group["params"]]
     if run.training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=decay, foreach=True)

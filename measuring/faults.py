@@ -154,7 +154,8 @@ def end_problems(fault: Fault, seconds: float, failures: dict[int, str], num_ran
             problems.append(f"rank {rank} does not name stage, peer and batch: {failures[rank]}")
     others = [reason for rank, reason in failures.items() if rank != fault.rank]
     cause = next((words for kind, words in _CAUSES.items() if fault.kind.startswith(kind)), None)
-    if fault.phase == "start":  # in the user's own code, before the engine exists
+    # In the script, outside the engine's calls. And which end has closed a connection, nobody knows.
+    if fault.phase in ("start", "end") and fault.kind != "aborted connections":
         cause = ""
     if cause is not None:
         # A nan travels, so that several stages may find it by themselves.

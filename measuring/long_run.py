@@ -16,10 +16,11 @@ import sys
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryFile
+from typing import IO, Any, Literal
 
 import psutil
 import torch
@@ -47,6 +48,8 @@ SLOW_SECONDS = {"last stage": 0.02, "reader": 0.005, "data": 0.02}
 """How long it takes for a micro-batch, for the report of a stage, for a micro-batch."""
 STALL_SECONDS = 3.0
 """How long the slow reader does nothing at all, once."""
+RECORDED_BATCHES = 20
+"""The last ones are recorded, where waiting for data must be visible; a recording takes memory."""
 
 Losses = dict[str, float]
 Slow = Literal["last stage", "reader", "data", None]
@@ -61,25 +64,32 @@ class Rank:
     ends: list[float]
     """When each batch ended here, in seconds."""
     reports: Losses
+    data_waits: list[float]
+    """How long this stage waited for each of the last micro-batches of data, in seconds."""
     data_share: float
-    """Of the last batches, the share of the time that this stage waited for data."""
+    """Which part of its time that was."""
 
 
 @dataclass
 class _Events:
-    """In place of DeepSpeed's monitor: what stages report, by name and samples."""
+    """In place of DeepSpeed's monitor: what stages report goes to a file, as memory must stay flat."""
 
     is_slow: bool
     stalls_at: int
+    file: IO[str]
     enabled: bool = True
-    values: Losses = field(default_factory=dict)
 
     def write_events(self, events: Sequence[tuple[str, float, int]]) -> None:
         stalls = self.stalls_at in [samples for _, _, samples in events]
         if self.is_slow:
             time.sleep(STALL_SECONDS if stalls else SLOW_SECONDS["reader"])
             self.stalls_at = 0 if stalls else self.stalls_at
-        self.values |= {f"{name} {samples}": value for name, value, samples in events}
+        self.file.writelines(f"{name} {samples} {value!r}\n" for name, value, samples in events)
+
+    def values(self) -> Losses:
+        """All of them, by name and samples."""
+        self.file.seek(0)
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in self.file)}
 
 
 class _Layer(nn.Sequential):
@@ -115,7 +125,27 @@ def _data(num_batches: int, slow_seconds: float = 0.0) -> Iterator[tuple[Tensor,
 def run_rank(num_batches: int, slow: Slow = None) -> Rank:
     """On a rank: trains, with one thing that is slow."""
     ds_interlock.init_distributed(dist_backend="gloo")
-    num_stages = torch.distributed.get_world_size()
+    engine = _engine(torch.distributed.get_world_size(), slow)
+    data = _data(num_batches, SLOW_SECONDS["data"] if slow == "data" else 0.0)
+    process, ends, early = psutil.Process(), list[float](), 0
+    with TemporaryFile("w+") as file:
+        stalls_at = num_batches // 2 * NUM_MICRO_BATCHES * ROWS
+        engine.monitor = events = _Events(slow == "reader", stalls_at, file)
+        for batch in range(num_batches):
+            if slow == "data" and batch == num_batches - RECORDED_BATCHES:
+                engine.record_timeline()
+            engine.train_batch(data)
+            ends.append(time.time())
+            if batch == num_batches // 10:
+                early = process.memory_info().rss
+        row = engine.timeline()[engine.stage_id]
+        engine.drain()
+        waits = [span.end - span.start for span in row if span.action.kind is Kind.LOAD]
+        share = sum(waits) / (row[-1].end - row[0].start) if row else 0.0
+        return Rank(early, process.memory_info().rss, ends, events.values(), waits, share)
+
+
+def _engine(num_stages: int, slow: Slow) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": ROWS,
         "gradient_accumulation_steps": NUM_MICRO_BATCHES,
@@ -134,21 +164,7 @@ def run_rank(num_batches: int, slow: Slow = None) -> Rank:
         head=_head,
     )
     engine, *_ = ds_interlock.initialize(model=net, config=config)
-    engine.monitor = events = _Events(slow == "reader", num_batches // 2 * NUM_MICRO_BATCHES * ROWS)
-    data = _data(num_batches, SLOW_SECONDS["data"] if slow == "data" else 0.0)
-    process, ends, early = psutil.Process(), list[float](), 0
-    for batch in range(num_batches):
-        if slow == "data" and batch == num_batches // 2:
-            engine.record_timeline()
-        engine.train_batch(data)
-        ends.append(time.time())
-        if batch == num_batches // 10:
-            early = process.memory_info().rss
-    row = engine.timeline()[engine.stage_id]
-    engine.drain()
-    waits = sum(span.end - span.start for span in row if span.action.kind is Kind.LOAD)
-    share = waits / (row[-1].end - row[0].start) if row else 0.0
-    return Rank(early, process.memory_info().rss, ends, events.values, share)
+    return engine
 
 
 def one_process(num_stages: int, num_batches: int) -> Losses:
@@ -179,8 +195,10 @@ def run(num_stages: int, num_batches: int, slow: Slow = None) -> dict[str, Any]:
         result["problems"].append(f"stage 0 was {ahead} batches ahead, expected {most_ahead:g} at most")
     result |= {"batches": num_batches, "stages": num_stages, "most_batches_ahead": ahead}
     if slow == "data":
-        result["share_of_waiting_for_data"] = share = round(ranks[0].data_share, 3)
-        result["problems"] += [] if share > 0.8 else [f"only {share:.0%} of the time was waiting for data"]
+        result["share_of_waiting_for_data"] = round(ranks[0].data_share, 3)
+        shortest = min(ranks[0].data_waits, default=0.0)
+        seen = shortest >= SLOW_SECONDS["data"]
+        result["problems"] += [] if seen else [f"once data seemed to take no more than {shortest} s"]
     return result
 
 

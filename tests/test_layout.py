@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "engine": {"checkpoints", "config", "heads", "schedule", "stage", "transport"},
     "profiling": {"config", "heads", "planning", "schedule", "transport"},
     "hf/data": {"heads", "sampling"},
-    "hf/model": {"config", "heads", "hf/data", "planning", "profiling", "sampling", "schedule"},
+    "hf/model": {"config", "heads", "hf/data", "planning", "profiling", "sampling", "schedule", "transport"},
     "hf/export": {"checkpoints", "heads", "hf/model", "models", "schedule"},
     "images": {"heads", "hf/data", "sampling"},
     "jobs": {"checkpoints", "config", "hf/data", "hf/export", "hf/model", "images", "models", "transport"},

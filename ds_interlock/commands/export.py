@@ -33,6 +33,7 @@ def add_parser(commands: Any) -> None:
     add("--heads", action="store_true", help="write the heads too, to heads.safetensors")
     add("--merge_adapter", action="store_true", help="merge adapters into the model")
     add("--dtype", choices=_DTYPES, help="of the weights written (default: as trained)")
+    add("--trust_remote_code", action="store_true", help="run code that came with the model")
     size = "split larger files (default: %(default)s)"
     add("--max_shard_size", type=_size, default="5GB", metavar="SIZE", help=size)
 
@@ -52,7 +53,8 @@ def run(options: argparse.Namespace) -> int:
     print_progress(f"writing {options.output}")
     paths = options.checkpoint, options.output
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    form: Any = {"dtype": dtype, "max_shard_size": options.max_shard_size}
+    trust = options.trust_remote_code
+    form: Any = {"dtype": dtype, "max_shard_size": options.max_shard_size, "trust_remote_code": trust}
     if options.stages is not None:
         report = export_draft(*paths, options.stages, options.head, **form)
     else:

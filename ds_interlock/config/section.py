@@ -159,6 +159,9 @@ class InterlockConfig(Section):
     """How long a rank waits for the others while the engine is made."""
     checkpoint_timeout_seconds: float = Field(1800, gt=0)
     """How long a rank waits for the others while a checkpoint is saved or loaded."""
+    async_save: bool = False
+    """Write checkpoints while training goes on: `save_checkpoint` returns once the host's memory has a copy.
+    `drain`, the next save and the end of the process wait until it is complete; `latest` then names it."""
     nonfinite: Literal["error", "skip"] = "error"
     """What a stage does if a loss or the gradient of its batch is nan or infinite. `error`: stop. `skip`:
     leave out this step, and count it as `Train/stage_K/skipped_steps`; each stage by itself, but all together

@@ -10,7 +10,7 @@
         interlock_rank_00000.pt ...        random state and data position; one file per rank
 
 A checkpoint is written under another name and renamed once every rank has finished: an interrupted save never
-replaces a good one.
+replaces a good one. With ``async_save`` that happens while training goes on (``checkpoints/background.py``).
 """
 
 import os
@@ -28,6 +28,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 from torch import distributed as dist
 
+from ds_interlock.checkpoints.background import BackgroundWriter
 from ds_interlock.checkpoints.folder import (
     REPLACED,
     UNFINISHED,
@@ -38,9 +39,11 @@ from ds_interlock.checkpoints.folder import (
     write_list,
 )
 from ds_interlock.checkpoints.stages import State, fits, read_file
+from ds_interlock.config import InterlockConfig
 from ds_interlock.engine.data import TrainingData
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
 from ds_interlock.engine.module import InterlockPipelineModule
+from ds_interlock.engine.reports import job_store
 from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.files import replace_folder, replace_text
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
@@ -58,8 +61,13 @@ class Checkpoints:
     engine: DeepSpeedSide
     ranks: StageRanks
     data: TrainingData
+    config: InterlockConfig
     heads_aside: dict[int, State] = field(default_factory=dict)
     """Saved heads that this run does not use, by the number of layers before them, for runs that do."""
+
+    def __post_init__(self) -> None:
+        limit = self.config.checkpoint_timeout_seconds
+        self._writer = BackgroundWriter(job_store(), dist.get_world_size(), limit)
 
     @property
     def keeps_optimizer(self) -> bool:
@@ -78,18 +86,45 @@ class Checkpoints:
             for left_over in save_dir.glob("*" + UNFINISHED):  # by a run that was killed
                 shutil.rmtree(left_over, ignore_errors=True)
         barrier()
-        yield folder.name
-        state = stage_state(self.engine.module) | {"topology": self._topology()}
-        if self.ranks.replica == 0:
-            torch.save({**state, "heads_aside": self.heads_aside}, self._stage_file(folder))
-        torch.save(self._rank_state(), self._rank_file(folder))
-        barrier()
-        if writes:
-            write_list(folder, self.engine.global_steps)
+        with self._saving() as save:
+            yield folder.name
+            state = stage_state(self.engine.module) | {"topology": self._topology()}
+            if self.ranks.replica == 0:
+                save({**state, "heads_aside": self.heads_aside}, self._stage_file(folder))
+            save(self._rank_state(), self._rank_file(folder))
+        step = self.engine.global_steps
+
+        def finish() -> None:
+            write_list(folder, step)
             replace_folder(complete, folder, complete.with_name(tag + REPLACED))
             if save_latest:
                 replace_text(save_dir / "latest", tag)
+
         barrier()
+        if self.config.async_save:
+            self._writer.start(finish if writes else None)
+            return
+        if writes:
+            finish()
+        barrier()
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written, if any; raises what went wrong with it."""
+        self._writer.finish()
+
+    @contextmanager
+    def _saving(self) -> Iterator[Callable[[Any, Path], None]]:
+        """Gives ``torch.save``; with ``async_save`` all that is saved, by DeepSpeed too, goes to memory."""
+        if not self.config.async_save:
+            yield torch.save
+            return
+        self._writer.discard()
+        own = self.engine.checkpoint_engine.save
+        self.engine.checkpoint_engine.save = self._writer.save
+        try:
+            yield self._writer.save
+        finally:
+            self.engine.checkpoint_engine.save = own
 
     def find(self, load_dir: str | os.PathLike[str], tag: str | None) -> Path | None:
         """The folder of the checkpoint with ``tag``, by default the newest one; None if none exists.
@@ -99,6 +134,7 @@ class Checkpoints:
         Raises:
             ConfigError: On all ranks, if it is damaged or incomplete: names the newest one that is not.
         """
+        self.wait()
         folder = latest_folder(Path(load_dir)) if tag is None else folder_of(Path(load_dir), tag)
         if folder is None:
             logger.warning(f"no checkpoint in {load_dir}: it has no file 'latest', and tag is None")

@@ -5,8 +5,8 @@
                                                         └─► optimizer step    norm, DeepSpeed, report
 
 ``_train_schedule`` returns the program of this stage in DeepSpeed's own instructions, and
-``_INSTRUCTION_MAP`` says what each one does here. The optimizer, ZeRO, the data-parallel reduction,
-learning rates and checkpoints of layers stay DeepSpeed's; objects that the constructor makes do what is new.
+``_INSTRUCTION_MAP`` says what each one does here. Optimizer, ZeRO, data-parallel reduction, learning rates
+and checkpoints of layers stay DeepSpeed's. What is new is in objects that the constructor makes.
 """
 
 import atexit
@@ -34,7 +34,7 @@ from ds_interlock.engine.myopia import MyopiaMeter
 from ds_interlock.engine.optimizer import StageOptimizer
 from ds_interlock.engine.parameter_groups import UnusedHeads
 from ds_interlock.engine.reports import COSINE, Progress, job_store
-from ds_interlock.engine.runner import StageRunner
+from ds_interlock.engine.runner import Losses, StageRunner
 from ds_interlock.engine.timeline import Tracer, draw, gather
 from ds_interlock.files import replace_text
 from ds_interlock.schedule.action import Action, Kind
@@ -72,7 +72,7 @@ class InterlockEngine(PipelineEngine):
         self._tracer = Tracer(trace, self._recorder, self._ranks, seconds) if trace else None
         self._warmup = HeadWarmup(self._runner)
         self._myopia = MyopiaMeter(self._runner)
-        self._checkpoints = Checkpoints(self, self._ranks, self._data)
+        self._checkpoints = Checkpoints(self, self._ranks, self._data, config)
         self._at_exit = atexit.register(partial(_drain_at_exit, weakref.ref(self)))
 
     @property
@@ -180,12 +180,9 @@ class InterlockEngine(PipelineEngine):
         if compute_loss and reduce_output != "avg":
             raise NotImplementedError(f'reduce_output={reduce_output!r}: losses can only be averaged, "avg"')
         outputs_only = not compute_loss or (self.module.loss_fn is None and not return_head_losses)
-        outputs = self._runner.evaluate(
-            data_iter,
-            num_micro_batches or self.micro_batches,
-            "none" if outputs_only else "all" if return_head_losses else "final",
-            keep_outputs=return_logits or outputs_only,
-        )
+        which: Losses = "none" if outputs_only else "all" if return_head_losses else "final"
+        keep_outputs, count = return_logits or outputs_only, num_micro_batches or self.micro_batches
+        outputs = self._runner.evaluate(data_iter, count, which, keep_outputs=keep_outputs)
         if not compute_loss:
             return outputs if self.is_last_stage() else None
         losses = None if outputs_only else self._runner.evaluated_losses()
@@ -198,16 +195,17 @@ class InterlockEngine(PipelineEngine):
 
     @section("step")
     def check_walks(self, data_iter: Iterator[Any]) -> None:
-        """Computes gradients of each layer twice on a micro-batch, if the plan does. All ranks must call it.
-
-        Raises:
-            ConfigError: On the ranks of a layer whose backward pass overwrites what its forward saved.
-        """
+        """Refuses kernels that overwrite what they saved, if the plan walks back twice. For all ranks."""
         self._runner.check_walks(data_iter)
 
     @section("step")
+    def global_gradients(self, data_iter: Iterator[Any]) -> dict[str, Tensor]:
+        """This stage's gradients of a micro-batch, by name, as ``MyopiaMeter``. All ranks must call it."""
+        return self._myopia.global_gradients(data_iter)
+
+    @section("step")
     def drain(self) -> Tensor:
-        """Waits until all stages have finished every issued batch. All ranks must call it.
+        """Waits until all stages have finished every issued batch, and checkpoints are written. Collective.
 
         Returns:
             The exact final loss of the last batch, a float32 scalar; nan before the first.
@@ -217,6 +215,7 @@ class InterlockEngine(PipelineEngine):
         self._progress.reporter.flush()
         if self._tracer:
             self._tracer.flush()
+        self._checkpoints.wait()
         barrier()
         if self.global_rank == 0:
             self._progress.reporter.flush()  # now that all ranks have posted
@@ -263,7 +262,7 @@ class InterlockEngine(PipelineEngine):
         """Saves everything a resumed run needs. As DeepSpeed's; all ranks must call it."""
         self.drain()
         tag = str(tag or f"global_step{self.global_steps}")
-        writes = self.global_rank == 0 or (self.use_node_local_storage() and self.local_rank == 0)
+        writes = (self.local_rank if self.use_node_local_storage() else self.global_rank) == 0
         with self._checkpoints.new(Path(save_dir), tag, writes=writes, save_latest=save_latest) as unfinished:
             super().save_checkpoint(
                 str(save_dir), unfinished, client_state or {}, False, exclude_frozen_parameters
@@ -283,8 +282,7 @@ class InterlockEngine(PipelineEngine):
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Loads a checkpoint. As DeepSpeed's; all ranks must call it.
 
-        Another mode, window, type of head, number of stages or replicas may have written it, or DeepSpeed,
-        or a converter: heads that are not in it start anew.
+        Another mode or size may have written it, or DeepSpeed, or a converter: heads it lacks start anew.
 
         Raises:
             ConfigError: If it is damaged, or lacks what this stage needs. Nothing has been loaded then.
@@ -336,8 +334,7 @@ class InterlockEngine(PipelineEngine):
             super()._exec_optimizer_step(lr_kwargs)
         if self.wall_clock_breakdown() and self.global_steps % self.steps_per_print() == 0:
             self.timers.log(MESSAGE_TIMERS)
-        values: dict[str, float | Tensor | None] = {
-            **self._steps.reports(),
+        values: dict[str, float | Tensor | None] = self._steps.reports() | {
             "learning_rate": learning_rate,
             "samples": self.global_samples,
             COSINE: self._myopia.take_cosine(),
@@ -391,10 +388,11 @@ class InterlockEngine(PipelineEngine):
 
 
 def _drain_at_exit(reference: "weakref.ref[InterlockEngine]") -> None:
-    """Drains for scripts that do not, as neighbours need what was sent; not after an error, here or there."""
+    """Drains for scripts that do not, as neighbours need what was sent. Tells of an error in the script."""
     engine = reference()
-    failed = getattr(sys, "last_value", None) is not None
-    if engine is None or failed or engine.sections.has_failed or not dist.is_initialized():
+    if engine is None or engine.sections.has_failed or not dist.is_initialized():
         return
-    if engine._runner.has_unfinished_batches:
-        engine.drain()
+    if not engine.sections.tell(getattr(sys, "last_value", None)):
+        engine._checkpoints.wait()
+        if engine._runner.has_unfinished_batches:
+            engine.drain()

@@ -4,6 +4,7 @@ Before every n-th batch its first micro-batch goes through the pipe under the pl
 ordinary backpropagation, in programs without an optimizer step; then the batch is trained on as ever.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,27 @@ class MyopiaMeter:
         """The cosine of this batch, once; None if it was not measured."""
         measured, self._cosine = self._cosine, None
         return measured
+
+    def global_gradients(self, data_iter: Iterator[Any]) -> dict[str, Tensor]:
+        """The gradients of this stage's layers under ordinary backpropagation, by parameter; no dropout.
+
+        ``data_iter`` gives one micro-batch, on the first stage. All ranks must call it; replicas are not
+        averaged.
+        """
+        engine, module = self.runner.engine, self.runner.engine.module
+        training_data, micro_offset = engine.data_iterator, module.micro_offset
+        parameters = module.layer_parameters()
+        probe = Probe(parameters)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        module.eval()
+        engine.data_iterator = data_iter
+        try:
+            plan = GradientFlowPlan.end_to_end(stage_bounds=module.plan.stage_bounds)
+            self.runner.run_beside_training(probe_program(plan), probe, record=False)
+        finally:
+            engine.data_iterator, module.micro_offset = training_data, micro_offset
+            module.train()
+        return {names[id(p)]: gradient for p, gradient in zip(parameters, probe.gradients, strict=True)}
 
     def _gradients(self, plan: GradientFlowPlan, micro_batch: Any) -> list[Tensor]:
         """The gradient of this stage's layers under ``plan``, summed over the replicas."""

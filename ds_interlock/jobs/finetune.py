@@ -28,6 +28,7 @@ from ds_interlock.hf.model.pretrained import Pretrained, open_pretrained
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.finetune_data import encode, read_data
 from ds_interlock.jobs.finetune_task import FinetuneTask
+from ds_interlock.jobs.hugging_face import build_language_model, describe_for_export
 from ds_interlock.jobs.loop import Loop, Metrics
 from ds_interlock.jobs.process import Config, Job, in_turns, propagate_errors, run_command, start
 from ds_interlock.models.lm import lm_loss
@@ -120,6 +121,7 @@ def _function_of(optimizer: Config) -> Any:
 
 def open_model(args: FinetuneArguments, dtype: torch.dtype, classes: tuple[str, ...]) -> Pretrained:
     """The model's files; it must have room for the sequences."""
+    how: Any = {"text_model_only": args.text_model_only, "trust_remote_code": args.trust_remote_code}
     pretrained = open_pretrained(
         args.model,
         args.task,
@@ -127,7 +129,10 @@ def open_model(args: FinetuneArguments, dtype: torch.dtype, classes: tuple[str, 
         dtype=dtype,
         classes=classes,
         attn_implementation=args.attn_implementation,
+        **how,
     )
+    if args.output_router_logits:
+        pretrained.config.output_router_logits = True
     positions = pretrained.num_positions()
     if positions is not None and args.seq_length > positions:
         raise ConfigError(
@@ -147,6 +152,11 @@ def prepare(
             "before the first step; set it to 0, or leave out --streaming"
         )
     blueprint = pretrained.blueprint(inputs, tie=args.lora_r == 0)
+    if args.output_router_logits and blueprint.routing is None:
+        raise ConfigError(
+            f"--output_router_logits: transformers adds no balance of experts to the loss of {args.model}, a "
+            f"{type(blueprint.skeleton.model).__name__}: leave the flag out"
+        )
     adapters = _adapt(blueprint, args)
     if args.stage_bounds:
         bounds = parse_bounds(args.stage_bounds)
@@ -154,15 +164,14 @@ def prepare(
         bounds = default_bounds(blueprint, job.interlock, job.num_stages)
     if dist.get_rank() == 0:
         print(describe(blueprint, bounds))
-    head: dict[str, Any] = {}
+    how: dict[str, Any] = {"pretrained": True, "base_seed": args.seed}
     if args.task == "classification":
         _check_classifier_heads(job.interlock.head)
-        head["head"] = lambda _: End(blueprint)
-    elif not job.interlock.is_global:
-        _check_heads_fit(blueprint)
-    how = {"stage_bounds": bounds, "pretrained": True, "base_seed": args.seed, **head}
-    net = job.build_pipeline(blueprint.layers(), loss_fn=lm_loss(), **how)
-    return net, _describe_for_export(pretrained, blueprint, adapters)
+        how |= {"head": lambda _: End(blueprint), "stage_bounds": bounds}
+        net = job.build_pipeline(blueprint.layers(), loss_fn=lm_loss(), **how)
+    else:
+        net = build_language_model(job, blueprint, bounds, **how)
+    return net, describe_for_export(pretrained, blueprint, adapters)
 
 
 def _adapt(blueprint: Blueprint, args: FinetuneArguments) -> Any:
@@ -189,34 +198,6 @@ def _check_classifier_heads(head: HeadConfig) -> None:
     if head.kl_weight > 0:
         why = "the heads of a classifier learn from the labels alone; set it to 0 with --task classification"
         raise ConfigError(f"interlock.head.kl_weight is {head.kl_weight:g}: {why}")
-
-
-def _check_heads_fit(blueprint: Blueprint) -> None:
-    """Heads read the hidden state with the model's own unembedding, which must be as wide."""
-    skeleton = blueprint.skeleton
-    assert skeleton.anatomy.unembedding is not None, "a language model has one"
-    unembedding: Any = skeleton.original(skeleton.anatomy.unembedding)
-    width = skeleton.model.config.get_text_config().hidden_size
-    if unembedding.in_features != width:
-        raise ConfigError(
-            f"--model: its hidden states have {width} entries and its unembedding takes "
-            f"{unembedding.in_features}, so no auxiliary head can be made of it; use "
-            '"interlock": {"mode": "global"}'
-        )
-
-
-def _describe_for_export(pretrained: Pretrained, blueprint: Blueprint, adapters: Any) -> ModelDescription:
-    anatomy = blueprint.skeleton.anatomy
-    return ModelDescription(
-        architecture=type(blueprint.skeleton.model).__name__,
-        num_front_layers=1,
-        num_blocks=anatomy.num_blocks,
-        embedding=anatomy.embedding,
-        norm=next(iter(anatomy.end), None) if anatomy.unembedding else None,
-        unembedding=anatomy.unembedding,
-        peft=None if adapters is None else adapters.to_dict(),
-        base_model=pretrained.name,
-    )
 
 
 def _parse_scale(text: str) -> tuple[str, float]:

@@ -19,6 +19,8 @@ class ModelArguments:
     model: str = argument(MISSING, "folder, or name on the hub", metavar="NAME_OR_PATH")
     gguf_file: str | None = argument(None, "GGUF file in it; converted once, then cached", metavar="FILE")
     task: Literal["causal", "classification"] = argument("causal")
+    text_model_only: bool = argument(False, "the text part of a model that also sees or hears")
+    trust_remote_code: bool = argument(False, "run code that comes with the model")
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = argument(
         None, "attention kernel (default: transformers' choice)"
     )
@@ -66,6 +68,9 @@ class AdaptationArguments:
     _argument_group_name: ClassVar[str] = "what trains, and how fast"
 
     learning_rate: float | None = argument(None, "default: that of the DeepSpeed config")
+    output_router_logits: bool = argument(
+        False, "learn the experts' balance too, as transformers does; default: as config.json says"
+    )
     optim: Literal["adamw_torch", "adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit"] | None = argument(
         None, "instead of the DeepSpeed config's; 8 bits need bitsandbytes"
     )

@@ -1,22 +1,21 @@
 """What ``finetune`` gives to the training loop: a Hugging Face model's data, evaluation and export."""
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 
-from ds_interlock.files import replace_text, unfinished_folder
 from ds_interlock.hf.data.batches import EvaluationBatches, TrainingBatches
-from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, ModelDescription
+from ds_interlock.hf.export.checkpoint import ModelDescription
 from ds_interlock.hf.export.model import export_model
 from ds_interlock.hf.model import base_states
 from ds_interlock.hf.model.base_states import Share
 from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.finetune_data import Data, Training
+from ds_interlock.jobs.hugging_face import write_description
 from ds_interlock.jobs.loop import Losses, Metrics, Task, Trained, perplexity
 from ds_interlock.jobs.model_card import push, write_card
 from ds_interlock.jobs.process import broadcast_from_rank_0, gather, propagate_errors, writing
@@ -49,16 +48,8 @@ class FinetuneTask(Task):
                 engine.set_dataiterator(self.training)  # its position is saved and restored with the engine
                 self.validation = EvaluationBatches(data.validation, self.shape, replica=replica)
             if dist.get_rank() == 0:
-                self._write_description(description)
+                write_description(self.output, pretrained, description)
         self.num_eval_batches = broadcast_from_rank_0(self.validation.num_batches if self.validation else 0)
-
-    def _write_description(self, description: ModelDescription) -> None:
-        with unfinished_folder(self.output / "checkpoints" / "hf") as folder:
-            self.pretrained.config.save_pretrained(folder)
-            self.pretrained.tokenizer.save_pretrained(folder)
-            for generation in self.pretrained.folder.glob("generation_config.json"):
-                shutil.copy(generation, folder)
-            replace_text(folder / DESCRIPTION_FILE, description.model_dump_json(indent=2) + "\n")
 
     def begin(self, step: int) -> None:
         """If heads learn from the base model (``head.kl_weight``), sends its states along with the labels.
@@ -147,6 +138,7 @@ class FinetuneTask(Task):
             max_shard_size=args.max_shard_size,
             heads=args.export_heads and not is_adapter,
             merge_adapter=bool(args.lora_r) and not is_adapter,
+            trust_remote_code=args.trust_remote_code,
         )
         metrics = {f"first_{name}": loss for name, loss in trained.first.items()} | trained.last
         assert self.data is not None, "rank 0 belongs to stage 0, which has the data"

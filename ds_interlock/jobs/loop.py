@@ -15,7 +15,6 @@ from ds_interlock.jobs import process
 from ds_interlock.jobs.arguments import RunArguments
 from ds_interlock.jobs.process import Job, Result, broadcast_from_rank_0, propagate_errors, writing
 from ds_interlock.jobs.reports import Progress, TrainLog, write_metrics
-from ds_interlock.transport.agreement import barrier
 
 Metrics = dict[str, Any]  # the contents of ``metrics.json``: numbers by name, and the mode
 Losses = dict[str, float]  # results of an evaluation by name
@@ -205,7 +204,7 @@ class Loop:
         tag = f"{_NUMBERED}{self.step}"
         if self.saved_step != self.step:
             self._save(tag)
-        barrier()  # every rank has written its part of the checkpoint
+        self.engine.drain()  # the checkpoint is complete
         if not is_evaluated:
             self._log_evaluation(last)
         metrics: Metrics = {

@@ -1,7 +1,9 @@
-"""Trains a small decoder-only Transformer on text, in stages; the DeepSpeed config says in which mode.
+"""Trains a decoder-only Transformer on text from scratch, in stages; the DeepSpeed config says in which mode.
 
     deepspeed --num_gpus 4 launcher/train_lm.py --deepspeed_config configs/interlock.json --dataset sotu
 
+The model is a small one of this project's, or any of transformers': ``--config_name``, a name on the hub, a
+config.json, or a model type such as llama, with ``--config_overrides hidden_size=256,num_hidden_layers=4``.
 It writes to ``--output_dir``: ``checkpoints/`` to resume from, ``hf/`` with the model as a Hugging Face
 checkpoint, ``metrics.json``, ``train_log.jsonl``, and ``timeline.svg`` with a typical batch. Without this
 repository's files: ``deepspeed --module ds_interlock.jobs.train_lm``.
@@ -9,9 +11,10 @@ repository's files: ``deepspeed --module ds_interlock.jobs.train_lm``.
 
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,13 +23,28 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import ds_interlock
+from ds_interlock.errors import ConfigError
 from ds_interlock.hf.data import text
 from ds_interlock.hf.data.text import BlockIterator, TextData, TokenBlocks
 from ds_interlock.hf.data.tokenizer import load_tokenizer
 from ds_interlock.hf.export.lm import export_gpt2, read_layer_states
+from ds_interlock.hf.export.model import export_model
+from ds_interlock.hf.model.balance import default_bounds, describe, parse_bounds
+from ds_interlock.hf.model.check import check_layers
+from ds_interlock.hf.model.pretrained import Pretrained
+from ds_interlock.hf.model.scratch import configuration, draw_weights
 from ds_interlock.jobs.arguments import RunArguments, argument, config_from
+from ds_interlock.jobs.hugging_face import build_language_model, describe_for_export, write_description
 from ds_interlock.jobs.loop import Loop, Losses, Metrics, Task, Trained, perplexity
-from ds_interlock.jobs.process import broadcast_from_rank_0, in_turns, propagate_errors, run_command, start
+from ds_interlock.jobs.process import (
+    Job,
+    broadcast_from_rank_0,
+    in_turns,
+    propagate_errors,
+    run_command,
+    start,
+    writing,
+)
 from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
 
 _EVALUATED_AT_ONCE = 16
@@ -50,7 +68,7 @@ class TextArguments:
 
 @dataclass(kw_only=True)
 class TransformerArguments:
-    """The model."""
+    """The small model of this project."""
 
     _argument_group_name: ClassVar[str] = "model"
 
@@ -60,6 +78,24 @@ class TransformerArguments:
     dropout: float = argument(0.0)
     label_smoothing: float = argument(0.0)
     tie_embeddings: bool = argument(False, "token embedding serves as unembedding")
+
+
+@dataclass(kw_only=True)
+class ConfigurationArguments:
+    """A model of transformers instead."""
+
+    _argument_group_name: ClassVar[str] = "a model of transformers"
+
+    config_name: str | None = argument(
+        None, "name on the hub, folder, config.json, or model type", metavar="NAME_OR_PATH"
+    )
+    config_overrides: str | None = argument(
+        None, "hidden_size=256,num_hidden_layers=4, ...", metavar="KEY=VALUE,..."
+    )
+    trust_remote_code: bool = argument(False, "run code that comes with the configuration")
+    stage_bounds: str | None = argument(
+        None, "first layer of each stage, and number of layers (default: equal work)", metavar="0,9,18,33"
+    )
 
 
 @dataclass(kw_only=True)
@@ -73,10 +109,23 @@ class LMRunArguments(RunArguments):
 
 
 @dataclass(kw_only=True)
-class LMArguments(TextArguments, TransformerArguments, LMRunArguments):
-    """All arguments of the job."""
+class LMArguments(TextArguments, TransformerArguments, ConfigurationArguments, LMRunArguments):
+    """All arguments of the job; ConfigError if they make no sense, as far as that takes no file."""
 
     _least: ClassVar[dict[str, int]] = {**RunArguments._least, "max_eval_samples": 0, "generate": 0}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        of_ours = {entry.name: entry.default for entry in fields(TransformerArguments)}
+        del of_ours["label_smoothing"]
+        of_theirs = {entry.name: entry.default for entry in fields(ConfigurationArguments)}
+        del of_theirs["config_name"]
+        others, why = of_ours, "is of the model that is trained without --config_name: use --config_overrides"
+        if self.config_name is None:
+            others, why = of_theirs, "needs --config_name, a model of transformers"
+        for name, default in others.items():
+            if getattr(self, name) != default:
+                raise ConfigError(f"--{name} {why}")
 
 
 def run(args: LMArguments) -> Metrics:
@@ -85,6 +134,19 @@ def run(args: LMArguments) -> Metrics:
     files = args.train_file, args.validation_file
     data = in_turns(lambda: text.load_text(*files, args.dataset, args.dataset_config, args.seed))
     tokenizer = in_turns(lambda: load_tokenizer(args.tokenizer, data.train, args.vocab_size))
+    if args.config_name is None:
+        engine, export = _own_model(args, job, tokenizer)
+    else:
+        engine, export = _model_of_transformers(args, job, tokenizer)
+    torch.manual_seed(args.seed + dist.get_rank())  # every stage and replica drops out other units
+    return Loop(LMTask(engine, args, data, tokenizer, export), args, job).run()
+
+
+Export = Callable[[Path, Path], None]
+"""From a checkpoint to a Hugging Face folder."""
+
+
+def _own_model(args: LMArguments, job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Export]:
     lm = config_from(args, LMConfig, vocab_size=len(tokenizer))
     net = job.build_pipeline(
         lm_layers(lm),
@@ -92,24 +154,73 @@ def run(args: LMArguments) -> Metrics:
         partition_method="type:Block" if job.num_stages <= lm.num_blocks else "uniform",
     )
     engine, *_ = ds_interlock.initialize(model=net, config=job.config)
-    torch.manual_seed(args.seed + dist.get_rank())  # every stage and replica drops out other units
-    return Loop(LMTask(engine, args, data, tokenizer, lm), args, job).run()
+
+    def export(checkpoint: Path, folder: Path) -> None:
+        export_gpt2(read_layer_states(checkpoint), lm, folder, tokenizer)
+
+    return engine, export
+
+
+def _model_of_transformers(
+    args: LMArguments, job: Job, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Any, Export]:
+    dtype = torch.bfloat16 if job.config.get("bf16", {}).get("enabled") else torch.float32
+    model = in_turns(lambda: _draw(args, tokenizer, dtype))
+    with propagate_errors():
+        blueprint = model.blueprint()
+        if args.stage_bounds:
+            bounds = parse_bounds(args.stage_bounds)
+        else:
+            bounds = default_bounds(blueprint, job.interlock, job.num_stages)
+        how: Any = {"label_smoothing": args.label_smoothing, "base_seed": args.seed}
+        net = build_language_model(job, blueprint, bounds, **how)
+        if dist.get_rank() == 0:
+            print(describe(blueprint, bounds))
+            with writing(Path(args.output_dir)):
+                write_description(Path(args.output_dir), model, describe_for_export(model, blueprint))
+    engine, *_ = ds_interlock.initialize(model=net, config=job.config)
+    with propagate_errors():
+        check_layers(engine, model, args.seq_length, ("input_ids",))
+    trust = args.trust_remote_code
+
+    def export(checkpoint: Path, folder: Path) -> None:
+        print(export_model(checkpoint, folder, trust_remote_code=trust))
+
+    return engine, export
+
+
+def _draw(args: LMArguments, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Pretrained:
+    name = str(args.config_name)
+    config = configuration(name, args.config_overrides, tokenizer, trust_remote_code=args.trust_remote_code)
+    model = draw_weights(name, config, tokenizer, args.seed, dtype)
+    positions = model.num_positions()
+    if positions is not None and args.seq_length > positions:
+        raise ConfigError(
+            f"--seq_length is {args.seq_length}, but {name} knows {positions} positions: use at most that "
+            "many, or --config_overrides max_position_embeddings=..."
+        )
+    return model
 
 
 main = partial(run_command, "train_lm", LMArguments, run, __doc__)
 
 
 class LMTask(Task):
-    """Text, and a GPT-2 at the end."""
+    """Text, and a Hugging Face folder at the end."""
 
     loss_name = "validation_loss"
     unit = "tokens"
 
     def __init__(
-        self, engine: Any, args: LMArguments, data: TextData, tokenizer: PreTrainedTokenizerBase, lm: LMConfig
+        self,
+        engine: Any,
+        args: LMArguments,
+        data: TextData,
+        tokenizer: PreTrainedTokenizerBase,
+        export: Export,
     ) -> None:
         super().__init__(engine, args.output_dir)
-        self.args, self.tokenizer, self.lm = args, tokenizer, lm
+        self.args, self.tokenizer, self._export = args, tokenizer, export
         self.units_per_sample = args.seq_length
         self.blocks: tuple[TokenBlocks, TokenBlocks] | None = None  # to train on, and to validate on
         num_blocks = 0
@@ -137,14 +248,15 @@ class LMTask(Task):
         assert self.blocks is not None, "rank 0 belongs to stage 0, which has the data"
         training, validation = self.blocks
         folder = self.output / "hf"
-        export_gpt2(read_layer_states(trained.checkpoint), self.lm, folder, self.tokenizer)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self._export(trained.checkpoint, folder)
+        trust = {"trust_remote_code": self.args.trust_remote_code}
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **trust)
         num_blocks = self.num_eval_batches * self.shape.num_rows
         validated = validation.tokens[1 : num_blocks * validation.seq_length + 1]
         metrics = {
             **trained.last,
             "exported_validation_loss": _loss_of(model, validation, num_blocks),
-            "unigram_perplexity": text.unigram_perplexity(training.tokens, validated, self.lm.vocab_size),
+            "unigram_perplexity": text.unigram_perplexity(training.tokens, validated, len(self.tokenizer)),
             "tokens_per_second": trained.units_per_second,
         }
         if num := self.args.generate:
@@ -187,13 +299,14 @@ def _loss_of(model: Any, blocks: TokenBlocks, num_blocks: int) -> float:
 def _sample(model: Any, tokenizer: Any, tokens: Tensor, num_generated: int, seed: int) -> str:
     torch.manual_seed(seed)
     prompt = tokens[None, :_PROMPT_TOKENS]
+    most = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     written = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=max(1, min(num_generated, model.config.n_positions - prompt.shape[1])),
+        max_new_tokens=max(1, min(num_generated, most - prompt.shape[1])),
         do_sample=True,
         top_p=0.9,
-        pad_token_id=model.config.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
     )
     return str(tokenizer.decode(written[0], skip_special_tokens=True))
 

@@ -68,7 +68,10 @@ class StageWork:
     heads: Mapping[int, nn.Module]
     """Auxiliary heads of this stage by loss."""
     loss_fn: LossFn | None
-    """``loss_fn(outputs, labels)``, a scalar; None if the last layer returns the loss."""
+    """``loss_fn(outputs, labels)``, a scalar; None if the last layer returns the loss.
+
+    A method ``beside(hidden)``, if it has one, is added to every loss: of what a head reads, or the outputs.
+    """
     backward: Backward = field(default_factory=Backward)
     num_label_parts: int | None = None
     """How many parts of a tuple of labels the later stages read; None: all."""
@@ -161,6 +164,8 @@ class StageWork:
             else:
                 outputs = hidden if head is None else head(hidden)
                 value = outputs if self.loss_fn is None else self.loss_fn(outputs, labels)
+            if beside := getattr(self.loss_fn, "beside", None):
+                value = value + beside(hidden)
         except ConfigError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:

@@ -240,6 +240,12 @@ class Sections:
             raise
         self.log.retract()
 
+    def tell(self, error: BaseException | None) -> bool:
+        """Tells the others of an error outside of all sections, if it is one."""
+        if isinstance(error, Exception):
+            self.log.explain(error, self._batch())
+        return error is not None
+
 
 def section(
     name: str,

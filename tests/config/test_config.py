@@ -28,6 +28,7 @@ EVERYTHING = {
     "timeout_seconds": 12.5,
     "setup_timeout_seconds": 60.5,
     "checkpoint_timeout_seconds": 90.5,
+    "async_save": True,
     "nonfinite": "skip",
     "extra_in_flight": 4,
     "head": {

@@ -1,5 +1,6 @@
 """The engine on real processes: evaluation, draining, and who waits for whom."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from engine_jobs import (
 from ranks import RankPool, caught
 from torch import Tensor, nn
 
-from ds_interlock import ConfigError, GradientFlowPlan, InProcessPipeline, InterlockConfig
+from ds_interlock import ConfigError, GradientFlowPlan, InProcessPipeline, InterlockConfig, PeerError
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.schedule.lower import RECEIVE_AHEAD
 from ds_interlock.schedule.simulate import SEND_AHEAD
@@ -284,6 +285,29 @@ def test_no_collective_in_the_exit_handler_after_an_error(ranks4: RankPool, sect
     for error, calls in ranks4.run(exit_after, job=job, fails=False):
         assert error is None
         assert "barrier" in calls, "otherwise it drains, for the stages that still need what it has sent"
+
+
+def exit_with_an_error_in_the_script(job: Job) -> Exception | None:
+    """Rank 1 ends, as Python ends where an exception is not caught, while the others go on."""
+    engine = make_engine(job)
+    engine.train_batch(iter(micro_batches(1)))
+    error = None
+    if engine.global_rank == 1:
+        sys.last_value = KeyError("in the script")
+        engine._at_exit()
+        del sys.last_value
+    else:
+        error = caught(engine.drain)
+    torch.distributed.barrier()
+    engine.destroy()
+    return error
+
+
+def test_the_others_are_told_of_an_error_in_the_script(ranks2: RankPool):
+    job = Job({**LOCAL, "timeout_seconds": 1.0}, num_stages=2, num_micro_batches=1)
+    error, _ = ranks2.run(exit_with_an_error_in_the_script, job=job)
+    assert isinstance(error, PeerError)
+    assert "stage 1 (rank 1) failed in batch 2: KeyError: 'in the script'" in str(error)
 
 
 # Plans of one's own, and shapes that change.

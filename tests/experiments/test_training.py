@@ -104,9 +104,14 @@ def test_a_run_trains_as_torch_would(tmp_path: Path) -> None:
 
 
 def test_heads_have_a_learning_rate_of_their_own() -> None:
-    training = Training(tiny_run(), "cpu")
+    training = Training(tiny_run(training={**TINY["training"], "ends_rate_scale": 3.0}), "cpu")
     training.do_step()
-    assert [group["lr"] for group in training.optimizer.param_groups] == pytest.approx([1e-2 / 3, 5e-3 / 3])
+    groups = training.optimizer.param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([1e-2 / 3, 5e-3 / 3, 3e-2 / 3])
+    layers = training.task.layers
+    ends = [p for layer in (*layers[:2], *layers[-2:]) for p in layer.parameters()]
+    assert set(groups[2]["params"]) == set(ends)
+    assert sum(len(group["params"]) for group in groups) == len(list(training.net.parameters()))
 
 
 def test_every_mode_sees_the_same_batches_and_starts_from_the_same_weights() -> None:

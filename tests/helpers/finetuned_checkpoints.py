@@ -12,7 +12,7 @@ from ds_interlock.config import HeadConfig
 from ds_interlock.engine.checkpoint import stage_state
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, ModelDescription
-from ds_interlock.hf.model.surgery import find_anatomy
+from ds_interlock.hf.model.anatomy import find_anatomy
 from ds_interlock.schedule.phases import PlanSchedule
 from ds_interlock.schedule.plan import GradientFlowPlan
 

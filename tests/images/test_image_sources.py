@@ -103,7 +103,7 @@ def test_names_of_published_data_sets_mean_their_files(tmp_path: Path):
 
 
 def test_cifar_without_a_folder_is_the_hubs(monkeypatch: pytest.MonkeyPatch):
-    def refuse(name: str, config: str | None):
+    def refuse(name: str, config: str | None, **_: object):
         raise OSError(f"no {name}")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from finetuning import log_of, refusal
 from ranks import RankPool
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
 
 from ds_interlock.jobs.train_lm import LMArguments, run
 
@@ -63,6 +65,29 @@ def test_the_config_alone_changes_the_mode(mode: str, ranks2: RankPool, text: Pa
     assert [entry["step"] for entry in log_of(tmp_path)] == [1, 2, 2]
 
 
+def test_a_model_of_transformers_begins_as_its_own_code_says(
+    ranks2: RankPool, text: Path, tmp_path: Path
+) -> None:
+    contents = json.loads((ROOT / "configs/local.json").read_text())
+    contents["optimizer"]["params"]["lr"] = 0.0
+    del contents["scheduler"]
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(contents))
+    sizes = "hidden_size=16,intermediate_size=24,num_hidden_layers=4,num_attention_heads=2,head_dim=8,"
+    words = ["--deepspeed_config", config, "--output_dir", tmp_path / "out", "--train_file", text]
+    words += ["--vocab_size", 300, "--seq_length", 16, "--max_eval_samples", 32, "--max_steps", 1]
+    words += ["--generate", 4, "--seed", 5, "--config_name", "llama"]
+    words += ["--config_overrides", sizes + "num_key_value_heads=2,max_position_embeddings=16"]
+    ranks2.run(train, argv=[str(word) for word in words])
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert math.isclose(metrics["validation_loss"], metrics["exported_validation_loss"], abs_tol=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    torch.manual_seed(5)
+    fresh = AutoModelForCausalLM.from_config(model.config).state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in model.state_dict().items())
+
+
 def call_from_python(**values: Any) -> dict[str, Any]:
     """On a rank: a dataclass in, results out."""
     return run(LMArguments(**values))
@@ -113,6 +138,8 @@ def test_the_configs_differ_in_their_section_alone() -> None:
     [
         (["--train_file", "nowhere.txt"], "nowhere.txt does not exist: expected a text file"),
         (["--seq_length", 30000], "one batch"),
+        (["--config_name", "llama"], "--width is of the model that is trained without --config_name"),
+        (["--config_overrides", "hidden_size=8"], "--config_overrides needs --config_name"),
         (["--num_stages", 3], "--num_stages is 3: expected a divisor of 2"),
         (["--resume_from_checkpoint", "gone"], "--resume_from_checkpoint gone: there is no checkpoint"),
     ],

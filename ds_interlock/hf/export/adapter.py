@@ -18,8 +18,8 @@ from torch import Tensor
 from ds_interlock.errors import ConfigError, first_names
 from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, FineTunedCheckpoint
 from ds_interlock.hf.export.model_folder import ExportReport, check_tensors, new_folder
+from ds_interlock.hf.model.anatomy import find_anatomy
 from ds_interlock.hf.model.pretrained import empty_model
-from ds_interlock.hf.model.surgery import find_anatomy
 
 _PREFIX = "base_model.model."
 

@@ -26,9 +26,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ds_interlock.checkpoints.folder import latest_folder
-from ds_interlock.errors import ConfigError
+from ds_interlock.errors import ConfigError, first_line
 from ds_interlock.files import read_record
-from ds_interlock.hf.model.pretrained import first_line
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
 
 DESCRIPTION_FILE = "interlock.json"
@@ -118,8 +117,9 @@ class ModelDescription(BaseModel):
 class FineTunedCheckpoint(PipelineCheckpoint):
     """A pipeline checkpoint (see there) whose tensors have the names of a transformers model."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, trust_remote_code: bool = False) -> None:
         super().__init__(path)
+        self._trust_remote_code = trust_remote_code
         self.hf_folder = self.folder.parent / "hf"
         self.description = read_record(
             self.hf_folder / DESCRIPTION_FILE,
@@ -132,8 +132,12 @@ class FineTunedCheckpoint(PipelineCheckpoint):
     def load_config(self) -> Any:
         """A new object of the model's configuration; ConfigError if it cannot be read."""
         try:
-            return AutoConfig.from_pretrained(self.hf_folder)
+            return AutoConfig.from_pretrained(self.hf_folder, trust_remote_code=self._trust_remote_code)
         except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise ConfigError(
+                    f"{self.hf_folder} has code of its own; --trust_remote_code runs it, if you trust it"
+                ) from error
             raise ConfigError(f"{self.hf_folder / 'config.json'} cannot be read: {error}") from error
 
     def tensors(self) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ def export_draft(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
+    trust_remote_code: bool = False,
 ) -> ExportReport:
     """Writes the blocks before an auxiliary head, and the head, as a folder for ``from_pretrained``.
 
@@ -46,7 +47,7 @@ def export_draft(
     in the plan, by default the last one in that stage. The other arguments are those of ``export_model``.
     ConfigError if there is no such head, it has another form, or the folder cannot be written.
     """
-    source = FineTunedCheckpoint(checkpoint)
+    source = FineTunedCheckpoint(checkpoint, trust_remote_code=trust_remote_code)
     loss = _choose_head(source, num_stages, head)
     after_layer = source.plan.heads[loss].after_layer
     num_blocks = after_layer - source.description.num_front_layers

@@ -30,6 +30,7 @@ def export_model(
     max_shard_size: str = MAX_SHARD_SIZE,
     heads: bool = False,
     merge_adapter: bool = False,
+    trust_remote_code: bool = False,
 ) -> ExportReport:
     """Writes the whole model as a folder that ``from_pretrained`` loads, or its adapter alone.
 
@@ -42,11 +43,12 @@ def export_model(
         max_shard_size: Files larger than this are split, as "5GB".
         heads: Write the auxiliary heads to ``heads.safetensors`` beside the model.
         merge_adapter: Merge adapters into the model, instead of writing them alone, in peft's format.
+        trust_remote_code: Run code that came with the model.
 
     Raises:
         ConfigError: If checkpoint or option is unusable, or the folder cannot be written; then nothing is.
     """
-    source = FineTunedCheckpoint(checkpoint)
+    source = FineTunedCheckpoint(checkpoint, trust_remote_code=trust_remote_code)
     if source.description.peft is None and merge_adapter:
         raise ConfigError(f"--merge_adapter: {source.folder} has no adapter: leave the flag out")
     if source.description.peft is not None and not merge_adapter:

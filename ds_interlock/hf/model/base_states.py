@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.files import unfinished_file
+from ds_interlock.heads.output_layers import first_tensor
 from ds_interlock.hf.data.batches import EvaluationBatches
 from ds_interlock.hf.data.rows import Row
 from ds_interlock.hf.model.cut import End
@@ -119,8 +120,8 @@ def _recorded(module: Any, folder: Path, share: Share, width: int, dtype: torch.
     row_lengths, shape = iter(share.row_lengths), (sum(share.lengths), width)
     with new_states_file(share.path(folder), shape, dtype, share.fingerprint) as append:
 
-        def keep(_module: Any, _inputs: Any, hidden_btd: Tensor) -> None:
-            for states_td in hidden_btd:
+        def keep(_module: Any, _inputs: Any, hidden: Any) -> None:
+            for states_td in first_tensor(hidden):
                 append(states_td[: next(row_lengths)])
 
         with end.register_forward_hook(keep):

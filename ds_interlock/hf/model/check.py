@@ -1,28 +1,67 @@
-"""The check at load: the pipelined layers must give the whole model's logits.
+"""The check at load: the pipelined layers must give the whole model's logits and gradients.
 
-    every stage       its layers, as they will train ──► logits of the pipeline ─┐
-                                                                                 ├─ equal?
-    the last stage    the model's own forward, never cut, ───► logits ───────────┘
+    every stage       its layers, as they will train ──► logits, gradients of the pipeline ─┐
+                                                                                            ├─ equal?
+    the last stage    the model's own passes, never cut ──► logits, gradients ──────────────┘
                       each module's weights read when it is called and dropped after it
 
-So the reference takes the memory of one block, not of the model.
+The reference takes the memory of one block, not of the model: its backward pass computes each module again.
+A gradient is compared by its norm and by numbers that depend on all of it, which travel instead of it.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.hf.model.cut import HFLayer, Values
+from ds_interlock.heads.lm_loss import lm_loss
+from ds_interlock.heads.output_layers import first_tensor
+from ds_interlock.hf.model.anatomy import Anatomy, find_anatomy, forward_without_cache, take_hidden
+from ds_interlock.hf.model.cut import TIE, HFLayer, Values
 from ds_interlock.hf.model.pretrained import Pretrained
-from ds_interlock.hf.model.surgery import find_anatomy, forward_without_cache
+from ds_interlock.transport.agreement import gather
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative to the largest logit (at least 1)
 _HALF_TOLERANCE = 3e-2  # of other dtypes
+_LESS_EXACT = 100  # gradients, which sum over more, may differ by so many tolerances
+_SMALL = 1e-2  # of the whole gradient's norm: below it a gradient is rounding of what cancels
+_NUM_VIEWS = 4
 _ROWS, _POSITIONS = 2, 16
+
+
+class Fingerprint(NamedTuple):
+    """What is compared of a gradient."""
+
+    views: tuple[float, ...]  # products with random vectors
+    norm: float
+
+    def plus(self, other: "Fingerprint") -> "Fingerprint":
+        """That of the sum, but for a norm that may be smaller."""
+        views = tuple(one + two for one, two in zip(self.views, other.views, strict=True))
+        return Fingerprint(views, self.norm + other.norm)
+
+
+Fingerprints = dict[str, Fingerprint]
+_ZERO = Fingerprint((0.0,) * _NUM_VIEWS, 0.0)
+
+
+def fingerprint(name: str, gradient: Tensor) -> Fingerprint:
+    """The fingerprint of a gradient; ``name`` seeds the random vectors."""
+    matrix = gradient.detach().double().reshape(len(gradient) if gradient.dim() else 1, -1)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    left, right = (
+        torch.randn(_NUM_VIEWS, size, generator=generator, dtype=torch.float64).to(matrix)
+        for size in matrix.shape
+    )
+    views = ((left @ matrix) * right).sum(1)
+    return Fingerprint(tuple(views.tolist()), matrix.norm().item())
 
 
 def probe(pretrained: Pretrained, inputs: Sequence[str], num_positions: int) -> tuple[Tensor, ...]:
@@ -40,17 +79,37 @@ def probe(pretrained: Pretrained, inputs: Sequence[str], num_positions: int) -> 
     return tuple(known.get(name, torch.zeros_like(ids_bt)) for name in inputs)  # token_type_ids are 0
 
 
-@torch.no_grad()
-def reference_logits(
-    pretrained: Pretrained, inputs: Mapping[str, Tensor], values: Values, own: Mapping[str, Tensor]
-) -> Tensor:
-    """The whole model's logits (``[b, t, v]``, ``[b, c]``), with one module's weights in memory at a time.
+def labels_for(pretrained: Pretrained, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Something to predict: the next tokens, ``[b, t]``, padding aside; or class 0, ``[b]``."""
+    if pretrained.task == "classification":
+        return torch.zeros_like(inputs["input_ids"][:, 0])
+    labels_bt = inputs["input_ids"].roll(-1, 1)
+    return labels_bt.masked_fill(inputs.get("attention_mask", torch.ones_like(labels_bt)) == 0, -100)
 
-    ``values`` reads weights that are not in ``own``. Samples that share a row are computed one by one, so
-    that packing is checked too.
+
+def reference(
+    pretrained: Pretrained, inputs: Mapping[str, Tensor], values: Values, own: Mapping[str, Tensor]
+) -> tuple[Tensor, Fingerprints]:
+    """The whole model's logits (``[b, t, v]``, ``[b, c]``) and its gradients of the mean loss, by parameter.
+
+    Weights are in memory for one module at a time; ``values`` reads those that are not in ``own``. Samples
+    that share a row are computed one by one, so that packing is checked too.
     """
     model = pretrained.new_model()
-    _read_weights_on_demand(model, values, own, inputs["input_ids"].device)
+    gradients: Fingerprints = {}
+    anatomy = find_anatomy(model)
+    weights = _Weights(values, own, inputs["input_ids"].device, anatomy, gradients)
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(weights.device))
+    for path in [*anatomy.parts, *(f"{anatomy.blocks}.{index}" for index in range(anatomy.num_blocks))]:
+        module = model.get_submodule(path)
+        module.forward = weights.on_demand(path, module)
+    with torch.enable_grad():
+        logits = _logits(model, inputs)
+        lm_loss()(logits, labels_for(pretrained, inputs)).backward()
+    return logits.detach(), gradients
+
+
+def _logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     if "position_ids" not in inputs:
         return cast(Tensor, forward_without_cache(model, inputs).logits)
     logits_btv = []
@@ -61,51 +120,105 @@ def reference_logits(
     return torch.stack(logits_btv)
 
 
-def _read_weights_on_demand(
-    model: Any, values: Values, own: Mapping[str, Tensor], device: torch.device
-) -> None:
-    """Makes every part and block of ``model`` have its weights while it is called."""
-    anatomy = find_anatomy(model)
-    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
-    parts = [*anatomy.parts, *(f"{anatomy.blocks}.{index}" for index in range(anatomy.num_blocks))]
+class _Weights(NamedTuple):
+    """Gives modules of a model their weights while they compute, and notes their gradients."""
 
-    def fill(path: str, module: nn.Module) -> None:
+    values: Values
+    own: Mapping[str, Tensor]
+    device: torch.device
+    anatomy: Anatomy
+    gradients: Fingerprints
+
+    def on_demand(self, path: str, module: nn.Module) -> Callable[..., Any]:
+        """A forward pass that computes again for its backward pass, so that no weight is kept."""
+        forward = module.forward
+        # Without an input that has a gradient, as the embedding's, nothing would be computed backward.
+        seed = torch.zeros((), requires_grad=True)
+
+        def call(*inputs: Any, **options: Any) -> Any:
+            options = dict(options)
+            hidden, others = take_hidden(inputs, options)
+            first = () if hidden is None else (hidden,)
+
+            def compute(_: Tensor, *first: Any) -> Any:
+                self._fill(path, module)
+                outputs = forward(*first, *others, **options)
+                _drop(module)
+                return tuple(outputs) if isinstance(outputs, list) else outputs  # autograd looks into tuples
+
+            return checkpoint(compute, seed, *first, use_reentrant=True, preserve_rng_state=False)
+
+        return call
+
+    def _fill(self, path: str, module: nn.Module) -> None:
         state = module.state_dict(prefix=f"{path}.")
-        tensors = dict(values({name: tensor for name, tensor in state.items() if name not in own}))
-        tensors |= {name: own[name] for name in state if name in own}
-        inside = {name.removeprefix(f"{path}."): tensor.to(device) for name, tensor in tensors.items()}
+        tensors = dict(self.values({name: tensor for name, tensor in state.items() if name not in self.own}))
+        tensors |= {name: self.own[name] for name in state if name in self.own}
+        inside = {name.removeprefix(f"{path}."): tensor.to(self.device) for name, tensor in tensors.items()}
         module.load_state_dict(inside, assign=True, strict=False)
+        for name, parameter in list(module.named_parameters(prefix=path)):
+            # A parameter of another layer may be the same tensor, and is not to get a gradient.
+            leaf = nn.Parameter(parameter.detach(), requires_grad=parameter.is_floating_point())
+            owner, _, attribute = name.removeprefix(f"{path}.").rpartition(".")
+            module.get_submodule(owner)._parameters[attribute] = leaf
+            if leaf.requires_grad:
+                note = partial(self._note, name)
+                leaf.register_hook(note)  # type: ignore[no-untyped-call]
 
-    def drop(module: nn.Module) -> None:
-        for part in module.modules():
-            for name, parameter in part._parameters.items():
-                if parameter is not None:
-                    part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    def _note(self, name: str, gradient: Tensor) -> None:
+        name = canonical(name, self.anatomy)
+        _add(self.gradients, name, fingerprint(name, gradient))
 
-    for path in parts:
-        module = model.get_submodule(path)
-        module.register_forward_pre_hook(lambda module, _, path=path: fill(path, module))
-        module.register_forward_hook(lambda module, *_: drop(module))
+
+def _drop(module: nn.Module) -> None:
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def canonical(name: str, anatomy: Anatomy) -> str:
+    """The one name of a parameter: a tied unembedding's weight is the embedding's."""
+    same = anatomy.tied and name == f"{anatomy.unembedding}.weight"
+    return f"{anatomy.embedding}.weight" if same else name
+
+
+def _add(gradients: Fingerprints, name: str, summand: Fingerprint) -> None:
+    gradients[name] = gradients.get(name, _ZERO).plus(summand)
 
 
 def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_inputs: Sequence[str]) -> None:
-    """Compares the pipeline's logits with the model's, as ``compare``, and repeated gradients.
+    """Compares the pipeline's logits and gradients with the model's, and repeated gradients.
 
-    All ranks must call it. Kernels whose backward passes cannot be repeated are refused if they would be.
-    ``num_positions`` has the job's longest sequence; ``own_inputs`` are names of the tensors for stage 0.
+    All ranks must call it. Gradients are those of ordinary backpropagation, of the weights that train.
+    Kernels whose backward passes cannot be repeated are refused if they would be. ``num_positions`` has the
+    job's longest sequence; ``own_inputs`` are names of the tensors for stage 0.
     """
     inputs = probe(pretrained, own_inputs, num_positions)
-    labels = torch.zeros_like(inputs[0] if pretrained.task == "causal" else inputs[0][:, 0])
     fed = inputs if len(inputs) > 1 else inputs[0]
-    outputs = engine.eval_batch(iter([(fed, labels)]), compute_loss=False, num_micro_batches=1)
-    engine.check_walks(iter([(fed, labels)]))
+    by_name = dict(zip(own_inputs, inputs, strict=True))
+    batch = fed, labels_for(pretrained, by_name)
+    outputs = engine.eval_batch(iter([batch]), compute_loss=False, num_micro_batches=1)
+    blueprint = pretrained.blueprint()
+    own_gradients: Fingerprints = {}
+    for name, gradient in engine.global_gradients(iter([batch])).items():
+        full = name.removeprefix(f"tied_modules.{TIE}.") if "tied" in name else name.partition(".")[2]
+        full = canonical(full, blueprint.skeleton.anatomy)
+        own_gradients[full] = fingerprint(full, gradient)
+    by_stage = dict(gather((engine.stage_id, own_gradients)))  # replicas have the same
+    engine.check_walks(iter([batch]))  # may fail on one rank: after it no rank waits for another
     if not engine.is_last_stage():
         return
     layers = [module for module in engine.module.modules() if isinstance(module, HFLayer)]
     own = {name: tensor for layer in layers for name, tensor in layer.state_dict().items()}
-    by_name = dict(zip(own_inputs, (tensor.to(engine.device) for tensor in inputs), strict=True))
-    expected = reference_logits(pretrained, by_name, pretrained.blueprint().values, own)
-    compare(outputs[0], expected, by_name, pretrained)
+    by_name = {name: tensor.to(engine.device) for name, tensor in by_name.items()}
+    expected, gradients = reference(pretrained, by_name, blueprint.values, own)
+    compare(first_tensor(outputs[0]), expected, by_name, pretrained)
+    known = blueprint.parameters().keys()  # adapters are not among them
+    of_all: Fingerprints = {}
+    for name, summand in (pair for some in by_stage.values() for pair in some.items() if pair[0] in known):
+        _add(of_all, name, summand)
+    compare_gradients(of_all, gradients, pretrained)
 
 
 def compare(got: Tensor, expected: Tensor, inputs: Mapping[str, Tensor], pretrained: Pretrained) -> float:
@@ -126,3 +239,26 @@ def compare(got: Tensor, expected: Tensor, inputs: Mapping[str, Tensor], pretrai
             f"the model's {expected[tuple(index)]:.6g} (allowed {tolerance:g} of the largest); {hint}"
         )
     return relative
+
+
+def compare_gradients(got: Fingerprints, expected: Fingerprints, pretrained: Pretrained) -> float:
+    """The largest difference over its gradient's norm; ConfigError beyond the tolerance.
+
+    ``got`` has some of the parameters. One that is not in ``expected`` has no gradient in the whole model.
+    """
+    least = _SMALL * math.hypot(*(each.norm for each in expected.values()))
+    tolerance = _LESS_EXACT * _TOLERANCE.get(pretrained.dtype, _HALF_TOLERANCE / 10)
+    largest = 0.0
+    for name, own in got.items():
+        whole = expected.get(name, _ZERO)
+        difference = max(abs(one - two) for one, two in zip(own.views, whole.views, strict=True))
+        relative = difference / max(whole.norm, least, torch.finfo(torch.float32).tiny)
+        if not relative <= tolerance:
+            raise ConfigError(
+                f"--model {pretrained.name}: cut into pipeline layers, {type(pretrained.config).__name__} "
+                f"does not learn what it does whole: the gradient of {name} has norm {own.norm:.6g}, the "
+                f"model's {whole.norm:.6g}, and they differ by {relative:.2g} of it (allowed {tolerance:g}); "
+                "it has parts that its forward does not show"
+            )
+        largest = max(largest, relative)
+    return largest

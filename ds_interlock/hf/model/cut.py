@@ -6,7 +6,8 @@
     then           Unembedding   hidden_btd   -> logits_btv
     perhaps        Logits        logits_btv   -> logits_btv      soft-capped or scaled, where a model does it
 
-Masks and positions travel beside the hidden state, as integers, where the data has them. Parameters have
+Masks and positions travel beside the hidden state, as integers, where the data has them; behind them what the
+balance of experts needs (``routing.py``), where it is learned. Parameters have
 their full Hugging Face names (``7.model.layers.6.mlp.up_proj.weight``): the files of a pipeline checkpoint
 together are the state dict of the model.
 
@@ -15,6 +16,7 @@ Shape suffixes: b batch, t position, d hidden width, v vocabulary, c class.
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, TypeAlias
@@ -25,6 +27,7 @@ from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
 from ds_interlock.errors import ConfigError
+from ds_interlock.hf.model.routing import Routing
 from ds_interlock.hf.model.surgery import Skeleton
 
 TIE = "embedding"  # key of the tied weights, as ``TiedLayerSpec`` has it
@@ -48,6 +51,7 @@ class Blueprint:
     values: Values  # reads the weights when a layer is built
     inputs: tuple[str, ...] = ("input_ids",)
     tie: bool = True  # a tied unembedding stays tied in training; frozen ones need no tie
+    routing: Routing | None = None  # if the balance of experts is part of the loss
     prepare: list[Callable[[nn.Module], None]] = field(default_factory=list)
     """Called with each layer once it has its weights: adapters, freezing."""
 
@@ -101,6 +105,16 @@ def build_all(specs: Sequence[LayerSpec]) -> list[Callable[[Any], Any]]:
     return layers
 
 
+def in_parts(hidden: Hidden) -> tuple[Tensor, ...]:
+    """A hidden state and what travels beside it."""
+    return (hidden,) if isinstance(hidden, Tensor) else hidden
+
+
+def joined(hidden_btd: Tensor, *beside: Tensor) -> Hidden:
+    """A hidden state with what travels beside it; alone if nothing does."""
+    return (hidden_btd, *beside) if beside else hidden_btd
+
+
 class HFLayer(nn.Module):
     """Some of a model's modules (``paths``) under their own names, with their weights (none on meta)."""
 
@@ -128,11 +142,13 @@ class HFLayer(nn.Module):
         """The modules by name."""
         return {path: self.get_submodule(path) for path in self.paths}
 
-    def split(self, hidden: Hidden) -> tuple[Tensor, dict[str, Tensor]]:
-        """The hidden state, and what travels beside it, by name."""
+    def split(self, hidden: Hidden) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
+        """The hidden state; masks and positions by name; and the sums of the routers, if there are any."""
         if isinstance(hidden, Tensor):
-            return hidden, {}
-        return hidden[0], dict(zip(self.blueprint.context, hidden[1:], strict=True))
+            return hidden, {}, ()
+        names = self.blueprint.context
+        context = dict(zip(names, hidden[1:], strict=False))
+        return hidden[0], context, hidden[1 + len(names) :]
 
     def _fill(self) -> None:
         own = self.state_dict()
@@ -157,7 +173,8 @@ class Front(HFLayer):
         by_name = dict(zip(self.blueprint.inputs, tensors, strict=True))
         hidden_btd = self.blueprint.skeleton.front(self.parts(), by_name)
         context = tuple(by_name[name] for name in self.blueprint.context)
-        return (hidden_btd, *context) if context else hidden_btd
+        routing = self.blueprint.routing
+        return joined(hidden_btd, *context, *([routing.begin(hidden_btd)] if routing else []))
 
 
 class Block(HFLayer):
@@ -168,12 +185,17 @@ class Block(HFLayer):
         super().__init__(blueprint, [f"{blueprint.skeleton.anatomy.blocks}.{index}"])
 
     def forward(self, hidden: Hidden) -> Hidden:
-        hidden_btd, context = self.split(hidden)
+        hidden_btd, context, sums = self.split(hidden)
         inputs, options = self.blueprint.skeleton.arguments(self.index, hidden_btd, context)
         (block,) = self.parts().values()
-        result = block(hidden_btd, *inputs, **options)
-        hidden_btd = result[0] if isinstance(result, tuple) else result
-        return (hidden_btd, *context.values()) if context else hidden_btd
+        routing, logits = self.blueprint.routing, list[Tensor]()
+        with routing.watch(block) if routing else nullcontext(logits) as logits:
+            result = block(hidden_btd, *inputs, **options)
+        hidden_btd = result[0] if isinstance(result, tuple | list) else result
+        if routing and sums:
+            batch, mask_bt = len(hidden_btd), context.get("attention_mask")
+            sums = (sum((routing.share(each, batch, mask_bt) for each in logits), start=sums[0]),)
+        return joined(hidden_btd, *context.values(), *sums)
 
 
 class End(HFLayer):
@@ -181,9 +203,9 @@ class End(HFLayer):
 
     part = "end"
 
-    def forward(self, hidden: Hidden) -> Tensor:
-        hidden_btd, context = self.split(hidden)
-        return self.blueprint.skeleton.end(self.parts(), hidden_btd, context, self.training)
+    def forward(self, hidden: Hidden) -> Hidden:
+        hidden_btd, context, sums = self.split(hidden)
+        return joined(self.blueprint.skeleton.end(self.parts(), hidden_btd, context, self.training), *sums)
 
 
 class Unembedding(HFLayer):
@@ -191,9 +213,10 @@ class Unembedding(HFLayer):
 
     part = "unembedding"
 
-    def forward(self, hidden_btd: Tensor) -> Any:
+    def forward(self, hidden: Hidden) -> Hidden:
+        hidden_btd, *sums = in_parts(hidden)
         (unembedding,) = self.parts().values()
-        return unembedding(hidden_btd)
+        return joined(unembedding(hidden_btd), *sums)
 
 
 class Embedding(HFLayer):
@@ -202,10 +225,11 @@ class Embedding(HFLayer):
     part = "embedding"
 
 
-def unembed(weight_name: str, embedding: nn.Module, hidden_btd: Tensor) -> Tensor:
+def unembed(weight_name: str, embedding: nn.Module, hidden: Hidden) -> Hidden:
     """logits_btv by the embedding's weight; the ``forward_fn`` of a tied unembedding."""
+    hidden_btd, *sums = in_parts(hidden)
     owner, _, attribute = weight_name.rpartition(".")
-    return F.linear(hidden_btd, getattr(embedding.get_submodule(owner), attribute))
+    return joined(F.linear(hidden_btd, getattr(embedding.get_submodule(owner), attribute)), *sums)
 
 
 class Logits(nn.Module):
@@ -215,7 +239,8 @@ class Logits(nn.Module):
         super().__init__()
         self.blueprint = blueprint
 
-    def forward(self, logits_btv: Tensor) -> Tensor:
+    def forward(self, outputs: Hidden) -> Hidden:
+        logits_btv, *sums = in_parts(outputs)
         # A head may unembed chosen positions, [n, v]; the model's own code expects rows of them.
         rows_btv = logits_btv.reshape(-1, *logits_btv.shape[-2:])
-        return self.blueprint.skeleton.logits(rows_btv).reshape_as(logits_btv)
+        return joined(self.blueprint.skeleton.logits(rows_btv).reshape_as(logits_btv), *sums)

@@ -5,9 +5,6 @@ folder ───────────────────────┼�
 folder with .bin or .gguf ────┴─► converted once by transformers, and kept as safetensors
 """
 
-import hashlib
-import pickle
-import shutil
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +18,14 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ds_interlock.errors import ConfigError, first_names
-from ds_interlock.files import unfinished_folder
+from ds_interlock.errors import ConfigError, first_line, first_names
 from ds_interlock.hf.data.records import Task
 from ds_interlock.hf.data.tokenizer import default_cache_dir
+from ds_interlock.hf.model.anatomy import refuse_other_models
+from ds_interlock.hf.model.convert import converted
 from ds_interlock.hf.model.cut import Blueprint
-from ds_interlock.hf.model.surgery import Skeleton, refuse_other_models
+from ds_interlock.hf.model.routing import find_routing
+from ds_interlock.hf.model.surgery import Skeleton
 from ds_interlock.hf.model.weights import Weights, has_safetensors
 
 _AUTO_MODELS: Mapping[str, Any] = {
@@ -54,7 +53,7 @@ class Pretrained:
     def blueprint(self, inputs: tuple[str, ...] = ("input_ids",), *, tie: bool = True) -> Blueprint:
         """The model as layers to build; see ``Blueprint``."""
         skeleton = Skeleton(self.new_model())
-        return Blueprint(skeleton, _Values(self, skeleton), inputs, tie)
+        return Blueprint(skeleton, _Values(self, skeleton), inputs, tie, find_routing(skeleton.model))
 
     def num_positions(self) -> int | None:
         """The longest sequence that the model can take; None if there is no bound."""
@@ -70,10 +69,14 @@ class Pretrained:
 def empty_model(config: Any, kind: str, dtype: torch.dtype | None = None) -> Any:
     """A transformers model in evaluation mode, parameters on the meta device, buffers in memory.
 
-    ``kind`` is a task, or the name of a class in transformers, as "LlamaForCausalLM". The parameters have
-    ``dtype``, by default the configuration's. ConfigError if transformers cannot build it.
+    ``kind`` is a task, or the name of a class in transformers, as "LlamaForCausalLM", or in the code that
+    came with the model. The parameters have ``dtype``, by default the configuration's. ConfigError if
+    transformers cannot build it.
     """
     refuse_other_models(config, type(config).__name__)
+    own_code = has_own_code(config)
+    if own_code and kind not in _AUTO_MODELS:
+        kind = "classification" if kind.endswith("ForSequenceClassification") else "causal"
     automatic = _AUTO_MODELS.get(kind)
     model_class: Any = automatic or getattr(transformers, kind, None)
     if model_class is None:
@@ -84,7 +87,8 @@ def empty_model(config: Any, kind: str, dtype: torch.dtype | None = None) -> Any
     build = automatic.from_config if automatic else model_class._from_config
     try:
         with init_empty_weights(include_buffers=False):
-            return build(config, dtype=dtype or config.dtype).eval()
+            options = {"trust_remote_code": True} if own_code else {}
+            return build(config, dtype=dtype or config.dtype, **options).eval()
     except (ValueError, TypeError) as error:
         if automatic is None:
             raise ConfigError(f"{kind} cannot be built from its configuration: {error}") from error
@@ -135,6 +139,8 @@ def open_pretrained(
     classes: Sequence[str] = (),
     attn_implementation: str | None = None,
     cache_dir: Path | None = None,
+    text_model_only: bool = False,
+    trust_remote_code: bool = False,
 ) -> Pretrained:
     """Finds a model's files, converting them if they are no safetensors.
 
@@ -148,16 +154,23 @@ def open_pretrained(
         classes: Names of the classes by id, for classification.
         attn_implementation: Transformers' name of an attention kernel; default: transformers' choice.
         cache_dir: Where converted weights are kept; default ``default_cache_dir()``.
+        text_model_only: Take the text part of a model that also sees or hears.
+        trust_remote_code: Run code that comes with the model.
 
     Raises:
         ConfigError: If the model or its tokenizer is not found, it cannot be converted, or it cannot use the
             attention kernel.
     """
-    folder = _local_folder(name, gguf_file)
+    folder = _local_folder(name, gguf_file, trust_remote_code)
     auto_model, cache_dir = _AUTO_MODELS[task], cache_dir or default_cache_dir()
     if gguf_file is not None:
-        folder = _converted(auto_model, folder, name, gguf_file, cache_dir)
-    config = load_config(name, folder, classes)
+        folder = converted(auto_model, folder, name, gguf_file, cache_dir)
+    config = load_config(name, folder, classes, trust_remote_code=trust_remote_code)
+    own_code = has_own_code(config)
+    if text_model_only:
+        text_config = _text_config(name, config, task)
+        folder = converted(auto_model, folder, name, None, cache_dir, text_part=text_config)
+        config = load_config(name, folder)
     skeleton = Skeleton(empty_model(config, task, dtype))  # refuses what cannot be cut, before anything else
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
@@ -166,15 +179,15 @@ def open_pretrained(
         except (ConfigError, ImportError) as error:
             why = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
             raise ConfigError(f"--attn_implementation {attn_implementation}: {why}") from error
-    tokenizer = _load_tokenizer(name, folder)
+    tokenizer = _load_tokenizer(name, folder, trust_remote_code)
     if not has_safetensors(folder):
-        folder = _converted(auto_model, folder, name, None, cache_dir)
+        folder = converted(auto_model, folder, name, None, cache_dir, own_code=own_code)
     pretrained = Pretrained(name, folder, config, tokenizer, task, dtype)
     values = _Values(pretrained, skeleton)
     parameters = Blueprint(skeleton, values).parameters()
     if values.lacking(parameters):
         # transformers renames or merges some when it loads: let it do so once.
-        folder = _converted(auto_model, folder, name, None, cache_dir)
+        folder = converted(auto_model, folder, name, None, cache_dir, own_code=own_code)
         pretrained = replace(pretrained, folder=folder)
         values = _Values(pretrained, skeleton)
     _check_weights(pretrained, values, parameters)
@@ -194,7 +207,23 @@ def _check_weights(pretrained: Pretrained, values: _Values, parameters: Mapping[
         raise ConfigError(f"--model {pretrained.name}: {misfits[0]}{why}")
 
 
-def _local_folder(name: str, gguf_file: str | None) -> Path:
+def _text_config(name: str, config: Any, task: Task) -> Any:
+    """The configuration of the text part of a model that has one."""
+    text_config = config.get_text_config(decoder=True)
+    if text_config is config:
+        raise ConfigError(f"--text_model_only: {name} is a text model already: leave the flag out")
+    if task != "causal":
+        raise ConfigError("--text_model_only goes with --task causal")
+    empty_model(text_config, task)  # or says why not
+    return text_config
+
+
+def has_own_code(config: Any) -> bool:
+    """Whether a model's configuration is code that came with it, which the user has trusted."""
+    return type(config).__module__.startswith("transformers_modules.")
+
+
+def _local_folder(name: str, gguf_file: str | None, with_code: bool) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -203,6 +232,7 @@ def _local_folder(name: str, gguf_file: str | None) -> Path:
             "its folder, and the file with --gguf_file), or a model's name on the hub"
         )
     patterns = [gguf_file] if gguf_file else ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    patterns += ["*.py"] if with_code else []
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns))
         if gguf_file is None and not has_safetensors(folder):
@@ -214,13 +244,24 @@ def _local_folder(name: str, gguf_file: str | None) -> Path:
     return folder
 
 
-def load_config(name: str, folder: Path | None = None, classes: Sequence[str] = ()) -> Any:
-    """The configuration of a model on the hub or in ``folder``; ConfigError if it has none."""
+def load_config(
+    name: str,
+    folder: Path | None = None,
+    classes: Sequence[str] = (),
+    *,
+    trust_remote_code: bool = False,
+    flag: str = "--model",
+) -> Any:
+    """The configuration of a model on the hub or in ``folder``; ConfigError (of ``flag``) if it has none."""
     try:
-        config = AutoConfig.from_pretrained(folder or name)
+        config = AutoConfig.from_pretrained(folder or name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{flag} {name}: it comes with code of its own; --trust_remote_code runs it, if you trust it"
+            ) from error
         raise ConfigError(
-            f"--model {name}: no Hugging Face configuration could be loaded ({first_line(error)}); give a "
+            f"{flag} {name}: no Hugging Face configuration could be loaded ({first_line(error)}); give a "
             "folder with the config.json of a model that transformers knows, or a model's name on the hub"
         ) from error
     if classes:
@@ -229,10 +270,12 @@ def load_config(name: str, folder: Path | None = None, classes: Sequence[str] = 
     return config
 
 
-def _load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
+def _load_tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     where = "expected its files beside config.json"
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         fault = f"no tokenizer could be loaded ({first_line(error)})"
         raise ConfigError(f"--model {name}: {fault}; {where}") from error
@@ -240,53 +283,3 @@ def _load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(f"--model {name}: it has no tokenizer; {where}")
     return tokenizer
-
-
-def _converted(auto_model: Any, folder: Path, name: str, gguf_file: str | None, cache_dir: Path) -> Path:
-    """The folder of the model as safetensors with the names of its modules, from the cache or made now.
-
-    Parameters that the files lack are left out. The cache knows a model by its files' sizes and dates.
-    """
-    sources = [folder / gguf_file] if gguf_file else sorted(p for p in folder.iterdir() if p.is_file())
-    if gguf_file and not sources[0].is_file():
-        there = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
-        raise ConfigError(f"--gguf_file {gguf_file}: not in {folder}; GGUF files there: {there}")
-    stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
-    key = hashlib.sha256(repr((stamps, auto_model.__name__, transformers.__version__)).encode()).hexdigest()
-    target = cache_dir / f"model-{Path(gguf_file or folder.name).stem}-{key[:16]}"
-    if has_safetensors(target):
-        return target
-    try:
-        with unfinished_folder(target) as draft:
-            _convert(auto_model, folder, name, gguf_file, draft)
-    except OSError as error:
-        raise ConfigError(
-            f"--model {name}: its weights must be converted, and {cache_dir} cannot be written ({error}): "
-            "make room, or set XDG_CACHE_HOME to a folder with room"
-        ) from error
-    return target
-
-
-def _convert(auto_model: Any, folder: Path, name: str, gguf_file: str | None, draft: Path) -> None:
-    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
-    dtype = torch.float32 if gguf_file else "auto"
-    try:
-        model, loading = auto_model.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except ImportError as error:
-        raise ConfigError(f"--model {name}: {first_line(error)}") from error
-    except (OSError, ValueError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"--model {name}: transformers cannot load it ({first_line(error)})") from error
-    if gguf_file:  # its weights are plain numbers now
-        model.hf_quantizer = None
-        del model.config.quantization_config
-    state = {k: v for k, v in model.state_dict().items() if k not in loading["missing_keys"]}
-    model.save_pretrained(draft, state_dict=state, save_original_format=False)
-    tokenizer.save_pretrained(draft)
-    for extra in folder.glob("generation_config.json"):
-        shutil.copy(extra, draft)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

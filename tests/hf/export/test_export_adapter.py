@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.export.draft import export_draft
 from ds_interlock.hf.export.model import export_model
-from ds_interlock.hf.model.surgery import find_anatomy
+from ds_interlock.hf.model.anatomy import find_anatomy
 from ds_interlock.schedule.plan import GradientFlowPlan
 
 IDS = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -1,5 +1,6 @@
 """Models in other forms than plain safetensors: opened once, kept, and equal to what transformers loads."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,16 @@ import pytest
 import torch
 from families import save_gguf, save_tiny, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+)
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.model.cut import build_all
-from ds_interlock.hf.model.pretrained import Pretrained, open_pretrained
+from ds_interlock.hf.model.pretrained import Pretrained, empty_model, open_pretrained
 
 IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(4))
 
@@ -141,3 +147,52 @@ def test_a_gguf_file_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(logits_of(opened), theirs(IDS).logits, rtol=0, atol=1e-5)
     assert opened.tokenizer("capital").input_ids == tiny_tokenizer()("capital").input_ids
+
+
+def test_the_text_part_of_a_model_with_eyes(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {**sizes, "vocab_size": 131, "head_dim": 8, "num_key_value_heads": 2}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    config = CONFIG_MAPPING["gemma3"](text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    how: Any = {"cache_dir": tmp_path / "cache", "text_model_only": True}
+    pretrained = open_pretrained(str(tmp_path / "model"), **how)
+    assert type(pretrained.new_model()).__name__ == "Gemma3ForCausalLM"
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(pretrained), model(IDS).logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match="a text model already"):
+        open_pretrained(str(pretrained.folder), **how)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class QuokkaConfig(LlamaConfig):
+    model_type = "quokka"
+
+class QuokkaForCausalLM(LlamaForCausalLM):
+    config_class = QuokkaConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_if_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    folder = tmp_path / "quokka"
+    model = save_tiny("llama", folder)
+    (folder / "quokka.py").write_text(OWN_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "quokka.QuokkaConfig", "AutoModelForCausalLM": "quokka.QuokkaForCausalLM"}
+    config |= {"model_type": "quokka", "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="--trust_remote_code runs it"):
+        open_pretrained(str(folder))
+    pretrained = open_pretrained(str(folder), trust_remote_code=True)
+    assert type(pretrained.new_model()).__name__ == "QuokkaForCausalLM"
+    assert type(empty_model(pretrained.config, "QuokkaForCausalLM")).__name__ == "QuokkaForCausalLM"
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(pretrained), model(IDS).logits)

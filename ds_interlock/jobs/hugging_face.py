@@ -1,0 +1,71 @@
+"""What jobs that train a transformers model share: the pipeline of its layers, and what an export needs."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_interlock import InterlockPipelineModule
+from ds_interlock.errors import ConfigError
+from ds_interlock.files import replace_text, unfinished_folder
+from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, ModelDescription
+from ds_interlock.hf.model.cut import Blueprint
+from ds_interlock.hf.model.pretrained import Pretrained, has_own_code
+from ds_interlock.hf.model.routing import BalancedLMLoss
+from ds_interlock.jobs.process import Job
+from ds_interlock.models.lm import lm_loss
+
+
+def build_language_model(
+    job: Job, blueprint: Blueprint, bounds: Sequence[int], *, label_smoothing: float = 0.0, **options: Any
+) -> InterlockPipelineModule:
+    """The layers in stages, with a language model's loss; ConfigError if no heads fit that are needed."""
+    if not job.interlock.is_global:
+        _check_heads_fit(blueprint)
+    loss_fn = lm_loss(label_smoothing)
+    if blueprint.routing:
+        loss_fn = BalancedLMLoss(blueprint.routing, label_smoothing)
+    return job.build_pipeline(blueprint.layers(), loss_fn=loss_fn, stage_bounds=list(bounds), **options)
+
+
+def _check_heads_fit(blueprint: Blueprint) -> None:
+    """Heads read the hidden state with the model's own unembedding, which must be as wide."""
+    skeleton = blueprint.skeleton
+    assert skeleton.anatomy.unembedding is not None, "a language model has one"
+    unembedding: Any = skeleton.original(skeleton.anatomy.unembedding)
+    width = skeleton.model.config.get_text_config().hidden_size
+    if unembedding.in_features != width:
+        raise ConfigError(
+            f"--model: its hidden states have {width} entries and its unembedding takes "
+            f"{unembedding.in_features}, so no auxiliary head can be made of it; use "
+            '"interlock": {"mode": "global"}'
+        )
+
+
+def describe_for_export(
+    pretrained: Pretrained, blueprint: Blueprint, adapters: Any = None
+) -> ModelDescription:
+    """What ``ds-interlock export`` must know; ``adapters`` is peft's configuration of them."""
+    anatomy = blueprint.skeleton.anatomy
+    return ModelDescription(
+        architecture=type(blueprint.skeleton.model).__name__,
+        num_front_layers=1,
+        num_blocks=anatomy.num_blocks,
+        embedding=anatomy.embedding,
+        norm=next(iter(anatomy.end), None) if anatomy.unembedding else None,
+        unembedding=anatomy.unembedding,
+        peft=None if adapters is None else adapters.to_dict(),
+        base_model=pretrained.name,
+    )
+
+
+def write_description(output: Path, pretrained: Pretrained, description: ModelDescription) -> None:
+    """Writes ``checkpoints/hf/``: description, configuration, tokenizer."""
+    with unfinished_folder(output / "checkpoints" / "hf") as folder:
+        pretrained.config.save_pretrained(folder)
+        pretrained.tokenizer.save_pretrained(folder)
+        code = ["*.py"] if has_own_code(pretrained.config) else []
+        for pattern in ["generation_config.json", *code]:
+            for companion in pretrained.folder.glob(pattern):
+                shutil.copy(companion, folder)
+        replace_text(folder / DESCRIPTION_FILE, description.model_dump_json(indent=2) + "\n")

@@ -56,6 +56,9 @@ class DataArguments:
     )
     seq_length: int = argument(512, "tokens of a sample (%(default)s)")
     packing: bool = argument(False, "several samples in a row, which do not see each other")
+    packing_strategy: Literal["bfd", "wrapped"] = argument(
+        "bfd", "bfd: whole samples (best fit); wrapped: all text in a line, cut into full rows (%(default)s)"
+    )
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.hf.data.batches import BatchShape, TrainingBatches
 from ds_interlock.hf.data.rows import ClassifiedRows, PackedRows, PaddedRows, Rows, padding_id
-from ds_interlock.hf.data.samples import encode_classified, encode_records
+from ds_interlock.hf.data.samples import encode_classified, encode_records, encode_wrapped
 from ds_interlock.hf.data.sources import RecordData, Records, load_records, read_records
 from ds_interlock.hf.data.streaming import StreamingBatches, open_stream, rows_of_stream, validation_records
 from ds_interlock.hf.data.tokenised import Encode, Samples, identity, mix, tokenise
@@ -108,11 +108,12 @@ def _encode(args: FinetuneArguments, opened: Opened, pretrained: Pretrained) -> 
     vocab_size = pretrained.config.get_text_config().vocab_size
     kind: type[Rows] = PackedRows if args.packing else PaddedRows
     how: dict[str, Any] = {"tokenizer": tokenizer, "seq_length": args.seq_length}
-    encode: Encode = partial(encode_records, **how)
+    joins = args.packing and args.packing_strategy == "wrapped"
+    encode: Encode = partial(encode_wrapped if joins else encode_records, **how)
     label_ids = opened.parts[0].label_ids if opened.parts else {}
     if args.task == "classification":
         kind, encode = ClassifiedRows, partial(encode_classified, **how, label_ids=label_ids)
-    options = [*identity(tokenizer), args.task, args.seq_length, sorted(label_ids.items())]
+    options = [*identity(tokenizer), args.task, args.seq_length, joins, sorted(label_ids.items())]
     fill = partial(kind, seq_length=args.seq_length, pad_id=padding_id(tokenizer, vocab_size))
 
     def samples_of(parts: Sequence[Records], what: str) -> list[Samples]:
@@ -138,9 +139,10 @@ def _encode(args: FinetuneArguments, opened: Opened, pretrained: Pretrained) -> 
 def _tokenise(
     records: Records, encode: Encode, options: Any, args: FinetuneArguments, what: str, vocab_size: int
 ) -> Samples:
-    samples = tokenise(records, encode, options, args.preprocessing_num_workers)
+    joins = args.packing and args.packing_strategy == "wrapped"
+    samples = tokenise(records, encode, options, args.preprocessing_num_workers, joins=joins)
     if dist.get_rank() == 0:
-        print(f"{what}: {samples.summary(len(records))}")
+        print(f"{what}: {samples.summary(None if joins else len(records))}")
     if (largest := samples.largest_id()) >= vocab_size:
         raise ConfigError(
             f"--model {args.model}: its tokenizer gives the token id {largest}, and the model knows "

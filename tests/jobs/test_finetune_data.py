@@ -136,7 +136,18 @@ def test_max_train_samples_are_the_first(ranks2: RankPool, data: Path, tmp_path:
 def test_a_mixture_is_streamed_and_resumed(ranks2: RankPool, data: Path, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     files = f"{data / 'train.jsonl'}:0.8", f"{data / 'valid.jsonl'}:.2"
-    more = "--train_file", *files, "--streaming", "--packing", "--num_stages", 1, "--max_steps", 4
+    more = (
+        "--train_file",
+        *files,
+        "--streaming",
+        "--packing",
+        "--packing_strategy",
+        "wrapped",
+        "--num_stages",
+        1,
+        "--max_steps",
+        4,
+    )
     run(ranks2, tmp_path, data, *more, out="whole")
     run(ranks2, tmp_path, data, *more, "--save_steps", 2)
     resume = "--resume_from_checkpoint", tmp_path / "out" / "checkpoints" / "global_step2"

@@ -171,7 +171,7 @@ class PackedRows(Rows):
     def collate(self, rows: Sequence[Sequence[Sample]]) -> tuple[Inputs, Tensor]:
         positions = []
         for row in rows:
-            lengths = [len(sample.ids) for sample in row]
+            lengths = [length for sample in row for length in sample.segments or [len(sample.ids)]]
             padding = self.seq_length - sum(lengths)
             positions.append([position for length in (*lengths, padding) for position in range(length)])
         ids_bt = _padded(_joined(rows, "ids"), self.seq_length, self.pad_id)

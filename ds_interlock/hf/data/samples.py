@@ -9,9 +9,11 @@ ids         [P    P    C    C]
 labels      [-    C    C   <end>]           - is IGNORED_LABEL
 """
 
+import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +38,7 @@ class Sample:
     ids: list[int]  # of tokens
     labels: list[int]  # one for each position
     token_type_ids: list[int] | None = None  # which text of a pair a token is of, where the tokenizer says it
+    segments: list[int] | None = None  # lengths of texts in it that must not see each other; None: it is one
 
     @property
     def num_labels(self) -> int:
@@ -67,6 +70,32 @@ def encode_records(
         else:
             sample = _sample(tokens, 0, seq_length)
             yield Encoded([sample] if sample.num_labels else [], len(tokens.ids) > seq_length + 1)
+
+
+def encode_wrapped(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, seq_length: int
+) -> Iterator[Encoded]:
+    """As ``encode_records``, but all tokens follow one another, and are cut into blocks of ``seq_length``.
+
+    So every block is full but the last, and no record is cut off. The blocks are those of the last record. An
+    end token is an input, too, and the first token of a text is no label, as it is elsewhere.
+    """
+    tokens, starts = _Tokens([], []), []
+    for one in encode_records(records, tokenizer, sys.maxsize // 2):
+        for sample in one.samples:
+            starts.append(len(tokens.ids))
+            end = [label for label in sample.labels[-1:] if label != IGNORED_LABEL]
+            tokens.ids.extend([*sample.ids, *end])
+            tokens.targets.extend([IGNORED_LABEL, *sample.labels][: len(sample.ids) + len(end)])
+    blocks = []
+    for start in range(0, len(tokens.ids) - 1, seq_length):
+        block = _sample(tokens, start, seq_length)
+        stop = start + len(block.ids)
+        inner = starts[bisect_right(starts, start) : bisect_left(starts, stop)]
+        segments = [after - before for before, after in pairwise([start, *inner, stop])]
+        blocks.append(replace(block, segments=segments))
+    yield from (Encoded([], False) for _ in records[1:])
+    yield Encoded([block for block in blocks if block.num_labels], False)
 
 
 def encode_classified(

@@ -28,6 +28,7 @@ from ds_interlock.sampling import ResumableIterator
 Stream: TypeAlias = Any  # a ``datasets.IterableDataset``
 Fill: TypeAlias = Callable[[Sequence[Sample]], Rows]
 
+_OF_SAMPLE = ("tokens", "learned", "segments")
 _BLOCK = 1000  # records: of one block samples are shuffled, and packed
 
 
@@ -78,7 +79,8 @@ def rows_of_stream(
     from datasets import Features, List, Value, concatenate_datasets, interleave_datasets
     from datasets.distributed import split_dataset_by_node
 
-    of_sample = {"tokens": List(List(Value("int32"))), "learned": List(List(Value("bool")))}
+    types = {"tokens": "int32", "learned": "bool", "segments": "int32"}
+    of_sample = {name: List(List(Value(kind))) for name, kind in types.items()}
     mapped = []
     for stream, sources in parts:
         own = split_dataset_by_node(stream, rank=replica, world_size=num_replicas)
@@ -117,13 +119,13 @@ def _rows_of_block(
     of_samples = columns(enumerate(encoded))
     return {
         name: [[of_samples[name][number] for number in row] for row in fill(samples).arrange(order)]
-        for name in ("tokens", "learned")
+        for name in _OF_SAMPLE
     }
 
 
 def _samples_in(row: Mapping[str, Any]) -> list[Sample]:
-    pairs = zip(row["tokens"], row["learned"], strict=True)
-    return [sample_in({"tokens": tokens, "learned": learned}) for tokens, learned in pairs]
+    values = zip(*(row[name] for name in _OF_SAMPLE), strict=True)
+    return [sample_in(dict(zip(_OF_SAMPLE, of_sample, strict=True))) for of_sample in values]
 
 
 class StreamingBatches(ResumableIterator[MicroBatch]):

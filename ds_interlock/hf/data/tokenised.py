@@ -25,7 +25,8 @@ from ds_interlock.hf.data.sources import Records, Source, cache_errors, record_i
 Numbers: TypeAlias = NDArray[np.integer[Any]]
 Encode: TypeAlias = Callable[[Sequence[Record]], Iterable[Encoded]]
 
-_FORM = 1  # of the file; another one makes other files
+_FORM = 2  # of the file; another one makes other files
+_OF_SAMPLE = ["tokens", "learned", "token_type_ids", "segments"]  # columns
 _ROWS_OF_ONE_PROCESS = 50_000  # with fewer, starting others takes longer
 
 
@@ -70,15 +71,15 @@ class Samples(Sequence[Sample]):
         """The samples of these indices."""
         if not len(numbers):
             return []
-        table = self.data[self.rows[list(numbers)].tolist()].select(["tokens", "learned", "token_type_ids"])
+        table = self.data[self.rows[list(numbers)].tolist()].select(_OF_SAMPLE)
         return [sample_in(row) for row in table.to_pylist()]
 
-    def summary(self, num_records: int) -> str:
+    def summary(self, num_records: int | None = None) -> str:
         """Numbers of samples, tokens, labels, and what became of records that were too long, in one line."""
         text = f"{len(self)} samples, {self.lengths.sum()} tokens, {self.num_labels.sum()} labels"
         if num_cut := int(self._numbers("was_cut").sum()):
             text += f"; {num_cut} longer than --seq_length were cut"
-        if num_dropped := num_records - len(np.unique(self._numbers("record"))):
+        if num_records and (num_dropped := num_records - len(np.unique(self._numbers("record")))):
             text += f"; {num_dropped} have nothing to learn within --seq_length and are left out"
         return text
 
@@ -102,9 +103,14 @@ class Samples(Sequence[Sample]):
 
 
 def tokenise(
-    records: Records, encode: Encode, options: Sequence[Any], num_processes: int | None = None
+    records: Records,
+    encode: Encode,
+    options: Sequence[Any],
+    num_processes: int | None = None,
+    *,
+    joins: bool = False,
 ) -> Samples:
-    """The samples of the records, from the cache if there.
+    """The samples of the records, from the cache if there; ``joins`` if a sample may be of several records.
 
     ``options`` are all that the result depends on besides the records. DataError if a record is malformed, or
     nothing is left to learn.
@@ -112,6 +118,8 @@ def tokenise(
     from datasets.fingerprint import Hasher
 
     rows = records.rows
+    if joins and records.numbers is not None:  # whole samples could not be told apart later
+        rows = rows.select(records.numbers.numpy())
     if num_processes is None:
         num_processes = os.cpu_count() if len(rows) > _ROWS_OF_ONE_PROCESS else None
     fingerprint = Hasher.hash([_FORM, rows._fingerprint, records.sources, records.task, *options])
@@ -128,7 +136,7 @@ def tokenise(
             desc="tokens",
         )
     samples = Samples(data)
-    if records.numbers is not None:
+    if records.numbers is not None and not joins:
         samples = samples.of_records(records.numbers.numpy(), len(rows))
     if not samples:
         raise DataError(
@@ -179,6 +187,7 @@ def features() -> Any:
         tokens=List(Value("int32")),
         learned=List(Value("bool")),
         token_type_ids=List(Value("int8")),
+        segments=List(Value("int32")),
         num_labels=Value("int32"),
         length=Value("int32"),
         largest_id=Value("int32"),
@@ -196,6 +205,7 @@ def columns(encoded: Iterable[tuple[int, Encoded]]) -> dict[str, list[Any]]:
         "tokens": [[*sample.ids, label] for (*_, sample), label in zip(rows, last, strict=True)],
         "learned": [[label != IGNORED_LABEL for label in sample.labels] for *_, sample in rows],
         "token_type_ids": [sample.token_type_ids for *_, sample in rows],
+        "segments": [sample.segments for *_, sample in rows],
         "num_labels": [sample.num_labels for *_, sample in rows],
         "length": [len(sample.ids) for *_, sample in rows],
         "largest_id": [max(sample.ids) for *_, sample in rows],
@@ -208,9 +218,8 @@ def sample_in(row: Mapping[str, Any]) -> Sample:
     """The sample in one row."""
     tokens, learned = row["tokens"], row["learned"]
     labels = zip(tokens[-len(learned) :], learned, strict=True)
-    return Sample(
-        tokens[:-1], [token if keep else IGNORED_LABEL for token, keep in labels], row.get("token_type_ids")
-    )
+    labels_t = [token if keep else IGNORED_LABEL for token, keep in labels]
+    return Sample(tokens[:-1], labels_t, row.get("token_type_ids"), row.get("segments"))
 
 
 def _map_rows(

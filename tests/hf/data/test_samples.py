@@ -1,5 +1,6 @@
 """What each position of a sample is to say: by hand on a tokenizer of letters."""
 
+import numpy as np
 import pytest
 from encoded import samples_of
 from hypothesis import given, settings
@@ -9,11 +10,14 @@ from tiny_tokenizers import bert, byte_level, letters
 from ds_interlock.errors import DataError
 from ds_interlock.heads.labels import IGNORED_LABEL
 from ds_interlock.hf.data.records import Classified, Completion, Document
+from ds_interlock.hf.data.rows import PackedRows
 from ds_interlock.hf.data.samples import (
     Sample,
     encode_classified,
     encode_records,
+    encode_wrapped,
 )
+from ds_interlock.hf.data.tokenised import Samples
 
 START, END, A, B, C, D = 0, 1, 3, 4, 5, 6  # ids of ``letters``
 N = IGNORED_LABEL
@@ -119,3 +123,24 @@ def test_classified_texts_and_pairs():
     data = list(encode_classified(records, bert(pair=False), 5, {"no": 0, "yes": 1}))
     assert data[1].samples[0] == Sample([2, 4, 3, 5, 3], [1])
     assert [one.was_cut for one in data] == [False, True]
+
+
+@settings(deadline=None)
+@given(st.lists(TEXTS, min_size=1, max_size=5), st.integers(1, 12))
+def test_wrapped_texts_fill_blocks_and_stay_apart(texts, seq_length):
+    records = [*documents(*texts), *completions(("ab", "cd"))]
+    *none, last = encode_wrapped(records, LETTERS, seq_length)
+    assert [one.samples for one in none] == [[]] * len(texts)
+    blocks = last.samples
+    whole = [sample for one in encode_records(records, LETTERS, 1000) for sample in one.samples]
+    labels = [label for sample in whole for label in sample.labels if label != N]
+    assert [label for block in blocks for label in block.labels if label != N] == labels
+    for block in blocks:
+        assert sum(block.segments) == len(block.ids) == len(block.labels) <= seq_length
+        assert all(label in (N, token) for label, token in zip(block.labels, block.ids[1:], strict=False))
+        ends = np.cumsum(block.segments)[:-1]
+        # A text begins with the start token, and what comes before it does not predict that.
+        assert all(block.ids[end] == START and block.labels[end - 1] == N for end in ends)
+    assert list(Samples.of(blocks)) == blocks
+    (_, positions), _ = PackedRows(blocks, seq_length).stack([(0,)])
+    assert (positions == 0).sum() == len(blocks[0].segments) + (len(blocks[0].ids) < seq_length)

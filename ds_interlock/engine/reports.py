@@ -18,7 +18,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
@@ -197,11 +197,27 @@ class Progress:
 def job_store(*, waits: bool = False) -> Any:
     """A part of the job's key-value store for one purpose. All ranks must call it in the same order.
 
-    Those who never wait for a key share a connection: about one in ten new ones takes five seconds.
+    Its connection is made when it is first used, by whoever does: about one in ten takes five seconds, and a
+    thread has the time. Those who never wait for a key share one.
     """
-    store = dist.distributed_c10d._get_default_store()
-    own = _cloned(store) if waits else _shared(store)
-    return dist.distributed_c10d.PrefixStore(f"ds_interlock/{next(_purposes)}", own)
+    return _LaterStore(f"ds_interlock/{next(_purposes)}", _cloned if waits else _shared)
+
+
+class _LaterStore:
+    """A ``PrefixStore`` that is there when it is needed."""
+
+    _connecting = threading.Lock()
+
+    def __init__(self, prefix: str, connect: Callable[[Any], Any]) -> None:
+        self._prefix, self._connect = prefix, connect
+        self._store: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        with self._connecting:
+            if self._store is None:
+                own = self._connect(dist.distributed_c10d._get_default_store())
+                self._store = dist.distributed_c10d.PrefixStore(self._prefix, own)
+        return getattr(self._store, name)
 
 
 def _cloned(store: Any) -> Any:

@@ -93,4 +93,4 @@ def test_payloads_may_be_received_as_late_as_they_are_taken(ranks4: RankPool):
 )
 def test_a_broken_rule_is_a_standstill(fault: str):
     with RankPool(4) as pool, pytest.raises(RankError, match=r"(sent|took) nothing for 3 s|NoAnswer"):
-        pool.run(train_with_fault, fault=fault, within_seconds=12)
+        pool.run(train_with_fault, fault=fault, within_seconds=7)

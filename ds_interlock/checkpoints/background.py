@@ -55,6 +55,7 @@ class BackgroundWriter:
             target=self._work,
             args=(files, complete, f"checkpoint/{self._number}"),
             name="interlock checkpoint",
+            daemon=True,  # a rank that fails waits for nobody
         )
         self._thread.start()
 

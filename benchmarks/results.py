@@ -14,9 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_interlock.files import replace_text
 from measuring.command import command_parser
-from measuring.results import machine, table, versions
+from measuring.results import table, write_results
 
 Row = dict[str, Any]
 Options = Mapping[str, tuple[Any, ...]]
@@ -52,17 +51,10 @@ def publish(
     ``argv`` is what ``args`` was parsed from; ``more`` goes into the file too.
     """
     words = ["python", "-m", f"benchmarks.{benchmark}", *(sys.argv[1:] if argv is None else argv)]
-    results = {
-        "benchmark": benchmark,
-        "command": shlex.join(words),
-        "arguments": {name: value for name, value in vars(args).items() if name != "output"},
-        "machine": machine(),
-        "versions": versions(),
-        "rows": rows,
-        **more,
-    }
     if args.output:
-        replace_text(args.output, json.dumps(results, indent=1) + "\n")
+        arguments = {name: value for name, value in vars(args).items() if name != "output"}
+        about = {"benchmark": benchmark, "command": shlex.join(words), "arguments": arguments}
+        write_results(args.output, **about, rows=rows, **more)
     show(rows)
 
 

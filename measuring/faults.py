@@ -25,7 +25,6 @@ from typing import Any
 
 import psutil
 
-from ds_interlock.files import replace_text
 from ds_interlock.transport.local_ranks import RankError, run_local_ranks
 from measuring.command import command_parser
 from measuring.fault_job import (
@@ -40,7 +39,7 @@ from measuring.fault_job import (
     train,
 )
 from measuring.launched_faults import run_launched
-from measuring.results import machine, markdown, versions
+from measuring.results import markdown, write_results
 
 _ANYWHERE = ("start", "forward", "relay", "weight gradient", "step", "saving", "evaluation", "end")
 PHASES: dict[str, Sequence[str]] = {
@@ -248,8 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{seed}: {row['kind']}, {when}: {row['seconds']} s", *row["problems"], sep="\n    ")
             sys.stdout.flush()
             if args.output:
-                about = {"machine": machine(), "versions": versions()}
-                replace_text(args.output, json.dumps({**about, **results}, indent=1) + "\n")
+                write_results(args.output, **results)
     rows = [*results["rows"], *results["launched"]]
     print(summary(rows))
     return int(any(row["problems"] for row in rows))

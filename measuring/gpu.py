@@ -23,7 +23,7 @@ from typing import Any
 
 from ds_interlock.files import replace_text
 from measuring.command import command_parser
-from measuring.results import machine, markdown, versions
+from measuring.results import markdown, write_results
 
 NUM_STAGES = 4
 SHARES_A_GPU = (2, 30)
@@ -155,8 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{step.name}: {row['status']}, {row['seconds']} s", flush=True)
         if row["status"] != "ok":
             print(row["output"][-2000:], flush=True)
-        contents = {"machine": machine(), "versions": versions(), "without_nccl": fault, "steps": rows}
-        replace_text(args.output_dir / "steps.json", json.dumps(contents, indent=1) + "\n")
+        write_results(args.output_dir / "steps.json", without_nccl=fault, steps=rows)
     print(markdown(["step", "status", "seconds"], [[r["name"], r["status"], r["seconds"]] for r in rows]))
     if fault:
         print(f"Without NCCL: {fault}.")

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 import ds_interlock
 from ds_interlock import GradientFlowPlan
-from ds_interlock.files import replace_text
 from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.lower import RECEIVE_AHEAD
 from ds_interlock.schedule.plan import LossHead, loss_name
@@ -37,7 +36,7 @@ from ds_interlock.schedule.simulate import SEND_AHEAD
 from ds_interlock.stage.in_process import InProcessPipeline
 from ds_interlock.transport.local_ranks import run_local_ranks
 from measuring.command import command_parser
-from measuring.results import machine, versions
+from measuring.results import write_results
 
 WIDTH, ROWS, NUM_MICRO_BATCHES = 8, 2, 2
 LEARNING_RATE = 1e-3
@@ -238,7 +237,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    about = {"machine": machine(), "versions": versions()}
     results: dict[str, dict[str, Any]] = {}
     runs: dict[str, tuple[int, Slow]] = {"nothing slow": (args.batches, None)}
     runs |= {f"slow {part}": (args.slow_batches, part) for part in ("last stage", "reader", "data")}
@@ -246,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results[name] = run(args.stages, num_batches, slow)
         print(name, json.dumps(results[name], indent=1), flush=True)
         if args.output:
-            replace_text(args.output, json.dumps({**about, "runs": results}, indent=1) + "\n")
+            write_results(args.output, runs=results)
     return int(any(result["problems"] for result in results.values()))
 
 

@@ -1,6 +1,7 @@
 """What measurements are published with: machine and versions, Markdown tables."""
 
 import importlib
+import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from ds_interlock.files import replace_text
 
 _PACKAGES = ("torch", "deepspeed", "ds_interlock", "numpy")
 
@@ -38,6 +41,12 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return str(importlib.import_module(package).__version__)
+
+
+def write_results(path: Path, **contents: Any) -> None:
+    """Writes ``contents`` as JSON, with machine and versions; an interrupted write leaves an earlier file."""
+    about = {"machine": machine(), "versions": versions()}
+    replace_text(path, json.dumps(about | contents, indent=1) + "\n")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -28,7 +28,7 @@ from ds_interlock.hf.model.pretrained import Pretrained, open_pretrained
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.finetune_data import encode, read_data
 from ds_interlock.jobs.finetune_task import FinetuneTask
-from ds_interlock.jobs.hugging_face import build_language_model, describe_for_export
+from ds_interlock.jobs.hugging_face import build_language_model, check_seq_length, describe_for_export
 from ds_interlock.jobs.loop import Loop, Metrics
 from ds_interlock.jobs.process import Config, Job, in_turns, propagate_errors, run_command, start
 from ds_interlock.models.lm import lm_loss
@@ -133,12 +133,7 @@ def open_model(args: FinetuneArguments, dtype: torch.dtype, classes: tuple[str, 
     )
     if args.output_router_logits:
         pretrained.config.output_router_logits = True
-    positions = pretrained.num_positions()
-    if positions is not None and args.seq_length > positions:
-        raise ConfigError(
-            f"--seq_length is {args.seq_length}, but {args.model} knows {positions} positions (by its "
-            "max_position_embeddings): use at most that many"
-        )
+    check_seq_length(pretrained, args.seq_length)
     return pretrained
 
 

@@ -42,6 +42,16 @@ def _check_heads_fit(blueprint: Blueprint) -> None:
         )
 
 
+def check_seq_length(pretrained: Pretrained, seq_length: int, remedy: str = "") -> None:
+    """Raises ConfigError, which ends in ``remedy``, if the model does not know so many positions."""
+    positions = pretrained.num_positions()
+    if positions is not None and seq_length > positions:
+        raise ConfigError(
+            f"--seq_length is {seq_length}, but {pretrained.name} knows {positions} positions (by its "
+            f"max_position_embeddings): use at most that many{remedy}"
+        )
+
+
 def describe_for_export(
     pretrained: Pretrained, blueprint: Blueprint, adapters: Any = None
 ) -> ModelDescription:

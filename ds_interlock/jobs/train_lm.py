@@ -34,7 +34,12 @@ from ds_interlock.hf.model.check import check_layers
 from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.hf.model.scratch import configuration, draw_weights
 from ds_interlock.jobs.arguments import RunArguments, argument, config_from
-from ds_interlock.jobs.hugging_face import build_language_model, describe_for_export, write_description
+from ds_interlock.jobs.hugging_face import (
+    build_language_model,
+    check_seq_length,
+    describe_for_export,
+    write_description,
+)
 from ds_interlock.jobs.loop import Loop, Losses, Metrics, Task, Trained, perplexity
 from ds_interlock.jobs.process import (
     Job,
@@ -193,12 +198,7 @@ def _draw(args: LMArguments, tokenizer: PreTrainedTokenizerBase, dtype: torch.dt
     name = str(args.config_name)
     config = configuration(name, args.config_overrides, tokenizer, trust_remote_code=args.trust_remote_code)
     model = draw_weights(name, config, tokenizer, args.seed, dtype)
-    positions = model.num_positions()
-    if positions is not None and args.seq_length > positions:
-        raise ConfigError(
-            f"--seq_length is {args.seq_length}, but {name} knows {positions} positions: use at most that "
-            "many, or --config_overrides max_position_embeddings=..."
-        )
+    check_seq_length(model, args.seq_length, ", or --config_overrides max_position_embeddings=...")
     return model
 
 

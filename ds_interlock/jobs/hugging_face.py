@@ -1,6 +1,5 @@
 """What jobs that train a transformers model share: the pipeline of its layers, and what an export needs."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from ds_interlock import InterlockPipelineModule
 from ds_interlock.errors import ConfigError
 from ds_interlock.files import replace_text, unfinished_folder
 from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, ModelDescription
+from ds_interlock.hf.model.convert import copy_companions
 from ds_interlock.hf.model.cut import Blueprint
 from ds_interlock.hf.model.pretrained import Pretrained, has_own_code
 from ds_interlock.hf.model.routing import BalancedLMLoss
@@ -74,8 +74,5 @@ def write_description(output: Path, pretrained: Pretrained, description: ModelDe
     with unfinished_folder(output / "checkpoints" / "hf") as folder:
         pretrained.config.save_pretrained(folder)
         pretrained.tokenizer.save_pretrained(folder)
-        code = ["*.py"] if has_own_code(pretrained.config) else []
-        for pattern in ["generation_config.json", *code]:
-            for companion in pretrained.folder.glob(pattern):
-                shutil.copy(companion, folder)
+        copy_companions(pretrained.folder, folder, own_code=has_own_code(pretrained.config))
         replace_text(folder / DESCRIPTION_FILE, description.model_dump_json(indent=2) + "\n")

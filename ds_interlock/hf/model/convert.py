@@ -62,6 +62,13 @@ def converted(
     return target
 
 
+def copy_companions(source: Path, target: Path, *, own_code: bool) -> None:
+    """Copies what belongs to a model besides its weights, configuration and tokenizer."""
+    for pattern in ["generation_config.json", *(["*.py"] if own_code else [])]:
+        for companion in source.glob(pattern):
+            shutil.copy(companion, target)
+
+
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
     try:
@@ -87,9 +94,7 @@ def _convert(
     state = {k: v for k, v in model.state_dict().items() if k not in loading["missing_keys"]}
     model.save_pretrained(draft, state_dict=state, save_original_format=False)
     tokenizer.save_pretrained(draft)
-    for pattern in ["generation_config.json", *(["*.py"] if own_code else [])]:
-        for extra in folder.glob(pattern):
-            shutil.copy(extra, draft)
+    copy_companions(folder, draft, own_code=own_code)
 
 
 def _convert_text_part(config: Any, folder: Path, name: str, draft: Path) -> None:

@@ -253,13 +253,17 @@ def test_links_need_their_two_ranks_only_and_few_files(ranks4: RankPool):
 # What is said when something else arrives, or nothing.
 
 
+def post_and_take(between: Links, receive: Action, batch: int) -> None:
+    """What is wrong with a message is said as soon as it is there, at either call."""
+    between.post(receive, batch)
+    between.take(receive)
+
+
 def send_and_expect(send: str, expected: str, batches: tuple[int, int]) -> Exception | None:
     rank, between = links()
     if rank == 0:
         between.send(Action.parse(send), batches[0], torch.zeros(2))
-    else:
-        between.post(Action.parse(expected), batches[1])
-    error = None if rank == 0 else caught(between.take, Action.parse(expected))
+    error = None if rank == 0 else caught(post_and_take, between, Action.parse(expected), batches[1])
     torch.distributed.barrier()
     return error
 
@@ -285,9 +289,7 @@ def send_other_relay() -> Exception | None:
     expected = Action.parse("0RECV_I0@1")
     if rank == 1:
         between.send(Action.parse("1SEND_I0@1+2"), 0, (torch.zeros(2),))
-    else:
-        between.post(expected, 0)
-    error = None if rank == 1 else caught(between.take, expected)
+    error = None if rank == 1 else caught(post_and_take, between, expected, 0)
     torch.distributed.barrier()
     return error
 

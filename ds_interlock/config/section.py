@@ -38,7 +38,8 @@ class HeadConfig(Section):
     translator, then a frozen copy of the model's own norm and unembedding. See docs/heads.md."""
     blocks: int | tuple[int, ...] = 0
     """More layers like the one before the head, at the beginning of a head of any type. A list is by stage,
-    its last number for all stages that follow: `[2, 1]`. They learn at the model's rate."""
+    its last number for all stages that follow: `[2, 1]`. They start with the model's initial weights
+    and learn at its rate."""
     translator: Literal["after_norm", "before_norm"] = "after_norm"
     """Where the translator of a `lens` is. `after_norm`: it folds into the unembedding, so that stages and
     head make a smaller model of the same architecture (it has a bias only if the model has one to fold it

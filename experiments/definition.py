@@ -114,6 +114,11 @@ class _Interlocked(_Section):
         """The section, checked."""
         return InterlockConfig.from_deepspeed({"interlock": self.interlock})
 
+    @property
+    def flow(self) -> dict[str, Any]:
+        """What the time of a batch depends on: the section, or ``{"asynchronous": method}``."""
+        return self.interlock or {"asynchronous": self.asynchronous}
+
 
 class Mode(_Interlocked):
     """One row of the table."""

@@ -85,15 +85,6 @@ class Efficiency:
                 if mode == GLOBAL:
                     raise
 
-    def steps(self, mode: str) -> dict[int, float | None]:
-        """Steps in which the mode gets to global's loss, by seed that global has too; None if never."""
-        reference = self.comparison.results[GLOBAL]
-        return {
-            seed: result.curve.first_crossing(reference[seed].curve.at(self.comparison.budget))
-            for seed, result in self.comparison.results[mode].items()
-            if seed in reference
-        }
-
     def batch_speeds(self, mode: str, m: int) -> list[float]:
         """How many times faster than global's a batch of the mode is, in each of its phases."""
         (of_global,) = self.phases[GLOBAL][m]
@@ -101,11 +92,13 @@ class Efficiency:
 
     def speed_up(self, mode: str, m: int) -> PerSeed | None:
         """Global's time to the target over the mode's, by seed; None if one seed does not get there."""
-        of_global: dict[int, Any] = self.steps(GLOBAL)  # never None: the target is on its own curve
+        of_global: dict[int, Any] = self.comparison.steps_to_target(
+            GLOBAL
+        )  # never None: the target is on its own curve
         return PerSeed.of(
             steps
             and seconds_of(of_global[seed], self.phases[GLOBAL][m]) / seconds_of(steps, self.phases[mode][m])
-            for seed, steps in self.steps(mode).items()
+            for seed, steps in self.comparison.steps_to_target(mode).items()
         )
 
     def fastest(self, m: int) -> tuple[str, PerSeed] | None:

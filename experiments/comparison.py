@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from ds_interlock.errors import DataError
 from ds_interlock.files import faults_of
-from experiments.definition import GLOBAL, LOCAL, Run
+from experiments.definition import GLOBAL, LEARNING, LOCAL, Run
 from measuring import results_file
 from measuring.results_file import Record
 
@@ -255,4 +255,5 @@ def read(path: Path, order: Sequence[str]) -> Comparison:
 
 def _common(run: Run) -> tuple[Any, ...]:
     """Equal for all runs of an experiment."""
-    return run.training, run.num_stages, run.model.kind, run.measurements
+    training = run.training.model_dump(exclude=LEARNING)
+    return training, run.num_stages, run.model.kind, run.measurements

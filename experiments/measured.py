@@ -23,7 +23,7 @@ def _of(runs: Comparison) -> Iterator[Measurement]:
     model = runs.reference.run.model
     for mode, results in runs.results.items():
         run, share = runs.run_of(mode), runs.recovered(mode)
-        if run.section.is_global or runs.has_own_model(mode) or share is None:
+        if run.asynchronous or run.section.is_global or runs.has_own_model(mode) or share is None:
             continue
         local = _local_with_heads_of(runs, run)
         gain = None if local == mode else runs.gain_over_local(mode, local)
@@ -58,7 +58,8 @@ def _local_with_heads_of(runs: Comparison, run: Run) -> str:
     shares = {
         mode: share.mean
         for mode in runs.results
-        if runs.run_of(mode).section.mode == "local"
+        if runs.run_of(mode).interlock
+        and runs.run_of(mode).section.mode == "local"
         and heads_of(runs.run_of(mode).section) == heads_of(run.section)
         and not runs.has_own_model(mode)
         and runs.gain_over_local(run.mode, mode)

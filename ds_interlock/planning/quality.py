@@ -153,8 +153,8 @@ def heads_of(interlock: InterlockConfig) -> frozenset[tuple[str, Any]]:
     blocks = (head.blocks,) if isinstance(head.blocks, int) else head.blocks
     while len(blocks) > 1 and blocks[-1] == blocks[-2]:
         blocks = blocks[:-1]
-    values = head.resolve(pretrained=head.kl_weight > 0).model_dump(exclude=_LEARNING)
-    return frozenset({**values, "blocks": blocks}.items())
+    values = head.resolve(pretrained="kl" in head.objectives).model_dump(exclude=_LEARNING)
+    return frozenset({**values, "blocks": blocks, "objective": (*head.objectives.items(),)}.items())
 
 
 def _window(section: InterlockConfig) -> float:

@@ -141,6 +141,24 @@ def test_the_page_says_what_was_run_and_where(bench: Bench) -> None:
     assert "Not run yet" not in page
 
 
+def test_training_of_its_own_is_named(bench: Bench) -> None:
+    lines = records()
+    own = {"optimizer": "nadam", "learning_rate": 1e-3, "betas": [0.99, 0.98]}
+    for line in lines[-2:]:
+        line["run"] |= {"mode": "stale", "interlock": {}, "asynchronous": "pipedream"}
+        line["run"]["training"] |= own
+    bench.fill(lines)
+    text = (
+        "warm-up, weight decay 0. With training of their own: stale, NAdam (betas 0.99, 0.98) with learning"
+    )
+    assert f"{text} rate 0.001.\n\n`python" in bench.report()
+    lines[-1]["run"]["training"]["micro_batch_size"] = 8
+    bench.file.unlink()
+    bench.fill(lines)
+    with pytest.raises(DataError, match="mode stale, seed 1 is not of the same experiment"):
+        bench.report()
+
+
 def test_runs_on_a_gpu_say_so(bench: Bench) -> None:
     bench.fill([record("global", 0, [3.0, 2.0], device="cuda")])
     page = bench.report()

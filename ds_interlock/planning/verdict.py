@@ -62,10 +62,12 @@ def verdict(comparison: Comparison) -> str:
     best = best_interlock(comparison)
     if best is None:
         others = [each for each in comparison.all if not each.is_reference and not _interlocks(each)]
-        fastest = max(others, key=lambda each: each.speed)
-        text = f"With {where} there is nothing to interlock: fastest is {_named(fastest)}"
-    elif pays(comparison):
+        choice = max([comparison.reference, *others], key=worth)
+        text = f"With {where} there is nothing to interlock: the best choice is {_named(choice)}"
+    elif worth(best) >= _WORTHWHILE:
         text = f"Interlocking pays with {where}: {_named(best)}"
+    elif (schedule := best_schedule(comparison)) and worth(schedule) >= _WORTHWHILE:
+        text = f"Interlocking pays with {where} as a schedule: {_named_schedule(schedule)}"
     elif worth(best) >= 1:
         text = f"Interlocking hardly pays with {where}: {_named(best)}"
         text += ", too small a gain for inexact gradients"
@@ -81,17 +83,18 @@ def _interlocks(each: Forecast) -> bool:
 
 
 def _named(each: Forecast) -> str:
+    if each.is_exact:
+        return each.name
     speed = f"{each.speed:.2f} times the speed of global"
-    if each.speed_to_loss is None or each.is_exact:
+    if each.speed_to_loss is None:
         return f"{each.name} ({speed})"
     return f"{each.name} ({speed}, {each.speed_to_loss:.2f} times as fast to its loss)"
 
 
 def _named_schedule(each: ScheduleForecast) -> str:
     starts = " and ".join(f"{start:.0%}" for start, _ in each.phases[1:])
-    return (
-        f"{each.name} (from {starts} of global's steps), {each.speed_to_loss:.2f} times as fast to its loss"
-    )
+    gain = f"{each.speed_to_loss:.2f} times as fast to its loss"
+    return f"{each.name} (from {starts} of global's steps), {gain}"
 
 
 def about_schedule(interlock: InterlockConfig, comparison: Comparison) -> str:
@@ -120,13 +123,18 @@ def _about_quality(comparison: Comparison, best: Forecast | None) -> str:
 
 def _about_local(comparison: Comparison, best: Forecast | None) -> str:
     """What local learning would give, where its batches are faster."""
-    faster = [each for each in comparison.all if each.window == 1 and best and each.speed > best.speed]
-    if not best or not faster:
+    best = best or comparison.reference
+    faster = [
+        each
+        for each in comparison.all
+        if each.window == 1 and (each.speed > best.speed or (each.speed_to_loss or 0.0) > worth(best))
+    ]
+    if not faster:
         return ""
     local = max(faster, key=lambda each: (each.speed_to_loss or 0.0, each.speed))
     if local.speed_to_loss:
         beats = local.speed_to_loss > worth(best)
-        return f". {_capital(_named(local))} {'gets there first' if beats else 'gets there later'}"
+        return f". {_capital(_named(local))} gets there {'first' if beats else 'later'}"
     fate = "how it learns was not measured"
     if local.measured:
         fate = f"it did not reach global's loss in {local.measured.most_steps:.3g} times its steps"
@@ -138,9 +146,9 @@ def _about_better_buys(comparison: Comparison, best: Forecast | None) -> str:
     schedule = best_schedule(comparison)
     exact = next(each for each in comparison.others if each.name == ZERO_BUBBLE)
     to_beat = max(worth(best) if best else 1.0, 1.0)
-    if schedule and worth(schedule) > max(to_beat, exact.speed):
+    if schedule and worth(schedule) > max(to_beat, exact.speed) and to_beat >= _WORTHWHILE:
         return f". A schedule is the better buy: {_named_schedule(schedule)}"
-    if best is None or exact.speed < to_beat:
+    if exact.speed < (to_beat if best else _WORTHWHILE):
         return ""
     return (
         ". Exact gradients are the better buy under a zero-bubble schedule (ZB-H1, which DeepSpeed does not "

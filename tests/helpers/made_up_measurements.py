@@ -60,3 +60,4 @@ def use(monkeypatch: pytest.MonkeyPatch, folder: Path, *measurements: Measuremen
     file = folder / "measured.json"
     file.write_text(Measurements(measurements=measurements).model_dump_json())
     monkeypatch.setattr(quality, "FILE", file)
+    quality._measurements.cache_clear()  # of what was in the file before

@@ -80,7 +80,6 @@ def test_which_experiment_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ]
     while candidates:
         use(monkeypatch, tmp_path, *candidates)
-        quality._measurements.cache_clear()  # the same file again
         chosen = measurement(section(**window(2)), 4)
         assert chosen == candidates.pop()
 

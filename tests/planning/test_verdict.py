@@ -54,6 +54,7 @@ def test_it_says_what_the_simulator_and_the_steps_say(num_micro_batches):
     text = verdict(comparison)
     assert text.startswith("Interlocking pays") == (gain >= 1.05)
     assert ("does not pay" in text) == (max(gains.values()) < 1 and gain < 1.05)
+    assert ("as a schedule" in text) == (max(gains.values()) < 1.05 <= schedule.speed_to_loss)
 
 
 def test_window_3_with_many_micro_batches_does_not_pay_and_it_says_so():
@@ -70,7 +71,7 @@ def test_window_3_with_many_micro_batches_does_not_pay_and_it_says_so():
 def test_a_faster_setting_that_needs_more_steps_is_not_preferred(monkeypatch, tmp_path):
     assert best_interlock(compared(4, window=2)).name == "window 2"
     slow = measured(window(2), 0.7, steps=1.6, gain=0.04)
-    use(monkeypatch, tmp_path / "..", slow, *PROSE[3:4])
+    use(monkeypatch, tmp_path, slow, *PROSE[3:4])
     comparison = compared(4, window=2)
     assert comparison.configured.speed > best_interlock(comparison).speed
     assert best_interlock(comparison).name == "window 3"
@@ -85,9 +86,22 @@ def test_the_better_buy_is_named():
     assert "ZB-H1" not in verdict(compared(1, window=2))
 
 
+def test_a_schedule_may_pay_alone(monkeypatch, tmp_path):
+    slow = measured(window(2), 0.7, steps=2.0, gain=0.04)
+    use(monkeypatch, tmp_path, slow, *PROSE[4:])
+    comparison = compared(4, window=2)
+    assert worth(best_interlock(comparison)) < 1
+    assert pays(comparison)
+    text = verdict(comparison)
+    assert text.startswith(
+        "Interlocking pays with 4 micro-batches on 4 stages as a schedule: local, then window"
+    )
+    assert "A schedule" not in text
+
+
 def test_what_did_not_reach_globals_loss_counts_by_its_share(monkeypatch, tmp_path):
     half = measured(window(2), 0.5, gain=0.02, most_steps=2.0)
-    use(monkeypatch, tmp_path / "..", half)
+    use(monkeypatch, tmp_path, half)
     comparison = compared(1, window=2)
     each = best_interlock(comparison)
     assert each.name == "window 2"
@@ -119,13 +133,13 @@ def test_what_was_not_measured_is_the_last_choice(monkeypatch, tmp_path):
     assert best.measured is None
     assert worth(best) == best.speed == max(each.speed for each in deep.all if 1 < each.window < 4)
     assert f"How well {best.name} learns with these heads was not measured" in verdict(deep)
-    use(monkeypatch, tmp_path / "..", measured(window(3, head={"blocks": 1}), 0.9, 1.02, gain=0.01))
+    use(monkeypatch, tmp_path, measured(window(3, head={"blocks": 1}), 0.9, 1.02, gain=0.01))
     assert best_interlock(compared(4, window=2, head={"blocks": 1})).name == "window 3, 1 block"
 
 
 def test_local_with_heads_that_reach_globals_loss_may_win(monkeypatch, tmp_path):
     deep = measured({**LOCAL, "head": {"blocks": 1}}, 0.8, steps=1.1)
-    use(monkeypatch, tmp_path / "..", *PROSE[:4], deep)
+    use(monkeypatch, tmp_path, *PROSE[:4], deep)
     assert "Local, 1 block (" in (text := verdict(compared(1, window=2)))
     assert "times as fast to its loss) gets there first" in text
 
@@ -149,7 +163,17 @@ def test_dear_heads_are_named():
 def test_one_stage_has_nothing_to_interlock():
     comparison = compare(InterlockConfig(), unit_profile(4, 4), [0, 4], 1)
     assert best_interlock(comparison) is None
-    assert verdict(comparison).startswith("With 1 micro-batch on 1 stage there is nothing to interlock")
+    nothing = "there is nothing to interlock: the best choice is global (1F1B)."
+    assert verdict(comparison) == f"With 1 micro-batch on 1 stage {nothing}"
+
+
+def test_two_stages_have_nothing_to_interlock_either_and_local_is_no_advice():
+    text = verdict(compare(InterlockConfig(), unit_profile(8, 4), [0, 4, 8], 4))
+    assert text.startswith(
+        "With 4 micro-batches on 2 stages there is nothing to interlock: the best choice is"
+    )
+    assert "global (1F1B). Local (1.14 times the speed of global) is faster, with gradients that" in text
+    assert "zero-bubble schedule (ZB-H1, which DeepSpeed does not have): 1.15 times" in text
 
 
 def test_of_a_configured_schedule_it_says_what_is_known():

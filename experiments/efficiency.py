@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ds_interlock import InterlockConfig
 from ds_interlock.errors import DataError
-from experiments.comparison import Comparison, PerSeed, Result
+from experiments.comparison import Comparison, PerSeed
 from experiments.definition import GLOBAL
 
 ZERO_BUBBLE = {
@@ -69,6 +69,10 @@ def phase_sections(section: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]
     return [(step, phase.model_dump(mode="json", exclude_defaults=True)) for step, phase in phases]
 
 
+def _learns_as(mode: str) -> str:
+    return GLOBAL if mode in ZERO_BUBBLE else mode
+
+
 class Efficiency:
     """Times of the modes of an experiment that were timed and have its model; M counts micro-batches.
 
@@ -94,16 +98,8 @@ class Efficiency:
                     raise
 
     def steps(self, mode: str) -> dict[int, float | None]:
-        """Steps in which the mode gets to global's loss, by seed that global has too; None if never."""
-        reference = self.comparison.results[GLOBAL]
-        return {
-            seed: result.curve.first_crossing(reference[seed].curve.at(self.comparison.budget))
-            for seed, result in self._results(mode).items()
-            if seed in reference
-        }
-
-    def _results(self, mode: str) -> dict[int, Result]:
-        return self.comparison.results[GLOBAL if mode in ZERO_BUBBLE else mode]
+        """Steps to global's loss by seed (``Comparison.steps_to_target``); global's own for zero bubble."""
+        return self.comparison.steps_to_target(_learns_as(mode))
 
     def batch_speeds(self, mode: str, m: int) -> list[float]:
         """How many times faster than global's a batch of the mode is, in each phase; [] if not timed."""
@@ -137,5 +133,5 @@ class Efficiency:
             return None, False
         seconds = seconds_of(self.comparison.budget, self.phases[GLOBAL][m])
         steps = steps_within(seconds, self.phases[mode][m])
-        curves = [result.curve for result in self._results(mode).values()]
+        curves = [result.curve for result in self.comparison.results[_learns_as(mode)].values()]
         return PerSeed(tuple(curve.at(steps) for curve in curves)), any(steps > c.steps[-1] for c in curves)

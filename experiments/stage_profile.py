@@ -39,7 +39,7 @@ NUM_ROUNDS = 50
 
 PASSES = ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds")
 
-LEARNING_KEYS = {"weight", "learning_rate_scale", "warmup_steps", "warmup_learning_rate"}
+LEARNING_KEYS = {"weight", "learning_rate_scale", "warmup_steps", "warmup_learning_rate", "refresh_every"}
 """Keys of a head's section for how it learns, on which its time does not depend."""
 
 

@@ -48,7 +48,7 @@ def test_a_target_that_some_seeds_miss_has_no_speed_up() -> None:
     lines[-1]["curve"][-1]["loss"] = 2.11  # of window 2, seed 1; its target is 2.1
     efficiency = Efficiency(compared(lines), [4, 1], lambda section, m: SECONDS[mode_of(section)][m])
     assert efficiency.micro_batches == (1, 4)
-    assert efficiency.steps("window 2") == {0: pytest.approx(125), 1: None}
+    assert efficiency.comparison.steps_to_target("window 2") == {0: pytest.approx(125), 1: None}
     assert efficiency.speed_up("window 2", 1) is None
     assert "| window 2 | not in 150 steps (1 of 2 seeds do) | 4.00 | 1.25 | – | – |" in TABLES.speed_up(
         efficiency

@@ -26,7 +26,7 @@ from ds_interlock.schedule.plan import Combine, GradientFlowPlan
 
 _LENS_WARMUP_STEPS = 20
 
-HeadType = Literal["auto", "linear", "norm_linear", "low_rank", "lens"]
+HeadType = Literal["auto", "linear", "norm_linear", "low_rank", "lens", "shared"]
 Objective = Literal["cross_entropy", "kl", "reconstruction"]
 _WEIGHTS = {"cross_entropy_weight": ("cross_entropy", 1.0), "kl_weight": ("kl", 0.0)}
 
@@ -38,10 +38,12 @@ class HeadConfig(Section):
     """What a head is, if the module is given no `head` of its own. `auto`: `lens` for a pretrained model,
     otherwise `norm_linear`. `linear`: an unembedding. `norm_linear`: a norm of the model's kind, then an
     unembedding. `low_rank`: a norm, then an unembedding of rank `rank`. `lens`: a trainable affine
-    translator, then a frozen copy of the model's own norm and unembedding. See docs/heads.md."""
+    translator, then a frozen copy of the model's own norm and unembedding. `shared`: a norm and a learned
+    temperature, then a copy of the model's unembedding as it is trained. See docs/heads.md."""
     blocks: int | tuple[int, ...] = 0
     """More layers like the one before the head, at the beginning of a head of any type. A list is by stage,
-    its last number for all stages that follow: `[2, 1]`. They learn at the model's rate."""
+    its last number for all stages that follow: `[2, 1]`. They start with the model's initial weights
+    and learn at its rate."""
     translator: Literal["after_norm", "before_norm"] = "after_norm"
     """Where the translator of a `lens` is. `after_norm`: it folds into the unembedding, so that stages and
     head make a smaller model of the same architecture (it has a bias only if the model has one to fold it
@@ -69,6 +71,9 @@ class HeadConfig(Section):
     """Factor of every auxiliary loss in the gradients it takes part in; the final loss has 1."""
     rank: int = Field(64, ge=1)
     """Rank of the unembedding of a `low_rank` head."""
+    refresh_every: int = Field(20, ge=1)
+    """Type `shared` only: every so many batches the last stage copies its unembedding for the heads, which
+    read with this copy as many batches later. At least twice the number of stages, or stages may wait."""
     warmup_steps: int | None = Field(
         None,
         ge=0,

@@ -132,6 +132,8 @@ class InterlockPipelineModule(PipelineModule):
         planned = list(self.schedule.stage_bounds)
         if planned != bounds:
             raise ConfigError(f"plan({bounds}) returned {planned}: it must keep the bounds it is given")
+        if interlock.head.type == "shared" and self.make_head is None and self.schedule.heads:
+            raise ConfigError('interlock.head.type: "shared" works in one process only as yet; use "lens"')
         self.interlock = interlock
         self.head_config = interlock.head.resolve(pretrained=self._pretrained)
         make_head = self.make_head

@@ -10,6 +10,7 @@ A head repeats the output layers of its model, which are found from the last lay
     norm_linear                     ├─►        norm ─► unembedding ─► ...
     low_rank                        ├─►        norm ─► down ─► unembedding ─► ...
     lens                            ├─► norm* ─► translator ─► unembedding* ─► ...     (*: frozen copies)
+    shared                          ├─► norm ─► temperature ─► unembedding' ─► ...     (': a live copy)
     any of them, with blocks: 2     └─► block ─► block ─► norm ─► unembedding ─► ...
 
 A head's method ``loss(hidden, labels, loss_fn)`` is used in place of ``loss_fn(head(hidden), labels)``: for
@@ -66,10 +67,11 @@ def head_factory(
 ) -> HeadFactory:
     """The heads of a model whose user passes none. Looks at the model at once, builds heads when called.
 
-    The frozen copies of a ``lens`` are made by building the model's last layers once more, when the head
-    is built. Layers with a seed of their own, as those of ``ds_interlock.models``, and layers that are
-    modules are thus copied exactly. One that draws from the global generator (a plain
-    ``LayerSpec(nn.Linear, ...)``) is drawn again, from the head's seed: fixed, but not as in the model.
+    The frozen copies of a ``lens``, and what a ``shared`` head starts from, are made by building the model's
+    last layers once more, when the head is built. Layers with a seed of their own, as those of
+    ``ds_interlock.models``, and layers that are modules are thus copied exactly. One that draws from the
+    global generator (a plain ``LayerSpec(nn.Linear, ...)``) is drawn again, from the head's seed: fixed, but
+    not as in the model.
 
     Args:
         config: The section ``"interlock.head"``.

@@ -42,6 +42,7 @@ EVERYTHING = {
         "learning_rate_scale": 2.0,
         "weight": 0.5,
         "rank": 7,
+        "refresh_every": 6,
         "warmup_steps": 3,
         "warmup_learning_rate": 0.01,
     },

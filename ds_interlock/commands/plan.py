@@ -129,6 +129,9 @@ def _print_report(comparison: Comparison, forecasts: Sequence[Forecast]) -> None
         "\n* configured. Gap: the share of local's gap to global that it closed in an experiment. In flight: "
         "micro-batches, by stage. Activations, relays: per batch, of the stage with the most."
     )
+    if copy_bytes := (configured := comparison.configured).copy_bytes:
+        size, every = tqdm.format_sizeof(copy_bytes, "B"), configured.refresh_every
+        print(f"Copies of the unembedding: {size} over a link every {every} batches; a stage keeps two.")
     for reason in comparison.skipped:
         print(f"left out: {reason}")
     if comparison.syncs_ties:

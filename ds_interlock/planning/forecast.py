@@ -9,6 +9,7 @@ stages (window 3 on two stages, a head within a stage of one layer) is left out 
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil, inf
 from typing import Any
 
 from ds_interlock.config import InterlockConfig
@@ -52,6 +53,9 @@ class Forecast(Simulation):
     gap_recovered: float | None  # as measured in our experiments (quality.py); None: not measured
     beats_local: bool | None  # likewise, with heads of the same kind
     measured_in: str | None  # the experiment, and its model
+    copy_bytes: float  # of the unembedding, over a link every refresh_every batches, for heads upstream
+    refresh_every: int
+    refresh_at_least: int  # with fewer batches between two copies stages wait for them
     is_reference: bool  # it is here to compare with and cannot be run
 
 
@@ -153,6 +157,11 @@ def _forecast_of(
     heads = [s for s in spans if s.action.kind is Kind.HEAD and s.action.losses != (plan.final,)]
     busy = sum(span.end - span.start for span in spans)
     measured = measurement(interlock)
+    num_links = plan.num_stages - 1 - min(head.stage for head in plan.heads)
+    copy_bytes = profile.head.copy_bytes if num_links else 0.0
+    copy_seconds = profile.latency_seconds + copy_bytes / (profile.bandwidth_bytes_per_second or inf)
+    # On its way a copy waits on each stage until that has come as far: stages are a batch ahead of the next.
+    refresh_at_least = ceil(num_links * (1 + copy_seconds / simulation.batch_seconds)) if copy_bytes else 1
     kept = zip(simulation.in_flight, profile.activation_bytes(plan.stage_bounds), strict=True)
     return Forecast(
         **vars(simulation),
@@ -165,6 +174,9 @@ def _forecast_of(
         gap_recovered=gap_recovered(interlock),
         beats_local=beats_local(interlock),
         measured_in=f'"{measured.experiment}", {measured.where}' if measured else None,
+        copy_bytes=copy_bytes,
+        refresh_every=interlock.head.refresh_every,
+        refresh_at_least=refresh_at_least,
         is_reference=name == ZERO_BUBBLE,
     )
 

@@ -49,7 +49,7 @@ def verdict(comparison: Comparison) -> str:
     else:
         text = f"Interlocking does not pay with {where}: its fastest setting, {_named(best)}, is slower"
         text += " than global, whose gradients are exact besides"
-    remarks = (_about_quality, _about_zero_bubble, _about_heads, _about_configured)
+    remarks = (_about_quality, _about_zero_bubble, _about_heads, _about_copies, _about_configured)
     return "".join([text, *(remark(comparison, best) for remark in remarks), "."])
 
 
@@ -86,6 +86,16 @@ def _about_heads(comparison: Comparison, best: Forecast | None) -> str:
     return (
         f". Auxiliary heads are {dearest:.0%} of the work: lower interlock.head.token_fraction (with blocks "
         "sequence_fraction), or choose a cheaper interlock.head.type"
+    )
+
+
+def _about_copies(comparison: Comparison, best: Forecast | None) -> str:
+    configured = comparison.configured
+    if configured.refresh_every >= configured.refresh_at_least:
+        return ""
+    return (
+        f". With interlock.head.refresh_every {configured.refresh_every} the configured setting waits for "
+        f"copies of the unembedding: set it to {configured.refresh_at_least} or more"
     )
 
 

@@ -65,6 +65,15 @@ def test_blocks_and_head_by_hand(family: str, head: dict[str, Any], tmp_path: Pa
     assert AutoTokenizer.from_pretrained(tmp_path / "draft").decode(IDS[0]) == tiny_tokenizer().decode(IDS[0])
 
 
+def test_a_temperature_goes_into_the_unembedding(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    heads = make_heads(model, local_plan(model), type="shared")
+    nn.init.constant_(heads[1].readout.temperature.log_scale, 0.5)
+    step = write_checkpoint(tmp_path / "checkpoints", model, local_plan(model), heads)
+    export_draft(step, tmp_path / "draft", 2)
+    assert_is(load(tmp_path / "draft"), heads[1], after_blocks(model, 3))
+
+
 def test_a_translators_bias_goes_into_the_norm(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
     heads = make_heads(model, local_plan(model), **LENS)

@@ -142,6 +142,9 @@ def _print_report(comparison: Comparison, forecasts: Sequence[Forecast], *, is_c
             print(f"measured in {place}: {'; '.join(known)}")
     if is_comparison and comparison.no_better:
         print(f"left out, not measured to learn better than local: {'; '.join(comparison.no_better)}")
+    if copy_bytes := (configured := comparison.configured).copy_bytes:
+        size, every = tqdm.format_sizeof(copy_bytes, "B"), configured.refresh_every
+        print(f"Copies of the unembedding: {size} over a link every {every} batches; a stage keeps two.")
     for reason in comparison.skipped:
         print(f"left out: {reason}")
     if comparison.syncs_ties:

@@ -78,7 +78,7 @@ class HeadConfig(Section):
         None,
         ge=0,
         description="Batches for which the heads alone are fitted before the first training batch of a new "
-        f"run. If not given, {_LENS_WARMUP_STEPS} for a lens into a pretrained model, otherwise 0.",
+        f"run. If not given, {_LENS_WARMUP_STEPS} for `lens` and `shared` on a pretrained model, or 0.",
     )
     warmup_learning_rate: float = Field(1e-3, gt=0)
     """Learning rate of these batches; their optimizer is AdamW without decay."""
@@ -154,8 +154,8 @@ class HeadConfig(Section):
         kind = ("lens" if pretrained else "norm_linear") if self.type == "auto" else self.type
         steps = self.warmup_steps
         if steps is None:
-            # A lens reads the middle of a trained model worse than chance until its translator has learned.
-            steps = _LENS_WARMUP_STEPS if pretrained and kind == "lens" else 0
+            # They read the middle of a trained model worse than chance until what they have has learned.
+            steps = _LENS_WARMUP_STEPS if pretrained and kind in ("lens", "shared") else 0
         return self.model_copy(update={"type": kind, "warmup_steps": steps})
 
 

@@ -10,6 +10,7 @@ that was measured to learn no better than local, in ``no_better``. Unless config
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import ceil, inf
 from typing import Any
 
 from ds_interlock.config import InterlockConfig
@@ -54,6 +55,9 @@ class Forecast(Simulation):
     speed: float  # times as fast as global (1F1B)
     measured: Measurement | None  # how well it learns (quality.py)
     beats_local: bool | None  # likewise; None: not measured, local or global
+    copy_bytes: float  # of the unembedding, over a link every refresh_every batches, for heads upstream
+    refresh_every: int
+    refresh_at_least: int  # with fewer batches between two copies stages wait for them
     is_reference: bool  # it is here to compare with and cannot be run
 
     @property
@@ -250,6 +254,11 @@ def _forecast_of(
     spans = [span for row in simulation.spans for span in row]
     heads = [s for s in spans if s.action.kind is Kind.HEAD and s.action.losses != (plan.final,)]
     busy = sum(span.end - span.start for span in spans)
+    num_links = plan.num_stages - 1 - min(head.stage for head in plan.heads)
+    copy_bytes = profile.head.copy_bytes if num_links else 0.0
+    copy_seconds = profile.latency_seconds + copy_bytes / (profile.bandwidth_bytes_per_second or inf)
+    # On its way a copy waits on each stage until that has come as far: stages are a batch ahead of the next.
+    refresh_at_least = ceil(num_links * (1 + copy_seconds / simulation.batch_seconds)) if copy_bytes else 1
     kept = zip(simulation.in_flight, profile.activation_bytes(plan.stage_bounds), strict=True)
     return Forecast(
         **vars(simulation),
@@ -261,6 +270,9 @@ def _forecast_of(
         speed=1.0,
         measured=None if plan.is_end_to_end else measurement(interlock, plan.num_stages),
         beats_local=None if plan.is_end_to_end else beats_local(interlock, plan.num_stages),
+        copy_bytes=copy_bytes,
+        refresh_every=interlock.head.refresh_every,
+        refresh_at_least=refresh_at_least,
         is_reference=name == ZERO_BUBBLE,
     )
 

@@ -83,6 +83,7 @@ class HeadProfile(_Record):
     blocks: tuple[int, ...] = (0,)  # by stage, the last number for all stages that follow
     block_seconds: float = Field(0.0, ge=0)  # 0: not profiled
     block_optimizer_seconds: float = Field(0.0, ge=0)
+    copy_bytes: float = Field(0.0, ge=0)  # of the unembedding, which a shared readout reads with
 
 
 class Profile(_Record):

@@ -166,6 +166,16 @@ def _about_heads(comparison: Comparison, best: Forecast | None) -> str:
     )
 
 
+def _about_copies(comparison: Comparison, best: Forecast | None) -> str:
+    configured = comparison.configured
+    if configured.refresh_every >= configured.refresh_at_least:
+        return ""
+    return (
+        f". With interlock.head.refresh_every {configured.refresh_every} the configured setting waits for "
+        f"copies of the unembedding: set it to {configured.refresh_at_least} or more"
+    )
+
+
 def _about_configured(comparison: Comparison, best: Forecast | None) -> str:
     configured = comparison.configured
     if configured.name in {comparison.reference.name, best.name if best else ""}:
@@ -189,5 +199,6 @@ _REMARKS: tuple[_Remark, ...] = (
     _about_local,
     _about_better_buys,
     _about_heads,
+    _about_copies,
     _about_configured,
 )

@@ -61,11 +61,13 @@ def profile_model(
     head_profile = profile_head(head, head_loss, hidden_btd, meter, make_optimizer, head_config.type)
     block, blocks = layers[_middle(calls) - 1], head_config.blocks
     passes = block.forward_seconds + block.input_gradient_seconds + block.weight_gradient_seconds
+    copied = head.parameters() if head_config.type == "shared" else ()
     head_profile = head_profile.model_copy(
         update={
             "blocks": (blocks,) if isinstance(blocks, int) else blocks,
             "block_seconds": passes * head_config.sequence_fraction,
             "block_optimizer_seconds": block.optimizer_seconds,
+            "copy_bytes": sum(p.nbytes for p in copied if not p.requires_grad),
         }
     )
     last = calls[-1]

@@ -20,6 +20,11 @@ Weights = tuple[Tensor, ...]
 """Weight ``[v, d]`` and, where there is one, bias ``[v]``."""
 
 
+def snapshot(weights: Weights) -> Weights:
+    """The values in memory of their own, without history."""
+    return tuple(part.detach().clone() for part in weights)
+
+
 class Source(NamedTuple):
     """Where a model has its unembedding."""
 
@@ -77,7 +82,7 @@ class SharedReadout(nn.Module):
         self.source, self.refresh_every = copies[0].source, copies[0].refresh_every
         self.num_batches = 0
         """Of those counted by ``begin_batch``."""
-        self.take(copies[0].weights)
+        self.take(snapshot(self.in_use))
         self.join(copies)
 
     @staticmethod
@@ -107,16 +112,21 @@ class SharedReadout(nn.Module):
             part.copy_(value)
 
     def take(self, weights: Weights) -> None:
-        """Copies ``weights``, to be next."""
-        weight, bias = (*(part.detach().clone() for part in weights), None)[:2]
-        self.register_buffer("next_weight", weight)
-        self.register_buffer("next_bias", bias)
+        """Keeps ``weights``, which nothing may change any more, to be next."""
+        for name, part in zip(("next_weight", "next_bias"), (*weights, None), strict=False):
+            self.register_buffer(name, part)
+
+    def restore(self, in_use: Weights, following: Weights) -> None:
+        """Takes up values of ``in_use`` and ``next``, from anywhere."""
+        for weights in (in_use, following):
+            self.turn()
+            self.take(tuple(part.to(self.in_use[0]) for part in weights))
 
     def begin_batch(self, live: Weights) -> None:
         """In one process, before every batch, with the ``live`` weights. Frozen ones stay as they were."""
         if self.num_batches % self.refresh_every == 0 and live[0].requires_grad:
             self.turn()
-            self.take(live)
+            self.take(snapshot(live))
             if self.num_batches == 0:
                 self.turn()
         self.num_batches += 1

@@ -1,13 +1,15 @@
 """The honest sentence, held to the simulator."""
 
+import math
 from pathlib import Path
 
 import pytest
 from made_up_measurements import LOCAL, PROSE, measured, use, window
+from profiles import profile
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.planning.forecast import compare
-from ds_interlock.planning.profile import unit_profile
+from ds_interlock.planning.profile import HeadProfile, unit_profile
 from ds_interlock.planning.verdict import about_schedule, best_interlock, best_schedule, pays, verdict, worth
 from ds_interlock.schedule import GradientFlowPlan, simulate, training_program
 
@@ -158,6 +160,22 @@ def test_dear_heads_are_named():
     dear = compare(interlock, unit_profile(16, 4, head_share=3.0), BOUNDS, 4)
     assert "interlock.head.token_fraction" in verdict(dear)
     assert "interlock.head.token_fraction" not in verdict(compared(4, window=2))
+
+
+def test_copies_that_take_too_long_are_named():
+    """Three links of 1 s and a micro-batch of local on a stage of 4 layers, with its head and step."""
+    interlock = InterlockConfig(mode="local", head={"type": "shared", "refresh_every": 3})
+    shared = HeadProfile(type="shared", seconds=0.0, copy_bytes=1e6)
+    comparison = compare(interlock, profile(16, head=shared, latency_seconds=0.0), BOUNDS, 1)
+    batch = comparison.configured.batch_seconds
+    assert comparison.configured.refresh_at_least == math.ceil(3 * (1 + 1 / batch)) == 4
+    assert "refresh_every 3 the configured setting waits for copies of the unembedding: set it to 4 or" in (
+        verdict(comparison)
+    )
+    enough = InterlockConfig(mode="local", head={"type": "shared", "refresh_every": 4})
+    comparison = compare(enough, profile(16, head=shared, latency_seconds=0.0), BOUNDS, 1)
+    assert "refresh_every" not in verdict(comparison)
+    assert [each.copy_bytes for each in comparison.all[:2]] == [1e6, 0.0]  # global has no heads
 
 
 def test_one_stage_has_nothing_to_interlock():

@@ -146,6 +146,14 @@ def test_the_default_head_is_that_of_a_model_that_is_not_pretrained():
     assert profiled_head(Stopwatch(lambda: None, num_rounds=1), objective=every).seconds > 0
 
 
+def test_a_shared_readout_computes_no_gradient_of_its_copy():
+    unembed = 2 * TOKENS * 8 * OUT
+    shared = profiled_head(FLOPS, type="shared")
+    assert (shared.seconds, shared.copy_bytes) == (2 * unembed, 4 * 8 * OUT)
+    assert shared.num_parameters == 2 * 8 + 1
+    assert profiled_head(FLOPS, type="lens").copy_bytes == 0
+
+
 def test_learning_from_a_base_model_costs_its_outputs_too():
     unembed, translate = 2 * TOKENS * 8 * OUT, 2 * TOKENS * 8 * 8
     alone = profiled_head(FLOPS, type="lens").seconds

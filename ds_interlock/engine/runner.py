@@ -207,7 +207,7 @@ class StageRunner:
         work = StageWork(
             plan, stage, self._run_layers, module.layer_parameters(), heads, module.loss_fn, backward
         )
-        if module.interlock.head.kl_weight > 0 and all(h.stage <= stage for h in module.schedule.heads):
+        if module.interlock.head.needs_base and all(h.stage <= stage for h in module.schedule.heads):
             work.num_label_parts = 2  # no later head reads the base model's states
         return Interpreter(
             work,

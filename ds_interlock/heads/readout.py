@@ -106,7 +106,11 @@ def _another_weightless(layer: Layer) -> nn.Module:
 
 
 def another_like(layer: Layer, name: str) -> nn.Module:
-    """One more layer of the kind of ``layer``, with new weights; ConfigError if it is no block."""
+    """One more layer of the kind of ``layer``; ConfigError if it is no block.
+
+    It starts as the model's own initialisation says, which ``reset_parameters`` would not know: a module is
+    copied, weights included, and a specification is built once more.
+    """
     module = look_at(layer, name)
     parts = [part for part in module.modules() if has_weights(part, recurse=False)]
     if not parts or isinstance(parts[0], nn.Embedding):
@@ -115,11 +119,4 @@ def another_like(layer: Layer, name: str) -> nn.Module:
             "interlock.head.blocks: they repeat the layer before the head, which must turn a hidden state "
             f"into a hidden state; {name} is {what}. Set it to 0, or cut the stages elsewhere"
         )
-    if isinstance(layer, LayerSpec):
-        return build(layer)
-    another = copy.deepcopy(module)
-    for part in another.modules():
-        reset = getattr(part, "reset_parameters", None)
-        if callable(reset):
-            reset()
-    return another
+    return build(layer) if isinstance(layer, LayerSpec) else copy.deepcopy(module)

@@ -101,7 +101,9 @@ def write(results: Path, output: Path, known: Path) -> None:
         experiments=experiments,
         folder=os.path.relpath(results, output.parent),
         results=[result for it in experiments for result in it.comparison.all],
-        finetuned=finetune.table(results_file.read(results / f"{finetune.NAME}.jsonl")),
+        finetuned={
+            name: finetune.table(results_file.read(results / f"{name}.jsonl")) for name in finetune.NAMES
+        },
         figures=figures,
         picture=partial(_picture, output.with_suffix("")),
     )

@@ -136,15 +136,15 @@ def _print_report(comparison: Comparison, forecasts: Sequence[Forecast], *, is_c
     print()
     terminal.print_table(heads, rows + [_schedule_row(each, len(heads)) for each in schedules])
     print(f"\n{_LEGEND}")
-    if copy_bytes := (configured := comparison.configured).copy_bytes:
-        size, every = tqdm.format_sizeof(copy_bytes, "B"), configured.refresh_every
-        print(f"Copies of the unembedding: {size} over a link every {every} batches; a stage keeps two.")
     shown = {each.name for each in forecasts} | {each.name for each in schedules}
     for place, names in comparison.sources.items():
         if known := [name for name in names if name in shown]:
             print(f"measured in {place}: {'; '.join(known)}")
     if is_comparison and comparison.no_better:
         print(f"left out, not measured to learn better than local: {'; '.join(comparison.no_better)}")
+    if copy_bytes := (configured := comparison.configured).copy_bytes:
+        size, every = tqdm.format_sizeof(copy_bytes, "B"), configured.refresh_every
+        print(f"Copies of the unembedding: {size} over a link every {every} batches; a stage keeps two.")
     for reason in comparison.skipped:
         print(f"left out: {reason}")
     if comparison.syncs_ties:

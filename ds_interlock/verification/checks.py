@@ -168,8 +168,8 @@ def _repeatable(interlock: InterlockConfig, timeout_seconds: float) -> tuple[Int
         notes.append(f"{every} is more than these few batches show: verified with 1")
     if interlock.head.needs_base:
         notes.append("interlock.head.objective needs a base model: verified with the cross-entropy alone")
-    plain: dict[str, Any] = {"token_fraction": 1.0, "sequence_fraction": 1.0, "warmup_steps": 0}
-    plain |= {"refresh_every": 1, "objective": "cross_entropy"}
+    plain: dict[str, object] = {"token_fraction": 1.0, "sequence_fraction": 1.0}
+    plain |= {"warmup_steps": 0, "refresh_every": 1, "objective": "cross_entropy"}
     limit = min(interlock.timeout_seconds, timeout_seconds)
     return _changed(interlock, head=interlock.head.model_dump() | plain, timeout_seconds=limit), notes
 

@@ -117,10 +117,11 @@ class SharedReadout(nn.Module):
             self.register_buffer(name, part)
 
     def restore(self, in_use: Weights, following: Weights) -> None:
-        """Takes up values of ``in_use`` and ``next``, from anywhere."""
-        for weights in (in_use, following):
-            self.turn()
-            self.take(tuple(part.to(self.in_use[0]) for part in weights))
+        """Takes up values for ``in_use`` and ``next``, from anywhere."""
+        own = self.in_use[0].detach()
+        self.take(tuple(part.detach().to(own, copy=True) for part in in_use))
+        self.turn()
+        self.take(tuple(part.detach().to(own, copy=True) for part in following))
 
     def begin_batch(self, live: Weights) -> None:
         """In one process, before every batch, with the ``live`` weights. Frozen ones stay as they were."""

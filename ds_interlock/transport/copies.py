@@ -78,9 +78,11 @@ class Copies:
         return None if self.shared is None else {"in_use": self.shared.in_use, "next": self.shared.next}
 
     def restore(self, state: dict[str, Weights] | None) -> None:
-        """Takes up a ``state``; without one, and where no head is, there is nothing to do."""
+        """Takes up a ``state``; without one the copies that the heads have come into use again."""
         self.settle()
-        if self.shared is not None and state is not None:
+        if self.shared is not None:
+            in_use = self.shared.in_use
+            state = state or {"in_use": in_use, "next": in_use}
             self.shared.restore(state["in_use"], state["next"])
 
     def _start(self, batch: int) -> None:

@@ -4,16 +4,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ds_interlock import InterlockPipelineModule
 from ds_interlock.errors import ConfigError
 from ds_interlock.files import replace_text, unfinished_folder
 from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, ModelDescription
 from ds_interlock.hf.model.convert import copy_companions
-from ds_interlock.hf.model.cut import Blueprint
+from ds_interlock.hf.model.cut import Block, Blueprint
 from ds_interlock.hf.model.pretrained import Pretrained, has_own_code
 from ds_interlock.hf.model.routing import BalancedLMLoss
+from ds_interlock.jobs.arguments import CompilationArguments
 from ds_interlock.jobs.process import Job
+from ds_interlock.models import lm
 from ds_interlock.models.lm import lm_loss
+
+
+def compile_blocks(layers: Sequence[Any], args: CompilationArguments, routing: object = None) -> None:
+    """Has torch compile each block among a stage's layers, if ``args`` say so. Names of parameters stay.
+
+    ConfigError if torch has no such backend, or ``routing``, the balance of experts, is learned.
+    """
+    if not (args.torch_compile or args.torch_compile_backend):
+        return
+    backend = args.torch_compile_backend or "inductor"
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ConfigError(f"--torch_compile_backend {backend}: torch has {', '.join(sorted(known))}")
+    if routing is not None:
+        raise ConfigError(
+            "--torch_compile: the experts' balance is read from their routers while a block runs, which a "
+            "compiled block does not allow: leave it out, or set output_router_logits to false"
+        )
+    for layer in layers:
+        if isinstance(layer, Block | lm.Block):
+            # Of transformers' blocks only their own code: what prepares their arguments branches on values.
+            parts = layer.parts().values() if isinstance(layer, Block) else [layer]
+            for part in parts:
+                part.compile(backend=backend)
 
 
 def build_language_model(

@@ -23,7 +23,7 @@ SIZES := $(SIZES),head_dim=32,max_position_embeddings=128
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test wheel browser data lint types matrix bench experiments faults gpu docs clean
+.PHONY: help install demo test wheel browser data lint types families matrix bench experiments faults gpu docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 13
@@ -115,6 +115,9 @@ lint: $(INSTALLED)  ## ruff: rules and format
 
 types: $(INSTALLED)  ## mypy, strict, on the package
 	$(BIN)/mypy
+
+families: $(INSTALLED)  ## cut a tiny model of every decoder that transformers has, which docs/finetune.md counts
+	$(BIN)/python -m pytest -m families
 
 matrix: $(INSTALLED)  ## all combinations of precision, replicas, checkpointing, compilation, mode, into docs/migrating.md
 	PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python tests/whole_matrix.py

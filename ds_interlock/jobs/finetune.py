@@ -29,7 +29,12 @@ from ds_interlock.hf.model.pretrained import Pretrained, open_pretrained
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.finetune_data import encode, read_data
 from ds_interlock.jobs.finetune_task import FinetuneTask
-from ds_interlock.jobs.hugging_face import build_language_model, check_seq_length, describe_for_export
+from ds_interlock.jobs.hugging_face import (
+    build_language_model,
+    check_seq_length,
+    compile_blocks,
+    describe_for_export,
+)
 from ds_interlock.jobs.loop import Loop, Metrics
 from ds_interlock.jobs.process import Config, Job, in_turns, propagate_errors, run_command, start
 from ds_interlock.models.lm import lm_loss
@@ -168,6 +173,7 @@ def prepare(
         net = job.build_pipeline(blueprint.layers(), loss_fn=lm_loss(), **how)
     else:
         net = build_language_model(job, blueprint, bounds, **how)
+    compile_blocks(net.forward_funcs, args, blueprint.routing)
     return net, describe_for_export(pretrained, blueprint, adapters)
 
 

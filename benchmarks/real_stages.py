@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks import results
-from benchmarks.peers import DEEPSPEED, MODES, TORCH_SCHEDULES, compare, make_peer, time_batches
+from benchmarks.peers import DEEPSPEED, MODES, compare, make_peer, time_batches
 from ds_interlock.config import HeadConfig, InterlockConfig
 from ds_interlock.models.lm import LMConfig, build_lm, lm_layers, lm_loss
 from ds_interlock.planning.forecast import forecast
@@ -29,6 +29,7 @@ from ds_interlock.profiling.layers import Stopwatch
 from ds_interlock.profiling.link import measure_link
 from ds_interlock.profiling.model import calls_in_sequence, device_name, profile_model
 from measuring.engines import LEARNING_RATE, Workload, run_ranks
+from measuring.torch_pipeline import TORCH_SCHEDULES
 
 NUM_STAGES = 2
 FLOOR = "floor"

@@ -12,6 +12,9 @@ model's optimizer step and the size of its messages are left out; the engine's o
 
 A mode with a schedule has a time for each phase. Sections that differ only in how heads learn share a
 measurement. Modes with a model of their own are not timed. To be run on a machine that does nothing else.
+
+Rivals are in the same file: asynchronous pipelines as real ones, global under torch's ZBV likewise (if there
+are two layers for each stage), and global under ZB-H1, which no engine here runs, as the simulator has it.
 """
 
 import argparse
@@ -19,8 +22,9 @@ import json
 import shlex
 import sys
 from bisect import bisect_left
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +37,7 @@ from ds_interlock.errors import ConfigError, DataError
 from ds_interlock.files import read_record, replace_text
 from experiments import definition
 from experiments.definition import Definition
-from experiments.efficiency import phase_sections
+from experiments.efficiency import ZERO_BUBBLE, phase_sections
 from experiments.stage_profile import LEARNING_KEYS, Pipeline, TaskProfile, without_learning
 from experiments.tasks import make_task
 from measuring.command import command_parser, exit_status
@@ -41,7 +45,7 @@ from measuring.results import machine, table, versions
 from measuring.results_file import RESULTS
 
 _Phase = tuple[str, int | None, dict[str, Any]]
-"""A mode, the step that a phase of it begins at (None: it has no others), the section then in force."""
+"""A mode, the step that a phase of it begins at (None: it has no others), the flow then in force."""
 
 
 class ProfileOfStages(BaseModel, frozen=True):
@@ -62,13 +66,15 @@ class Row(BaseModel, frozen=True, allow_inf_nan=False):
     phase: int | None
     """The step that the phase begins at; None if the mode has one phase only."""
     interlock: dict[str, Any]
+    """The section, or what stands in its place: see ``Run.flow`` and ``ZERO_BUBBLE``."""
     micro_batches: int
-    seconds: float
-    """What a batch of sleeping stages took: M micro-batches with a mean forward of ``milliseconds``."""
+    seconds: float | None
+    """What a batch of sleeping stages took: M micro-batches with a mean forward of ``milliseconds``. None:
+    it was not measured, and the relative time is what the simulator says."""
     relative_seconds: float
     """The same in units of the mean stage forward of a whole batch: of the same work whatever M."""
-    predicted: float
-    """What the simulator says, in the same unit."""
+    predicted: float | None
+    """What the simulator says, in the same unit; None for torch's schedules."""
 
 
 class BatchTimes(BaseModel, frozen=True):
@@ -115,6 +121,8 @@ def batch_seconds(times: BatchTimes, section: Mapping[str, Any], micro_batches: 
 
 def _what_counts(section: Mapping[str, Any], stage_bounds: Sequence[int]) -> Hashable:
     """All that the time of a batch depends on: equal for sections with equal times."""
+    if section.keys() & {"asynchronous", "zero_bubble"}:
+        return tuple(section.items())
     config = _one_phase(section)
     plan = config.plan(stage_bounds)
     streams = config.streams(plan, tied=False)
@@ -151,7 +159,8 @@ def _measure(args: argparse.Namespace, command: str) -> None:
     experiment = definition.load(args.name)
     run = experiment.runs(args.name)[0].model_copy(update={"model": experiment.model})
     profile = TaskProfile(make_task(run))
-    rows = tuple(_rows(_phases(experiment), profile, args.micro_batches, args.milliseconds / 1000))
+    how = profile, args.micro_batches, args.milliseconds / 1000
+    rows = (*_rows(_phases(experiment), *how), *_zero_bubble_rows(*how))
     times = BatchTimes(
         experiment=args.name,
         milliseconds=args.milliseconds,
@@ -176,7 +185,7 @@ def _phases(experiment: Definition) -> list[_Phase]:
         (name, step if "schedule" in mode.interlock else None, of_phase)
         for name, mode in experiment.modes.items()
         if not mode.model
-        for step, of_phase in phase_sections(mode.interlock)
+        for step, of_phase in phase_sections(mode.flow)
     ]
 
 
@@ -188,11 +197,14 @@ def _rows(
     measured: dict[Hashable, tuple[Pipeline, dict[int, float]]] = {}
     rows: list[Row] = []
     for mode, from_step, section in bar:
+        # With fewer micro-batches than stages, 2BW would need more than two versions of the weights.
+        least = len(model.stage_bounds) - 1 if section == {"asynchronous": "2bw"} else 1
+        if not (numbers := [m for m in micro_batches if m >= least]):
+            continue
         key = _what_counts(section, model.stage_bounds)
         if key not in measured:
-            config = _one_phase(section)
-            pipeline = Pipeline(config, model, profile.heads_of(config))
-            measured[key] = pipeline, pipeline.seconds(micro_batches, unit_seconds)
+            pipeline = _pipeline(section, profile)
+            measured[key] = pipeline, pipeline.seconds(numbers, unit_seconds)
         pipeline, seconds = measured[key]
         rows += [
             Row(
@@ -204,9 +216,32 @@ def _rows(
                 relative_seconds=seconds[m] / (m * unit_seconds),
                 predicted=pipeline.predicted(m) / m,
             )
-            for m in micro_batches
+            for m in numbers
         ]
     return rows
+
+
+def _pipeline(section: Mapping[str, Any], profile: TaskProfile) -> Pipeline:
+    if "asynchronous" in section:
+        return Pipeline.asynchronous(profile.model)
+    config = _one_phase(section)
+    return Pipeline(config, profile.model, profile.heads_of(config))
+
+
+def _zero_bubble_rows(
+    profile: TaskProfile, micro_batches: Sequence[int], unit_seconds: float
+) -> Iterator[Row]:
+    """Global mode under the schedules of ``ZERO_BUBBLE``."""
+    model = profile.model
+    zbv = model.zbv_seconds(micro_batches, unit_seconds)
+    for (name, flow), m in product(ZERO_BUBBLE.items(), micro_batches):
+        common = {"mode": name, "phase": None, "interlock": flow, "micro_batches": m}
+        if flow["zero_bubble"] == "ZB-H1":
+            units = model.zb_h1(m) / m
+            yield Row(**common, seconds=None, relative_seconds=units, predicted=units)
+        elif m in zbv:
+            relative = zbv[m] / (m * unit_seconds)
+            yield Row(**common, seconds=zbv[m], relative_seconds=relative, predicted=None)
 
 
 def _stages(profile: TaskProfile) -> tuple[dict[str, Any], ...]:

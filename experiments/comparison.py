@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from ds_interlock.errors import DataError
 from ds_interlock.files import faults_of
-from experiments.definition import GLOBAL, LOCAL, Run
+from experiments.definition import GLOBAL, LEARNING, LOCAL, Run
 from measuring import results_file
 from measuring.results_file import Record
 
@@ -161,9 +161,9 @@ class Comparison:
         """At the end of the budget: "error" (images only, %), "loss" (nats) or "perplexity"."""
         return PerSeed.of(_SCORES[name](one.record["final"]) for one in self.results[mode].values())
 
-    def gain_over_local(self, mode: str) -> PerSeed | None:
-        """Quality less that of local, seed by seed: below 0 the mode is better."""
-        return PerSeed.of(one - local for one, local in self._qualities([mode, LOCAL]))
+    def gain_over_local(self, mode: str, local: str = LOCAL) -> PerSeed | None:
+        """Quality less that of ``local``, seed by seed: below 0 the mode is better."""
+        return PerSeed.of(one - of_local for one, of_local in self._qualities([mode, local]))
 
     def recovered(self, mode: str) -> PerSeed | None:
         """Share of local's gap to global that the mode closes, by seed; None if a seed has no gap."""
@@ -172,6 +172,15 @@ class Comparison:
             (local - one) / (local - of_global) if local > of_global else None
             for one, local, of_global in qualities
         )
+
+    def steps_to_target(self, mode: str) -> dict[int, float | None]:
+        """Steps in which the mode gets to global's loss, by seed that global has too; None if never."""
+        reference = self.results[GLOBAL]
+        return {
+            seed: result.curve.first_crossing(reference[seed].curve.at(self.budget))
+            for seed, result in self.results[mode].items()
+            if seed in reference
+        }
 
     def first_rms(self, mode: str) -> PerSeed | None:
         """Root mean square of the first stage's output at the end of the budget."""
@@ -246,4 +255,5 @@ def read(path: Path, order: Sequence[str]) -> Comparison:
 
 def _common(run: Run) -> tuple[Any, ...]:
     """Equal for all runs of an experiment."""
-    return run.training, run.num_stages, run.model.kind, run.measurements
+    training = run.training.model_dump(exclude=LEARNING)
+    return training, run.num_stages, run.model.kind, run.measurements

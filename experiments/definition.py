@@ -3,6 +3,9 @@
     seeds = [0, 1, 2]
     [modes."window 2"]                  one run for each mode and seed
     interlock = {window = 2, ...}       the "interlock" section of a DeepSpeed config, no more and no less
+    [modes.PipeDream]
+    asynchronous = "pipedream"          instead of a section: a rival with stale gradients (asynchronous.py)
+    training = {learning_rate = 1e-3}   its own optimizer, learning rate and betas
 
 A ``Run`` is the definition with one mode and one seed. The results file holds it beside the measurements, so
 that each line of it can be run again.
@@ -16,11 +19,14 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ds_interlock import InterlockConfig
 from ds_interlock.errors import ConfigError, list_faults
+from experiments.asynchronous import Method
 
 FOLDER = Path(__file__).parent / "definitions"
 GLOBAL = "global"
 """The mode that all others are compared with; every experiment has it."""
 LOCAL = "local"
+LEARNING = {"optimizer", "learning_rate", "betas"}
+"""What a mode may have of its own in ``training``; all else is the same for all modes of an experiment."""
 
 
 class _Section(BaseModel, frozen=True, extra="forbid"):
@@ -62,8 +68,11 @@ class Training(_Section):
     """The budget: quality is compared after so many batches."""
     micro_batch_size: int = Field(ge=1)
     num_micro_batches: int = Field(1, ge=1)
-    optimizer: Literal["adamw", "sgd"]
+    optimizer: Literal["adamw", "nadam", "sgd"]
+    """NAdam has AdamW's weight decay. SGD has a momentum of 0.9."""
     learning_rate: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Of AdamW and NAdam."""
     ends_rate_scale: float = Field(1.0, gt=0)
     """Learning rate of the model's first and last two layers, as a multiple of the blocks'. In a language
     model these are embeddings, norm and unembedding, and rows of rare words have few gradients."""
@@ -89,13 +98,26 @@ class Measurements(_Section):
 
 
 class _Interlocked(_Section):
-    interlock: dict[str, Any]
+    interlock: dict[str, Any] = {}
     """The "interlock" section of a DeepSpeed config."""
+    asynchronous: Method | None = None
+    """An asynchronous pipeline without auxiliary heads, in place of a section."""
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self) -> "_Interlocked":
+        if bool(self.interlock) == bool(self.asynchronous):
+            raise ValueError('expected either "interlock" or "asynchronous"')
+        return self
 
     @property
     def section(self) -> InterlockConfig:
         """The section, checked."""
         return InterlockConfig.from_deepspeed({"interlock": self.interlock})
+
+    @property
+    def flow(self) -> dict[str, Any]:
+        """What the time of a batch depends on: the section, or ``{"asynchronous": method}``."""
+        return self.interlock or {"asynchronous": self.asynchronous}
 
 
 class Mode(_Interlocked):
@@ -103,6 +125,8 @@ class Mode(_Interlocked):
 
     model: dict[str, Any] = {}
     """Differences from the experiment's model."""
+    training: dict[str, Any] = {}
+    """Differences from the experiment's training, in ``LEARNING``."""
     num_steps: int | None = Field(None, ge=1)
     """Steps beyond the budget, to see when the mode reaches global's loss."""
     seeds: tuple[int, ...] | None = None
@@ -144,12 +168,18 @@ class Definition(_Section):
         if GLOBAL not in self.modes or not self.modes[GLOBAL].section.is_global:
             raise ValueError('modes: expected one named "global", which the others are compared with')
         for mode in self.modes.values():
-            _ = mode.section, self.model_of(mode)  # raise if they are faulty
+            _ = mode.section, self.model_of(mode), self.training_of(mode)  # raise if they are faulty
         return self
 
     def model_of(self, mode: Mode) -> ProseModel | ImageModel:
         """The experiment's model with the differences of ``mode``."""
         return type(self.model)(**{**self.model.model_dump(), **mode.model})
+
+    def training_of(self, mode: Mode) -> Training:
+        """The experiment's training with the differences of ``mode``."""
+        if others := sorted(mode.training.keys() - LEARNING):
+            raise ValueError(f"training of a mode: got {', '.join(others)}, expected only {sorted(LEARNING)}")
+        return Training(**{**self.training.model_dump(), **mode.training})
 
     def runs(self, experiment: str) -> list[Run]:
         """All runs, seed by seed, so that an interrupted experiment has whole rows of seeds."""
@@ -161,9 +191,10 @@ class Definition(_Section):
                 seed=seed,
                 num_stages=self.num_stages,
                 model=self.model_of(mode),
-                training=self.training,
+                training=self.training_of(mode),
                 measurements=self.measurements,
                 interlock=mode.interlock,
+                asynchronous=mode.asynchronous,
                 num_steps=max(mode.num_steps or 0, self.training.num_steps),
             )
             for seed in seeds

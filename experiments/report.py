@@ -1,4 +1,4 @@
-"""Writes docs/results.md and its pictures from the results files of the experiments.
+"""Writes docs/results.md and its pictures, and what the planner knows, from the experiments' results files.
 
     python -m experiments.report                                  # docs/experiments -> docs/results.md
     python -m experiments.report --results runs/mine --output runs/mine/results.md
@@ -6,7 +6,8 @@
 Of every experiment in experiments/definitions the folder may have NAME.jsonl, written by experiments.run, and
 NAME_batch_times.json, written by experiments.batch_times. All numbers come from these files; the same files
 give the same page and pictures, byte for byte. The page's text is in report.md.jinja, its tables are in
-tables.md.jinja.
+tables.md.jinja. What the planner knows of how well settings learn (measured.py) goes to its own file from
+docs/experiments, and beside the page from another folder.
 """
 
 import os
@@ -20,7 +21,8 @@ from matplotlib.figure import Figure
 
 from ds_interlock.errors import DataError
 from ds_interlock.files import replace_text
-from experiments import batch_times, comparison, definition, figures, finetune
+from ds_interlock.planning import quality
+from experiments import batch_times, comparison, definition, figures, finetune, measured
 from experiments.comparison import NOTHING, Comparison, PerSeed, cell, percent
 from experiments.efficiency import Efficiency
 from measuring import results_file
@@ -77,11 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = "the page; pictures go to a folder beside it (%(default)s)"
     parser.add_argument("--output", type=Path, default=Path("docs/results.md"), help=text)
     args = parser.parse_args(argv)
-    return exit_status(partial(write, args.results, args.output))
+    known = quality.FILE if args.results == RESULTS else args.output.with_name(quality.FILE.name)
+    return exit_status(partial(write, args.results, args.output, known))
 
 
-def write(results: Path, output: Path) -> None:
-    """Writes the page and its pictures.
+def write(results: Path, output: Path, known: Path) -> None:
+    """Writes the page, its pictures, and to ``known`` what the planner knows.
 
     Raises:
         ConfigError: If an experiment's definition is faulty.
@@ -98,11 +101,14 @@ def write(results: Path, output: Path) -> None:
         experiments=experiments,
         folder=os.path.relpath(results, output.parent),
         results=[result for it in experiments for result in it.comparison.all],
-        finetuned=finetune.table(results_file.read(results / f"{finetune.NAME}.jsonl")),
+        finetuned={
+            name: finetune.table(results_file.read(results / f"{name}.jsonl")) for name in finetune.NAMES
+        },
         figures=figures,
         picture=partial(_picture, output.with_suffix("")),
     )
     replace_text(output, page)
+    measured.write((it.comparison for it in experiments), known)
     print(output)
 
 

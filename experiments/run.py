@@ -4,9 +4,9 @@
     python -m experiments.run transformer --resume       # what is missing, from where it stopped
     python -m experiments.report                         # docs/results.md, from the results files
 
-An experiment is a file in experiments/definitions, or "finetune" (finetune.py). Each run computes in one
-thread; those of "finetune" are jobs of several processes. ``--set`` changes the definition, as
-``--set training.num_steps=100 model.width=32``, for results in a file of their own.
+An experiment is a file in experiments/definitions, or "finetune" or "objectives" (finetune.py). Each run
+computes in one thread; those of finetune.py are jobs of several processes. ``--set`` changes the
+definition, as ``--set training.num_steps=100 model.width=32``, for results in a file of their own.
 """
 
 import argparse
@@ -41,7 +41,7 @@ AnyRun = Run | finetune.Run
 def main(argv: Sequence[str] | None = None) -> int:
     """Does all runs that are not in the results file yet; the exit status."""
     parser = command_parser(__doc__)
-    parser.add_argument("name", help=f"the experiment: {', '.join([*definition.names(), finetune.NAME])}")
+    parser.add_argument("name", help=f"the experiment: {', '.join([*definition.names(), *finetune.NAMES])}")
     parser.add_argument("--device", default="cpu", help="where to compute, as torch names it (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="do only what is missing in the results file")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
@@ -69,8 +69,8 @@ def _do_missing(args: argparse.Namespace) -> None:
 
 
 def _missing(args: argparse.Namespace) -> list[AnyRun]:
-    is_finetune = args.name == finetune.NAME
-    runs: Sequence[AnyRun] = finetune.runs() if is_finetune else _defined(args)
+    is_finetune = args.name in finetune.NAMES
+    runs: Sequence[AnyRun] = finetune.runs(args.name) if is_finetune else _defined(args)
     modes = dict.fromkeys(run.mode for run in runs)
     if unknown := [mode for mode in args.modes or () if mode not in modes]:
         raise ConfigError(

@@ -10,31 +10,36 @@ the model's proportions.
 """
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from ds_interlock import InterlockConfig
 from ds_interlock.config import HeadConfig
 from ds_interlock.heads.output_layers import first_tensor
 from ds_interlock.planning.forecast import play
-from ds_interlock.planning.profile import HeadProfile, LayerProfile, Profile
+from ds_interlock.planning.profile import HeadProfile, LayerProfile, Profile, balanced_bounds
+from ds_interlock.planning.zero_bubble import zero_bubble_batches
 from ds_interlock.profiling.layers import Stopwatch, loss_seconds, profile_layers
 from ds_interlock.profiling.model import calls_in_sequence
 from ds_interlock.schedule.cost import CostModel
+from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.heads import build_head
 from experiments.tasks import Task
-from measuring.engines import make_engine, run_ranks, seconds_of_a_batch
+from measuring.engines import Workload, make_engine, run_ranks, seconds_of_a_batch
 from measuring.sleeping import sleeping_workload
+from measuring.torch_pipeline import TorchPipeline
 
 NUM_ROUNDS = 50
 """How often everything is timed; medians count."""
 
 PASSES = ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds")
 
-LEARNING_KEYS = {"weight", "learning_rate_scale", "warmup_steps", "warmup_learning_rate"}
+LEARNING_KEYS = {"weight", "learning_rate_scale", "warmup_steps", "warmup_learning_rate", "refresh_every"}
 """Keys of a head's section for how it learns, on which its time does not depend."""
 
 
@@ -55,6 +60,19 @@ class StagedModel:
         for after_layer, units in heads.items():
             of_stages[bisect_left(self.stage_bounds, after_layer) - 1] = units
         return replace(profile.cost_model(self.stage_bounds), head=of_stages)
+
+    def zb_h1(self, num_micro_batches: int) -> float:
+        """A batch of global mode under ZB-H1 according to the simulator, in units."""
+        plan = GradientFlowPlan.end_to_end(stage_bounds=self.stage_bounds)
+        return zero_bubble_batches(plan, num_micro_batches, self.costs({}), num_batches=1).batch_seconds
+
+    def zbv_seconds(self, micro_batches: Sequence[int], unit_seconds: float) -> dict[int, float]:
+        """Measured seconds of a batch of global mode under torch's ZBV; empty if it has too few layers."""
+        num_stages = len(self.stage_bounds) - 1
+        if len(self.layers) < 2 * num_stages:
+            return {}
+        how = {"model": self, "unit_seconds": unit_seconds, "micro_batches": micro_batches}
+        return dict(run_ranks(_measure_zbv, num_stages, **how)[0])
 
 
 class TaskProfile:
@@ -125,6 +143,14 @@ class Pipeline:
         how = {"pipeline": self, "unit_seconds": unit_seconds, "micro_batches": micro_batches}
         return dict(run_ranks(_measure, len(self.model.stage_bounds) - 1, **how)[0])
 
+    @classmethod
+    def asynchronous(cls, model: StagedModel) -> "Pipeline":
+        """An asynchronous pipeline at work: no stage waits, as under local, and there are no heads.
+
+        Its gradients travel upstream, which takes no stage's time.
+        """
+        return cls(InterlockConfig(mode="local"), model, defaultdict(float))
+
     def predicted(self, num_micro_batches: int) -> float:
         """A batch according to the simulator, in units; the engine itself needs no time there."""
         costs, bounds = self.model.costs(self.heads), self.model.stage_bounds
@@ -134,14 +160,31 @@ class Pipeline:
 def _measure(pipeline: Pipeline, unit_seconds: float, micro_batches: Sequence[int]) -> dict[int, float]:
     """On every rank of a job: seconds of a batch, by its number of micro-batches."""
     model = pipeline.model
-    work = sleeping_workload(
-        [[unit_seconds * getattr(layer, name) for name in PASSES] for layer in model.layers],
-        lambda position: unit_seconds * pipeline.heads[position.after_layer],
-        unit_seconds * model.loss,
-        model.stage_bounds,
-    )
+    work = _sleeping(model, unit_seconds, pipeline.heads, model.stage_bounds)
     # A head sleeps whatever its section is; fitting it first, and measuring during training, only takes time.
     section = pipeline.interlock.model_dump(exclude={"head", "trace", "myopia"}, exclude_defaults=True)
-    engine = make_engine(work, section)
+    return _seconds(make_engine(work, section), work, micro_batches)
+
+
+def _measure_zbv(model: StagedModel, unit_seconds: float, micro_batches: Sequence[int]) -> dict[int, float]:
+    """The same under torch's ZBV, with two parts of about the same length on every rank."""
+    layers = [sum(getattr(layer, name) for name in PASSES) for layer in model.layers]
+    halves = balanced_bounds([*layers[:-1], layers[-1] + model.loss], 2 * dist.get_world_size())
+    work = _sleeping(model, unit_seconds, {}, halves)
+    return _seconds(TorchPipeline("torch ZBV", work), work, micro_batches)
+
+
+def _sleeping(
+    model: StagedModel, unit_seconds: float, heads: Mapping[int, float], stage_bounds: Sequence[int]
+) -> Workload:
+    return sleeping_workload(
+        [[unit_seconds * getattr(layer, name) for name in PASSES] for layer in model.layers],
+        lambda position: unit_seconds * heads[position.after_layer],
+        unit_seconds * model.loss,
+        stage_bounds,
+    )
+
+
+def _seconds(engine: Any, work: Workload, micro_batches: Sequence[int]) -> dict[int, float]:
     # 16 micro-batches, as far as 3 to 8 batches make them.
     return {m: seconds_of_a_batch(engine, work, m, min(max(16 // m, 3), 8)) for m in micro_batches}

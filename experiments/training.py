@@ -27,6 +27,7 @@ from ds_interlock.files import unfinished_file
 from ds_interlock.heads.factory import block_parameters
 from ds_interlock.stage.in_process import InProcessPipeline, MicroBatch
 from ds_interlock.stage.myopia import gradient_cosines
+from experiments.asynchronous import StaleWeights, delays
 from experiments.definition import Run
 from experiments.tasks import Task, make_task
 from measuring.results import machine, versions
@@ -94,6 +95,8 @@ class Training:
         net = InProcessPipeline(self.task.layers, self.task.loss_fn, schedule, self.task.heads(section))
         self.net = net.to(device)
         self.optimizer = _optimizer(run, self.net)
+        of_stages = [work.parameters for work in self.net.stages]
+        self.stale = StaleWeights(of_stages, delays(run.asynchronous, run.num_stages))
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.step = 0
         self.seconds = 0.0
@@ -106,7 +109,7 @@ class Training:
         started = time.perf_counter()
         self._set_learning_rate()
         self.net.change_plan(self.net.schedule.plan_at(self.step))
-        with self._precision():
+        with self._precision(), self.stale.in_force():
             losses = self.net.accumulate_gradients(self._batch(self.step))
         self._clip()
         self.optimizer.step()
@@ -128,7 +131,8 @@ class Training:
         self.seconds += time.perf_counter() - started
         self._losses.clear()
         point: dict[str, Any] = {"step": self.step, "train_loss": train_loss}
-        if measure.cosines_every and self.step % measure.cosines_every == 0:
+        is_measured = measure.cosines_every and not self.run.asynchronous
+        if is_measured and self.step % measure.cosines_every == 0:
             cosines = gradient_cosines(self.net, self._batch(self.step))
             point["cosine"] = [None if math.isnan(cosine) else cosine for cosine in cosines]
         # Averaged weights have batch norm statistics of their own.
@@ -185,6 +189,7 @@ class Training:
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),
+            "stale": self.stale.state(),
             "random": torch.get_rng_state(),
             "device_random": None if self.device == "cpu" else torch.cuda.get_rng_state(self.device),
             "step": self.step,
@@ -204,6 +209,7 @@ class Training:
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
+        self.stale.load(state["stale"])
         torch.set_rng_state(state["random"].cpu())
         if state["device_random"] is not None:
             torch.cuda.set_rng_state(state["device_random"].cpu(), self.device)
@@ -217,7 +223,7 @@ class Training:
             group["lr"] = share * group["peak"]
 
     def _clip(self) -> None:
-        """As in the engine: over the whole model in global mode, otherwise each stage by itself."""
+        """As in the engine: over the whole model in global mode; else each stage by itself, as none waits."""
         limit = self.run.training.max_gradient_norm
         if limit is None:
             return
@@ -225,7 +231,7 @@ class Training:
             [*work.parameters, *(p for head in work.heads.values() for p in head.parameters())]
             for work in self.net.stages
         ]
-        if self.net.plan.is_end_to_end:
+        if self.net.plan.is_end_to_end and not self.run.asynchronous:
             parameters = [list(chain.from_iterable(parameters))]
         for of_stage in parameters:
             nn.utils.clip_grad_norm_(of_stage, limit, foreach=True)
@@ -260,5 +266,9 @@ def _optimizer(run: Run, net: InProcessPipeline) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
     if run.training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=decay, foreach=True)
+    betas = run.training.betas
+    if run.training.optimizer == "nadam":
+        how = {"decoupled_weight_decay": True, "foreach": True}
+        return torch.optim.NAdam(groups, lr=rate, betas=betas, weight_decay=decay, **how)
     how = {"foreach": True} if of_layers[0].device.type == "cpu" else {"fused": True}
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=decay, **how)
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, weight_decay=decay, **how)

@@ -55,7 +55,8 @@ def import_everything() -> None:
             failures.append(f"{module.name}: {type(error).__name__}: {error}")
     assert not failures, "\n".join(failures)
     assert number > 80, f"only {number} modules are installed"
-    assert (Path(ds_interlock.__file__).parent / "planning" / "page.html").is_file()
+    files = ("measured.json", "page.html")
+    assert all((Path(ds_interlock.__file__).parent / "planning" / name).is_file() for name in files)
 
 
 def show_help() -> None:

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "planning": {"config", "schedule"},
     "transport": {"schedule", "stage"},
     "stage": {"sampling", "schedule"},
-    "heads": {"config", "schedule"},
+    "heads": {"config", "schedule", "stage"},
     "checkpoints": set(),
     "models": {"heads", "schedule"},
     "engine": {"checkpoints", "config", "heads", "schedule", "stage", "transport"},

@@ -2,6 +2,7 @@
 
 interlock_stage_00.pt ...   heads        {"0.weight": ...} of this stage; the number is a head's position
                             heads_aside  {layers before it: state} of heads that the run did not use
+                            copies       {"in_use": ..., "next": ...} what shared readouts read with
                             tied_modules {"embedding.weight": ...} copies that the stage trains itself
                             plan, schedule, topology
 """
@@ -77,6 +78,11 @@ class SavedStages:
     def heads_aside(self) -> dict[int, State]:
         """Heads that the run kept for later, by the number of layers before them."""
         return {after: head for state in self.states for after, head in state.get("heads_aside", {}).items()}
+
+    @property
+    def copies(self) -> State | None:
+        """The copies of the unembedding that heads read with, the same on all stages; None without any."""
+        return next((state["copies"] for state in self.states if state.get("copies")), None)
 
     def tied_module(self, key: str, stage: int) -> State:
         """A stage's own copy of a tied module; empty if it had none."""

@@ -9,15 +9,15 @@ from typing import Any
 from tqdm import tqdm
 
 from ds_interlock.commands import terminal
-from ds_interlock.commands.profile import DEFAULT_SEQ_LENGTH, micro_batch_size_of
+from ds_interlock.commands.profile import DEFAULT_SEQ_LENGTH, TRUST, micro_batch_size_of
 from ds_interlock.commands.terminal import at_least_one, positive
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError
 from ds_interlock.files import replace_text
-from ds_interlock.planning.forecast import Comparison, Forecast, compare
+from ds_interlock.planning.forecast import Comparison, Forecast, ScheduleForecast, compare
 from ds_interlock.planning.page import render_page
 from ds_interlock.planning.profile import Profile, unit_profile
-from ds_interlock.planning.verdict import best_interlock, pays, verdict
+from ds_interlock.planning.verdict import about_schedule, best_interlock, best_schedule, pays, verdict
 from ds_interlock.schedule.picture import draw_plan
 from ds_interlock.schedule.plan import rises
 from ds_interlock.schedule.render import Timeline, render_svg
@@ -26,18 +26,23 @@ from ds_interlock.schedule.trace import chrome_trace
 _DEFAULT_STAGES = 4
 _UNIT_LAYERS_PER_STAGE = 4
 _BATCHES_IN_PICTURES = (1, 2)  # the first to start while the pipeline is running, and the next
-_NOT_IN_JSON = {"spans", "plan"}
+_NOT_IN_JSON = {"spans", "plan", "measured"}
 
 _PLAN = """\
 Simulates CONFIG's plan (of a schedule, the plan of each phase) and prints the time of a batch, the
 bubble, the micro-batches in flight and their activations, the gradients relayed, the share of the auxiliary
-heads, and the speed relative to global backpropagation (1F1B, as DeepSpeed runs it); then says whether
-interlocking pays here.
+heads, and the speed relative to global backpropagation (1F1B, as DeepSpeed runs it); beside it, as far as our
+experiments tell, the steps to global's loss and so the time to it; then says whether interlocking pays here.
 
 Costs come from --profile (measured by `ds-interlock profile`), from --model (estimated from the sizes in
 a Hugging Face configuration; no weights are loaded, no GPU is needed), or, with neither, are those of
 equal layers: a stage's forward, input gradient and weight gradient 1 each, a head 0.3.
 """
+
+_LEGEND = """\
+* configured. x global: times as fast as global (1F1B). Gap: the share of local's gap to global it closes.
+Steps: to global's loss, over global's. To loss: times as fast as global to its loss, x global over steps.
+In flight: micro-batches, by stage. Activations, relays: per batch, of the stage with the most."""
 
 
 def add_parser(commands: Any) -> None:
@@ -54,6 +59,7 @@ def add_parser(commands: Any) -> None:
     add = parser.add_mutually_exclusive_group().add_argument
     add("--profile", metavar="FILE", help="measured costs, from `ds-interlock profile`")
     add("--model", metavar="NAME_OR_PATH", help="estimate from this Hugging Face config")
+    parser.add_argument("--trust-remote-code", "--trust_remote_code", action="store_true", help=TRUST)
     add = parser.add_argument_group("assumptions of --model").add_argument
     default = "(default: %(default)g)"
     add("--seq-length", type=at_least_one, default=DEFAULT_SEQ_LENGTH, metavar="T")
@@ -90,9 +96,11 @@ def run(options: argparse.Namespace) -> int:
         if not options.json:
             if interlock.schedule is not None:
                 print(f"From step {from_step}:\n")
-            _print_report(comparison, forecasts)
+            _print_report(comparison, forecasts, is_comparison=options.compare)
     if options.json:
         terminal.print_json(interlock, reports)
+    elif interlock.schedule is not None:
+        print(f"\n{about_schedule(interlock, comparison)}")
     pictured = _timelines(comparison, forecasts)
     if options.svg:
         title = f"{num_micro_batches} micro-batches on {num_stages} stages"
@@ -111,7 +119,7 @@ def _check_phases(options: argparse.Namespace, interlock: InterlockConfig) -> No
         raise ConfigError(f"{flags}: a picture is of one plan, but interlock.schedule has {number} phases")
 
 
-def _print_report(comparison: Comparison, forecasts: Sequence[Forecast]) -> None:
+def _print_report(comparison: Comparison, forecasts: Sequence[Forecast], *, is_comparison: bool) -> None:
     """The plan, the costs, the forecasts as a table, and the verdict."""
     profile, reference = comparison.profile, comparison.reference
     print(draw_plan(comparison.configured.plan), end="\n\n")
@@ -122,13 +130,22 @@ def _print_report(comparison: Comparison, forecasts: Sequence[Forecast]) -> None
     if not profile.is_unit:
         print(f"a job with these stages: --stage_bounds {bounds.replace(' ', '')}")
     batch = f"batch ({_unit_of(comparison)})"
-    heads = ("setting", batch, "x global", "gap", "bubble", "heads", "in flight", "activations", "relays")
+    quality = ("gap", "steps", "to loss")
+    heads = ("setting", batch, "x global", *quality, "bubble", "heads", "in flight", "activations", "relays")
+    schedules = comparison.schedules if is_comparison else ()
+    rows = [_row(comparison, each) for each in forecasts]
     print()
-    terminal.print_table(heads, [_row(comparison, each) for each in forecasts])
-    print(
-        "\n* configured. Gap: the share of local's gap to global that it closed in an experiment. In flight: "
-        "micro-batches, by stage. Activations, relays: per batch, of the stage with the most."
-    )
+    terminal.print_table(heads, rows + [_schedule_row(each, len(heads)) for each in schedules])
+    print(f"\n{_LEGEND}")
+    shown = {each.name for each in forecasts} | {each.name for each in schedules}
+    for place, names in comparison.sources.items():
+        if known := [name for name in names if name in shown]:
+            print(f"measured in {place}: {'; '.join(known)}")
+    if is_comparison and comparison.no_better:
+        print(f"left out, not measured to learn better than local: {'; '.join(comparison.no_better)}")
+    if copy_bytes := (configured := comparison.configured).copy_bytes:
+        size, every = tqdm.format_sizeof(copy_bytes, "B"), configured.refresh_every
+        print(f"Copies of the unembedding: {size} over a link every {every} batches; a stage keeps two.")
     for reason in comparison.skipped:
         print(f"left out: {reason}")
     if comparison.syncs_ties:
@@ -143,7 +160,7 @@ def _unit_of(comparison: Comparison) -> str:
 
 def _as_json(comparison: Comparison, forecasts: Sequence[Forecast]) -> dict[str, Any]:
     """What ``--json`` prints: every forecast without its spans, and the verdict."""
-    best = best_interlock(comparison)
+    best, schedule = best_interlock(comparison), best_schedule(comparison)
     return {
         "model": comparison.profile.model,
         "costs": comparison.profile.source,
@@ -152,11 +169,36 @@ def _as_json(comparison: Comparison, forecasts: Sequence[Forecast]) -> dict[str,
         "num_micro_batches": comparison.num_micro_batches,
         "stage_bounds": list(comparison.reference.plan.stage_bounds),
         "configured": comparison.configured.name,
-        "settings": [{k: v for k, v in vars(each).items() if k not in _NOT_IN_JSON} for each in forecasts],
+        "settings": [_setting_as_json(each) for each in forecasts],
+        "schedules": [
+            {
+                "name": each.name,
+                "phases": [[start, phase.name] for start, phase in each.phases],
+                **_quality_as_json(each),
+            }
+            for each in comparison.schedules
+        ],
         "skipped": list(comparison.skipped),
+        "no_better": list(comparison.no_better),
         "pays": pays(comparison),
         "best_interlock": best.name if best else None,
+        "best_schedule": schedule.name if schedule else None,
         "verdict": verdict(comparison),
+    }
+
+
+def _setting_as_json(each: Forecast) -> dict[str, Any]:
+    values = {key: value for key, value in vars(each).items() if key not in _NOT_IN_JSON}
+    return {**values, **_quality_as_json(each)}
+
+
+def _quality_as_json(each: Forecast | ScheduleForecast) -> dict[str, Any]:
+    """How well it learns as far as it was measured, and where."""
+    return {
+        "gap_recovered": each.gap_recovered,
+        "relative_steps": each.relative_steps,
+        "speed_to_loss": each.speed_to_loss,
+        "measured": each.measured and each.measured.model_dump(mode="json"),
     }
 
 
@@ -178,7 +220,7 @@ def _row(comparison: Comparison, each: Forecast) -> tuple[str, ...]:
         f"{each.name} *" if each.name == comparison.configured.name else each.name,
         f"{each.batch_seconds:.4g}",
         f"{each.speed:.2f}",
-        "-" if each.gap_recovered is None else f"{each.gap_recovered:.0%}",
+        *_quality(each),
         f"{each.bubble_fraction:.0%}",
         f"{each.head_share:.1%}",
         _by_stage(each.in_flight),
@@ -186,6 +228,21 @@ def _row(comparison: Comparison, each: Forecast) -> tuple[str, ...]:
         "-" if comparison.profile.is_unit else tqdm.format_sizeof(max(each.activation_bytes), "B"),
         "-" if comparison.profile.is_unit else tqdm.format_sizeof(max(each.relay_bytes), "B"),
     )
+
+
+def _schedule_row(each: ScheduleForecast, length: int) -> tuple[str, ...]:
+    """A schedule has a speed in each phase, and no batch of its own."""
+    speeds = ", ".join(f"{phase.speed:.2f}" for _, phase in each.phases)
+    cells = (each.name, "-", speeds, *_quality(each))
+    return cells + ("-",) * (length - len(cells))
+
+
+def _quality(each: Forecast | ScheduleForecast) -> tuple[str, str, str]:
+    """The share of the gap that it closed, its steps to global's loss, and its speed to it."""
+    gap = "-" if each.gap_recovered is None else f"{each.gap_recovered:.0%}"
+    if each.speed_to_loss is None:
+        return gap, "not reached" if each.measured else "not measured", "-"
+    return gap, f"{each.relative_steps:.2f}", f"{each.speed_to_loss:.2f}"
 
 
 def _by_stage(numbers: Sequence[int]) -> str:
@@ -211,7 +268,7 @@ def _profile(
 
     return estimate_profile(
         options.model,
-        load_config(options.model),
+        load_config(options.model, trust_remote_code=options.trust_remote_code),
         interlock.head,
         micro_batch_size=micro_batch_size_of(contents),
         seq_length=options.seq_length,

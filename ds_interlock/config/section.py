@@ -11,7 +11,8 @@ only description of the section: ``reference.py`` makes ``docs/config.md`` of th
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from math import inf
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -25,7 +26,9 @@ from ds_interlock.schedule.plan import Combine, GradientFlowPlan
 
 _LENS_WARMUP_STEPS = 20
 
-HeadType = Literal["auto", "linear", "norm_linear", "low_rank", "lens"]
+HeadType = Literal["auto", "linear", "norm_linear", "low_rank", "lens", "shared"]
+Objective = Literal["cross_entropy", "kl", "reconstruction"]
+_WEIGHTS = {"cross_entropy_weight": ("cross_entropy", 1.0), "kl_weight": ("kl", 0.0)}
 
 
 class HeadConfig(Section):
@@ -35,20 +38,22 @@ class HeadConfig(Section):
     """What a head is, if the module is given no `head` of its own. `auto`: `lens` for a pretrained model,
     otherwise `norm_linear`. `linear`: an unembedding. `norm_linear`: a norm of the model's kind, then an
     unembedding. `low_rank`: a norm, then an unembedding of rank `rank`. `lens`: a trainable affine
-    translator, then a frozen copy of the model's own norm and unembedding. See docs/heads.md."""
+    translator, then a frozen copy of the model's own norm and unembedding. `shared`: a norm and a learned
+    temperature, then a copy of the model's unembedding as it is trained. See docs/heads.md."""
     blocks: int | tuple[int, ...] = 0
     """More layers like the one before the head, at the beginning of a head of any type. A list is by stage,
-    its last number for all stages that follow: `[2, 1]`. They learn at the model's rate."""
+    its last number for all stages that follow: `[2, 1]`. They start with the model's initial weights
+    and learn at its rate."""
     translator: Literal["after_norm", "before_norm"] = "after_norm"
     """Where the translator of a `lens` is. `after_norm`: it folds into the unembedding, so that stages and
     head make a smaller model of the same architecture (it has a bias only if the model has one to fold it
     into). `before_norm`: as in the tuned lens."""
-    cross_entropy_weight: float = Field(1.0, ge=0)
-    """Factor of the cross-entropy with the labels in a head's loss."""
-    kl_weight: float = Field(0.0, ge=0, validate_default=True)
-    """Factor of KL(base || head) in a head's loss: the divergence of its outputs from those of the frozen
-    base model. Needs a `lens`, and labels that bring the base model's hidden states along (docs/heads.md). In
-    evaluation a head's loss is the cross-entropy alone."""
+    objective: Objective | dict[Objective, float] = "cross_entropy"
+    """What a head learns from, or an object of several with their factors: `{"cross_entropy": 1, "kl": 0.5}`.
+    `cross_entropy`: the model's own loss, from the labels. `kl`: KL(base || head), the divergence of the
+    head's outputs from those of the model before training; needs a `lens`. `reconstruction`: how far the
+    hidden state that the head reads is from the one before training. The last two need what the fine-tuning
+    job records. In evaluation a head's loss is the model's own. See docs/heads.md."""
     fused: bool = True
     """Compute unembedding and loss of a head in one, never holding all its logits, where the loss function
     has a method `fused_linear` and nothing follows the unembedding. The numbers are the same to rounding."""
@@ -66,11 +71,14 @@ class HeadConfig(Section):
     """Factor of every auxiliary loss in the gradients it takes part in; the final loss has 1."""
     rank: int = Field(64, ge=1)
     """Rank of the unembedding of a `low_rank` head."""
+    refresh_every: int = Field(20, ge=1)
+    """Type `shared` only: every so many batches the last stage copies its unembedding for the heads, which
+    read with this copy as many batches later. At least twice the number of stages, or stages may wait."""
     warmup_steps: int | None = Field(
         None,
         ge=0,
         description="Batches for which the heads alone are fitted before the first training batch of a new "
-        f"run. If not given, {_LENS_WARMUP_STEPS} for a lens into a pretrained model, otherwise 0.",
+        f"run. If not given, {_LENS_WARMUP_STEPS} for `lens` and `shared` on a pretrained model, or 0.",
     )
     warmup_learning_rate: float = Field(1e-3, gt=0)
     """Learning rate of these batches; their optimizer is AdamW without decay."""
@@ -91,18 +99,50 @@ class HeadConfig(Section):
             raise ValueError(f"got {shown_as_json(blocks)}, expected {expected}")
         return tuple(blocks) if isinstance(blocks, list) else blocks
 
-    @field_validator("kl_weight", mode="after")
+    @model_validator(mode="before")
     @classmethod
-    def _has_an_objective(cls, kl_weight: float, info: ValidationInfo) -> float:
+    def _reads_the_keys_before_objective(cls, section: object) -> object:
+        """``cross_entropy_weight`` and ``kl_weight``, which recorded results and older configs have."""
+        if not isinstance(section, Mapping) or "objective" in section or not _WEIGHTS.keys() & section.keys():
+            return section  # both forms at once: an unknown key
+        factors = {name: section.get(key, default) for key, (name, default) in _WEIGHTS.items()}
+        others = {key: value for key, value in section.items() if key not in _WEIGHTS}
+        return {**others, "objective": {name: factor for name, factor in factors.items() if factor != 0}}
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _one_or_several(cls, objective: object, info: ValidationInfo) -> object:
+        names = [*get_args(Objective)]
+        factors: Any = {name: 1.0 for name in names if name == objective}
+        if isinstance(objective, Mapping):
+            factors = objective
+        numbers = all(type(factor) in (int, float) and 0 < factor < inf for factor in factors.values())
+        if not factors or not set(factors) <= set(names) or not numbers:
+            known = ", ".join(map(shown_as_json, names[:-1])) + f" or {shown_as_json(names[-1])}"
+            several = "or an object of them with factors above 0"
+            raise ValueError(f"got {shown_as_json(objective)}, expected {known}, {several}")
         kind = info.data.get("type", "lens")  # missing if it is faulty itself
-        if kl_weight > 0 and kind not in ("auto", "lens"):
+        if "kl" in factors and kind not in ("auto", "lens"):
             raise ValueError(
-                f'got {shown_as_json(kl_weight)}, but type is "{kind}": only a lens has the base model\'s '
-                'unembedding; set type to "lens", or kl_weight to 0'
+                f'got {shown_as_json(objective)}, but type is "{kind}": only a lens has the base model\'s '
+                'unembedding; set type to "lens", or leave out "kl"'
             )
-        if kl_weight == 0 and info.data.get("cross_entropy_weight") == 0:
-            raise ValueError("got 0, as cross_entropy_weight: nothing is left to learn; set one above 0")
-        return kl_weight
+        if list(factors.values()) == [1]:
+            return next(iter(factors))
+        return {name: float(factors[name]) for name in names if name in factors}
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # a mapping has no hash of its own
+
+    @property
+    def objectives(self) -> dict[Objective, float]:
+        """What a head learns from, and the factor of each."""
+        return self.objective if isinstance(self.objective, dict) else {self.objective: 1.0}
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a head learns from the base model's hidden states."""
+        return set(self.objectives) != {"cross_entropy"}
 
     def blocks_at(self, stage: int) -> int:
         """The number of blocks of a head in this stage."""
@@ -114,8 +154,8 @@ class HeadConfig(Section):
         kind = ("lens" if pretrained else "norm_linear") if self.type == "auto" else self.type
         steps = self.warmup_steps
         if steps is None:
-            # A lens reads the middle of a trained model worse than chance until its translator has learned.
-            steps = _LENS_WARMUP_STEPS if pretrained and kind == "lens" else 0
+            # They read the middle of a trained model worse than chance until what they have has learned.
+            steps = _LENS_WARMUP_STEPS if pretrained and kind in ("lens", "shared") else 0
         return self.model_copy(update={"type": kind, "warmup_steps": steps})
 
 

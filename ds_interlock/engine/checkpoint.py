@@ -6,7 +6,7 @@
         interlock_files.json               names and sizes of the files
         layer_00-model_states.pt ...       layers (DeepSpeed)
         mp_rank_00_model_states.pt ...     optimizer, scheduler, counters; one file per stage (DeepSpeed)
-        interlock_stage_00.pt ...          heads and untied copies of tied modules; one file per stage
+        interlock_stage_00.pt ...          heads, what they read with, untied copies of tied modules
         interlock_rank_00000.pt ...        random state and data position; one file per rank
 
 A checkpoint is written under another name and renamed once every rank has finished: an interrupted save never
@@ -185,6 +185,8 @@ class Checkpoints:
         if state["tied_modules"] and not module.tied_comms:
             module.tied_modules.load_state_dict(state["tied_modules"])
         module.micro_offset = state["micro_offset"]
+        if module.copies is not None:
+            module.copies.restore(state.get("copies"))
         self.heads_aside = state.get("heads_aside", {})
         result = deepspeed_loads(load_optimizer_states=with_optimizer and not self.keeps_optimizer)
         if result[0] is not None:
@@ -194,6 +196,14 @@ class Checkpoints:
                 self.engine.optimizer.refresh_fp32_params()
             self.restore(of_rank)
         return result
+
+    def restore_copies(self, state: State | None) -> None:
+        """Gives shared readouts the saved copies, or the live ones if there are none. For all ranks."""
+        copies = self.engine.module.copies
+        if copies is not None and state is None:
+            copies.refresh()
+        elif copies is not None:
+            copies.restore(state)
 
     def restore(self, state: State, *, random: bool = True) -> None:
         """Continues in the data where the rank was that had this state, and with its random numbers."""
@@ -253,6 +263,7 @@ def stage_state(module: InterlockPipelineModule) -> dict[str, Any]:
     return {
         "heads": module.heads.state_dict(),
         "head_places": _positions(module.schedule.heads),
+        "copies": None if module.copies is None else module.copies.state(),
         "tied_modules": {} if module.tied_comms else module.tied_modules.state_dict(),
         "plan": _described(module.plan),
         "schedule": _described_phases(module),

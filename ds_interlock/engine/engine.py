@@ -125,6 +125,7 @@ class InterlockEngine(PipelineEngine):
             self.set_dataiterator(data_iter)
         if not self.module.training:
             self.module.train()
+        self._runner.renew_copies()
         self._warmup.before_batch()
         self._myopia.before_batch()
         self._run_training_batch(self._train_schedule())

@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 
 from deepspeed.checkpoint.constants import BASE_OPTIMIZER_STATE
-from deepspeed.pipe import TiedLayerSpec
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.utils import logger, safe_set_full_fp32_param
 from torch import distributed as dist
@@ -36,7 +35,6 @@ from ds_interlock.checkpoints.optimizer import (
 from ds_interlock.checkpoints.stages import SavedStages, fits, read_file
 from ds_interlock.engine.checkpoint import Checkpoints, Loaded, load_flat_copies
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
-from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.errors import ConfigError
 from ds_interlock.transport.agreement import gather, raised_by_all
 
@@ -138,9 +136,8 @@ class MappedCheckpoint(ABC):
 
     def _tied_state(self, key: str) -> State:
         module = self.engine.module
-        whole = [
-            index for index in _tied_layers(module, key) if module._layer_specs[index].forward_fn is None
-        ]
+        tied = module.tied_layers(key)
+        whole = [index for index in tied if module._layer_specs[index].forward_fn is None]
         files = [file for index in whole for file in self._files_of_layer(index - module._local_start)]
         if not files:
             raise ConfigError(
@@ -272,8 +269,10 @@ class DeepSpeedCheckpoint(MappedCheckpoint):
     def _finish(self) -> None:
         module = self.engine.module
         heads = "; heads start anew" if module.schedule.heads else ""
-        if heads and module.make_head is None and module.head_config.type == "lens":
-            heads += ' (a "lens" has the output layers as it was built, not as they are in it: docs/heads.md)'
+        kind = module.head_config.type
+        if heads and module.make_head is None and kind in ("lens", "shared") and module.copies is None:
+            heads += f' (a "{kind}" has the output layers as it was built, not as in it: docs/heads.md)'
+        self.checkpoints.restore_copies(None)
         if dist.get_rank() == 0:
             logger.warning(
                 f"interlock: {self.folder} was not written by ds_interlock: loaded {self._loaded}{heads}; "
@@ -306,7 +305,7 @@ class OtherShape(MappedCheckpoint):
     def _tied_owner(self, key: str) -> int:
         module = self.engine.module
         here = range(module._local_start, module._local_stop)
-        return self._saved.owner(next(index for index in _tied_layers(module, key) if index in here))
+        return self._saved.owner(next(index for index in module.tied_layers(key) if index in here))
 
     def _tied_state(self, key: str) -> State:
         return self._saved.tied_module(key, self._tied_owner(key)) or super()._tied_state(key)
@@ -372,6 +371,7 @@ class OtherShape(MappedCheckpoint):
             if after in here and self._taken.get(after, ("", None))[1] is not state
         }
         module.micro_offset = saved.states[0]["micro_offset"]
+        self.checkpoints.restore_copies(saved.copies)
         is_same_rank = self.checkpoints.is_where_it_was(saved.states)
         if not self.module_only:
             source = dist.get_rank() if is_same_rank else saved.states[0]["topology"]["ranks"][0]
@@ -392,9 +392,3 @@ class OtherShape(MappedCheckpoint):
         if not is_same_rank and not self.module_only:
             parts.append("random state starts anew")
         logger.warning("; ".join(parts))
-
-
-def _tied_layers(module: InterlockPipelineModule, key: str) -> list[int]:
-    """The numbers of the layers that share this module."""
-    specs = enumerate(module._layer_specs)
-    return [index for index, spec in specs if isinstance(spec, TiedLayerSpec) and spec.key == key]

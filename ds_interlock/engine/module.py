@@ -28,7 +28,9 @@ from ds_interlock.schedule.plan import GradientFlowPlan, rises
 from ds_interlock.stage.heads import Heads, MakeHead, build_head
 from ds_interlock.stage.hidden import Hidden
 from ds_interlock.stage.recomputation import recomputed
+from ds_interlock.stage.shared_readout import Source, Weights
 from ds_interlock.stage.walks import compare_walks, modules_of
+from ds_interlock.transport.copies import Copies
 
 # DeepSpeed's default, and what it replaces it with under "pipeline": {"use_reentrant": false}.
 _CHECKPOINTS = (checkpointing.checkpoint, checkpointing.non_reentrant_checkpoint)
@@ -112,6 +114,8 @@ class InterlockPipelineModule(PipelineModule):
                 f'layers: {list(self.parts)}; use partition_method="uniform" or fewer stages'
             )
         self.heads = Heads()
+        self.copies: Copies | None = None
+        """What shared readouts read with; set by the engine."""
         self.placeholder: nn.Parameter | None = None
         if interlock is not None:
             self.bind(interlock)
@@ -180,6 +184,18 @@ class InterlockPipelineModule(PipelineModule):
         """The trainable parameters of this stage's layers; the ``frozen`` ones too if asked for."""
         others = {id(self.placeholder), *map(id, self.heads.parameters())}
         return [p for p in self.parameters() if (p.requires_grad or frozen) and id(p) not in others]
+
+    def tied_layers(self, key: str) -> list[int]:
+        """The numbers of the layers that share the tied module ``key``."""
+        specs = enumerate(self._layer_specs)
+        return [index for index, spec in specs if isinstance(spec, TiedLayerSpec) and spec.key == key]
+
+    def live_weights(self, source: Source) -> Weights:
+        """The weights at ``source``, which must be in this stage, as they are trained."""
+        spec = self._layer_specs[source.layer]
+        if isinstance(spec, TiedLayerSpec):
+            return source.weights_in(self.tied_modules[spec.key])
+        return source.weights_in(self.forward_funcs[source.layer - self._local_start])
 
     def add_placeholder(self) -> None:
         """Gives a stage in which nothing learns, in some phase, a parameter that nothing depends on.

@@ -1,6 +1,6 @@
 """Runs programs on this stage: makes them, verifies them, and gives their actions to the interpreter."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -21,7 +21,9 @@ from ds_interlock.schedule.plan import GradientFlowPlan
 from ds_interlock.stage.backward import Backward
 from ds_interlock.stage.hidden import Hidden, copied
 from ds_interlock.stage.interpreter import Interpreter
+from ds_interlock.stage.shared_readout import SharedReadout
 from ds_interlock.stage.work import StageWork
+from ds_interlock.transport.copies import agree_on_copies
 from ds_interlock.transport.links import Links
 from ds_interlock.transport.ranks import StageRanks
 
@@ -52,8 +54,7 @@ class StageRunner:
         timers = engine.timers if engine.wall_clock_breakdown() else None
         self.recorder = Recorder(get_accelerator().synchronize, timers)
         self._backward = backward
-        timeout, transport = self.config.timeout_seconds, self.config.transport
-        self.links = Links(ranks.of_pipeline, ranks.stage, ranks.device, timeout, transport)
+        self.links = self._open_links()
         self._num_issued = self._num_flushed = 0  # programs, of training and evaluation
         self._schedules: dict[tuple[int, str, int], InterlockSchedule] = {}
         if engine.torch_autocast_enabled():
@@ -162,15 +163,42 @@ class StageRunner:
 
     def enter_phase(self, phase: int) -> None:
         """Turns to the plan of another phase."""
-        self.links.flush()
+        self._flush_links()
         self.recorder.forget()  # a timeline is of one program
         self.engine.module.phase = phase
         self.interpreter = self._interpreter(self.engine.module.plan, self._backward)
 
     def flush(self) -> None:
         """Waits until the neighbours have everything that was sent."""
-        self.links.flush()
+        self._flush_links()
         self._num_flushed = self._num_issued
+
+    def renew_copies(self) -> None:
+        """Before a training batch: what shared readouts of all stages have to do with it."""
+        if (copies := self.engine.module.copies) is not None:
+            copies.before_batch(self.engine.global_steps)
+
+    def _flush_links(self) -> None:
+        if (copies := self.engine.module.copies) is not None:
+            copies.settle()  # or who has sent one would wait for it to be taken
+        self.links.flush()
+
+    def _open_links(self) -> Links:
+        """Makes the links, with a channel for copies of the unembedding where heads read with such."""
+        module, ranks, config = self.engine.module, self.ranks, self.config
+        copy_links: Sequence[int] = ()
+        if heads := module.schedule.heads:  # the same on all ranks
+            copies = SharedReadout.copies_in(module.heads.values())
+            first_stage = min(head.stage for head in heads)
+            module.copies = agree_on_copies(
+                ranks, copies, module.live_weights, module.stage_owner, first_stage
+            )
+            copy_links = () if module.copies is None else module.copies.stages[:-1]
+        timeout, transport = config.timeout_seconds, config.transport
+        links = Links(ranks.of_pipeline, ranks.stage, ranks.device, timeout, transport, copy_links)
+        if module.copies is not None:
+            module.copies.links = links
+        return links
 
     def _interpreter(self, plan: GradientFlowPlan, backward: Backward, *, record: bool = True) -> Interpreter:
         """Does this stage's work under ``plan``, the one in force or another one for the same layers."""
@@ -179,7 +207,7 @@ class StageRunner:
         work = StageWork(
             plan, stage, self._run_layers, module.layer_parameters(), heads, module.loss_fn, backward
         )
-        if module.interlock.head.kl_weight > 0 and all(h.stage <= stage for h in module.schedule.heads):
+        if module.interlock.head.needs_base and all(h.stage <= stage for h in module.schedule.heads):
             work.num_label_parts = 2  # no later head reads the base model's states
         return Interpreter(
             work,

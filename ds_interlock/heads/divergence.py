@@ -1,4 +1,4 @@
-"""How far the outputs of a head are from those of the model it is a lens into, in bounded memory.
+"""How far a head is from the base model: its outputs, in bounded memory; and the hidden state that it reads.
 
     base_nd ──── rows 0..r ──► unembed ──► log p_rv ─┐
     hidden_nd ── rows 0..r ──► unembed ──► log q_rv ─┴► sum of p (log p - log q) ──► gradient of the rows
@@ -35,6 +35,18 @@ def kl_divergence(
     inputs = (hidden_nd, base_nd.detach(), unembed, rows)
     total: Tensor = _ChunkedDivergence.apply(*inputs)  # type: ignore[no-untyped-call]
     return total
+
+
+def relative_error(hidden_nd: Tensor, base_nd: Tensor) -> Tensor:
+    """Sum over positions of |hidden - base|^2 / |base|^2, in float32 at least.
+
+    A position whose states are equal to rounding counts 0 and has no gradient: Adam would turn rounding
+    errors into whole steps.
+    """
+    eps = torch.finfo(hidden_nd.dtype).eps
+    hidden_nd, base_nd = (states_nd.to(wide(hidden_nd.dtype)) for states_nd in (hidden_nd, base_nd))
+    error_n = (hidden_nd - base_nd).square().sum(-1) / base_nd.square().sum(-1).clamp(min=eps)
+    return error_n[error_n > eps].sum()
 
 
 class _ChunkedDivergence(GradientsInForward):

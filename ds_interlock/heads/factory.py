@@ -10,10 +10,11 @@ A head repeats the output layers of its model, which are found from the last lay
     norm_linear                     ├─►        norm ─► unembedding ─► ...
     low_rank                        ├─►        norm ─► down ─► unembedding ─► ...
     lens                            ├─► norm* ─► translator ─► unembedding* ─► ...     (*: frozen copies)
+    shared                          ├─► norm ─► temperature ─► unembedding' ─► ...     (': a live copy)
     any of them, with blocks: 2     └─► block ─► block ─► norm ─► unembedding ─► ...
 
 A head's method ``loss(hidden, labels, loss_fn)`` is used in place of ``loss_fn(head(hidden), labels)``: for
-``sequence_fraction``, ``token_fraction``, ``kl_weight``, and without all logits where the loss function has
+``sequence_fraction``, ``token_fraction``, ``objective``, and without all logits where the loss function has
 a method
 
     fused_linear(hidden, weight, bias, labels)     the same as loss_fn(F.linear(hidden, weight, bias), labels)
@@ -21,14 +22,15 @@ a method
 Shape suffixes: b batch, t position (any number of dimensions), d hidden width, n chosen positions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ds_interlock.config import HeadConfig
+from ds_interlock.config.section import Objective
 from ds_interlock.errors import ConfigError
-from ds_interlock.heads.divergence import kl_divergence
+from ds_interlock.heads.divergence import kl_divergence, relative_error
 from ds_interlock.heads.labels import Labels
 from ds_interlock.heads.output_layers import PASS_HEAD, Layer, OutputLayers, find_output_layers, first_tensor
 from ds_interlock.heads.readout import UNEMBEDDING, another_like, make_readout
@@ -36,6 +38,14 @@ from ds_interlock.heads.samples import at, labelled_positions, sample_positions,
 from ds_interlock.schedule.plan import LossHead
 
 LossFn = Callable[[Tensor, Any], Tensor]
+
+_NO_BASE = {
+    "kl": 'interlock.head.objective: "kl" needs labels that are a tuple (labels, normaliser, base), base '
+    "being the base model's hidden states before its unembedding, {}: let the data bring them, as the job "
+    'finetune does, or set it to "cross_entropy"',
+    "reconstruction": 'interlock.head.objective: "reconstruction" needs the hidden states {} that the head '
+    'read before training, which only the job finetune records: use that, or set it to "cross_entropy"',
+}
 HeadFactory = Callable[[LossHead], nn.Module]
 
 
@@ -57,10 +67,11 @@ def head_factory(
 ) -> HeadFactory:
     """The heads of a model whose user passes none. Looks at the model at once, builds heads when called.
 
-    The frozen copies of a ``lens`` are made by building the model's last layers once more, when the head
-    is built. Layers with a seed of their own, as those of ``ds_interlock.models``, and layers that are
-    modules are thus copied exactly. One that draws from the global generator (a plain
-    ``LayerSpec(nn.Linear, ...)``) is drawn again, from the head's seed: fixed, but not as in the model.
+    The frozen copies of a ``lens``, and what a ``shared`` head starts from, are made by building the model's
+    last layers once more, when the head is built. Layers with a seed of their own, as those of
+    ``ds_interlock.models``, and layers that are modules are thus copied exactly. One that draws from the
+    global generator (a plain ``LayerSpec(nn.Linear, ...)``) is drawn again, from the head's seed: fixed, but
+    not as in the model.
 
     Args:
         config: The section ``"interlock.head"``.
@@ -70,12 +81,12 @@ def head_factory(
             default the layer before it.
 
     Raises:
-        ConfigError: If the output layers are not found, or ``kl_weight`` finds no lens.
+        ConfigError: If the output layers are not found, or objective ``kl`` finds no lens.
     """
     config = config.resolve(pretrained=pretrained)
-    if config.kl_weight > 0 and config.type != "lens":
+    if "kl" in config.objectives and config.type != "lens":
         raise ConfigError(
-            f"interlock.head.kl_weight: {config.kl_weight:g} needs a lens, but type auto means "
+            'interlock.head.objective: "kl" needs a lens, but type auto means '
             f'{config.type} for a model that is not pretrained; set interlock.head.type to "lens", or pass '
             "pretrained=True with a pretrained model"
         )
@@ -97,6 +108,10 @@ class AuxiliaryHead(nn.Module):
 
     ``readout`` turns hidden states ``[..., d]`` into outputs ``[..., v]``, each position by itself; its part
     ``unembedding`` makes the outputs, in a tuple if ``output_layers`` do.
+
+    ``base_states``, if the data bring places ``[n]`` in them (``ds_interlock.heads.labels``), turns these
+    into the base model's states ``[n, d]`` that each objective needs: the last ones for ``kl``, those that
+    this head reads for ``reconstruction``.
     """
 
     def __init__(
@@ -112,6 +127,7 @@ class AuxiliaryHead(nn.Module):
         self.width = output_layers.width
         self.in_tuple = output_layers.in_tuple
         self.config = config
+        self.base_states: Mapping[str, Callable[[Tensor], Tensor]] = {}
         self._unembedding_at = [name for name, _ in readout.named_children()].index(UNEMBEDDING)
 
     def forward(self, hidden: Any) -> Any:
@@ -121,30 +137,43 @@ class AuxiliaryHead(nn.Module):
     def loss(self, hidden: Any, labels: Any, loss_fn: LossFn) -> Tensor:
         """The loss of this head: in evaluation the model's loss, in training what the head learns from.
 
-        That is the model's loss, the divergence from the base model, or both, as ``config`` weights them.
+        Where nothing but the head learns, which its hidden state shows by taking no gradient, a head of
+        ``reconstruction`` alone learns from the model's loss: the layers are what reconstruction trains.
 
-        For all of them but the first the labels have a form of ``ds_interlock.heads.labels``: for
-        ``sequence_fraction`` with a row for each sequence, for ``token_fraction`` and ``kl_weight`` with one
-        label for each position. If some are drawn, ``loss_fn`` must average over those labelled other than
-        -100.
+        For all but the model's loss the labels have a form of ``ds_interlock.heads.labels``: for
+        ``sequence_fraction`` with a row for each sequence, for ``token_fraction`` and for what the base model
+        says with one label for each position. If some are drawn, ``loss_fn`` must average over those labelled
+        other than -100. Reconstruction, which costs next to nothing, takes all positions of the sequences.
 
         Raises:
             ConfigError: If ``labels`` lack what ``config`` asks for.
         """
-        if self.training and self.config.sequence_fraction < 1:
-            hidden, labels = sample_sequences(hidden, labels, self.config.sequence_fraction)
-        hidden_btd = self._before_readout(hidden)
         if not self.training:
-            return self._cross_entropy(self._to_unembedding(hidden_btd), labels, loss_fn)
+            return self._cross_entropy(self._to_unembedding(self._before_readout(hidden)), labels, loss_fn)
+        if self.config.sequence_fraction < 1:
+            hidden, labels = sample_sequences(hidden, labels, self.config.sequence_fraction)
+        factors = dict(self.config.objectives)
+        factor = factors.pop("reconstruction", 0.0)
+        if factor and not factors and not first_tensor(hidden).requires_grad:
+            factor, factors = 0.0, {"cross_entropy": 1.0}
+        losses = self._losses_of_outputs(hidden, labels, loss_fn, factors) if factors else []
+        if factor:
+            losses.append(factor * self._reconstruction(first_tensor(hidden), labels))
+        return sum(losses[1:], start=losses[0])
+
+    def _losses_of_outputs(
+        self, hidden: Any, labels: Any, loss_fn: LossFn, factors: Mapping[Objective, float]
+    ) -> list[Tensor]:
+        hidden_btd = self._before_readout(hidden)
         if self.config.token_fraction < 1:
             hidden_btd, labels = sample_positions(hidden_btd, labels, self.config.token_fraction)
         hidden_btd = self._to_unembedding(hidden_btd)
         losses = []
-        if self.config.cross_entropy_weight > 0:
-            losses.append(self.config.cross_entropy_weight * self._cross_entropy(hidden_btd, labels, loss_fn))
-        if self.config.kl_weight > 0:
-            losses.append(self.config.kl_weight * self._divergence(hidden_btd, labels))
-        return sum(losses[1:], start=losses[0])
+        if factor := factors.get("cross_entropy"):
+            losses.append(factor * self._cross_entropy(hidden_btd, labels, loss_fn))
+        if factor := factors.get("kl"):
+            losses.append(factor * self._divergence(hidden_btd, labels))
+        return losses
 
     def _to_unembedding(self, hidden_btd: Tensor) -> Tensor:
         return cast(Tensor, self.readout[: self._unembedding_at](hidden_btd))
@@ -164,20 +193,35 @@ class AuxiliaryHead(nn.Module):
 
     def _divergence(self, hidden_btd: Tensor, labels: Any) -> Tensor:
         """KL(base || head) at the labelled positions, divided by their normaliser."""
-        parts = Labels.parse(labels)
-        if parts is None or parts.base is None or parts.base.shape != hidden_btd.shape:
-            raise ConfigError(
-                f"interlock.head.kl_weight: {self.config.kl_weight:g} needs labels that are a tuple (labels, "
-                "normaliser, base), base being the base model's hidden states before its unembedding, "
-                f"{list(hidden_btd.shape)}; set it to 0, or let the data bring them"
-            )
+        hidden_nd, base_nd, divisor = self._beside_base("kl", hidden_btd, labels)
         num_outputs = cast(nn.Linear, self.readout[self._unembedding_at]).out_features
-        labelled = labelled_positions(parts.labels)
-        hidden_nd, base_nd = at(labelled, hidden_btd), at(labelled, parts.base).to(hidden_btd.dtype)
         divergence = kl_divergence(
             hidden_nd, base_nd, lambda hidden_nd: first_tensor(self._unembed(hidden_nd)), num_outputs
         )
-        return divergence / parts.divisor
+        return divergence / divisor
+
+    def _reconstruction(self, hidden_btd: Tensor, labels: Any) -> Tensor:
+        """The relative error of what the head reads at the labelled positions, divided as the divergence."""
+        hidden_nd, base_nd, divisor = self._beside_base("reconstruction", hidden_btd, labels)
+        return relative_error(hidden_nd, base_nd) / divisor
+
+    def _beside_base(self, objective: str, hidden_btd: Tensor, labels: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states at the labelled positions, those of the base model, what the loss is divided by."""
+        parts = Labels.parse(labels)
+        base = None if parts is None else parts.base
+        places = base is not None and not base.is_floating_point() and objective in self.base_states
+        if (
+            parts is None
+            or base is None
+            or not (places or (objective == "kl" and base.shape == hidden_btd.shape))
+        ):
+            raise ConfigError(_NO_BASE[objective].format(list(hidden_btd.shape)))
+        labelled = labelled_positions(parts.labels)
+        base_nd = parts.base_at(labelled)
+        if places:
+            base_nd = self.base_states[objective](base_nd)
+        hidden_nd = at(labelled, hidden_btd)
+        return hidden_nd, base_nd.to(hidden_nd), parts.divisor
 
     def _before_readout(self, hidden: Any) -> Tensor:
         hidden_btd = first_tensor(hidden)

@@ -3,7 +3,8 @@
     labels                        int64, one label for each position: the loss is the mean over those that
                                   are not ``IGNORED_LABEL``
     (labels, normaliser)          ... the sum over them, divided by ``normaliser``
-    (labels, normaliser, base)    ... and ``base`` says what the frozen base model makes of each position
+    (labels, normaliser, base)    ... and ``base`` says what the frozen base model makes of each position:
+                                  its last hidden states, or places in states that heads hold themselves
 
 A batch is the mean of its micro-batches, and a mean of means gives more weight to the labels of a short one.
 ``normaliser`` corrects that: it is the number of labels in the whole batch, divided by the number of
@@ -28,7 +29,8 @@ class Labels(NamedTuple):
     normaliser: Tensor | None = None
     """float32 ``[1]``, above 0; None to divide by the number of labels that count."""
     base: Tensor | None = None
-    """``[b, t, d]``, what the base model's unembedding turns into outputs."""
+    """``[b, t, d]``, what the base model's unembedding turns into outputs; or int64 ``[b, t]``, which of the
+    states of ``AuxiliaryHead.base_states`` is that of each position."""
 
     @classmethod
     def parse(cls, value: Any) -> "Labels | None":
@@ -45,6 +47,11 @@ class Labels(NamedTuple):
         """The labels in the shortest of the three forms."""
         parts = tuple(part for part in self if part is not None)
         return parts if len(parts) > 1 else self.labels
+
+    def base_at(self, positions_n: Tensor) -> Tensor:
+        """``base`` at some positions, counted through the micro-batch: ``[n, d]`` or ``[n]``."""
+        assert self.base is not None
+        return self.base.flatten(0, self.labels.dim() - 1).index_select(0, positions_n)
 
     @property
     def divisor(self) -> Tensor:

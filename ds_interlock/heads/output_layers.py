@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ds_interlock.errors import ConfigError
+from ds_interlock.stage.shared_readout import Source
 
 Layer: TypeAlias = Any  # LayerSpec (which has no types), nn.Module, or a function
 
@@ -49,6 +50,8 @@ class OutputLayers:
     """A frozen copy of that norm; None without one."""
     copy_unembedding: Callable[[], nn.Linear]
     """A frozen copy of the unembedding."""
+    source: Source
+    """Where the unembedding is."""
     in_tuple: bool
     """Whether the unembedding's layer returns ``(outputs,)``."""
     tail: tuple[Layer, ...]
@@ -82,9 +85,14 @@ def find_output_layers(layers: Sequence[Layer]) -> OutputLayers:
         make_norm=None if norm is None else partial(_like, norm.module, width),
         copy_norm=None if norm is None else partial(_frozen_copy, norm),
         copy_unembedding=partial(_frozen_linear, last.owner, weight_name, bias_name),
+        source=Source(_number(last.owner, layers), (weight_name, *([bias_name] if bias_name else ()))),
         in_tuple=_returns_tuple(last, weight),
         tail=tuple(tail),
     )
+
+
+def _number(layer: Layer, layers: Sequence[Layer]) -> int:
+    return max(number for number, other in enumerate(layers) if other is layer)
 
 
 class _Part(NamedTuple):

@@ -70,7 +70,7 @@ def sample_positions(hidden_btd: Tensor, labels: Any, fraction: float) -> tuple[
     sampled = Labels(
         parts.labels.flatten()[chosen].unsqueeze(0),
         None if parts.normaliser is None else parts.normaliser * share,
-        None if parts.base is None else at(chosen, parts.base).unsqueeze(0),
+        None if parts.base is None else parts.base_at(chosen).unsqueeze(0),
     )
     return at(chosen, hidden_btd).unsqueeze(0), sampled.compact
 

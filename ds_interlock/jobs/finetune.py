@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 import ds_interlock
 from ds_interlock import HeadConfig, InterlockPipelineModule
+from ds_interlock.config.faults import shown_as_json
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.export.checkpoint import ModelDescription
 from ds_interlock.hf.model.adapt import add_lora, freeze, lora_config, scale_learning_rates
@@ -28,7 +29,12 @@ from ds_interlock.hf.model.pretrained import Pretrained, open_pretrained
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.finetune_data import encode, read_data
 from ds_interlock.jobs.finetune_task import FinetuneTask
-from ds_interlock.jobs.hugging_face import build_language_model, check_seq_length, describe_for_export
+from ds_interlock.jobs.hugging_face import (
+    build_language_model,
+    check_seq_length,
+    compile_blocks,
+    describe_for_export,
+)
 from ds_interlock.jobs.loop import Loop, Metrics
 from ds_interlock.jobs.process import Config, Job, in_turns, propagate_errors, run_command, start
 from ds_interlock.models.lm import lm_loss
@@ -142,10 +148,11 @@ def prepare(
     args: FinetuneArguments, job: Job, pretrained: Pretrained, inputs: tuple[str, ...]
 ) -> tuple[InterlockPipelineModule, ModelDescription]:
     """The model with its adapters and frozen weights, cut into stages; and its description for export."""
-    if args.streaming and job.interlock.head.kl_weight > 0:
+    if args.streaming and job.interlock.head.needs_base:
+        objective = shown_as_json(job.interlock.head.objective)
         raise ConfigError(
-            "--streaming: interlock.head.kl_weight records the base model's states of all training samples "
-            "before the first step; set it to 0, or leave out --streaming"
+            f"--streaming: interlock.head.objective {objective} records the base model's states of all "
+            'training samples before the first step; set it to "cross_entropy", or leave out --streaming'
         )
     blueprint = pretrained.blueprint(inputs, tie=args.lora_r == 0)
     if args.output_router_logits and blueprint.routing is None:
@@ -167,6 +174,7 @@ def prepare(
         net = job.build_pipeline(blueprint.layers(), loss_fn=lm_loss(), **how)
     else:
         net = build_language_model(job, blueprint, bounds, **how)
+    compile_blocks(net.forward_funcs, args, blueprint.routing)
     return net, describe_for_export(pretrained, blueprint, adapters)
 
 
@@ -191,9 +199,11 @@ def _check_classifier_heads(head: HeadConfig) -> None:
             f'interlock.head.type is "{head.type}", which repeats the output layers of a language model: '
             'with --task classification use "auto", a copy of the classifier on every stage'
         )
-    if head.kl_weight > 0:
-        why = "the heads of a classifier learn from the labels alone; set it to 0 with --task classification"
-        raise ConfigError(f"interlock.head.kl_weight is {head.kl_weight:g}: {why}")
+    if head.needs_base:
+        raise ConfigError(
+            f"interlock.head.objective is {shown_as_json(head.objective)}: the heads of a classifier learn "
+            'from the labels alone; set it to "cross_entropy" with --task classification'
+        )
 
 
 def _parse_scale(text: str) -> tuple[str, float]:

@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass
 from typing import ClassVar, Literal
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.jobs.arguments import RunArguments, argument
+from ds_interlock.jobs.arguments import CompilationArguments, RunArguments, argument
 
 _STEPS = 200  # unless --max_steps says otherwise
 _WEIGHTED = re.compile(r"(.+):(\d*\.?\d+)")
@@ -119,7 +119,12 @@ class ResultArguments:
 
 @dataclass(kw_only=True)
 class FinetuneArguments(
-    ModelArguments, DataArguments, AdaptationArguments, FinetuneRunArguments, ResultArguments
+    ModelArguments,
+    DataArguments,
+    AdaptationArguments,
+    FinetuneRunArguments,
+    CompilationArguments,
+    ResultArguments,
 ):
     """All arguments of the job; ConfigError if they make no sense, as far as that takes no file."""
 

@@ -52,35 +52,37 @@ class FinetuneTask(Task):
         self.num_eval_batches = broadcast_from_rank_0(self.validation.num_batches if self.validation else 0)
 
     def begin(self, step: int) -> None:
-        """If heads learn from the base model (``head.kl_weight``), sends its states along with the labels.
+        """If heads learn from the base model (``head.objective``), records its states for the heads.
 
         A new run computes them; a resumed one must find them where the first part of it left them.
         """
-        if self.engine.interlock.head.kl_weight == 0 or not self.engine.module.schedule.heads:
+        module, shares, batches = self.engine.module, list[Share](), None
+        layers = base_states.recorded_layers(module)
+        if not layers:
             return
-        folder, pretrained, own = self.output / base_states.FOLDER, self.pretrained, None
+        folder, pretrained = self.output / base_states.FOLDER, self.pretrained
         width = int(pretrained.config.get_text_config().hidden_size)  # of what goes into the unembedding
-        shares: list[Share] = []  # of all replicas
         with propagate_errors():
             if self.data is not None and self.data.train is not None:
                 rows, model = self.data.train, base_states.digest_of_model(pretrained.folder)
                 replicas = range(self.shape.num_replicas)
-                batches = [EvaluationBatches(rows, self.shape, replica=r) for r in replicas]
-                shares = [Share.of(of_replica, model) for of_replica in batches]
-                own = batches[self.replica], shares[self.replica]
+                of_all = [EvaluationBatches(rows, self.shape, replica=r) for r in replicas]
+                shares, batches = [Share.of(of_replica, model) for of_replica in of_all], of_all[self.replica]
             if step == 0 and dist.get_rank() == 0:
                 num_positions = sum(sum(share.lengths) for share in shares)
-                num_bytes = num_positions * width * pretrained.dtype.itemsize
+                num_bytes = num_positions * width * pretrained.dtype.itemsize * len(layers)
                 base_states.check_room(folder, num_bytes)
                 print(
-                    f"interlock.head.kl_weight: the base model's hidden states at {num_positions} positions "
-                    f"go to {folder}, {num_bytes / 1e9:.2f} GB"
+                    f"interlock.head.objective: the base model's hidden states at {num_positions} positions, "
+                    f"after {len(layers)} layers, go to {folder}, {num_bytes / 1e9:.2f} GB"
                 )
+        shares = base_states.from_stage_0(self.engine, shares)
         if step == 0:
-            base_states.record(self.engine, folder, own, width, pretrained.dtype)
+            base_states.record(self.engine, folder, batches, shares[self.replica], width, pretrained.dtype)
         with propagate_errors():
+            base_states.attach(module, folder, shares)
             if isinstance(self.training, TrainingBatches):
-                self.training.base_of_rows = base_states.BaseStates(folder, shares).stack
+                self.training.places_of_rows = base_states.Places(shares).stack
 
     def evaluate(self) -> Losses:
         """The losses on the validation data, of all heads, exact means over its labels; on every rank."""

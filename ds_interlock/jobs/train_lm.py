@@ -39,10 +39,11 @@ from ds_interlock.hf.model.balance import default_bounds, describe, parse_bounds
 from ds_interlock.hf.model.check import check_layers
 from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.hf.model.scratch import configuration, draw_weights
-from ds_interlock.jobs.arguments import RunArguments, argument, config_from
+from ds_interlock.jobs.arguments import CompilationArguments, RunArguments, argument, config_from
 from ds_interlock.jobs.hugging_face import (
     build_language_model,
     check_seq_length,
+    compile_blocks,
     describe_for_export,
     write_description,
 )
@@ -126,7 +127,9 @@ class LMRunArguments(RunArguments):
 
 
 @dataclass(kw_only=True)
-class LMArguments(TextArguments, TransformerArguments, ConfigurationArguments, LMRunArguments):
+class LMArguments(
+    TextArguments, TransformerArguments, ConfigurationArguments, LMRunArguments, CompilationArguments
+):
     """All arguments of the job; ConfigError if they make no sense, as far as that takes no file."""
 
     _least: ClassVar[dict[str, int]] = {
@@ -200,6 +203,8 @@ def _own_model(args: LMArguments, job: Job, tokenizer: PreTrainedTokenizerBase) 
         loss_fn=lm_loss(lm.label_smoothing),
         partition_method="type:Block" if job.num_stages <= lm.num_blocks else "uniform",
     )
+    with propagate_errors():
+        compile_blocks(net.forward_funcs, args)
     engine, *_ = ds_interlock.initialize(model=net, config=job.config)
 
     def export(checkpoint: Path, folder: Path) -> None:
@@ -221,6 +226,7 @@ def _model_of_transformers(
             bounds = default_bounds(blueprint, job.interlock, job.num_stages)
         how: Any = {"label_smoothing": args.label_smoothing, "base_seed": args.seed}
         net = build_language_model(job, blueprint, bounds, **how)
+        compile_blocks(net.forward_funcs, args, blueprint.routing)
         if dist.get_rank() == 0:
             print(describe(blueprint, bounds))
             with writing(Path(args.output_dir)):

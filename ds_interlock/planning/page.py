@@ -4,7 +4,7 @@ Everything is played through here, once for every position of the sliders, and w
 as JSON; the page only draws (``page.html``). Times become integers: ticks, of which the longest timeline
 of a view has ``_TICKS``.
 
-    view       one position of the sliders: K, M, seconds of a tick, the verdict, the forecasts
+    view       one position of the sliders: K, M, seconds of a tick, the verdict, the forecasts and schedules
     forecast   the figures of one setting; for each stage a row; ``end``, where the shown batches end
     row        the number of the first batch, then four numbers a span:
                what (see ``actions``), micro-batch, ticks of waiting before it, ticks it takes
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ds_interlock.config import InterlockConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.planning import forecast
-from ds_interlock.planning.forecast import Comparison, Forecast, setting_name
+from ds_interlock.planning.forecast import Comparison, Forecast, ScheduleForecast, setting_name
 from ds_interlock.planning.profile import Profile
 from ds_interlock.planning.verdict import verdict
 from ds_interlock.schedule.render import COLOURS, LABELS, fill_template
@@ -56,6 +56,7 @@ def render_page(
         for bounds, m in tqdm(positions, "positions of the sliders", leave=False, disable=None)
     ]
     names = dict.fromkeys([setting_name(interlock), forecast.GLOBAL, forecast.ZERO_BUBBLE, *settings])
+    schedules = dict.fromkeys(name for view in views for name in view["schedules"])
     data = {
         "isUnit": profile.is_unit,
         "profile": profile.model_dump(mode="json", exclude={"layers", "head", "versions"}),
@@ -65,6 +66,7 @@ def render_page(
         "M": micro_batches,
         "configured": {"K": len(stage_bounds) - 1, "M": num_micro_batches, "name": setting_name(interlock)},
         "names": [name for name in names if any(name in view["forecasts"] for view in views)],
+        "schedules": list(schedules),
         "kinds": {kind.value: label for kind, label in LABELS.items()},
         "actions": list(maker.actions),
         "views": views,
@@ -110,12 +112,19 @@ class _Views:
             "numBatches": num_batches,
             "tick": tick,
             "verdict": verdict(comparison),
+            "sources": _sources(comparison),
+            "noBetter": comparison.no_better,
+            "schedules": {
+                each.name: {"speeds": [phase.speed for _, phase in each.phases], **_quality(each)}
+                for each in comparison.schedules
+            },
             "skipped": dict(text.split(": ", 1) for text in comparison.skipped),
             "forecasts": {
                 each.name: {
                     # The table's row, in seconds, bytes and shares.
                     "seconds": each.batch_seconds,
                     "speed": each.speed,
+                    **_quality(each),
                     "bubble": each.bubble_fraction,
                     "inFlight": each.in_flight[0],
                     "activationBytes": max(each.activation_bytes),
@@ -148,7 +157,8 @@ class _Views:
         """The rows of the forecast, and then ever more batches of them."""
         yield each.spans
         bounds, profile, number = each.plan.stage_bounds, comparison.profile, comparison.num_micro_batches
-        setting = self._settings[each.name], profile.cost_model(bounds), bounds, number
+        interlock = self._settings[each.name]
+        setting = interlock, profile.cost_model(bounds, interlock.head), bounds, number
         num_played = 1 + each.spans[0][-1].batch
         while num_played * number < _MOST_PLAYED:
             num_played *= 2
@@ -167,6 +177,24 @@ class _Views:
             numbers += [code, span.action.micro_batch, begins - now, ends - begins]
             now = ends
         return numbers
+
+
+def _quality(each: Forecast | ScheduleForecast) -> dict[str, Any]:
+    """How well it learns: shares, None where they are not known."""
+    return {
+        "isMeasured": each.measured is not None,
+        "gap": each.gap_recovered,
+        "steps": each.relative_steps,
+        "toLoss": each.speed_to_loss,
+    }
+
+
+def _sources(comparison: Comparison) -> str:
+    """Where the learning of settings was measured, and which were left out for it."""
+    texts = [f"Measured in {place}: {'; '.join(names)}." for place, names in comparison.sources.items()]
+    if comparison.no_better:
+        texts.append(f"Left out, not measured to learn better than local: {'; '.join(comparison.no_better)}.")
+    return " ".join(texts)
 
 
 def _steady_start(rows: Rows, num_batches: int, length: float) -> float:

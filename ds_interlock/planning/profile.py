@@ -16,6 +16,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ds_interlock.config import HeadConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.files import read_record, replace_text
 from ds_interlock.schedule.cost import CostModel
@@ -80,8 +81,9 @@ class HeadProfile(_Record):
     optimizer_seconds: float = Field(0.0, ge=0)
     num_parameters: int = Field(0, ge=0)
     blocks: tuple[int, ...] = (0,)  # by stage, the last number for all stages that follow
-    block_seconds: float = Field(0.0, ge=0)
+    block_seconds: float = Field(0.0, ge=0)  # 0: not profiled
     block_optimizer_seconds: float = Field(0.0, ge=0)
+    copy_bytes: float = Field(0.0, ge=0)  # of the unembedding, which a shared readout reads with
 
 
 class Profile(_Record):
@@ -125,6 +127,14 @@ class Profile(_Record):
             for layer in self.layers
         ]
 
+    def _block_costs(self, heads: HeadConfig) -> tuple[float, float]:
+        """Seconds of a head's block, and of its optimizer step; not profiled, they are the middle layer's."""
+        if self.head.block_seconds:
+            return self.head.block_seconds, self.head.block_optimizer_seconds
+        middle = max(0, len(self.layers) // 2 - 1)
+        seconds = self.layer_seconds[middle] * heads.sequence_fraction
+        return seconds, self.layers[middle].optimizer_seconds
+
     def balanced_bounds(self, num_stages: int) -> list[int]:
         """Stage bounds under which the slowest stage is fastest; a ConfigError if there are too few layers.
 
@@ -137,23 +147,25 @@ class Profile(_Record):
         *bounds, _ = balanced_bounds([*seconds[:last], sum(seconds[last:])], num_stages)
         return [*bounds, len(seconds)]
 
-    def cost_model(self, stage_bounds: Sequence[int]) -> CostModel:
-        """The costs, in seconds, of stages cut at ``stage_bounds``."""
+    def cost_model(self, stage_bounds: Sequence[int], heads: HeadConfig | None = None) -> CostModel:
+        """The costs, in seconds, of stages cut at ``stage_bounds``.
+
+        The blocks of auxiliary heads are those of ``heads``, by default those that were profiled.
+        """
         last = [self.layers[stop - 1].output_bytes for stop in stage_bounds[1:]]
         stages = [self.layers[start:stop] for start, stop in pairwise(stage_bounds)]
-        head, blocks = self.head, self.head.blocks
-        blocks = tuple(blocks[min(stage, len(blocks) - 1)] for stage in range(len(stages)))
+        head, of_heads = self.head, heads or HeadConfig(blocks=self.head.blocks)
+        blocks = [of_heads.blocks_at(stage) for stage in range(len(stages))]
+        block_seconds, block_optimizer_seconds = self._block_costs(of_heads)
         return CostModel(
             forward=[sum(layer.forward_seconds for layer in stage) for stage in stages],
             input_gradient=[sum(layer.input_gradient_seconds for layer in stage) for stage in stages],
             weight_gradient=[sum(layer.weight_gradient_seconds for layer in stage) for stage in stages],
             optimizer=[sum(layer.optimizer_seconds for layer in stage) for stage in stages],
             layer_weights=[layer.forward_seconds for layer in self.layers],
-            head=[head.seconds + number * head.block_seconds for number in blocks],
+            head=[head.seconds + number * block_seconds for number in blocks],
             final_head=self.loss_seconds,
-            head_optimizer=[
-                head.optimizer_seconds + number * head.block_optimizer_seconds for number in blocks
-            ],
+            head_optimizer=[head.optimizer_seconds + number * block_optimizer_seconds for number in blocks],
             latency=self.latency_seconds,
             bandwidth=self.bandwidth_bytes_per_second or float("inf"),
             forward_bytes=[size + self.label_bytes for size in last],

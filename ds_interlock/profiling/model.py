@@ -52,7 +52,7 @@ def profile_model(
     latency in seconds and bandwidth in bytes per second between two stages, if known. Where nothing runs
     ``make_optimizer`` is None. ``about`` is the profile's ``model``, ``device`` and ``source``.
     """
-    head_config = head_config.resolve(pretrained=head_config.kl_weight > 0)
+    head_config = head_config.resolve(pretrained=head_config.needs_base)
     layers = profile_layers(calls, meter, make_optimizer)
     unembedding = next(call for call in reversed(calls) if has_weights(call.module))
     hidden_btd = first_tensor([value for value in unembedding.inputs if isinstance(value, Tensor)]).detach()
@@ -61,11 +61,13 @@ def profile_model(
     head_profile = profile_head(head, head_loss, hidden_btd, meter, make_optimizer, head_config.type)
     block, blocks = layers[_middle(calls) - 1], head_config.blocks
     passes = block.forward_seconds + block.input_gradient_seconds + block.weight_gradient_seconds
+    copied = head.parameters() if head_config.type == "shared" else ()
     head_profile = head_profile.model_copy(
         update={
             "blocks": (blocks,) if isinstance(blocks, int) else blocks,
             "block_seconds": passes * head_config.sequence_fraction,
             "block_optimizer_seconds": block.optimizer_seconds,
+            "copy_bytes": sum(p.nbytes for p in copied if not p.requires_grad),
         }
     )
     last = calls[-1]
@@ -121,17 +123,22 @@ def _head_loss(
     sequences = max(1, round(config.sequence_fraction * labels_bt.shape[0]))
     normaliser_1 = torch.full((1,), float(labels_bt.numel()), device=labels_bt.device)
 
+    places_bt = torch.arange(labels_bt.numel(), device=labels_bt.device).reshape(labels_bt.shape)
+    auxiliary = cast(AuxiliaryHead, head)
+
     def loss(hidden_btd: Tensor) -> Tensor:
         # With hidden states of a base model, if it learns from one: the time does not depend on values.
-        labels = (labels_bt, normaliser_1, hidden_btd.detach()) if config.kl_weight > 0 else labels_bt
-        return cast(AuxiliaryHead, head).loss(hidden_btd, labels, loss_fn)
+        base_nd = hidden_btd.detach().flatten(0, -2)
+        auxiliary.base_states = dict.fromkeys(config.objectives, base_nd.__getitem__)
+        labels = (labels_bt, normaliser_1, places_bt) if config.needs_base else labels_bt
+        return auxiliary.loss(hidden_btd, labels, loss_fn)
 
     def products(hidden_btd: Tensor) -> Tensor:
-        objectives = [weight for weight in (config.cross_entropy_weight, config.kl_weight) if weight > 0]
-        outputs = [head(hidden_btd[:sequences, :chosen]).sum() for _ in objectives]
-        if config.kl_weight > 0:  # the base model's outputs
+        of_outputs = [name for name in config.objectives if name != "reconstruction"]
+        outputs = [head(hidden_btd[:sequences, :chosen]).sum() for _ in of_outputs]
+        if "kl" in of_outputs:  # the base model's outputs
             with torch.no_grad():
                 head(hidden_btd.detach()[:sequences, :chosen])
-        return torch.stack(outputs).sum()
+        return torch.stack([hidden_btd.sum(), *outputs]).sum()
 
     return products if isinstance(meter, FlopMeter) else loss

@@ -15,6 +15,7 @@ Lowering adds what surrounds the work:
     0LOAD0    stage 0 reads a micro-batch
     1SEND_F0  1RECV_F0       activations and labels, downstream
     1SEND_I0@3  0RECV_I0@3   gradients, upstream
+    1SEND_C0  0RECV_C0       a copy of the unembedding, upstream, between batches: in no program
     1REDUCE4  all-reduce of the accumulated gradients over the stage's data-parallel replicas
 """
 
@@ -40,6 +41,8 @@ class Kind(StrEnum):
     RECV_FORWARD = "RECV_F"
     SEND_GRADIENT = "SEND_I"
     RECV_GRADIENT = "RECV_I"
+    SEND_COPY = "SEND_C"
+    RECV_COPY = "RECV_C"
     REDUCE = "REDUCE"
 
 

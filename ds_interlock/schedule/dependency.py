@@ -137,7 +137,8 @@ def receive_of(send: Action) -> Action:
     """The receive at the other end of ``send``."""
     if send.kind is Kind.SEND_FORWARD:
         return Action(send.stage + 1, Kind.RECV_FORWARD, send.micro_batch)
-    return Action(send.stage - 1, Kind.RECV_GRADIENT, send.micro_batch, send.losses)
+    kind = Kind.RECV_COPY if send.kind is Kind.SEND_COPY else Kind.RECV_GRADIENT
+    return Action(send.stage - 1, kind, send.micro_batch, send.losses)
 
 
 def receives_needed(plan: GradientFlowPlan, action: Action) -> tuple[Action, ...]:

@@ -8,7 +8,8 @@ the pipeline: ``3.weight`` for layer 3, ``heads.0.…`` for the head of loss 0.
     optimizer.step()
 
 With a ``PlanSchedule`` the heads of all phases exist when the optimizer is made; the plan is still changed by
-hand, with ``net.change_plan(net.schedule.plan_at(step))``.
+hand, with ``net.change_plan(net.schedule.plan_at(step))``. The copies that heads of type ``shared`` read with
+are renewed by themselves: a call of ``accumulate_gradients`` is a batch.
 """
 
 from collections import deque
@@ -29,6 +30,7 @@ from ds_interlock.stage.backward import Backward
 from ds_interlock.stage.heads import Heads, MakeHead, build_head
 from ds_interlock.stage.hidden import Hidden, copied
 from ds_interlock.stage.interpreter import Interpreter, steps
+from ds_interlock.stage.shared_readout import SharedReadout
 from ds_interlock.stage.work import LossFn, StageWork
 
 MicroBatch = tuple[Hidden, Any]
@@ -66,6 +68,7 @@ class InProcessPipeline(nn.Module):
             if isinstance(layer, nn.Module):
                 self.add_module(str(number), layer)
         self.heads = Heads()
+        self.shared: SharedReadout | None = None
         for phase in self.schedule.phases:
             self._add_heads(phase.plan)
         self._enter(self.schedule.phases[0].plan)
@@ -94,6 +97,9 @@ class InProcessPipeline(nn.Module):
             The mean of every loss, by its index in ``plan.heads``.
         """
         self.train()
+        if self.shared is not None:
+            layer = self.shared.source.layer
+            self.shared.begin_batch(self.shared.source.weights_in(self.layers_in_order[layer]))
         return run_program(training_program(self.plan, len(micro_batches)), self.stages, micro_batches)
 
     @torch.no_grad()
@@ -142,6 +148,11 @@ class InProcessPipeline(nn.Module):
                 number = len(self.heads)
                 module = build_head(make_head, number, head)
                 self.heads.add(number, head, module if like is None else module.to(like.device, like.dtype))
+        copies = SharedReadout.copies_in(self.heads.values())
+        if self.shared is not None:
+            self.shared.join(copies)
+        elif copies:
+            self.shared = SharedReadout(copies)
 
     def _run_layers(self, hidden: Hidden, start: int, stop: int) -> Hidden:
         for layer in self.layers_in_order[start:stop]:

@@ -3,6 +3,7 @@
     stage 0                    stage 1                    stage 2
        │ ── headers, payloads ──► │ ── headers, payloads ──► │     forward
        │ ◄── headers, payloads ── │ ◄── headers, payloads ── │     gradient
+       │                          │ ◄── headers, payloads ── │     copy, from the first stage with a head on
 
 Its two members make one by themselves, so their number at a stage does not grow with the pipeline. Not by
 ``dist.new_group``: every rank of the job would have to call it, or, under NCCL, to join a split of the
@@ -13,7 +14,7 @@ With ``interlock.transport`` "gloo" they go through the host's memory instead (`
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -135,9 +136,16 @@ class Communicators:
 
 
 def open_channels(
-    ranks: Sequence[int], stage: int, device: torch.device, timeout_seconds: float, transport: str
+    ranks: Sequence[int],
+    stage: int,
+    device: torch.device,
+    timeout_seconds: float,
+    transport: str,
+    copy_links: Container[int] = (),
 ) -> dict[Kind, Channel]:
     """The ends of this stage, by what it does there; ``ranks`` are the pipeline's, by stage.
+
+    Of the links, which have the number of the stage before them, ``copy_links`` have a third direction.
 
     The other members must call it, too; no other rank has to.
     """
@@ -148,7 +156,9 @@ def open_channels(
         downstream = link == stage
         other = link + 1 if downstream else link
         peer = Peer(ranks[other], other)
-        for direction, sends in (("forward", downstream), ("gradient", not downstream)):
+        upstream = ("gradient", "copy") if link in copy_links else ("gradient",)
+        for direction in ("forward", *upstream):
+            sends = downstream is (direction == "forward")
             name = f"ds_interlock/{ranks[link]}-{ranks[link + 1]}/{direction}"
             _num_opened[name] += 1
             channel = communicators.channel(
@@ -164,4 +174,6 @@ _KINDS = {
     ("forward", False): Kind.RECV_FORWARD,
     ("gradient", True): Kind.SEND_GRADIENT,
     ("gradient", False): Kind.RECV_GRADIENT,
+    ("copy", True): Kind.SEND_COPY,
+    ("copy", False): Kind.RECV_COPY,
 }

@@ -18,7 +18,7 @@ another schedule raises an error that names it.
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -29,7 +29,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from ds_interlock.errors import PeerError
-from ds_interlock.schedule.action import RECV_KINDS, SEND_KINDS, Action
+from ds_interlock.schedule.action import RECV_KINDS, SEND_KINDS, Action, Kind
 from ds_interlock.schedule.dependency import receive_of
 from ds_interlock.schedule.lower import RECEIVE_AHEAD
 from ds_interlock.schedule.simulate import SEND_AHEAD
@@ -187,7 +187,7 @@ class Links:
     """The links of ``stage`` to and from its neighbours in ``ranks``, which are the pipeline's, by stage.
 
     Neighbours must make their links at the same point. Tensors are received to ``device``, over what
-    ``transport`` says (``interlock.transport``).
+    ``transport`` says (``interlock.transport``). ``copy_links``: see ``open_channels``.
     """
 
     def __init__(
@@ -197,17 +197,18 @@ class Links:
         device: torch.device,
         timeout_seconds: float,
         transport: str = "auto",
+        copy_links: Container[int] = (),
     ) -> None:
-        self.channels = open_channels(ranks, stage, device, timeout_seconds, transport)
+        self.channels = open_channels(ranks, stage, device, timeout_seconds, transport, copy_links)
         self._senders = {
             kind: Sender(channel, timeout_seconds)
             for kind, channel in self.channels.items()
-            if kind in SEND_KINDS
+            if kind in SEND_KINDS | {Kind.SEND_COPY}
         }
         self._receivers = {
             kind: Receiver(channel, device, timeout_seconds)
             for kind, channel in self.channels.items()
-            if kind in RECV_KINDS
+            if kind in RECV_KINDS | {Kind.RECV_COPY}
         }
 
     def expect(self, receive_ahead: int) -> None:
@@ -219,6 +220,11 @@ class Links:
         """See ``Sender.send``."""
         self._start_payloads()
         self._senders[send.kind].send(receive_of(send), batch, *structures)
+
+    def send_copy(self, send: Action, batch: int, *structures: Any) -> None:
+        """As ``send``, once the one before is gone: copies are large, and few are to be held."""
+        self._senders[send.kind].flush()
+        self.send(send, batch, *structures)
 
     def post(self, receive: Action, batch: int) -> None:
         """See ``Receiver.post``."""

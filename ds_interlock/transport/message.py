@@ -31,7 +31,7 @@ FRAME_BYTES = 16 * 1024
 _ALIGNMENT = 16
 _MARK = FRAME_BYTES - 1
 
-_KINDS = [Kind.RECV_FORWARD, Kind.RECV_GRADIENT]
+_KINDS = [Kind.RECV_FORWARD, Kind.RECV_GRADIENT, Kind.RECV_COPY]
 # A structure of tensors: how many, and whether they stand alone, in a tuple, or are none.
 _NOTHING, _ALONE, _TUPLE = range(3)
 # Where a tensor is, if it is not in the frame.

@@ -163,10 +163,13 @@ def _repeatable(interlock: InterlockConfig, timeout_seconds: float) -> tuple[Int
     for key in ("token_fraction", "sequence_fraction"):
         if (fraction := getattr(interlock.head, key)) < 1:
             notes.append(f"interlock.head.{key} {fraction:g} makes the losses random: verified with 1")
-    if interlock.head.kl_weight > 0:
-        notes.append("interlock.head.kl_weight needs a base model: verified with the cross-entropy alone")
-    plain = {"token_fraction": 1.0, "sequence_fraction": 1.0, "warmup_steps": 0}
-    plain |= {"kl_weight": 0.0, "cross_entropy_weight": 1.0}
+    if interlock.head.type == "shared" and interlock.head.refresh_every > 1:
+        every = f"interlock.head.refresh_every {interlock.head.refresh_every}"
+        notes.append(f"{every} is more than these few batches show: verified with 1")
+    if interlock.head.needs_base:
+        notes.append("interlock.head.objective needs a base model: verified with the cross-entropy alone")
+    plain: dict[str, object] = {"token_fraction": 1.0, "sequence_fraction": 1.0}
+    plain |= {"warmup_steps": 0, "refresh_every": 1, "objective": "cross_entropy"}
     limit = min(interlock.timeout_seconds, timeout_seconds)
     return _changed(interlock, head=interlock.head.model_dump() | plain, timeout_seconds=limit), notes
 

@@ -141,6 +141,8 @@ def _train(run: Run, stage_bounds: tuple[int, ...], seed: int) -> Outcome:
     def keep_first_gradients(*_: Any) -> None:
         if not gradients:
             for name, p in parameters.items():
+                if not p.requires_grad:
+                    continue
                 gradients[name] = (torch.zeros_like(p) if p.grad is None else p.grad).detach().cpu().clone()
 
     optimizer.register_step_pre_hook(keep_first_gradients)

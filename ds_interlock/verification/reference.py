@@ -92,7 +92,7 @@ def truncated_gradients(net: InProcessPipeline, batch: Batch) -> dict[str, Tenso
         return plan.heads[loss].weight * loss_fn(outputs_sc, labels_s)
 
     gradients: dict[str, Tensor] = {}
-    names = [name for name, _ in net.named_parameters()]
+    names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
     for stage in range(plan.num_stages):
         first = plan.stage_bounds[stage]
         losses = [loss_after(entering[first], first, loss) for loss in sorted(plan.trained_by[stage])]

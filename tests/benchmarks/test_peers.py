@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.peers import DEEPSPEED, TORCH_SCHEDULES, make_peer
+from benchmarks.peers import DEEPSPEED, make_peer
 from benchmarks.real_stages import workload
 from ds_interlock.errors import ConfigError
 from ds_interlock.models.lm import LMConfig, build_lm
 from ds_interlock.transport.local_ranks import RankError
 from measuring.engines import LEARNING_RATE, run_ranks
+from measuring.torch_pipeline import TORCH_SCHEDULES
 
 LM = LMConfig(width=64, num_blocks=5, vocab_size=768, seq_length=16, num_heads=1)
 NUM_BATCHES = 2

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from benchmarks.activation_memory import LiveBytes
-from benchmarks.peers import TORCH_SCHEDULES
 from measuring.results import markdown
 from measuring.sleeping import SleepingLayer, sleep, use_exact_timers
+from measuring.torch_pipeline import TORCH_SCHEDULES
 
 
 def test_sleeps_are_never_short_by_more_than_the_last_was_long() -> None:

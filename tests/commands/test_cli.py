@@ -51,7 +51,7 @@ def no_processes(*_: Any, **__: Any) -> Any:
             {
                 "mode": "interlock",
                 "window": 1.5,
-                "head": {"type": "low_rank", "rank": 5, "weight": 0.7, "learning_rate_scale": 3.0},
+                "head": {"type": "shared", "blocks": 1, "weight": 0.7, "learning_rate_scale": 3.0},
             },
         ),
         (
@@ -81,6 +81,8 @@ def test_right_plans_pass(
     assert all(check["num_parameters"] > 0 for check in report["checks"])
     fraction = section["head"].get("token_fraction", 1)
     assert any("token_fraction 0.5" in note for note in report["notes"]) == (fraction < 1)
+    shared = section["head"].get("type") == "shared"
+    assert any("refresh_every 20 is more" in note for note in report["notes"]) == shared
 
 
 def fail_on_rank_1(*_: Any) -> Any:

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import CTRLConfig, GPT2Config, LlamaConfig
+from made_up_measurements import PROSE, use
+from transformers import GPT2Config, LlamaConfig, XLMConfig
 
 from ds_interlock import cli
 from ds_interlock.planning.profile import Profile
 
 SECTION = {"mode": "interlock", "window": 2}
+
+
+@pytest.fixture(autouse=True)
+def _made_up_measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use(monkeypatch, tmp_path, *PROSE)
 
 
 def config(folder: Path, section: dict[str, Any] | None = SECTION, **keys: Any) -> str:
@@ -36,10 +42,11 @@ def test_the_plan_of_a_config_beside_global(tmp_path, capsys):
     lines = out.splitlines()
     assert "stage 7" in lines[0]  # the plan as a picture
     (configured,) = [line.split() for line in lines if "window 2 *" in line]
-    assert configured[3:6] == ["17.2", "1.92", "70%"]
+    assert configured[3:8] == ["17.2", "1.92", "70%", "1.10", "1.74"]
     (reference,) = [line.split() for line in lines if "global (1F1B)" in line and " 33 " in line]
-    assert reference[2:5] == ["33", "1.00", "100%"]
+    assert reference[2:7] == ["33", "1.00", "100%", "1.00", "1.00"]
     assert "local  " not in out
+    assert 'measured in "prose" (8 Transformer blocks of width 64 in 8 stages, 3 seeds): window 2' in lines
     assert lines[-1].startswith("Interlocking pays with 4 micro-batches on 8 stages")
 
 
@@ -55,7 +62,7 @@ def test_of_a_schedule_every_phase_is_played(tmp_path, capsys):
     phases = plan(capsys, path, "--stages", "8")["phases"]
     assert [phase["from_step"] for phase in phases] == [0, 2000, 8000]
     configured = [phase["settings"][0] for phase in phases]
-    assert [setting["name"] for setting in configured] == ["window 1", "window 2", "global (1F1B)"]
+    assert [setting["name"] for setting in configured] == ["local", "window 2", "global (1F1B)"]
     alone = plan(capsys, config(tmp_path), "--stages", "8")
     assert configured[1] == alone["settings"][0]
     assert "from_step" not in alone
@@ -66,6 +73,9 @@ def test_of_a_schedule_every_phase_is_played(tmp_path, capsys):
         "From step 2000:",
         "From step 8000:",
     ]
+    assert out.endswith("How well the schedule as a whole learns was not measured.\n")
+    assert cli.main(["plan", config(tmp_path, {"schedule": SCHEDULE[:2]}), "--stages", "8"]) == 0
+    assert 'The schedule as a whole was measured in our experiment "prose"' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["--svg", "--trace", "--html"])
@@ -84,22 +94,40 @@ def test_compare_shows_every_setting(tmp_path, capsys):
         "global (1F1B)",
         "global (ZB-H1)",
         "local",
-        "window 1.25",
-        "window 1.25, 1 extra",
-        "window 1.5",
         "window 2, stride 2",
         "window 3",
         "window 3, stride 2",
         "window 3, stride 3",
+        "local, 1 block",
+        "window 2, 1 block",
+        "window 3, 1 block",
     ]
     by_name = {setting["name"]: setting for setting in found["settings"]}
     assert by_name["local"]["speed"] == pytest.approx(24 / 3.3)
-    assert by_name["window 1.25"]["batch_seconds"] == pytest.approx(4.35)
+    assert by_name["window 2"]["speed_to_loss"] == pytest.approx(24 / 5.3 / 1.1)
+    assert by_name["window 2"]["measured"]["experiment"] == "prose"
     assert found["unit"] == "forwards"
     assert found["pays"] is True
     assert found["best_interlock"] == "window 2"
-    assert by_name["window 1.25"]["beats_local"] is False
+    assert (by_name["local"]["gap_recovered"], by_name["local"]["speed_to_loss"]) == (0.0, None)
     assert by_name["window 3, stride 2"]["gap_recovered"] is None
+    assert found["no_better"] == ["window 1.25", "window 1.25, 1 extra", "window 1.5", "window 1.5, 1 block"]
+    (schedule,) = found["schedules"]
+    assert schedule["name"] == found["best_schedule"] == "local, then window 2"
+    assert schedule["phases"] == [[0, "local"], [0.4, "window 2"]]
+    assert schedule["speed_to_loss"] == pytest.approx(24 / (0.4 * 3.3 + 0.8 * 5.3))
+
+
+def test_the_table_says_what_was_not_measured_and_what_was_not_reached(tmp_path, capsys):
+    assert cli.main(["plan", config(tmp_path), "--stages", "8", "--compare"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = {line[:20].strip(): line[20:].split() for line in lines}
+    assert cells["local"][2:6] == ["0%", "not", "reached", "-"]
+    assert cells["window 3, stride 2"][2:6] == ["-", "not", "measured", "-"]
+    assert cells["local, then window 2"][:6] == ["-", "2.50,", "1.92", "59%", "1.20", "1.73"]
+    assert any(
+        line.startswith("left out, not measured to learn better than local: window 1.25") for line in lines
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,7 +176,7 @@ def test_planned_stages_are_told_as_the_flag_of_a_job(tmp_path, capsys):
 
 
 def test_what_cannot_be_cut_is_not_planned(tmp_path, capsys):
-    CTRLConfig(n_embd=32, n_layer=2, n_head=2, dff=32).save_pretrained(tmp_path / "model")
+    XLMConfig(emb_dim=32, n_layers=2, n_heads=2).save_pretrained(tmp_path / "model")
     for command in ("plan", "profile"):
         assert cli.main([command, config(tmp_path), "--model", str(tmp_path / "model")]) == 2
         assert "cannot be cut into pipeline layers" in capsys.readouterr().err

@@ -34,8 +34,7 @@ EVERYTHING = {
     "head": {
         "type": "lens",
         "translator": "before_norm",
-        "cross_entropy_weight": 0.5,
-        "kl_weight": 0.25,
+        "objective": {"cross_entropy": 0.5, "kl": 0.25},
         "fused": False,
         "blocks": (2, 1),
         "token_fraction": 0.25,
@@ -43,6 +42,7 @@ EVERYTHING = {
         "learning_rate_scale": 2.0,
         "weight": 0.5,
         "rank": 7,
+        "refresh_every": 6,
         "warmup_steps": 3,
         "warmup_learning_rate": 0.01,
     },
@@ -169,7 +169,26 @@ def test_what_a_head_is_by_default_depends_on_the_model() -> None:
     assert resolved(True, warmup_steps=0) == ("lens", 0)
     assert resolved(True, type="linear") == ("linear", 0)
     assert resolved(True, type="linear", warmup_steps=7) == ("linear", 7)
-    assert HeadConfig(kl_weight=1.0).resolve(pretrained=True).kl_weight == 1
+    assert HeadConfig(objective="kl").resolve(pretrained=True).objectives == {"kl": 1}
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, "cross_entropy"),
+        ({"objective": {"kl": 1}}, "kl"),
+        ({"objective": {"reconstruction": 2, "kl": 1}}, {"kl": 1.0, "reconstruction": 2.0}),
+        ({"cross_entropy_weight": 1.0, "kl_weight": 0.0}, "cross_entropy"),
+        ({"kl_weight": 0.5}, {"cross_entropy": 1.0, "kl": 0.5}),
+        ({"cross_entropy_weight": 0, "kl_weight": 1}, "kl"),
+    ],
+)
+def test_what_a_head_learns_from(keys: dict[str, Any], expected: Any) -> None:
+    head = HeadConfig(**keys)
+    assert head.objective == expected
+    assert head.needs_base == (expected != "cross_entropy")
+    assert HeadConfig(**head.model_dump()) == head
+    assert hash(HeadConfig(**head.model_dump())) == hash(head)
 
 
 def test_a_config_does_not_change() -> None:
@@ -214,14 +233,25 @@ def test_a_config_does_not_change() -> None:
         ({"head": {"token_fraction": 1.5}}, "interlock.head.token_fraction: got 1.5, expected less than or"),
         ({"head": {"weight": float("nan")}}, "interlock.head.weight: got NaN, expected"),
         (
-            {"head": {"kl_weight": 0.5, "type": "low_rank"}},
-            'interlock.head.kl_weight: got 0.5, but type is "low_rank": only a lens has',
+            {"head": {"objective": "kl", "type": "low_rank"}},
+            'interlock.head.objective: got "kl", but type is "low_rank": only a lens has the base',
         ),
         (
-            {"head": {"cross_entropy_weight": 0}},
-            "interlock.head.kl_weight: got 0, as cross_entropy_weight: nothing is left to learn",
+            {"head": {"objective": "ce"}},
+            'interlock.head.objective: got "ce", expected "cross_entropy", "kl" or "reconstruction", or an '
+            "object of them with factors above 0",
         ),
-        ({"head": {"kl_weight": -1}}, "interlock.head.kl_weight: got -1, expected greater than or equal to"),
+        ({"head": {"objective": {"kl": 0}}}, 'interlock.head.objective: got {"kl": 0}, expected "cross_'),
+        ({"head": {"objective": ["kl"]}}, 'interlock.head.objective: got ["kl"], expected "cross_entropy",'),
+        ({"head": {"cross_entropy_weight": 0}}, "interlock.head.objective: got {}, expected "),
+        (
+            {"head": {"kl_weight": -1}},
+            'interlock.head.objective: got {"cross_entropy": 1.0, "kl": -1}, expec',
+        ),
+        (
+            {"head": {"objective": "kl", "kl_weight": 1}},
+            "interlock.head.kl_weight: unknown key; ",
+        ),
         (
             {"head": {"translator": "norm"}},
             'interlock.head.translator: got "norm", expected "after_norm" or "before_norm"',

@@ -14,7 +14,7 @@ from ds_interlock.profiling.layers import FlopMeter
 from experiments import batch_times, definition, stage_profile
 from experiments.batch_times import BatchTimes, ProfileOfStages, Row, batch_seconds
 from experiments.definition import Definition
-from experiments.efficiency import phase_sections
+from experiments.efficiency import ZERO_BUBBLE, phase_sections
 from experiments.stage_profile import Pipeline, StagedModel, TaskProfile
 from experiments.tasks import make_task
 
@@ -63,6 +63,16 @@ interlock = { schedule = [{ from_step = 0, window = 1 }, { from_step = 2, window
 
 [modes."window 1.5"]
 interlock = { mode = "interlock", window = 1.5 }
+
+[modes.PipeDream]
+asynchronous = "pipedream"
+
+[modes."PipeDream, slow"]
+asynchronous = "pipedream"
+training = { learning_rate = 1e-4 }
+
+[modes.2BW]
+asynchronous = "2bw"
 """
 WINDOW_2 = {"mode": "interlock", "window": 2}
 GROWING = {"schedule": [{"from_step": 0, "window": 1}, {"from_step": 7, **WINDOW_2}]}
@@ -120,14 +130,25 @@ def test_every_plan_is_measured_on_a_pipeline(
     assert batch_times.main(["tiny", *options]) == 0
     times = batch_times.read(output)
     of_mode = {one.mode: one for one in times.rows if one.phase is None}
-    # A model of its own is not timed.
-    assert list(of_mode) == ["global", "local", "window 2", "window 2, eager heads", "window 1.5"]
+    # A model of its own is not timed; nor is 2BW, which needs 3 micro-batches here.
+    interlocked = ["global", "local", "window 2", "window 2, eager heads", "window 1.5"]
+    assert list(of_mode) == [*interlocked, "PipeDream", "PipeDream, slow", *ZERO_BUBBLE]
     # What is measured on a busy machine can be late in any order; it is compared with what must be slept.
-    predicted = [of_mode[mode].predicted for mode in ("global", "window 2", "local")]
+    computed, torchs = (of_mode.pop(name) for name in ZERO_BUBBLE)
+    order = ("global", "window 2", "local", "PipeDream")
+    predicted = [of_mode[mode].predicted for mode in order]
     assert predicted == sorted(predicted, reverse=True)
-    for one in times.rows:
+    for one in (row for row in times.rows if row.mode not in ZERO_BUBBLE):
         assert one.relative_seconds == pytest.approx(one.seconds / 0.008)
         assert one.relative_seconds > 0.98 * one.predicted  # no stage sleeps too short
+    assert computed.seconds is None
+    assert computed.relative_seconds == computed.predicted < of_mode["global"].predicted
+    assert torchs.predicted is None
+    assert torchs.relative_seconds == pytest.approx(torchs.seconds / 0.008)
+    # One micro-batch goes through all stages and back; only the weight gradients may overlap.
+    chain = sum(of_stage["forward"] + of_stage["input_gradient"] for of_stage in times.profile.stages)
+    assert torchs.relative_seconds > 0.98 * chain
+    assert of_mode["PipeDream"].seconds == of_mode["PipeDream, slow"].seconds
     # Sections that differ in how heads learn share a pipeline.
     assert of_mode["window 2, eager heads"].seconds == of_mode["window 2"].seconds
     growing = {one.phase: one.seconds for one in times.rows if one.mode == "growing"}
@@ -166,6 +187,10 @@ def test_predictions_worked_by_hand() -> None:
     stopping = Pipeline(InterlockConfig(mode="local", streaming=False), model, heads)
     # All wait for the last stage: the forwards before it, 0.9 + 1.0, then its own 3.3 + 0.25.
     assert stopping.predicted(1) == pytest.approx(1.9 + 3.55)
+    # Heads and their waits are left out: the slowest stage is the last one, with the loss.
+    assert Pipeline.asynchronous(model).predicted(1) == pytest.approx(3.3 + 0.25)
+    # ZB-H1: all forwards, the loss and input gradients in a row, and the weight gradient of the first stage.
+    assert model.zb_h1(1) == pytest.approx((0.9 + 1.0 + 1.2 + 0.25) + (1.5 + 1.2 + 0.6) + 0.5)
     end_to_end = Pipeline(InterlockConfig(), model, {})
     assert end_to_end.predicted(1) == pytest.approx((0.9 + 0.6 + 0.5) + (1.0 + 1.2 + 0.6) + 3.55)
 

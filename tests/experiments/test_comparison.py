@@ -3,6 +3,7 @@
 import pytest
 from made_up_results import LOSSES, SECONDS, compared, mode_of, record, records
 
+from ds_interlock.errors import DataError
 from experiments.comparison import PerSeed, cell, percent
 from experiments.efficiency import Efficiency
 from experiments.report import ENVIRONMENT
@@ -47,7 +48,7 @@ def test_a_target_that_some_seeds_miss_has_no_speed_up() -> None:
     lines[-1]["curve"][-1]["loss"] = 2.11  # of window 2, seed 1; its target is 2.1
     efficiency = Efficiency(compared(lines), [4, 1], lambda section, m: SECONDS[mode_of(section)][m])
     assert efficiency.micro_batches == (1, 4)
-    assert efficiency.steps("window 2") == {0: pytest.approx(125), 1: None}
+    assert efficiency.comparison.steps_to_target("window 2") == {0: pytest.approx(125), 1: None}
     assert efficiency.speed_up("window 2", 1) is None
     assert "| window 2 | not in 150 steps (1 of 2 seeds do) | 4.00 | 1.25 | – | – |" in TABLES.speed_up(
         efficiency
@@ -82,6 +83,32 @@ def test_a_model_of_its_own_has_no_time() -> None:
     lines = [*records(), own]
     efficiency = Efficiency(compared(lines), [1], lambda section, m: SECONDS[mode_of(section)][m])
     assert list(efficiency.phases) == ["global", "local", "window 2"]
+
+
+def test_rivals_have_times_of_their_own() -> None:
+    """2BW is not timed with few micro-batches; zero-bubble schedules have global's numbers."""
+    rival = record("global", 0, [3.0, 2.2, 1.8])  # at 2.0 after 125 steps
+    rival["run"] |= {"mode": "2BW", "interlock": {}, "asynchronous": "2bw"}
+    rival["run"]["training"] |= {"optimizer": "nadam", "learning_rate": 1e-3}
+    rivals = {"2bw": {4: 1.0}, "ZB-H1": {1: 4.0, 4: 2.5}}
+
+    def seconds(flow: dict[str, str], m: int) -> float:
+        name = flow.get("asynchronous") or flow.get("zero_bubble")
+        of_mode = rivals.get(name, {}) if name else SECONDS[mode_of(flow)]
+        if m not in of_mode:
+            raise DataError("not timed")
+        return of_mode[m]
+
+    efficiency = Efficiency(compared([*records(), rival]), [1, 4], seconds)
+    table = TABLES.speed_up(efficiency)
+    assert "| 2BW | 125 | – | 4.00 | – | 3.20 |" in table  # 4 * 100 / 125
+    assert "| global, ZB-H1 (computed) | 100 ± 0 | 2.00 | 1.60 | 2.00 ± 0.00 | 1.60 ± 0.00 |" in table
+    assert "ZBV" not in table
+    assert efficiency.fastest(4) == ("window 2", efficiency.speed_up("window 2", 4))  # only of ours
+    table = TABLES.equal_time(efficiency)
+    assert "| 2BW | – | ≤ 1.800 |" in table
+    assert "| global, ZB-H1 (computed) | ≤ 2.050 ± 0.071 | ≤ 2.050 ± 0.071 |" in table
+    assert "| 2BW | 9.025 | 2.200 | -0.400 | 67 % | 1 |" in TABLES.quality(efficiency.comparison)
 
 
 def test_cells() -> None:

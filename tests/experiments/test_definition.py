@@ -120,7 +120,7 @@ def test_an_unknown_experiment_names_the_known_ones(folder: Path) -> None:
         ("minutes = 1.5", "minutes = 0", r"minutes: Input should be greater than 0, got 0"),
         ("seeds = [3, 5]", "seeds = []", "seeds: Tuple should have at least 1 item"),
         ("num_steps = 100", "num_steps = 0", r"training\.num_steps: .*got 0"),
-        ('optimizer = "sgd"', 'optimizer = "adam"', r"training\.optimizer: .*'adamw' or 'sgd', got 'adam'"),
+        ('optimizer = "sgd"', 'optimizer = "adam"', r"optimizer: .*'nadam' or 'sgd', got 'adam'"),
         ('kind = "prose"', 'kind = "sounds"', r"model: .*'prose', 'images'"),
         ("width = 32", "widht = 32", r"model\.prose\.widht: Extra inputs are not permitted, got 32"),
         ("evaluate_every = 50\n", "", r"measurements\.evaluate_every: Field required"),

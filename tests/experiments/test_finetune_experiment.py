@@ -55,6 +55,21 @@ def test_the_table_has_means_over_seeds() -> None:
     assert finetune.table([]) == ""
 
 
+def test_objectives_are_compared_at_equal_budgets() -> None:
+    """Also the loss on another text, in a table of its own."""
+    rows = finetune.runs(finetune.OBJECTIVES)
+    assert len(rows) == 3 * 7
+    assert all(row.budget["max_steps"] >= 200 for row in rows)
+    learned = [row.config["interlock"]["head"]["objective"] for row in rows if row.mode != "global"]
+    assert sorted(set(learned)) == ["cross_entropy", "kl", "reconstruction"]
+    of_other_text = {"first_other_loss": 4.0, "other_loss": 4.5}
+    records = [{**rows[0].model_dump(), "metrics": {**METRICS, **of_other_text}}]
+    table = finetune.table(records)
+    assert table.startswith("4 stages, max_steps 200, ")
+    assert "| after | Shakespeare before | after | peak GB per rank |" in table
+    assert "| global | none | 2.000 | 1.000 | – | – | 4.000 | 4.500 | 1.00 / 2.00 |" in table
+
+
 def test_every_mode_has_warm_and_cold_heads() -> None:
     rows = finetune.runs()
     assert len({(row.mode, row.heads) for row in rows}) == len(rows) == 7

@@ -1,4 +1,4 @@
-"""docs/results.md says what the results files in the repository say."""
+"""docs/results.md and the planner say what the results files in the repository say."""
 
 import re
 import shutil
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ds_interlock.planning import quality
 from experiments import definition, figures, report
 from experiments.definition import Run
 from measuring import results_file
@@ -17,8 +18,9 @@ PUBLISHED = [name for name in definition.names() if (DOCS / "experiments" / f"{n
 def test_the_page_is_made_from_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "save", lambda figure, path: None)  # test_report.py writes pictures
     shutil.copytree(DOCS / "experiments", tmp_path / "experiments")
-    report.write(tmp_path / "experiments", tmp_path / "results.md")
+    report.write(tmp_path / "experiments", tmp_path / "results.md", tmp_path / "measured.json")
     assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text()
+    assert (tmp_path / "measured.json").read_text() == quality.FILE.read_text(), "run experiments.report"
 
 
 def test_the_pictures_of_the_page_are_there() -> None:

@@ -8,6 +8,7 @@ import pytest
 from made_up_results import LOSSES, record, records, write_batch_times
 
 from ds_interlock.errors import DataError
+from ds_interlock.planning.quality import Measurement, Measurements, Spread
 from experiments import comparison, definition, figures, report
 from measuring import results_file
 
@@ -68,6 +69,10 @@ class Bench:
         assert report.main(["--results", str(self.results), "--output", str(self.page)]) == 0
         return self.page.read_text()
 
+    def measurements(self) -> tuple[Measurement, ...]:
+        text = self.page.with_name("measured.json").read_text()
+        return Measurements.model_validate_json(text).measurements
+
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
@@ -98,6 +103,26 @@ def test_the_page(bench: Bench) -> None:
     assert "\n| global | 2.050 ± 0.071 | 2.050 ± 0.071 |\n" in page
 
 
+def test_what_the_planner_knows_is_written_beside_the_page(bench: Bench) -> None:
+    bench.fill(records())
+    bench.report()
+    local, window_2 = bench.measurements()
+    assert (local.mode, local.share.mean, local.steps, local.gain) == ("local", 0.0, None, None)
+    assert window_2.share == Spread(mean=0.7833, deviation=0.1650)  # 0.4 / 0.6 and 0.36 / 0.4
+    assert window_2.steps == Spread(mean=1.225, deviation=0.0354)  # 125 / 100 and 120 / 100
+    assert window_2.gain == Spread(mean=0.38, deviation=0.0283)
+    assert (window_2.most_steps, window_2.local, window_2.seeds) == (1.5, "local", (0, 1))
+    assert window_2.place == '"tiny" (3 Transformer blocks of width 64 in 3 stages, 2 seeds)'
+
+
+def test_an_experiment_in_which_local_is_not_behind_tells_the_planner_nothing(bench: Bench) -> None:
+    bench.fill([record("global", 0, [3.0, 2.0]), record("local", 0, [3.0, 2.0])])
+    bench.report()
+    assert (
+        Measurements.model_validate_json(bench.page.with_name("measured.json").read_text()).measurements == ()
+    )
+
+
 def test_the_page_says_what_was_run_and_where(bench: Bench) -> None:
     bench.fill(records())
     page = bench.report()
@@ -114,6 +139,24 @@ def test_the_page_says_what_was_run_and_where(bench: Bench) -> None:
     assert "[tiny.jsonl](experiments/tiny.jsonl) trained for 9 minutes" in page
     assert "- tiny: Abacus 9, 2 cores, 3 GiB, Linux x; one core per run; python 3.99, torch 9.9.\n" in page
     assert "Not run yet" not in page
+
+
+def test_training_of_its_own_is_named(bench: Bench) -> None:
+    lines = records()
+    own = {"optimizer": "nadam", "learning_rate": 1e-3, "betas": [0.99, 0.98]}
+    for line in lines[-2:]:
+        line["run"] |= {"mode": "stale", "interlock": {}, "asynchronous": "pipedream"}
+        line["run"]["training"] |= own
+    bench.fill(lines)
+    text = (
+        "warm-up, weight decay 0. With training of their own: stale, NAdam (betas 0.99, 0.98) with learning"
+    )
+    assert f"{text} rate 0.001.\n\n`python" in bench.report()
+    lines[-1]["run"]["training"]["micro_batch_size"] = 8
+    bench.file.unlink()
+    bench.fill(lines)
+    with pytest.raises(DataError, match="mode stale, seed 1 is not of the same experiment"):
+        report.write(bench.results, bench.page, bench.page.with_name("measured.json"))
 
 
 def test_runs_on_a_gpu_say_so(bench: Bench) -> None:
@@ -194,7 +237,7 @@ def test_modes_without_batch_times_are_named(bench: Bench) -> None:
     bench.fill(records())
     write_batch_times(bench.times, ["global", "local"])
     page = bench.report()
-    assert "Not timed yet: window 2; `python -m experiments.batch_times tiny` does." in page
+    assert 'Not timed yet: "window 2"; `python -m experiments.batch_times tiny` does.' in page
     assert "| not reached | not reached |" in page
 
 

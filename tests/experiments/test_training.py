@@ -59,11 +59,18 @@ def without_time(record: dict) -> dict:
     return {name: record[name] for name in ("run", "final", "curve")}
 
 
-@pytest.mark.parametrize("model", [TINY["model"], IMAGES], ids=["prose", "images"])
+SHARED = {"mode": "local", "head": {"type": "shared", "refresh_every": 3}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model": IMAGES}, {"modes": {**TINY["modes"], "window 2": {"interlock": SHARED, "num_steps": 6}}}],
+    ids=["prose", "images", "shared"],
+)
 def test_an_interrupted_run_ends_as_if_undisturbed(
-    model: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one_run = tiny_run(model=model)
+    one_run = tiny_run(**changes)
     undisturbed = train(one_run, tmp_path / "a.pt")
 
     save = Training.save

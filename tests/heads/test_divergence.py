@@ -1,4 +1,4 @@
-"""What a head learns from the base model: the divergence of its outputs, in bounded memory."""
+"""What a head learns from the base model: its outputs, in bounded memory; the hidden state that it reads."""
 
 import itertools
 from typing import Any
@@ -15,11 +15,12 @@ from ds_interlock import InProcessPipeline
 from ds_interlock.config import HeadConfig, InterlockConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.heads import factory as heads
-from ds_interlock.heads.divergence import kl_divergence
+from ds_interlock.heads.divergence import kl_divergence, relative_error
 from ds_interlock.heads.factory import head_factory
 from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
 
 N, D, V = 23, 7, 31
+BOTH = {"cross_entropy": 0.5, "kl": 0.25}
 LM = lm_layers(LMConfig(vocab_size=VOCABULARY, seq_length=7, width=WIDTH, num_blocks=2, num_heads=3, seed=5))
 
 
@@ -92,6 +93,29 @@ def test_no_tensor_is_larger_than_a_chunk() -> None:
     assert 400 * D < 100 * V, "else a gradient of the inputs is the largest"
 
 
+# The distance of hidden states.
+
+
+def test_the_relative_error_by_hand() -> None:
+    hidden_nd = torch.tensor([[3.0, 4.0], [1.0, 7.0], [2.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    base_nd = torch.tensor([[0.0, 5.0], [1.0, 7.0 + 1e-9], [1.0, 0.0]], dtype=torch.float64)
+    error = relative_error(hidden_nd, base_nd)
+    assert error.item() == (9 + 1) / 25 + 0 + 1 / 1
+    error.backward()
+    assert hidden_nd.grad.tolist() == [[6 / 25, -2 / 25], [0, 0], [2, 0]], "2 (hidden - base) / |base|^2"
+
+
+def test_states_that_differ_by_rounding_give_no_gradient() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        base_nd = torch.randn(5, 64).to(dtype)
+        eps = torch.finfo(dtype).eps
+        hidden_nd = (base_nd.double() * (1 + eps / 2)).to(dtype).requires_grad_()
+        error = relative_error(hidden_nd, base_nd)
+        assert error.dtype is torch.float32
+        error.backward()
+        assert not hidden_nd.grad.any()
+
+
 # In a head.
 
 
@@ -114,7 +138,9 @@ def taught() -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
 @pytest.mark.parametrize("translator", ["after_norm", "before_norm"])
 @pytest.mark.parametrize(("of_labels", "of_base"), [(0.0, 2.0), (0.5, 0.25)])
 def test_the_loss_of_a_head(of_labels: float, of_base: float, translator: str) -> None:
-    head = lens(cross_entropy_weight=of_labels, kl_weight=of_base, translator=translator).train()
+    factors = {"cross_entropy": of_labels, "kl": of_base}
+    objective = {name: factor for name, factor in factors.items() if factor}
+    head = lens(objective=objective, translator=translator).train()
     hidden_btd, labels = taught()
     labelled = labels[0] != -100
     sources = [hidden_btd, *head.readout.translator.parameters()]
@@ -136,9 +162,47 @@ def test_the_loss_of_a_head(of_labels: float, of_base: float, translator: str) -
     torch.testing.assert_close(head.loss(hidden_btd, labels, lm_loss()), from_labels)
 
 
+def test_a_head_that_reconstructs_trains_the_layers_and_nothing_else() -> None:
+    """The data bring places in the states; the loss is of the labelled positions; weights add up."""
+    hidden_btd, (labels_bt, normaliser_1, base_btd) = taught()
+    order_n = torch.randperm(21, generator=torch.Generator().manual_seed(6))
+    places_bt = order_n.argsort().view(3, 7)
+    labels = (labels_bt, normaliser_1, places_bt)
+    states_nd = base_btd.flatten(0, 1)[order_n]
+
+    def head_of(objective: Any, **more: Any) -> Any:
+        head = lens(objective=objective, **more).train()
+        head.base_states = {"kl": states_nd.neg().__getitem__, "reconstruction": states_nd.__getitem__}
+        return head
+
+    head, labelled = head_of("reconstruction", token_fraction=0.5), labels_bt != -100
+    base_nd = base_btd.double()[labelled]
+    errors_n = (hidden_btd[labelled] - base_nd).square().sum(-1) / base_nd.square().sum(-1)
+    found = head.loss(hidden_btd, labels, lm_loss())
+    torch.testing.assert_close(found, errors_n.sum() / 12.5, rtol=1e-12, atol=0)
+    expected = torch.autograd.grad(errors_n.sum() / 12.5, hidden_btd)
+    torch.testing.assert_close(torch.autograd.grad(found, hidden_btd, retain_graph=True), expected)
+    found.backward()
+    assert all(parameter.grad is None for parameter in head.parameters())
+
+    kl = lens(objective="kl").train().loss(hidden_btd, (*labels[:2], -base_btd), lm_loss())
+    torch.testing.assert_close(head_of("kl").loss(hidden_btd, labels, lm_loss()), kl)
+    both = head_of({"kl": 0.5, "reconstruction": 3}).loss(hidden_btd, labels, lm_loss())
+    torch.testing.assert_close(both, 0.5 * kl + 3 * found)
+
+    whole = head_of("reconstruction")
+    fitted = whole.loss(hidden_btd.detach(), labels, lm_loss())  # as before the layers train
+    assert torch.autograd.grad(fitted, whole.readout.translator.change.weight)[0].any()
+    torch.testing.assert_close(fitted, whole.eval().loss(hidden_btd, labels[:2], lm_loss()))
+    with pytest.raises(
+        ConfigError, match=r'objective: "reconstruction" needs the hidden states \[3, 7, 12\]'
+    ):
+        whole.train().loss(hidden_btd, (*labels[:2], base_btd), lm_loss())
+
+
 def test_sampled_positions_are_an_unbiased_estimate_of_both_losses() -> None:
-    head = lens(cross_entropy_weight=0.5, kl_weight=0.25, token_fraction=0.3).train()
-    exact_head = lens(cross_entropy_weight=0.5, kl_weight=0.25).train()
+    head = lens(objective=BOTH, token_fraction=0.3).train()
+    exact_head = lens(objective=BOTH).train()
     hidden_btd, labels = taught()
     with torch.no_grad():
         exact = exact_head.loss(hidden_btd, labels, lm_loss())
@@ -171,7 +235,7 @@ def test_sampling_keeps_the_parts_of_labels_together(num_parts: int) -> None:
 
 
 def test_without_any_label_a_sampled_loss_is_zero() -> None:
-    head = lens(kl_weight=1.0, token_fraction=0.5).train()
+    head = lens(objective="kl", token_fraction=0.5).train()
     hidden_btd, (labels_bt, *rest) = taught()
     loss = head.loss(hidden_btd, (torch.full_like(labels_bt, -100), *rest), lm_loss())
     loss.backward()
@@ -181,11 +245,11 @@ def test_without_any_label_a_sampled_loss_is_zero() -> None:
 
 @pytest.mark.bad_input
 def test_what_a_base_model_needs_is_said() -> None:
-    head = lens(kl_weight=0.5).train()
+    head = lens(objective="kl").train()
     hidden_btd, (labels_bt, normaliser_1, base_btd) = taught()
     for labels in (labels_bt, (labels_bt, normaliser_1), (labels_bt, normaliser_1, base_btd[..., 1:])):
         with pytest.raises(
-            ConfigError, match=r"interlock\.head\.kl_weight: 0\.5 needs labels .*\[3, 7, 12\]"
+            ConfigError, match=r'interlock\.head\.objective: "kl" needs labels .*\[3, 7, 12\]'
         ):
             head.loss(hidden_btd, labels, lm_loss())
     head.eval()
@@ -194,8 +258,8 @@ def test_what_a_base_model_needs_is_said() -> None:
 
 @pytest.mark.bad_input
 def test_a_head_that_is_no_lens_cannot_learn_from_a_base_model() -> None:
-    config = HeadConfig(kl_weight=1.0)
-    with pytest.raises(ConfigError, match=r"interlock\.head\.kl_weight: 1 needs a lens, but type auto means"):
+    config = HeadConfig(objective="kl")
+    with pytest.raises(ConfigError, match=r'interlock\.head\.objective: "kl" needs a lens, but type auto'):
         head_factory(config, LM)
     head_factory(config, LM, pretrained=True)
 
@@ -213,7 +277,7 @@ def test_labels_with_a_normaliser_may_go_to_any_loss_function() -> None:
 SECTION = {
     "mode": "interlock",
     "window": 2,
-    "head": {"kl_weight": 0.25, "cross_entropy_weight": 0.5, "warmup_steps": 1, "warmup_learning_rate": 0.1},
+    "head": {"objective": BOTH, "warmup_steps": 1, "warmup_learning_rate": 0.1},
 }
 
 

@@ -99,6 +99,7 @@ def _module(heads: Mapping[int, nn.Module], plan: GradientFlowPlan) -> Any:
         heads=nn.ModuleDict({str(loss): head for loss, head in heads.items()}),
         schedule=PlanSchedule.constant(plan),
         tied_comms={},
+        copies=None,
         tied_modules=nn.ModuleDict(),
         micro_offset=0,
     )

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ds_interlock.errors import DataError
 from experiments.batch_times import BatchTimes, ProfileOfStages, Row
 from experiments.comparison import Comparison, Result
 from experiments.definition import Run
@@ -110,4 +111,7 @@ def write_batch_times(path: Path, modes: Iterable[str] = tuple(SECONDS)) -> None
 
 
 def mode_of(section: Any) -> str:
-    return next(mode for mode, found in SECTIONS.items() if found == dict(section))
+    for mode, found in SECTIONS.items():
+        if found == dict(section):
+            return mode
+    raise DataError("not timed")

@@ -1,7 +1,8 @@
-"""the job ``finetune`` with heads that learn from the base model: what it makes of the training data."""
+"""The job ``finetune`` with heads that learn from the base model: what it makes of the training data."""
 
 import csv
 import math
+import re
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -12,14 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import save_tiny
-from finetuning import LOCAL, SEQ_LENGTH, arguments, finetune, refusal, rows_of, run
+from finetuning import LOCAL, SEQ_LENGTH, arguments, finetune, refusal, rows_of, run, state_of
 from ranks import RankPool
 
 from ds_interlock.hf.data.batches import BatchShape, TrainingBatches
 from ds_interlock.hf.data.rows import PackedRows, PaddedRows, Rows
 from ds_interlock.stage.work import StageWork
 
-KL_ONLY = {**LOCAL, "head": {"cross_entropy_weight": 0.0, "kl_weight": 1.0, "warmup_steps": 0}}
+KL_ONLY = {**LOCAL, "head": {"objective": "kl", "warmup_steps": 0}}
 SEED = 42  # what the job has if none is given
 
 
@@ -29,8 +30,8 @@ def monitored(folder: Path) -> dict[str, Any]:
 
 
 def head_losses(folder: Path) -> list[float]:
-    """Those of the first stage's head, batch by batch."""
-    (path,) = (folder / "csv").glob("Train_stage_0_loss_after_layer_*.csv")
+    """Those of the only head, batch by batch."""
+    (path,) = (folder / "csv").glob("Train_stage_*_loss_after_layer_*.csv")
     with path.open(newline="") as file:
         # Every run begins with a line of titles.
         return [float(value) for samples, value in csv.reader(file) if samples != "step"]
@@ -74,9 +75,33 @@ def test_the_first_divergence_is_that_of_the_model_from_itself(
     assert metrics["eval_loss"] < metrics["first_eval_loss"]
 
 
+def test_reconstruction_keeps_the_first_stage_while_the_last_one_learns(
+    ranks2: RankPool, data: Path, tmp_path: Path
+) -> None:
+    """Adam would make whole steps of rounding errors; of a window, what the last stage moves comes back."""
+    save_tiny("llama", tmp_path / "model")
+    before = state_of(tmp_path / "model")
+    adam = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.0, "torch_adam": True}}}
+    head = {"objective": "reconstruction", "warmup_steps": 2}
+    for section in (LOCAL, {**LOCAL, "mode": "interlock", "window": 1.5}):
+        config = {**adam, **monitored(tmp_path)}
+        metrics = run(ranks2, tmp_path, data, section={**section, "head": head}, config=config)
+        after = state_of(tmp_path / "out" / "hf")
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        if section is LOCAL:
+            (first,) = [name for name in metrics if name.startswith("first_eval_loss_after_layer")]
+            assert head_losses(tmp_path) == [0, 0]
+            assert moved == {
+                name for name in before if re.match(r"model\.layers\.[2-9]|model\.norm|lm_head", name)
+            }
+            assert metrics["eval_loss"] < metrics["first_eval_loss"]
+            assert metrics[first.removeprefix("first_")] < metrics[first], "the warm-up fits its translator"
+    assert moved == before.keys()
+
+
 def test_bf16_with_adapters_and_fitted_heads(ranks2: RankPool, data: Path, tmp_path: Path) -> None:
     model = save_tiny("gemma2", tmp_path / "model")
-    head = {"kl_weight": 0.5, "warmup_steps": 2, "token_fraction": 0.5}
+    head = {"objective": {"cross_entropy": 1, "kl": 0.5}, "warmup_steps": 2, "token_fraction": 0.5}
     section = {**LOCAL, "mode": "interlock", "window": 1.5, "head": head}
     config = {"bf16": {"enabled": True}, **monitored(tmp_path)}
     metrics = run(
@@ -95,25 +120,27 @@ def test_a_resumed_run_goes_on_with_the_states_of_the_first(
     save_tiny("llama", tmp_path / "model")
     states = tmp_path / "out" / "base_states"
     config = monitored(tmp_path)
-    run(ranks2, tmp_path, data, "--max_steps", 4, section=KL_ONLY, config=config)
+    head = {"objective": {"kl": 1, "reconstruction": 2}, "warmup_steps": 0}
+    section = {**LOCAL, "mode": "interlock", "window": 1.5, "head": head}
+    run(ranks2, tmp_path, data, "--max_steps", 4, section=section, config=config)
     undisturbed = head_losses(tmp_path)
     shutil.rmtree(tmp_path / "csv")
 
-    run(ranks2, tmp_path, data, "--max_steps", 2, section=KL_ONLY, config=config)
-    (file,) = states.iterdir()
-    written_ns = file.stat().st_mtime_ns
+    run(ranks2, tmp_path, data, "--max_steps", 2, section=section, config=config)
+    files = {path: path.stat().st_mtime_ns for path in states.iterdir()}
+    assert len(files) == 2
     resumed = "--max_steps", 4, "--resume_from_checkpoint", tmp_path / "out" / "checkpoints"
-    run(ranks2, tmp_path, data, *resumed, section=KL_ONLY, config=config)
-    assert file.stat().st_mtime_ns == written_ns
+    run(ranks2, tmp_path, data, *resumed, section=section, config=config)
+    assert all(path.stat().st_mtime_ns == written_ns for path, written_ns in files.items())
     assert head_losses(tmp_path) == undisturbed
 
     resumed = "--max_steps", 5, *resumed[2:]
     states.rename(tmp_path / "elsewhere")
-    message = refusal(ranks2, arguments(tmp_path, data, *resumed, section=KL_ONLY))
+    message = refusal(ranks2, arguments(tmp_path, data, *resumed, section=section))
     assert "replica_00.safetensors is missing" in message
     (tmp_path / "elsewhere").rename(states)
     save_tiny("llama", tmp_path / "model", seed=1)
-    message = refusal(ranks2, arguments(tmp_path, data, *resumed, section=KL_ONLY))
+    message = refusal(ranks2, arguments(tmp_path, data, *resumed, section=section))
     assert "replica_00.safetensors was written for another model: " in message
 
 
@@ -126,9 +153,8 @@ def test_states_are_kept_only_where_heads_learn_from_them(
         run(ranks2, tmp_path, data, section=section)
         assert not (tmp_path / "out" / "base_states").exists()
     save_tiny("bert", tmp_path / "model", num_labels=2)
-    section = {**LOCAL, "head": {"kl_weight": 0.5}}
-    message = refusal(ranks2, arguments(tmp_path, data, section=section, task="classification"))
-    assert "interlock.head.kl_weight is 0.5" in message
+    message = refusal(ranks2, arguments(tmp_path, data, section=KL_ONLY, task="classification"))
+    assert 'interlock.head.objective is "kl": the heads of a classifier learn from the labels' in message
 
 
 def parts_of_labels(argv: list[str]) -> set[int]:

@@ -26,7 +26,11 @@ def test_units_on_eight_stages_are_those_of_the_simulator_by_hand():
     assert found[GLOBAL].batch_seconds == pytest.approx(3 * (4 + 7))
     assert found["local"].batch_seconds == pytest.approx(4 * 3.3)
     assert found["window 2"].batch_seconds == pytest.approx(4 * 4.3)
+    ahead = InterlockConfig(mode="interlock", window=1.25, extra_in_flight=1)
+    found |= by_name(compared(ahead, unit_profile(32, 4), 4, 8))
     assert found["window 1.25, 1 extra"].batch_seconds == pytest.approx(4 * 3.55)
+    # A block of a head costs what a layer costs, 3 / 4.
+    assert found["local, 1 block"].batch_seconds == pytest.approx(4 * (3.3 + 0.75))
     assert found["local"].speed == pytest.approx(33 / 13.2)
     assert found[GLOBAL].speed == 1.0
 
@@ -103,10 +107,12 @@ def test_settings_that_do_not_exist_are_left_out_with_the_reason():
         ZERO_BUBBLE,
         "local",
         "window 2, stride 2",
+        "local, 1 block",
+        "window 2, 1 block",
     ]
-    reasons = "\n".join(comparison.skipped)
-    assert "window 3: gradient-flow plan: window is 3" in reasons
-    assert "window 1.25" in reasons
+    assert "window 3: gradient-flow plan: window is 3" in "\n".join(comparison.skipped)
+    with pytest.raises(ConfigError, match="needs a head within stage 1"):
+        compared(InterlockConfig(mode="interlock", window=1.25), unit_profile(2, 1), 2, 2)
 
 
 def test_one_stage_is_compared_with_global_alone():
@@ -127,13 +133,15 @@ def test_the_configured_setting_comes_once_and_first():
     [
         ({}, GLOBAL),
         ({"mode": "local"}, "local"),
+        ({"mode": "interlock", "window": 1, "head": {"blocks": [1]}}, "local, 1 block"),
+        ({"mode": "interlock", "window": 2, "head": {"blocks": [2, 1]}}, "window 2, 2-1 blocks"),
         ({"mode": "interlock", "window": 2.5, "combine": "farthest"}, "window 2.5, farthest"),
         ({"mode": "interlock", "window": 3, "head_stride": 2}, "window 3, stride 2"),
         ({"mode": "local", "streaming": False, "extra_in_flight": 2}, "local, 2 extra, no streaming"),
     ],
 )
 def test_names_of_settings(section, name):
-    assert setting_name(InterlockConfig(**section)) == name
+    assert setting_name(InterlockConfig.model_validate(section)) == name
 
 
 @pytest.mark.bad_input

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up_measurements import PROSE, use
 from playwright.sync_api import Browser, FloatRect, Locator, Page, sync_playwright
 
 from ds_interlock.config import InterlockConfig
@@ -78,6 +79,13 @@ def spans_of(row: list[int], actions: list[str]) -> Iterator[tuple[str, int, int
         yield actions[what], micro_batch, start, now
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _made_up_measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use(monkeypatch, tmp_path_factory.mktemp("measured"), *PROSE)
+        yield
+
+
 @pytest.fixture(scope="module")
 def unit_page() -> str:
     """Up to 16 stages and 16 micro-batches."""
@@ -103,6 +111,7 @@ def test_every_position_of_the_sliders_has_a_view_with_the_forecasts_figures(uni
         view = view_of(data, num_stages, num_micro_batches)
         assert view["verdict"] == verdict(comparison)
         assert {*view["forecasts"], *view["skipped"]} == set(data["names"])
+        assert list(view["noBetter"]) == ["window 1.25, 1 extra", "window 1.5", "window 1.5, 1 block"]
         assert len(view["skipped"]) == len(comparison.skipped)
         for each in comparison.all:
             shown = view["forecasts"][each.name]
@@ -110,6 +119,7 @@ def test_every_position_of_the_sliders_has_a_view_with_the_forecasts_figures(uni
             assert shown["bubble"] == each.bubble_fraction
             assert shown["inFlight"] == each.in_flight[0]
             assert shown["isReference"] == (each.name == ZERO_BUBBLE)
+            assert (shown["gap"], shown["toLoss"]) == (each.gap_recovered, each.speed_to_loss)
 
 
 def test_figures_of_a_measured_profile_are_of_the_stage_with_the_most(measured_page: str) -> None:
@@ -243,11 +253,15 @@ def check_view(page: Page, num_stages: int, num_micro_batches: int) -> None:
     view = view_of(content, num_stages, num_micro_batches)
     assert page.locator("#verdict").inner_text() == view["verdict"]
     for name, each in view["forecasts"].items():
-        time, speed, bubble, _, in_flight, _, _ = cells(page, name)
+        time, speed, steps, to_loss, _, bubble, _, in_flight = cells(page, name)
         assert float(time) == pytest.approx(each["seconds"], rel=0.01)
         assert float(speed.removesuffix("×")) == pytest.approx(each["speed"], rel=0.01)
         assert float(bubble.removesuffix(" %")) == pytest.approx(100 * each["bubble"], abs=0.51)
         assert in_flight == str(each["inFlight"])
+        if each["toLoss"]:
+            assert float(to_loss.removesuffix("×")) == pytest.approx(each["toLoss"], rel=0.01)
+        else:
+            assert steps == ("not reached" if each["isMeasured"] else "not measured")
     assert rows_drawn(page, "local", num_stages) == num_stages
 
 
@@ -292,13 +306,16 @@ def test_sliders_by_mouse(page: Page, unit_url: str) -> None:
     check_view(page, 4, 16)
     page.locator("#K ~ .ticks span").get_by_text("2", exact=True).click()
     check_view(page, 2, 16)
-    assert cells(page, "window 3") == ["does not exist on 2 stages"]
+    assert cells(page, "window 3") == cells(page, "local, then window 2") == ["does not exist on 2 stages"]
     assert canvas(page, "window 3").get_attribute("aria-label") == "window 3: does not exist on 2 stages"
 
 
 def test_the_address_keeps_the_view(page: Page, unit_url: str) -> None:
     page.goto(f"{unit_url}#K=8&M=2")
     check_view(page, 8, 2)
+    schedule = cells(page, "local, then window 2")
+    assert schedule[:3] == ["–", "3.75×, 2.93×", "1.20×"]
+    assert page.locator("#sources").inner_text().startswith('Measured in "prose" (8 Transformer blocks')
     page.reload()
     check_view(page, 8, 2)
     page.evaluate("location.hash = '#K=2&M=4'")
@@ -342,7 +359,7 @@ def test_tooltips_tell_work_and_waiting(page: Page, unit_url: str) -> None:
 
 
 def test_the_chart_has_a_labelled_line_for_every_setting(page: Page, unit_url: str) -> None:
-    for address, missing in (("#K=8&M=1", 0), ("#K=2&M=1", 3)):
+    for address, missing in (("#K=8&M=1", 1), ("#K=2&M=1", 5)):
         page.goto(unit_url + address)
         wanted = page.locator("#table tbody tr").count() - missing
         labels = page.locator("#chart text.name").all()

@@ -5,6 +5,7 @@ import json
 import pytest
 from profiles import layer, profile
 
+from ds_interlock.config import HeadConfig
 from ds_interlock.errors import ConfigError
 from ds_interlock.planning.profile import Profile, unit_profile
 from ds_interlock.schedule import CostModel, GradientFlowPlan
@@ -29,6 +30,11 @@ def test_the_costs_of_stages_are_the_sums_of_their_layers():
     blocks = {"blocks": (2, 1), "block_seconds": 0.25, "block_optimizer_seconds": 0.01}
     deep = p.model_copy(update={"head": p.head.model_copy(update=blocks)}).cost_model([0, 2, 4, 6])
     assert (deep.head, deep.head_optimizer) == ([1.0, 0.75, 0.75], [0.04, 0.03, 0.03])
+    # Where no block was profiled it costs what the layer in the middle costs, 1.2 in each unit.
+    config = HeadConfig(blocks=(2, 1), sequence_fraction=0.25)
+    deep = p.cost_model([0, 2, 6], config)
+    assert deep.head == pytest.approx([0.5 + 2 * 0.9, 0.5 + 0.9])
+    assert deep.head_optimizer == pytest.approx([0.02 + 2 * 0.012, 0.02 + 0.012])
     assert (costs.latency, costs.bandwidth) == (0.001, 1e6)
 
 

@@ -23,8 +23,8 @@ from ds_interlock.sampling import ResumableIterator, epoch_order
 
 MicroBatch: TypeAlias = tuple[Inputs, tuple[Tensor, ...]]
 
-BaseOfRows: TypeAlias = Callable[[Sequence[Row], int], Tensor]
-"""From rows and t to the base model's hidden states ``[b, t, d]``, as ``BaseStates.stack``."""
+PlacesOfRows: TypeAlias = Callable[[Sequence[Row], int], Tensor]
+"""From rows and t to places of the base model's hidden states, int64 ``[b, t]``, as ``Places.stack``."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
     left out. DataError if the samples may not fill a batch.
     """
 
-    base_of_rows: BaseOfRows | None = None
-    """If set, the base model's hidden states for the rows are the labels' third part."""
+    places_of_rows: PlacesOfRows | None = None
+    """If set, where the base model's hidden states for the rows are is the labels' third part."""
 
     def __init__(self, rows: Rows, shape: BatchShape, *, replica: int = 0, seed: int = 0) -> None:
         if rows.fewest < shape.num_rows:
@@ -84,7 +84,7 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
         num_labels = self.rows.num_labels(self._epoch_rows[batch : batch + self.shape.num_rows])
         rows = self.shape.rows_of(self._epoch_rows, number, self.replica)
         inputs, labels = self.rows.stack(rows)
-        base = () if self.base_of_rows is None else (self.base_of_rows(rows, labels.shape[1]),)
+        base = () if self.places_of_rows is None else (self.places_of_rows(rows, labels.shape[1]),)
         self.position += 1
         return inputs, (labels, self.shape.normaliser(num_labels), *base)
 

@@ -6,8 +6,8 @@
                                                                   norm, lm_head: those of head 1
 
 Such a model is an early exit, or the draft of speculative decoding. A head has the model's own form if it is
-a norm and an unembedding. A lens with its translator after the norm folds into one:
-U((I + A) n + b) = (U (I + A)) n + U b.
+a norm and an unembedding. A lens with its translator after the norm folds into one, and so does the
+temperature of a shared readout: U((I + A) n + b) = (U (I + A)) n + U b.
 """
 
 from os import PathLike
@@ -26,8 +26,8 @@ from ds_interlock.hf.model.pretrained import empty_model
 _Parts = dict[str, dict[str, Tensor]]  # a head's norm, translator, unembedding: tensors by name
 _ROWS_AT_ONCE = 8192  # of an unembedding in float64
 _FITTING = (
-    'a head of type norm_linear, or a lens with "interlock.head.translator": "after_norm", is of the '
-    "model's form; train with one of these to export a draft"
+    'a head of type norm_linear or shared, or a lens with "interlock.head.translator": "after_norm", is of '
+    "the model's form; train with one of these to export a draft"
 )
 
 
@@ -124,6 +124,9 @@ def _read_parts(source: FineTunedCheckpoint, loss: int, model: Any) -> _Parts:
     for full_name, tensor in source.heads[loss].items():
         part, _, name = full_name.removeprefix("readout.").partition(".")
         parts.setdefault(part, {})[name] = tensor
+    if "unembedding" in parts and "log_scale" in (temperature := parts.pop("temperature", {})):
+        weight_vd = parts["unembedding"]["weight"]
+        parts["unembedding"]["weight"] = weight_vd * temperature["log_scale"].exp().to(weight_vd.dtype)
     norm = source.description.norm
     no_weights = norm is not None and next(model.get_submodule(norm).parameters(), None) is None
     is_own = set(parts) - {"norm", "translator", "unembedding"} or "unembedding" not in parts

@@ -1,16 +1,19 @@
-"""The frozen base model's last hidden states for the training samples.
+"""The frozen base model's hidden states for the training samples, where heads learn from them.
 
-    before the first step                                while it trains
-    the pipeline is the base model                       it no longer is
+    before the first step                                  while it trains
+    the pipeline is the base model                         it no longer is
 
-    stage 0   rows of samples ──► ... ──► End            stage 0   (labels, normaliser, base_btd) ──► heads
-                                           │                                               ▲
-                      hidden_btd ◄─────────┘                                               │ mapped
-                          └──► base_states/replica_00.safetensors ─────────────────────────┘
+    stage 0   rows of samples ──► ... ──► End              stage 0   (labels, normaliser, places_bt)
+                                   │       │                                              │
+                          "reconstruction" "kl"                                           ▼
+                                   ▼       ▼                         a stage with a head, loss of the head
+         base_states/after_layer_10_...  replica_00.safetensors ──mapped──► [n, d] ──────┘
 
-A head that learns from the base model (``interlock.head.kl_weight``) needs the input of its unembedding at
-every position. Neither padding nor other samples in its row change a sample's states, so they are stored
-sample by sample, without padding, in the order in which the replica evaluated them, which stage 0 knows.
+Objective ``kl`` (``interlock.head.objective``) needs the input of the base model's unembedding, whatever
+layer a head follows; ``reconstruction`` what the head itself reads. Neither padding nor other samples in its
+row change a sample's states, so they are stored sample by sample, without padding, in the order in which the
+replica evaluated them, which stage 0 knows. Its data bring the place of each position in the files of all
+replicas, one after the other. The stages with heads map the files.
 
 A file is in safetensors' format: one tensor, ``states``, ``[n, d]``, and a fingerprint as metadata. It may be
 larger than memory, in which safetensors' own writer needs all tensors: so header and states are written here.
@@ -25,9 +28,9 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +40,7 @@ from tqdm import tqdm
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.files import unfinished_file
+from ds_interlock.heads.factory import AuxiliaryHead
 from ds_interlock.heads.output_layers import first_tensor
 from ds_interlock.hf.data.batches import EvaluationBatches
 from ds_interlock.hf.data.rows import Row
@@ -45,8 +49,12 @@ from ds_interlock.hf.model.cut import End
 FOLDER = "base_states"  # in a job's output directory
 _STATES = "states"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-_WAY_OUT = "set interlock.head.kl_weight to 0"
+_WAY_OUT = 'set interlock.head.objective to "cross_entropy"'
 _LAST_BYTES = 2**20  # of every file of weights: they differ between two models of the same sizes
+
+
+AfterLayer: TypeAlias = int | None
+"""How many layers are before the recorded states; None for all but the unembedding."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class Share:
     samples: tuple[int, ...]  # indices
     lengths: tuple[int, ...]  # positions of each sample
     row_lengths: tuple[int, ...]  # positions with a sample in every row that the replica evaluates
+    num_batches: int
     fingerprint: dict[str, str]  # identifies the base model, the samples and their order
 
     @classmethod
@@ -70,11 +79,13 @@ class Share:
             digest.update(array("q", [len(ids), *ids]).tobytes())
         fingerprint = {"model": model, "set of training samples": digest.hexdigest()}
         row_lengths = tuple(sum(len(ids_of[number]) for number in row) for row in rows)
-        return cls(batches.replica, samples, tuple(map(len, ids_of.values())), row_lengths, fingerprint)
+        lengths = tuple(map(len, ids_of.values()))
+        return cls(batches.replica, samples, lengths, row_lengths, batches.num_batches, fingerprint)
 
-    def path(self, folder: Path) -> Path:
+    def path(self, folder: Path, after_layer: AfterLayer) -> Path:
         """The replica's file."""
-        return folder / f"replica_{self.replica:02d}.safetensors"
+        prefix = "" if after_layer is None else f"after_layer_{after_layer}_"
+        return folder / f"{prefix}replica_{self.replica:02d}.safetensors"
 
 
 def digest_of_model(folder: Path) -> str:
@@ -89,64 +100,118 @@ def digest_of_model(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def record(
-    engine: Any, folder: Path, own: tuple[EvaluationBatches, Share] | None, width: int, dtype: torch.dtype
-) -> None:
-    """Evaluates all samples once, and stores what the pipeline's ``End`` returns. All ranks must call it.
+def recorded_layers(module: Any) -> list[AfterLayer]:
+    """Where the heads of ``module`` need the base model's states; the same on all stages."""
+    objectives = module.head_config.objectives
+    of_heads = [head.after_layer for head in module.schedule.heads]
+    last: list[AfterLayer] = [None] * ("kl" in objectives and bool(of_heads))
+    return last + of_heads * ("reconstruction" in objectives)
 
-    ``own`` has the batches of stage 0 and their share, None elsewhere. ConfigError if a file of ``folder``,
-    the same for all ranks, cannot be written.
-    """
-    about: list[Any] = [own and (own[0].num_batches, own[1])]
+
+def from_stage_0(engine: Any, shares: list[Share]) -> list[Share]:
+    """The shares of all replicas, which stage 0 knows, on all stages."""
     if engine.is_pipe_parallel:
         group = engine.grid.get_pipe_parallel_group()
-        dist.broadcast_object_list(about, src=dist.get_global_rank(group, 0), group=group)
-    num_batches, share = about[0]
-    data = own and iter(own[0])
+        dist.broadcast_object_list(parcel := [shares], src=dist.get_global_rank(group, 0), group=group)
+        (shares,) = parcel
+    return shares
+
+
+def record(
+    engine: Any, folder: Path, batches: EvaluationBatches | None, share: Share, width: int, dtype: torch.dtype
+) -> None:
+    """Evaluates all samples once, and stores what ``recorded_layers`` names. All ranks must call it.
+
+    ``batches`` are None but on stage 0, ``share`` is that of this replica. ConfigError if a file of
+    ``folder``, the same for all ranks, cannot be written.
+    """
+    data = batches and iter(batches)
     with _recorded(engine.module, folder, share, width, dtype):
         hidden = None if engine.global_rank == 0 else True  # None: a bar on a terminal only
-        for _ in tqdm(range(num_batches), "base model's states", unit="batch", disable=hidden):
+        for _ in tqdm(range(share.num_batches), "base model's states", unit="batch", disable=hidden):
             engine.eval_batch(data)
     dist.barrier()  # all files are complete
 
 
 @contextmanager
 def _recorded(module: Any, folder: Path, share: Share, width: int, dtype: torch.dtype) -> Iterator[None]:
-    """Within it, what an ``End`` among this stage's layers returns is written to the replica's file."""
-    end = next((layer for layer in module.forward_funcs if isinstance(layer, End)), None)
-    if end is None:
+    """Within it, what those of the layers that are on this stage return is written to the replica's files."""
+    shape = (sum(share.lengths), width)
+    with ExitStack() as stack:
+        for after_layer in recorded_layers(module):
+            if (layer := _layer(module, after_layer)) is not None:
+                path = share.path(folder, after_layer)
+                append = stack.enter_context(new_states_file(path, shape, dtype, share.fingerprint))
+                stack.enter_context(layer.register_forward_hook(_keep(append, iter(share.row_lengths))))
         yield
-        return
-    row_lengths, shape = iter(share.row_lengths), (sum(share.lengths), width)
-    with new_states_file(share.path(folder), shape, dtype, share.fingerprint) as append:
 
-        def keep(_module: Any, _inputs: Any, hidden: Any) -> None:
-            for states_td in first_tensor(hidden):
-                append(states_td[: next(row_lengths)])
 
-        with end.register_forward_hook(keep):
-            yield
+def _layer(module: Any, after_layer: AfterLayer) -> Any:
+    """The layer that returns the states, None if it is not on this stage."""
+    layers = module.forward_funcs
+    if after_layer is None:
+        return next((layer for layer in layers if isinstance(layer, End)), None)
+    start = module.parts[module.stage_id]
+    return layers[after_layer - 1 - start] if start < after_layer <= start + len(layers) else None
+
+
+def _keep(append: Callable[[Tensor], None], row_lengths: Iterator[int]) -> Callable[[Any, Any, Any], None]:
+    def keep(_module: Any, _inputs: Any, hidden: Any) -> None:
+        for states_td in first_tensor(hidden):
+            append(states_td[: next(row_lengths)])
+
+    return keep
+
+
+class Places:
+    """Where the states of each sample are: counted through the files of all replicas."""
+
+    def __init__(self, shares: Sequence[Share]) -> None:
+        lengths = [length for share in shares for length in share.lengths]
+        starts = accumulate(lengths, initial=0)
+        samples = chain.from_iterable(share.samples for share in shares)
+        self._of_sample = {
+            number: range(start, start + length)
+            for number, start, length in zip(samples, starts, lengths, strict=False)
+        }
+
+    def stack(self, rows: Sequence[Row], num_positions: int) -> Tensor:
+        """The places for rows of samples, int64 ``[b, t]``; 0 after the last sample of a row."""
+        places_bt = torch.zeros(len(rows), num_positions, dtype=torch.int64)
+        for places_t, row in zip(places_bt, rows, strict=True):
+            own = [place for number in row for place in self._of_sample[number]]
+            places_t[: len(own)] = torch.tensor(own, dtype=torch.int64)
+        return places_bt
 
 
 class BaseStates:
-    """The states of all samples, mapped from the files of all replicas; ConfigError as of ``map_states``."""
+    """From places ``[n]`` to states ``[n, d]``, mapped from the files of all replicas.
 
-    def __init__(self, folder: Path, shares: Sequence[Share]) -> None:
-        self._states_of: dict[int, Tensor] = {}
-        for share in shares:
-            states_nd = map_states(share.path(folder), share.fingerprint)
-            of_samples = torch.split(states_nd, list(share.lengths))
-            self._states_of.update(zip(share.samples, of_samples, strict=True))
+    ConfigError as of ``map_states``.
+    """
 
-    def stack(self, rows: Sequence[Row], num_positions: int) -> Tensor:
-        """The states of rows of samples, ``[b, t, d]``; 0 after the last sample of a row."""
-        like = next(iter(self._states_of.values()))
-        base_btd = like.new_zeros(len(rows), num_positions, like.shape[-1])
-        for row_td, row in zip(base_btd, rows, strict=True):
-            if row:
-                states_td = torch.cat([self._states_of[number] for number in row])
-                row_td[: len(states_td)] = states_td
-        return base_btd
+    def __init__(self, folder: Path, shares: Sequence[Share], after_layer: AfterLayer) -> None:
+        self._parts = [map_states(share.path(folder, after_layer), share.fingerprint) for share in shares]
+
+    def __call__(self, places_n: Tensor) -> Tensor:
+        places_n, start = places_n.cpu(), 0
+        states_nd = self._parts[0].new_empty(len(places_n), self._parts[0].shape[1])
+        for part_nd in self._parts:
+            of_part = (places_n >= start) & (places_n < start + len(part_nd))
+            states_nd[of_part] = part_nd[places_n[of_part] - start]
+            start += len(part_nd)
+        return states_nd
+
+
+def attach(module: Any, folder: Path, shares: Sequence[Share]) -> None:
+    """Gives each head of this stage the states that it learns from; ConfigError as of ``map_states``."""
+    plan = module.schedule.plan_with_all_heads
+    for loss, head in module.heads.by_loss(plan, module.stage_id).items():
+        sources = {"kl": None, "reconstruction": plan.heads[loss].after_layer}
+        cast(AuxiliaryHead, head).base_states = {
+            objective: BaseStates(folder, shares, sources[objective])
+            for objective in sources.keys() & module.head_config.objectives.keys()
+        }
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForC
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.export.draft import export_draft
 from ds_interlock.schedule.plan import GradientFlowPlan
+from experiments.assisted import answer, measure
 
 IDS = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
 NORM_LINEAR = {"type": "norm_linear"}
@@ -62,6 +63,15 @@ def test_blocks_and_head_by_hand(family: str, head: dict[str, Any], tmp_path: Pa
         assert_is(draft, heads[num_stages - 1], after_blocks(model, num_blocks))
         assert f"blocks 0 to {num_blocks - 1} of 4, with head {num_stages - 1}" in str(report)
     assert AutoTokenizer.from_pretrained(tmp_path / "draft").decode(IDS[0]) == tiny_tokenizer().decode(IDS[0])
+
+
+def test_a_temperature_goes_into_the_unembedding(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    heads = make_heads(model, local_plan(model), type="shared")
+    nn.init.constant_(heads[1].readout.temperature.log_scale, 0.5)
+    step = write_checkpoint(tmp_path / "checkpoints", model, local_plan(model), heads)
+    export_draft(step, tmp_path / "draft", 2)
+    assert_is(load(tmp_path / "draft"), heads[1], after_blocks(model, 3))
 
 
 def test_a_translators_bias_goes_into_the_norm(tmp_path: Path) -> None:
@@ -123,6 +133,26 @@ def test_a_draft_in_another_form(tmp_path: Path) -> None:
     assert wide.dtype == torch.float32
     # Folded in float64 and rounded once, to the form asked for.
     assert_is(wide, heads[1].float(), after_blocks(model.float(), 3))
+
+
+# As an assistant.
+
+
+def test_a_draft_assists_the_whole_model(tmp_path: Path) -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    plan = GradientFlowPlan.local(stage_bounds=[0, 2, len(layers_of(model))])
+    heads = make_heads(model, plan, **LENS)
+    step = write_checkpoint(tmp_path / "checkpoints", model, plan, heads, tokenizer=tiny_tokenizer())
+    export_draft(step, tmp_path / "draft", 1)
+    draft, prompts = load(tmp_path / "draft"), [ids[None] for ids in IDS]
+    for prompt in prompts:
+        alone, assisted = (answer(model, prompt, 20, assistant) for assistant in (None, draft))
+        assert torch.equal(alone, assisted)
+    found = measure(model, draft, prompts, 20)
+    assert found["same_answers"] == 2
+    assert found["passes_of_the_model_alone"] == found["new_tokens"] == 40
+    assert 0 < found["share_accepted"] < 1
+    assert found["passes_of_the_model_assisted"] < 40
 
 
 # What cannot be a draft.

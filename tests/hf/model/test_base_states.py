@@ -21,9 +21,11 @@ from ds_interlock.hf.data.rows import PackedRows, PaddedRows, Rows
 from ds_interlock.hf.data.samples import Sample
 from ds_interlock.hf.model.base_states import (
     BaseStates,
+    Places,
     Share,
     check_room,
     digest_of_model,
+    from_stage_0,
     map_states,
     new_states_file,
     record,
@@ -49,7 +51,7 @@ def samples(num: int = 21) -> list[Sample]:
 def states_of_a_pipeline(
     model: str, folder: str, kind: str, stage_bounds: list[int], shape: BatchShape
 ) -> Any:
-    """Records on this rank; returns what stage 0 is then fed in two epochs: (inputs, base), and so on."""
+    """Records on this rank; of two epochs on stage 0 returns (inputs, last states, those of head 0), ..."""
     import ds_interlock
     from ds_interlock import InterlockConfig, InterlockPipelineModule
     from ds_interlock.hf.model.pretrained import open_pretrained
@@ -62,7 +64,11 @@ def states_of_a_pipeline(
         "gradient_accumulation_steps": shape.num_micro_batches,
         "steps_per_print": None,
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
-        "interlock": {"mode": "local", "timeout_seconds": 60},
+        "interlock": {
+            "mode": "local",
+            "timeout_seconds": 60,
+            "head": {"objective": {"kl": 1, "reconstruction": 1}},
+        },
     }
     net = InterlockPipelineModule(
         layers=pretrained.blueprint(rows.names).layers(),
@@ -76,21 +82,26 @@ def states_of_a_pipeline(
     replica = engine.grid.get_data_parallel_rank()
     batches = [EvaluationBatches(rows, shape, replica=r) for r in range(shape.num_replicas)]
     shares = [Share.of(of_replica, model="tiny") for of_replica in batches]
-    own = (batches[replica], shares[replica]) if engine.is_first_stage() else None
-    record(engine, Path(folder), own, WIDTH, torch.float32)
+    own = batches[replica] if engine.is_first_stage() else None
+    shares = from_stage_0(engine, shares if engine.is_first_stage() else [])
+    record(engine, Path(folder), own, shares[replica], WIDTH, torch.float32)
     found = []
     if engine.is_first_stage():
         training = TrainingBatches(rows, shape, replica=replica, seed=5)
-        training.base_of_rows = BaseStates(Path(folder), shares).stack
+        training.places_of_rows = Places(shares).stack
+        last, first = (BaseStates(Path(folder), shares, layer) for layer in (None, stage_bounds[1]))
         num = 2 * len(rows.arrange(np.arange(len(rows.samples)))) // shape.num_rows * shape.num_micro_batches
-        found = [(inputs, labels[-1]) for inputs, labels in islice(training, num)]
+        for inputs, (labels_bt, _, places_bt) in islice(training, num):
+            places_n = places_bt.flatten()
+            states = [of(places_n).view(*labels_bt.shape, WIDTH) for of in (last, first)]
+            found.append((inputs, *states))
     engine.drain()
     engine.destroy()
     return found
 
 
-def alone(model: Any, ids_bt: Tensor, other_bt: Tensor, kind: str) -> Tensor:
-    """What the whole model makes of each sample of a micro-batch by itself; 0 at padding."""
+def alone(model: Any, ids_bt: Tensor, other_bt: Tensor, kind: str, number: int) -> Tensor:
+    """A hidden state of the whole model for each sample of a micro-batch by itself; 0 at padding."""
     base_btd = torch.zeros(*ids_bt.shape, WIDTH)
     for ids_t, other_t, base_td in zip(ids_bt, other_bt, base_btd, strict=True):
         starts = [0] if kind == "padded" else (other_t == 0).nonzero().flatten().tolist()
@@ -99,7 +110,8 @@ def alone(model: Any, ids_bt: Tensor, other_bt: Tensor, kind: str) -> Tensor:
             own_t = own_t[own_t >= 3]  # 0 pads
             if len(own_t):
                 with torch.no_grad():
-                    base_td[start : start + len(own_t)] = model.model(own_t[None]).last_hidden_state[0]
+                    outputs = model.model(own_t[None], output_hidden_states=True)
+                    base_td[start : start + len(own_t)] = outputs.hidden_states[number][0]
     return base_btd
 
 
@@ -124,14 +136,18 @@ def test_stage_0_finds_what_the_whole_model_makes_of_each_sample(
     of_stage_0 = [micro_batches for micro_batches in found if micro_batches]
     assert len(of_stage_0) == shape.num_replicas
     num_compared = 0
-    for (ids_bt, other_bt), base_btd in (pair for micro_batches in of_stage_0 for pair in micro_batches):
-        expected = alone(model, ids_bt, other_bt, kind)
-        torch.testing.assert_close(base_btd, expected, rtol=0, atol=1e-5)
-        assert torch.equal(base_btd == 0, expected == 0), "at padding, and nowhere else"
-        num_compared += int((ids_bt >= 3).sum())
+    for (ids_bt, other_bt), *states in (pair for micro_batches in of_stage_0 for pair in micro_batches):
+        for base_btd, number in zip(states, (-1, stage_bounds[1] - 1), strict=True):
+            expected = alone(model, ids_bt, other_bt, kind, number)
+            own = ids_bt >= 3  # 0 pads
+            torch.testing.assert_close(base_btd[own], expected[own], rtol=0, atol=1e-5)
+            assert not expected[~own].any()
+        num_compared += int(own.sum())
     assert num_compared > sum(len(sample.ids) for sample in samples()), "more than an epoch"
     files = sorted(path.name for path in (tmp_path / "states").iterdir())
-    assert files == [f"replica_{replica:02d}.safetensors" for replica in range(shape.num_replicas)]
+    prefixes = [f"after_layer_{bound}_" for bound in stage_bounds[1:-1]] + [""]
+    replicas = [f"replica_{replica:02d}.safetensors" for replica in range(shape.num_replicas)]
+    assert files == sorted(prefix + name for prefix in prefixes for name in replicas)
 
 
 # Shares.

@@ -177,7 +177,8 @@ def _read_text(args: LMArguments, *, has_data: bool) -> tuple[PreTrainedTokenize
     tokenizer = None
     with propagate_errors():
         if dist.get_rank() == 0 and data:
-            tokenizer = load_tokenizer(args.tokenizer, Documents(data.train), args.vocab_size)
+            documents = Documents(data.train)
+            tokenizer = load_tokenizer(args.tokenizer, documents, args.vocab_size, documents.key)
     tokenizer = broadcast_from_rank_0(tokenizer)
     assert tokenizer is not None, "rank 0 belongs to stage 0, which has the data"
 

@@ -21,6 +21,7 @@ from typing import Any
 from ds_interlock.errors import DataError
 
 _FOLDER = ("*.txt", "*.txt.gz")
+_LONGEST = 2**16  # characters of a document without a blank line
 _READ_TOGETHER = 1000  # rows of a Parquet file
 _LONGEST_FIELD = 2**31 - 1  # characters of a CSV file's field; the module's own limit is 2**17
 
@@ -48,8 +49,9 @@ def iter_rows(file: str, columns: Sequence[str]) -> Iterator[tuple[int, str]]:
 def iter_documents(paths: Sequence[str]) -> Iterator[str]:
     """The documents in text files and in folders of ``*.txt``, in the order of ``paths``.
 
-    Each file is a document. A single file is split at its form feeds or, without any, at blank lines.
-    DataError if a path is missing, is not UTF-8 text, or no document has any text.
+    Each file is a document. A single file is split at its form feeds or, without any, at blank lines, and at
+    a line's end where ``_LONGEST`` characters have none. DataError if a path is missing, if it is not UTF-8
+    text, or if no document has any text.
     """
     files = [file for path in paths for file in text_files(path)]
     separator = None
@@ -99,19 +101,23 @@ def _lines(file: str) -> Iterator[tuple[int, str]]:
 
 
 def _split(lines: Iterable[str], separator: str | None) -> Iterator[str]:
-    """As ``str.split`` of all lines together; everything in one piece without a separator."""
+    """As ``str.split`` of all lines together, but for ``_LONGEST``; without a separator in one piece."""
     if separator is None:
         yield "".join(lines)
         return
-    rest = [""]
+    rest, length = [""], 0
     for line in lines:
         first, *others = (rest[-1] + line).split(separator)
         if others:
             yield "".join([*rest[:-1], first])
             yield from others[:-1]
-            rest = others[-1:]
+            rest, length = others[-1:], 0
+        elif separator == "\n\n" and length > _LONGEST:
+            yield "".join(rest)
+            rest, length = ["", line], len(line)
         else:
             rest.append(line)
+            length += len(line)
     yield "".join(rest)
 
 

@@ -37,11 +37,16 @@ _ENCODED_TOGETHER = 16  # documents: enough for all cores, and what comes back i
 class Documents(Iterable[str]):
     """The texts of records, one by one, each time anew."""
 
-    def __init__(self, records: Iterable[Any]) -> None:
+    def __init__(self, records: Records) -> None:
         self.records = records
 
+    @property
+    def key(self) -> str:
+        """What tells them from others."""
+        return f"{self.records.sources} {self.records.own_rows()._fingerprint}"
+
     def __iter__(self) -> Iterator[str]:
-        return (record.text for record in self.records)
+        return (record.text for record in self.records if isinstance(record, Document))
 
 
 class Tokens:

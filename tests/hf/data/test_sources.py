@@ -67,6 +67,13 @@ def test_a_single_file_is_split_where_its_author_did(text, documents, tmp_path):
     assert [record.text for record in read_records([str(tmp_path / "text")])] == documents
 
 
+def test_lines_without_a_blank_one_are_more_than_one_document(tmp_path):
+    (tmp_path / "text").write_text("".join(f"{n:09}\n" for n in range(20_000)))
+    documents = [record.text for record in read_records([str(tmp_path / "text")])]
+    assert (len(documents), "".join(documents)) == (4, (tmp_path / "text").read_text())
+    assert all(text.endswith("\n") for text in documents)
+
+
 def test_rows_of_csv_and_parquet(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfid,text\r\n1,"one, ""two""\r\nthree"\r\n\r\n2,4\r\n')
     (tmp_path / "b.tsv").write_text("prompt\tcompletion\np\tc\n")

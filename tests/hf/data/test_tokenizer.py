@@ -100,6 +100,17 @@ def test_training_is_cached_by_text_and_settings(speeches, tmp_path, monkeypatch
     assert default_cache_dir() == tmp_path / "xdg" / "ds_interlock"
 
 
+def test_documents_that_are_known_are_not_read_again(trained, speeches):
+    def unread():
+        raise AssertionError("read again")
+        yield
+
+    assert train_sentencepiece(speeches[0], 900, trained.parent, "these speeches") == trained
+    assert train_sentencepiece(unread(), 900, trained.parent, "these speeches") == trained
+    with pytest.raises(AssertionError, match="read again"):
+        train_sentencepiece(unread(), 900, trained.parent, "others")
+
+
 def test_hugging_face_tokenizers_are_taken_as_they_are(trained, processor, speeches, tmp_path):
     read_sentencepiece(trained).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path), [], 0)

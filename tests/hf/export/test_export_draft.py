@@ -173,7 +173,9 @@ def test_heads_of_another_form_are_refused(head: dict[str, Any], why: str, tmp_p
     model = tiny_model("llama")
     heads = make_heads(model, local_plan(model), **head)
     step = write_checkpoint(tmp_path / "checkpoints", model, local_plan(model), heads)
-    with pytest.raises(ConfigError, match=f"head 1 .*{why}.*norm_linear, or a lens with .*after_norm"):
+    with pytest.raises(
+        ConfigError, match=f"head 1 .*{why}.*norm_linear or shared, or a lens with .*after_norm"
+    ):
         export_draft(step, tmp_path / "draft", 2)
     assert not (tmp_path / "draft").exists()
 

@@ -43,7 +43,7 @@ def test_help_lists_the_arguments_in_groups(capsys: pytest.CaptureFixture[str]) 
     text = capsys.readouterr().out
     assert "What it does." in text
     assert re.findall(r"^(.*):$", text, re.MULTILINE) == [
-        "options", "model", "data", "what trains, and how fast", "run", "results"
+        "options", "model", "data", "what trains, and how fast", "run", "compilation", "results"
     ]  # fmt: skip
     assert "tokens of a sample (512)" in text
 

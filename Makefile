@@ -78,7 +78,7 @@ test:  ## what CI runs: lint, types, the wheel and all tests
 	@$(MAKE) --jobs=2 --output-sync=target --no-print-directory lint types browser data wheel
 	$(BIN)/python -m pytest -n 2
 
-slow: $(INSTALLED)  ## the tests that take minutes each: the whole script of docs/finetune.md
+slow: $(INSTALLED)  ## what takes minutes: every decoder of transformers, the whole script of docs/finetune.md
 	$(BIN)/python -m pytest -m minutes -rP
 
 # A new environment whenever the requirements change, so that one that is missing is missed.

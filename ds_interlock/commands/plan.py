@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ds_interlock.commands import terminal
-from ds_interlock.commands.profile import DEFAULT_SEQ_LENGTH, micro_batch_size_of
+from ds_interlock.commands.profile import DEFAULT_SEQ_LENGTH, TRUST, micro_batch_size_of
 from ds_interlock.commands.terminal import at_least_one, positive
 from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
 from ds_interlock.errors import ConfigError
@@ -59,6 +59,7 @@ def add_parser(commands: Any) -> None:
     add = parser.add_mutually_exclusive_group().add_argument
     add("--profile", metavar="FILE", help="measured costs, from `ds-interlock profile`")
     add("--model", metavar="NAME_OR_PATH", help="estimate from this Hugging Face config")
+    parser.add_argument("--trust-remote-code", "--trust_remote_code", action="store_true", help=TRUST)
     add = parser.add_argument_group("assumptions of --model").add_argument
     default = "(default: %(default)g)"
     add("--seq-length", type=at_least_one, default=DEFAULT_SEQ_LENGTH, metavar="T")
@@ -267,7 +268,7 @@ def _profile(
 
     return estimate_profile(
         options.model,
-        load_config(options.model),
+        load_config(options.model, trust_remote_code=options.trust_remote_code),
         interlock.head,
         micro_batch_size=micro_batch_size_of(contents),
         seq_length=options.seq_length,

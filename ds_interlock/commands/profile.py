@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 DEFAULT_SEQ_LENGTH = 512
+TRUST = "run code that comes with the model"
 
 _PROFILE = """\
 Times forward, input gradient, weight gradient and optimizer step of every layer of a Hugging Face causal
@@ -30,6 +31,7 @@ def add_parser(commands: Any) -> None:
     default = "(default: %(default)s)"
     add("config", metavar="CONFIG", help="DeepSpeed JSON config")
     add("--model", required=True, metavar="NAME_OR_PATH", help="Hugging Face model, or a folder of one")
+    add("--trust-remote-code", "--trust_remote_code", action="store_true", help=TRUST)
     tokens = f"tokens of a sample {default}"
     add("--seq-length", type=at_least_one, default=DEFAULT_SEQ_LENGTH, metavar="T", help=tokens)
     add("--micro-batch-size", type=at_least_one, metavar="B", help="samples (default: CONFIG's, or 1)")
@@ -55,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
 
     if get_accelerator().device_name() == "cpu":
         torch.set_num_threads(options.threads)
-    config = load_config(options.model)
+    config = load_config(options.model, trust_remote_code=options.trust_remote_code)
     dtype = torch.bfloat16 if contents.get("bf16", {}).get("enabled") else torch.float32
     # A model that cannot be cut is refused before anything is timed.
     Skeleton(empty_model(config, "causal", dtype))

@@ -82,8 +82,8 @@ def _read_idx(folder: Path, name: str, num_dims: int) -> Tensor:
 
 
 def _load_hub(name: str, config: str | None) -> ImageData:
-    # Only here: it imports transformers, which takes seconds.
-    from ds_interlock.hf.data.text import load_splits
+    # Only here: it imports datasets, which takes seconds.
+    from ds_interlock.hf.data.loading import load_splits
 
     splits = load_splits(name, config)
     test = next((split for split in ("test", "validation") if split in splits), None)

@@ -53,6 +53,18 @@ class RunArguments:
                 raise ConfigError(f"--{name} is {value}: expected at least {least}")
 
 
+@dataclass(kw_only=True)
+class CompilationArguments:
+    """Whether torch compiles a stage's blocks, by the names of transformers' Trainer."""
+
+    _argument_group_name: ClassVar[str] = "compilation"
+
+    torch_compile: bool = argument(False, "compile each block with torch.compile")
+    torch_compile_backend: str | None = argument(
+        None, "as torch.compile takes it; implies --torch_compile (default: inductor)", metavar="NAME"
+    )
+
+
 Arguments = TypeVar("Arguments", bound=RunArguments)
 Config = TypeVar("Config")
 

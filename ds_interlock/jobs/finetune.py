@@ -29,7 +29,12 @@ from ds_interlock.hf.model.pretrained import Pretrained, open_pretrained
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 from ds_interlock.jobs.finetune_data import encode, read_data
 from ds_interlock.jobs.finetune_task import FinetuneTask
-from ds_interlock.jobs.hugging_face import build_language_model, check_seq_length, describe_for_export
+from ds_interlock.jobs.hugging_face import (
+    build_language_model,
+    check_seq_length,
+    compile_blocks,
+    describe_for_export,
+)
 from ds_interlock.jobs.loop import Loop, Metrics
 from ds_interlock.jobs.process import Config, Job, in_turns, propagate_errors, run_command, start
 from ds_interlock.models.lm import lm_loss
@@ -62,6 +67,7 @@ def run(args: FinetuneArguments) -> Metrics:
     dtype = torch.bfloat16 if job.config.get("bf16", {}).get("enabled") else torch.float32
     pretrained = in_turns(lambda: open_model(args, dtype, classes))
     data, inputs = encode(args, opened, pretrained)
+    del opened  # the text, which may be much
     with propagate_errors():
         net, description = prepare(args, job, pretrained, inputs)
     with propagate_errors():
@@ -168,6 +174,7 @@ def prepare(
         net = job.build_pipeline(blueprint.layers(), loss_fn=lm_loss(), **how)
     else:
         net = build_language_model(job, blueprint, bounds, **how)
+    compile_blocks(net.forward_funcs, args, blueprint.routing)
     return net, describe_for_export(pretrained, blueprint, adapters)
 
 

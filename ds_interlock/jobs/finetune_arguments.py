@@ -5,8 +5,9 @@ from dataclasses import MISSING, dataclass
 from typing import ClassVar, Literal
 
 from ds_interlock.errors import ConfigError
-from ds_interlock.jobs.arguments import RunArguments, argument
+from ds_interlock.jobs.arguments import CompilationArguments, RunArguments, argument
 
+_STEPS = 200  # unless --max_steps says otherwise
 _WEIGHTED = re.compile(r"(.+):(\d*\.?\d+)")
 
 
@@ -88,7 +89,7 @@ class AdaptationArguments:
 class FinetuneRunArguments(RunArguments):
     """The run, with this job's defaults."""
 
-    max_steps: int = argument(200, "optimizer steps (%(default)s)")
+    max_steps: int = argument(-1, f"optimizer steps ({_STEPS}; --streaming needs it)")
     eval_steps: int = argument(0, "0: at start and end only (%(default)s)")
     eval_on_start: bool = argument(True, "evaluate before the first step (%(default)s)")
     early_stopping_patience: int | None = argument(
@@ -118,7 +119,12 @@ class ResultArguments:
 
 @dataclass(kw_only=True)
 class FinetuneArguments(
-    ModelArguments, DataArguments, AdaptationArguments, FinetuneRunArguments, ResultArguments
+    ModelArguments,
+    DataArguments,
+    AdaptationArguments,
+    FinetuneRunArguments,
+    CompilationArguments,
+    ResultArguments,
 ):
     """All arguments of the job; ConfigError if they make no sense, as far as that takes no file."""
 
@@ -130,6 +136,10 @@ class FinetuneArguments(
     _example_config: ClassVar[str] = "configs/finetune/interlock.json"
 
     def __post_init__(self) -> None:
+        if self.max_steps == -1:
+            if self.streaming:
+                raise ConfigError("--streaming needs --max_steps: a stream does not say how long it is")
+            self.max_steps = _STEPS
         super().__post_init__()
         if not re.fullmatch(r"[1-9]\d*[KMGT]B", self.max_shard_size.upper()):
             raise ConfigError(f"--max_shard_size {self.max_shard_size}: expected a size such as 5GB or 200MB")

@@ -3,13 +3,11 @@
 The ranks of stage 0 read and encode the data; the others get what they must know.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
-import datasets
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -23,7 +21,7 @@ from ds_interlock.hf.data.streaming import StreamingBatches, open_stream, rows_o
 from ds_interlock.hf.data.tokenised import Encode, Samples, identity, mix, tokenise
 from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
-from ds_interlock.jobs.process import broadcast_from_rank_0, in_turns
+from ds_interlock.jobs.process import broadcast_from_rank_0, hide_progress_bars, in_turns
 
 Training: TypeAlias = TrainingBatches | StreamingBatches
 
@@ -56,8 +54,7 @@ class Data:
 
 def read_data(args: FinetuneArguments, *, has_data: bool) -> tuple[Opened | None, tuple[str, ...]]:
     """The data, None on ranks without; names of their classes by id. All ranks must call it."""
-    if dist.get_rank() or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    hide_progress_bars()
     opened = in_turns(lambda: _open(args) if has_data else None)
     classes = opened.parts[0].classes if opened and opened.parts else ()
     return opened, broadcast_from_rank_0(classes)

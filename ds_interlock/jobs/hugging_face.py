@@ -4,16 +4,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_interlock import InterlockPipelineModule
+import torch
+
+from ds_interlock import HeadConfig, InterlockPipelineModule
 from ds_interlock.errors import ConfigError
 from ds_interlock.files import replace_text, unfinished_folder
 from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, ModelDescription
 from ds_interlock.hf.model.convert import copy_companions
-from ds_interlock.hf.model.cut import Blueprint
+from ds_interlock.hf.model.cut import Bias, Block, Blueprint
 from ds_interlock.hf.model.pretrained import Pretrained, has_own_code
 from ds_interlock.hf.model.routing import BalancedLMLoss
+from ds_interlock.jobs.arguments import CompilationArguments
 from ds_interlock.jobs.process import Job
+from ds_interlock.models import lm
 from ds_interlock.models.lm import lm_loss
+
+
+def compile_blocks(layers: Sequence[Any], args: CompilationArguments, routing: object = None) -> None:
+    """Has torch compile each block among a stage's layers, if ``args`` say so. Names of parameters stay.
+
+    ConfigError if torch has no such backend, or ``routing``, the balance of experts, is learned.
+    """
+    if not (args.torch_compile or args.torch_compile_backend):
+        return
+    backend = args.torch_compile_backend or "inductor"
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ConfigError(f"--torch_compile_backend {backend}: torch has {', '.join(sorted(known))}")
+    if routing is not None:
+        raise ConfigError(
+            "--torch_compile: the experts' balance is read from their routers while a block runs, which a "
+            "compiled block does not allow: leave it out, or set output_router_logits to false"
+        )
+    for layer in layers:
+        if isinstance(layer, Block | lm.Block):
+            # Of transformers' blocks only their own code: what prepares their arguments branches on values.
+            parts = layer.parts().values() if isinstance(layer, Block) else [layer]
+            for part in parts:
+                part.compile(backend=backend)
 
 
 def build_language_model(
@@ -21,24 +49,35 @@ def build_language_model(
 ) -> InterlockPipelineModule:
     """The layers in stages, with a language model's loss; ConfigError if no heads fit that are needed."""
     if not job.interlock.is_global:
-        _check_heads_fit(blueprint)
+        check_heads_fit(blueprint, job.interlock.head)
     loss_fn = lm_loss(label_smoothing)
     if blueprint.routing:
         loss_fn = BalancedLMLoss(blueprint.routing, label_smoothing)
     return job.build_pipeline(blueprint.layers(), loss_fn=loss_fn, stage_bounds=list(bounds), **options)
 
 
-def _check_heads_fit(blueprint: Blueprint) -> None:
-    """Heads read the hidden state with the model's own unembedding, which must be as wide."""
+def check_heads_fit(blueprint: Blueprint, head: HeadConfig) -> None:
+    """Raises ConfigError where no head can read the hidden state with the model's own unembedding."""
     skeleton = blueprint.skeleton
     assert skeleton.anatomy.unembedding is not None, "a language model has one"
     unembedding: Any = skeleton.original(skeleton.anatomy.unembedding)
     width = skeleton.model.config.get_text_config().hidden_size
-    if unembedding.in_features != width:
+    faults = {
+        "its blocks pass on several hidden states at each position": not skeleton.anatomy.is_plain,
+        "its unembedding has a bias beside its tied weight": any(
+            isinstance(layer, Bias) for layer in blueprint.outline
+        ),
+        f"its hidden states have {width} entries and its unembedding takes {unembedding.in_features}": (
+            unembedding.in_features != width
+        ),
+    }
+    for fault in (fault for fault, is_so in faults.items() if is_so):
         raise ConfigError(
-            f"--model: its hidden states have {width} entries and its unembedding takes "
-            f"{unembedding.in_features}, so no auxiliary head can be made of it; use "
-            '"interlock": {"mode": "global"}'
+            f'--model: {fault}, so no auxiliary head can be made of it; use "interlock": {{"mode": "global"}}'
+        )
+    if head.blocks and any(skeleton.anatomy.beside):
+        raise ConfigError(
+            "interlock.head.blocks: the blocks of --model need more than a hidden state; leave it at 0"
         )
 
 

@@ -118,6 +118,14 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def hide_progress_bars() -> None:
+    """Those of the library ``datasets``, except where a person watches rank 0."""
+    import datasets
+
+    if dist.get_rank() or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
 def _resolve_auto(config: Config, max_steps: int) -> Config:
     """Fills in "auto" in the config's scheduler section, as Hugging Face's trainer does."""
     scheduler = config.get("scheduler", {})

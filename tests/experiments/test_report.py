@@ -237,7 +237,7 @@ def test_modes_without_batch_times_are_named(bench: Bench) -> None:
     bench.fill(records())
     write_batch_times(bench.times, ["global", "local"])
     page = bench.report()
-    assert "Not timed yet: window 2; `python -m experiments.batch_times tiny` does." in page
+    assert 'Not timed yet: "window 2"; `python -m experiments.batch_times tiny` does.' in page
     assert "| not reached | not reached |" in page
 
 

@@ -33,6 +33,7 @@ def test_a_command_line_and_python_give_the_same() -> None:
         LMArguments, None, ["--deepspeed_config", "x", "--train_file", "a", "b", "--dropout", "0.1"]
     )
     assert lm == LMArguments(deepspeed_config="x", train_file=["a", "b"], dropout=0.1)
+    assert FinetuneArguments(**FINETUNE).max_steps == 200
     assert (lm.max_steps, lm.eval_steps, lm.num_stages, lm.local_rank) == (400, 100, None, -1)
 
 
@@ -62,6 +63,9 @@ WRONG: list[tuple[type[RunArguments], dict[str, Any], str]] = [
     (FinetuneArguments, {**FINETUNE, "merge_adapter": True}, "there is no adapter without --lora_r"),
     (FinetuneArguments, {**FINETUNE, "lora_r": 2, "export_heads": True}, "it needs --merge_adapter"),
     (FinetuneArguments, {**FINETUNE, "load_best_model_at_end": True}, "needs --eval_steps"),
+    (FinetuneArguments, {**FINETUNE, "streaming": True}, "--streaming needs --max_steps: a stream does not"),
+    (FinetuneArguments, {**FINETUNE, "max_steps": 0}, "--max_steps is 0: expected at least 1"),
+    (LMArguments, {**LM, "preprocessing_num_workers": 0}, "--preprocessing_num_workers is 0: expected"),
 ]  # fmt: skip
 
 

@@ -77,6 +77,7 @@ def test_a_model_of_transformers_begins_as_its_own_code_says(
     words = ["--deepspeed_config", config, "--output_dir", tmp_path / "out", "--train_file", text]
     words += ["--vocab_size", 300, "--seq_length", 16, "--max_eval_samples", 32, "--max_steps", 1]
     words += ["--generate", 4, "--seed", 5, "--config_name", "llama"]
+    words += ["--torch_compile_backend", "eager"]
     words += ["--config_overrides", sizes + "num_key_value_heads=2,max_position_embeddings=16"]
     ranks2.run(train, argv=[str(word) for word in words])
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())

@@ -92,5 +92,6 @@ def _render_turn_by_turn(chat: Chat, tokenizer: Any) -> tuple[str, list[Span]]:
                 "follows: mark the assistant's part in it with {% generation %} and {% endgeneration %}, or "
                 "give each of the assistant's turns a chat that ends with it"
             )
-        spans.append((len(before), len(after)))
+        if len(before) < len(after):
+            spans.append((len(before), len(after)))
     return whole, spans

@@ -5,7 +5,8 @@
     Chat         {"messages": [{"role", "content"}, ...]}      loss on the assistant's turns
     Classified   {"text", "label"}, {"text", "text_pair", "label"}
 
-Other keys are ignored. A record knows where it came from, for error messages.
+Where a column of a table is null, the row is of another format. Other keys are ignored. A record knows where
+it came from, for error messages.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing_extensions import TypedDict
 
 from ds_interlock.errors import DataError
 
-Task: TypeAlias = Literal["causal", "classification"]
+Task: TypeAlias = Literal["causal", "classification", "text"]
 
 _STRICT = ConfigDict(strict=True)
 
@@ -42,6 +43,13 @@ def _with_an_answer(messages: list[Any]) -> list[Any]:
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no message is the assistant's, so there is nothing to learn")
     return messages
+
+
+def _without_nulls(value: Any) -> Any:
+    """Tables have every key in every message, and templates ask whether a key exists."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _class(label: Any) -> int | str:
@@ -84,7 +92,9 @@ class Completion:
 class Chat:
     """Messages; those of the assistant are to be learned."""
 
-    messages: Annotated[list[Message], Field(min_length=1), AfterValidator(_with_an_answer)]
+    messages: Annotated[
+        list[Message], Field(min_length=1), AfterValidator(_with_an_answer), AfterValidator(_without_nulls)
+    ]
     where: str
 
 
@@ -104,10 +114,13 @@ Record: TypeAlias = Document | Completion | Chat | Classified
 _FORMATS: Mapping[Task, Mapping[tuple[str, ...], type[Record]]] = {
     "causal": {("messages",): Chat, ("prompt", "completion"): Completion, ("text",): Document},
     "classification": {("text", "label"): Classified},
+    "text": {("text",): Document},
 }
 
-
 Keys: TypeAlias = tuple[str, ...]
+
+KEYS = ("messages", "prompt", "completion", "text", "text_pair", "label")
+"""All that a record may need of a row."""
 
 
 def format_of(value: Mapping[str, Any], where: str, task: Task) -> Keys:
@@ -123,18 +136,23 @@ def format_of(value: Mapping[str, Any], where: str, task: Task) -> Keys:
 
 def record_of(value: Mapping[str, Any], where: str, task: Task, keys: Keys) -> Record:
     """The record in an object of a source whose first object has the format ``keys``; DataError if not."""
-    missing = next((key for key in keys if key not in value), None)
+    missing = next((key for key in keys if value.get(key) is None), None)
     if missing is not None:
         fitting = _fitting(value, task)
-        fault = f'"{missing}" is missing, {_keys(value)}; expected {_named(keys)}'
-        if fitting:
+        if fitting not in (keys, None):
             fault = f"mixed formats, {_named(fitting)} here, {_named(keys)} before; use a file for each"
-        raise DataError(f"{where}: {fault}")
+            raise DataError(f"{where}: {fault}")
+        if missing not in value:
+            raise DataError(f'{where}: "{missing}" is missing, {_keys(value)}; expected {_named(keys)}')
     return _record(_FORMATS[task][keys], value, where)
 
 
 def _fitting(value: Mapping[str, Any], task: Task) -> Keys | None:
-    return next((keys for keys in _FORMATS[task] if all(key in value for key in keys)), None)
+    for has in (lambda key: value.get(key) is not None, value.__contains__):
+        for keys in _FORMATS[task]:
+            if all(map(has, keys)):
+                return keys
+    return None
 
 
 def _record(kind: type[Record], value: Mapping[str, Any], where: str) -> Record:

@@ -1,19 +1,18 @@
 """Files and data sets in, records out.
 
-    *.txt, folders of *.txt  ──► one Document per text
-    *.jsonl, *.json          ──► one record per line, which holds one JSON object
-    a data set               ──► one record per row of its splits
+    text files, folders of *.txt         ──► one Document per text
+    JSON lines, *.csv, *.parquet         ──► one record per row (``files``)
+    a data set                           ──► one record per row of its splits
 
-The first object of a file says which format (``records``) the whole file has.
+The first row of a file says which format (``records``) the whole file has.
 
 Lines and documents go into an Arrow file of the library ``datasets``, in its cache, and are mapped from
 there: they may be more than memory holds, and the processes of a machine share them.
 """
 
+import hashlib
 import json
-from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +20,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ds_interlock.errors import DataError
-from ds_interlock.hf.data.records import Classified, Keys, Record, Task, format_of, kind_of, record_of
-from ds_interlock.hf.data.text import VALIDATION_SHARE, iter_documents, read_sources, text_files
+from ds_interlock.hf.data.files import is_table, iter_documents, iter_rows, text_files, unit_of
+from ds_interlock.hf.data.loading import cache_errors, load_splits, sotu_folder
+from ds_interlock.hf.data.records import KEYS, Classified, Keys, Record, Task, format_of, kind_of, record_of
 from ds_interlock.sampling import split_indices
 
+VALIDATION_SHARE = 0.05  # of the records, if there is no validation data
+_READ_TOGETHER = 1000  # rows
 _ROW = "__row__"  # the column with the number of a data set's row
 _FEATURES = {"value": "string", "source": "int32", "number": "int64"}  # of lines and documents
 
@@ -50,9 +52,31 @@ class Records(Sequence[Record]):
     def __len__(self) -> int:
         return len(self.rows if self.numbers is None else self.numbers)
 
+    def __iter__(self) -> Iterator[Record]:
+        for start in range(0, len(self), _READ_TOGETHER):
+            some: Any = range(start, min(start + _READ_TOGETHER, len(self)))
+            if self.numbers is not None:
+                some = self.numbers[start : some.stop].tolist()
+            yield from records_in(self.rows[some], self.sources, self.task)
+
     def __getitem__(self, number: Any) -> Any:
         row = range(len(self.rows))[number] if self.numbers is None else int(self.numbers[number])
         return record_in(self.rows[row], self.sources, self.task)
+
+    def own_rows(self) -> Any:
+        """Its rows, without those of other records."""
+        import pyarrow as pa
+
+        if self.numbers is None:
+            return self.rows
+        # As ``select``, which copies the numbers to hash them and makes a list of Python's of them.
+        numbers, inner = self.numbers.numpy(), self.rows._indices
+        indices = pa.array(numbers, pa.uint64())
+        table = pa.table({"indices": indices if inner is None else inner.column(0).take(indices)})
+        with pa.BufferOutputStream() as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        key = f"{self.rows._fingerprint}-{hashlib.sha256(numbers.data).hexdigest()[:16]}"
+        return self.rows._new_dataset_with_indices(indices_buffer=sink.getvalue(), fingerprint=key)
 
     def subset(self, numbers: Tensor) -> "Records":
         """The records of these indices."""
@@ -63,13 +87,19 @@ class Records(Sequence[Record]):
 def record_in(row: Mapping[str, Any], sources: Sequence[Source], task: Task, number: int = 0) -> Record:
     """The record in one row of ``Records.rows``, or in row ``number`` of a data set that is streamed."""
     if row.keys() != _FEATURES.keys():  # of a data set
-        (source,), number, value = sources, row.get(_ROW, number), row
+        (source,), number, value = sources, row.get(_ROW, number), _own_columns(row)
     else:
         source, number, value = sources[row["source"]], row["number"], None
     where = f"{source.before}{number}{source.after}"
     if value is None:
         value = _json_object(row["value"], where) if source.is_json else {"text": row["value"]}
     return record_of(value, where, task, source.format)
+
+
+def records_in(rows: Mapping[str, list[Any]], sources: Sequence[Source], task: Task) -> list[Record]:
+    """The records in columns of some rows."""
+    of_rows = zip(*rows.values(), strict=True)
+    return [record_in(dict(zip(rows, values, strict=True)), sources, task) for values in of_rows]
 
 
 @dataclass(frozen=True)
@@ -96,20 +126,28 @@ def load_records(
     task: Task = "causal",
     seed: int = 0,
 ) -> RecordData:
-    """The records of files (see ``read_records``) or of a data set (see ``text.read_sources``).
+    """The records of files (see ``read_records``) or of a data set.
 
-    Without validation records a share of the training records, drawn by ``seed``, validates. The task
-    "classification" expects classes, "causal" the other formats. DataError if anything is missing or empty.
-    A record that is malformed raises one when it is read; it names the file and the line.
+    ``dataset`` is "sotu" for the package of that name, else a name for ``datasets.load_dataset``. Without
+    validation records a share of the training records, drawn by ``seed``, validates. The task
+    "classification" expects classes, "text" documents, "causal" any format but classes. DataError if
+    anything is missing or empty. A malformed record raises one when it is read, with the file and the line.
     """
-    train, validation = read_sources(
-        train_files,
-        validation_files,
-        dataset,
-        dataset_config,
-        read=lambda paths: read_records(paths, task),
-        read_split=lambda split, name: _records_of_split(split, name, task),
-    )
+    if bool(train_files) == bool(dataset):
+        raise DataError("give either --train_file or --dataset: exactly one of them is the training data")
+    validation: Records | None = None
+    if not dataset or dataset == "sotu":
+        train = read_records([str(sotu_folder())] if dataset else train_files, task)
+    else:
+        splits = load_splits(dataset, dataset_config)
+        train = _records_of_split(splits["train"], f"data set {dataset}, train", task)
+        if not train:
+            raise DataError(f"data set {dataset!r} is empty: its training split holds no text")
+        if "validation" in splits:
+            name = f"data set {dataset}, validation"
+            validation = _records_of_split(splits["validation"], name, task)
+    if validation_files:
+        validation = read_records(validation_files, task)
     # Before the split: a class that only the validation share has counts, too.
     label_ids = _label_ids(train) if task == "classification" else {}
     if not validation:
@@ -121,32 +159,13 @@ def load_records(
 
 
 def read_records(paths: Sequence[str], task: Task = "causal") -> Records:
-    """The records of all texts (``*.txt``, folders of them), then those of all ``*.jsonl`` and ``*.json``."""
+    """The records of all texts, then those of all files with rows."""
     from datasets import Dataset
 
     files, sources = _files_and_sources(paths, task)
     with cache_errors():
         rows = Dataset.from_generator(_rows, features=_features(), gen_kwargs={"files": files})
     return Records(rows, sources, task)
-
-
-@contextmanager
-def cache_errors() -> Iterator[None]:
-    """Within it the library ``datasets`` writes: DataError if it cannot, or of the data themselves."""
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        yield
-    except (DatasetGenerationError, OSError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        if isinstance(cause, DataError):
-            raise cause from None
-        if not isinstance(cause, OSError):
-            raise
-        raise DataError(
-            f"the cache of datasets cannot be written ({cause}): make room, or set HF_DATASETS_CACHE to a "
-            "folder with room"
-        ) from error
 
 
 def stream_of_files(paths: Sequence[str]) -> tuple[Any, list[Source]]:
@@ -165,43 +184,34 @@ def _features() -> Any:
 
 
 def _files_and_sources(paths: Sequence[str], task: Task) -> tuple[list[Any], list[Source]]:
-    """Of all texts together, and of each file of JSON lines: what ``_rows`` takes, and what it is."""
-    texts, json_files = [], []
-    for path in paths:
-        ending = Path(path).suffix.lower()
-        if ending in (".jsonl", ".json"):
-            json_files.append(path)
-        elif ending == ".txt" or Path(path).is_dir():
-            texts.append(path)
-        else:
-            raise DataError(
-                f"{path} ends in {ending!r}: expected .txt (documents), .jsonl or .json (an object a line)"
-            )
+    """Of all texts together, and of each file with rows: what ``_rows`` takes, and what it is."""
+    texts = [path for path in paths if not is_table(path)]
+    tables = [path for path in paths if is_table(path)]
     if texts and task == "classification":
         raise DataError(
             f'{texts[0]} is plain text: --task classification needs JSON lines with "text" and "label"'
         )
     sources = [Source("document ", f" of {', '.join(texts)}", ("text",))] if texts else []
-    for file in json_files:
-        number, line = next(_lines(file))
-        where = f"{file} line {number}"
-        keys = format_of(_json_object(line, where), where, task)
-        sources.append(Source(f"{file} line ", "", keys, is_json=True))
-    parts = [*([tuple(texts)] if texts else []), *((file,) for file in json_files)]
-    versions = [[_version(file) for path in part for file in text_files(Path(path))] for part in parts]
+    for file in tables:
+        before = f"{file} {unit_of(file)} "
+        number, row = next(iter_rows(file, KEYS))
+        keys = format_of(_json_object(row, f"{before}{number}"), f"{before}{number}", task)
+        sources.append(Source(before, "", keys, is_json=True))
+    parts = [*([tuple(texts)] if texts else []), *((file,) for file in tables)]
+    versions = [[_version(file) for path in part for file in text_files(path)] for part in parts]
     is_json = [source.is_json for source in sources]
     return list(zip(range(len(parts)), parts, is_json, versions, strict=True)), sources
 
 
-def _version(file: Path) -> tuple[str, int, int]:
+def _version(file: str) -> tuple[str, int, int]:
     """Other contents of a file make other rows."""
-    status = file.stat()
-    return str(file.absolute()), status.st_size, status.st_mtime_ns
+    status = Path(file).stat()
+    return str(Path(file).absolute()), status.st_size, status.st_mtime_ns
 
 
 def _rows(files: Sequence[tuple[int, tuple[str, ...], bool, Any]]) -> Iterator[dict[str, Any]]:
     for source, paths, is_json, _ in files:
-        values = _lines(paths[0]) if is_json else enumerate(iter_documents(paths), 1)
+        values = iter_rows(paths[0], KEYS) if is_json else enumerate(iter_documents(paths), 1)
         for number, value in values:
             yield {"value": value, "source": source, "number": number}
 
@@ -211,32 +221,19 @@ def _records_of_split(split: Any, name: str, task: Task) -> Records:
     split = split.add_column(_ROW, range(len(split)))
     if "text" in split.column_names:
         split = split.filter(has_text)
-    keys = format_of(split[0], f"{name} row {split[0][_ROW]}", task) if len(split) else ()
+    keys = format_of(_own_columns(split[0]), f"{name} row {split[0][_ROW]}", task) if len(split) else ()
     return Records(split, [Source(f"{name} row ", "", keys)], task)
 
 
+def _own_columns(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {name: value for name, value in row.items() if name != _ROW}
+
+
 def has_text(row: Mapping[str, Any]) -> bool:
-    """Whether a row's "text" is not blank, if it has one."""
+    """Whether a row's "text" is not blank, if it has one, or it is of another format."""
     text = row.get("text", "no text is expected")
-    return not isinstance(text, str | None) or bool((text or "").strip())
-
-
-def _lines(file: str) -> Iterator[tuple[int, str]]:
-    """The lines of a file that are not blank, and their numbers; DataError if there is none."""
-    number, is_empty = 0, True
-    try:
-        with Path(file).open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if text := line.removeprefix(BOM_UTF8).rstrip():
-                    yield number, text.decode("utf-8")
-                    is_empty = False
-    except UnicodeDecodeError as error:
-        where = f"{file} line {number}"
-        raise DataError(f"{where}: not UTF-8 ({error.reason}); convert the file, as with iconv") from error
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from error
-    if is_empty:
-        raise DataError(f"{file} is empty: expected one JSON object a line")
+    is_blank = isinstance(text, str | None) and not (text or "").strip()
+    return not is_blank or row.get("messages") is not None or row.get("prompt") is not None
 
 
 def _json_object(line: str, where: str) -> Mapping[str, Any]:

@@ -17,11 +17,11 @@ import numpy as np
 
 from ds_interlock.errors import DataError
 from ds_interlock.hf.data.batches import BatchShape, MicroBatch
+from ds_interlock.hf.data.loading import load_splits, loading, sotu_folder
 from ds_interlock.hf.data.records import format_of
 from ds_interlock.hf.data.rows import Rows
 from ds_interlock.hf.data.samples import Sample
 from ds_interlock.hf.data.sources import Records, Source, has_text, record_in, stream_of_files
-from ds_interlock.hf.data.text import load_splits, sotu_folder
 from ds_interlock.hf.data.tokenised import Encode, columns, sample_in
 from ds_interlock.sampling import ResumableIterator
 
@@ -50,12 +50,14 @@ def validation_records(dataset: str, config: str | None, most: int | None) -> Re
     if "validation" not in splits:
         return None
     stream, name = splits["validation"], f"data set {dataset}, validation"
-    rows = [row for row in islice(stream, most) if has_text(row)]
+    with loading(name):
+        rows = [row for row in islice(stream, most) if has_text(row)]
     return Records(Dataset.from_list(rows), [_source_of(stream, name)], "causal")
 
 
 def _source_of(stream: Stream, name: str) -> Source:
-    first = next((row for row in stream if has_text(row)), None)
+    with loading(name):
+        first = next((row for row in stream if has_text(row)), None)
     if first is None:
         raise DataError(f"{name} is empty: it holds no text")
     return Source(f"{name} row ", "", format_of(first, f"{name} row 0", "causal"))
@@ -181,12 +183,16 @@ class StreamingBatches(ResumableIterator[MicroBatch]):
     def _read_batch(self) -> None:
         self._before = self._epoch, self._stream.state_dict()
         num_rows = self.shape.micro_batch_size * self.shape.num_micro_batches
-        batch = [_samples_in(row) for row in islice(self._reader, num_rows)]
+        batch = self._read(num_rows)
         while len(batch) < num_rows:  # the epoch has ended
             self._open(self._epoch + 1, None)
-            new = [_samples_in(row) for row in islice(self._reader, num_rows - len(batch))]
+            new = self._read(num_rows - len(batch))
             if not new:
                 raise DataError("--streaming: there is nothing to learn in this replica's training data")
             batch += new
         num_labels = sum(sample.num_labels for row in batch for sample in row)
         self._batch, self._normaliser = batch, self.shape.normaliser(self.add_up(num_labels))
+
+    def _read(self, num_rows: int) -> list[list[Sample]]:
+        with loading("the streamed training data"):
+            return [_samples_in(row) for row in islice(self._reader, num_rows)]

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from ds_interlock.errors import DataError
 from ds_interlock.heads.labels import IGNORED_LABEL
+from ds_interlock.hf.data.loading import cache_errors
 from ds_interlock.hf.data.records import Record, Task
 from ds_interlock.hf.data.samples import Encoded, Sample
-from ds_interlock.hf.data.sources import Records, Source, cache_errors, record_in
+from ds_interlock.hf.data.sources import Records, Source, records_in
 
 Numbers: TypeAlias = NDArray[np.integer[Any]]
 Encode: TypeAlias = Callable[[Sequence[Record]], Iterable[Encoded]]
@@ -115,26 +116,9 @@ def tokenise(
     ``options`` are all that the result depends on besides the records. DataError if a record is malformed, or
     nothing is left to learn.
     """
-    from datasets.fingerprint import Hasher
-
-    rows = records.rows
-    if joins and records.numbers is not None:  # whole samples could not be told apart later
-        rows = rows.select(records.numbers.numpy())
-    if num_processes is None:
-        num_processes = os.cpu_count() if len(rows) > _ROWS_OF_ONE_PROCESS else None
-    fingerprint = Hasher.hash([_FORM, rows._fingerprint, records.sources, records.task, *options])
-    with cache_errors():
-        data = rows.map(
-            _map_rows,
-            batched=True,
-            with_indices=True,
-            num_proc=num_processes,
-            features=features(),
-            remove_columns=rows.column_names,
-            fn_kwargs={"sources": records.sources, "task": records.task, "encode": encode},
-            new_fingerprint=fingerprint,
-            desc="tokens",
-        )
+    rows = records.own_rows() if joins else records.rows  # whole samples can be told apart later
+    how: Any = {"sources": records.sources, "task": records.task, "encode": encode}
+    data = map_once(rows, _map_rows, features(), [records.task, *options], num_processes, **how)
     samples = Samples(data)
     if records.numbers is not None and not joins:
         samples = samples.of_records(records.numbers.numpy(), len(rows))
@@ -144,6 +128,38 @@ def tokenise(
             "or give shorter prompts"
         )
     return samples
+
+
+def map_once(
+    rows: Any,
+    function: Callable[..., Any],
+    features: Any,
+    options: Sequence[Any],
+    num_processes: int | None,
+    *,
+    sources: Sequence[Source],
+    **arguments: Any,
+) -> Any:
+    """``rows.map`` of batches; from the cache if there, by a hash of rows, sources and options.
+
+    In ``num_processes``; None: one for each core, if there are many rows.
+    """
+    from datasets.fingerprint import Hasher
+
+    if num_processes is None:
+        num_processes = os.cpu_count() if len(rows) > _ROWS_OF_ONE_PROCESS else None
+    with cache_errors():
+        return rows.map(
+            function,
+            batched=True,
+            with_indices=True,
+            num_proc=num_processes,
+            features=features,
+            remove_columns=rows.column_names,
+            fn_kwargs={"sources": sources, **arguments},
+            new_fingerprint=Hasher.hash([_FORM, rows._fingerprint, sources, *options]),
+            desc="tokens",
+        )
 
 
 def mix(parts: Sequence[Samples], weights: Sequence[float] | None, seed: int) -> Samples:
@@ -229,6 +245,4 @@ def _map_rows(
     task: Task,
     encode: Encode,
 ) -> dict[str, list[Any]]:
-    of_rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-    records = [record_in(row, sources, task) for row in of_rows]
-    return columns(zip(numbers, encode(records), strict=True))
+    return columns(zip(numbers, encode(records_in(rows, sources, task)), strict=True))

@@ -9,7 +9,8 @@ are normalised one by one.
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,15 +28,16 @@ _TRAINING_CHARACTERS = 4_000_000  # enough for the vocabularies of small models;
 
 
 def load_tokenizer(
-    name_or_path: str | None, documents: Sequence[str], vocab_size: int
+    name_or_path: str | None, documents: Iterable[str], vocab_size: int, key: str | None = None
 ) -> PreTrainedTokenizerBase:
     """A sentencepiece ``.model`` or a Hugging Face tokenizer, by name or folder.
 
-    None trains a BPE of ``vocab_size`` ids on the documents, and keeps it in ``default_cache_dir()``.
+    None trains a BPE of ``vocab_size`` ids on the documents, and keeps it in ``default_cache_dir()``; see
+    ``train_sentencepiece`` for ``key``.
     DataError if it is unreadable, or has no token to end a document.
     """
     if name_or_path is None:
-        return read_sentencepiece(train_sentencepiece(documents, vocab_size, default_cache_dir()))
+        return read_sentencepiece(train_sentencepiece(documents, vocab_size, default_cache_dir(), key))
     if name_or_path.endswith(".model"):
         return read_sentencepiece(Path(name_or_path))
     try:
@@ -85,10 +87,13 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_interlock"
 
 
-def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Path) -> Path:
+def train_sentencepiece(
+    documents: Iterable[str], vocab_size: int, cache_dir: Path, key: str | None = None
+) -> Path:
     """The file of a BPE trained on ``documents``. Decoding restores any text: rare characters become bytes.
 
-    It is named by a hash of text and settings, and appears whole: several processes may train at once.
+    It is named by a hash of text and settings, and appears whole: several processes may train at once. With a
+    ``key`` of the documents, which are not read again where it is known.
     DataError if the documents hold too little text for ``vocab_size`` ids.
     """
     settings: dict[str, Any] = {
@@ -107,14 +112,28 @@ def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Pa
         "bos_id": -1,
         "pad_id": -1,
     }
-    lines = _training_lines(documents)
-    digest = hashlib.sha256()
-    for part in (sentencepiece.__version__, repr(sorted(settings.items())), *lines):
-        digest.update(part.encode() + b"\0")
-    path = cache_dir / f"bpe-{vocab_size}-{digest.hexdigest()[:16]}.model"
-    if path.is_file():
+    known = cache_dir / f"{_name_of(settings, [key or ''])}.known"  # the name of the file
+    if key and known.is_file() and (path := cache_dir / known.read_text()).is_file():
         return path
+    lines = _training_lines(documents)
+    path = cache_dir / f"{_name_of(settings, lines)}.model"
     cache_dir.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        _train(lines, settings, path)
+    if key:
+        known.write_text(path.name)
+    return path
+
+
+def _name_of(settings: Mapping[str, Any], parts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for part in (sentencepiece.__version__, repr(sorted(settings.items())), *parts):
+        digest.update(part.encode() + b"\0")
+    return f"bpe-{settings['vocab_size']}-{digest.hexdigest()[:16]}"
+
+
+def _train(lines: Sequence[str], settings: Mapping[str, Any], path: Path) -> None:
+    cache_dir, vocab_size = path.parent, settings["vocab_size"]
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".training-") as folder:
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -126,15 +145,18 @@ def train_sentencepiece(documents: Sequence[str], vocab_size: int, cache_dir: Pa
                 f"a --vocab_size that fits, more text, or an existing --tokenizer (sentencepiece: {error})"
             ) from error
         os.replace(f"{folder}/bpe.model", path)
-    return path
 
 
-def _training_lines(documents: Sequence[str]) -> list[str]:
+def _training_lines(documents: Iterable[str]) -> list[str]:
     """Lines from all documents alike, about ``_TRAINING_CHARACTERS`` in all: every n-th one."""
-    lines = [line for document in documents for line in document.splitlines() if line.strip()]
-    step = max(1, sum(map(len, lines)) // _TRAINING_CHARACTERS)
+
+    def lines() -> Iterator[str]:
+        return (line for document in documents for line in document.splitlines() if line.strip())
+
+    step = max(1, sum(map(len, lines())) // _TRAINING_CHARACTERS)
     # Sentencepiece leaves out lines of more than 4,192 bytes.
-    return [line[start : start + 1000] for line in lines[::step] for start in range(0, len(line), 1000)]
+    some = islice(lines(), 0, None, step)
+    return [line[start : start + 1000] for line in some for start in range(0, len(line), 1000)]
 
 
 def _to_fast(path: Path) -> FastTokenizer:

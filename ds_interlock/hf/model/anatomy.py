@@ -13,20 +13,29 @@ first block is the front; the rest is the end.
 Shape suffixes: b batch, t position, d hidden width, v vocabulary.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from ds_interlock.errors import ConfigError, first_line
 
 _BATCH, _POSITIONS = 2, 3
+_MOST_RETURNED = 3
+
+
+class Source(NamedTuple):
+    """Where a tensor comes from that a block gets beside its hidden state, and that weights have made."""
+
+    is_front: bool  # made before the first block; else by the block before
+    number: int  # which one of the front's; or its place in what the block before returned
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,17 @@ class Anatomy:
     embedding: str  # the token embedding, one of ``front`` or within one
     unembedding: str | None  # maps hidden states to logits; None in a model without one
     tied: bool  # the unembedding's weight is the token embedding's
-    returns_tuple: bool  # a block returns a tuple that begins with the hidden state
+    stored_bias: str | None  # another name of the unembedding's bias, which files may have
+    num_returned: int  # by a block, in a tuple that begins with the hidden state; 0: the hidden state alone
+    is_plain: bool  # hidden states between blocks are [b, t, d], not several at each position
+    needs_ids: bool  # blocks get the token ids
+    beside: tuple[Mapping[int, Source], ...]  # by block: of its other arguments, by their number as leaves
+
+    def travels_into(self, index: int) -> list[Source]:
+        """What arrives at block ``index`` beside the hidden state, in order; nothing after the last one."""
+        of_front = {source for needs in self.beside[index:] for source in needs.values() if source.is_front}
+        own = {source for needs in self.beside[index : index + 1] for source in needs.values()}
+        return sorted(of_front | own)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -55,18 +74,17 @@ def find_anatomy(model: Any) -> Anatomy:
     """
     config, name = model.config, type(model).__name__
     refuse_other_models(config, name)
+    if getattr(config.get_text_config(), "hidden_size", None) is None:
+        _cannot_cut(name, "its configuration has no hidden_size, so it has not one width")
     names = {module: path for path, module in model.named_modules()}
     unembedding = names.get(model.get_output_embeddings())
-    view = _find_blocks(model)
-    parts = list(_parts_with_weights(model, view.blocks))
-    if unembedding is not None and unembedding not in parts:
-        _cannot_cut(name, f"{unembedding} is a piece of larger output layers")
-    tied = unembedding is not None and bool(config.tie_word_embeddings)
-    if tied and model.get_output_embeddings().bias is not None:
-        _cannot_cut(name, f"{unembedding} has a bias beside its tied weight")
+    view = _find_blocks(model, unembedding)
+    parts = list(_parts_with_weights(model, view.blocks, unembedding))
+    _refuse_other_weights(model, view.blocks, unembedding)
     embedding = names.get(_input_embedding(model))
     if embedding is None:
         _cannot_cut(name, "transformers does not say which module is its token embedding")
+    tied = {f"{unembedding}.weight", f"{embedding}.weight"} in map(set, _tied_weights(model).items())
     return Anatomy(
         blocks=view.blocks,
         num_blocks=view.num_calls,
@@ -75,7 +93,12 @@ def find_anatomy(model: Any) -> Anatomy:
         embedding=embedding,
         unembedding=unembedding,
         tied=tied,
-        returns_tuple=view.returns_tuple,
+        stored_bias=_tied_weights(model).get(f"{unembedding}.bias"),
+        num_returned=view.num_returned,
+        is_plain=view.is_plain,
+        # Their shapes follow from those of the embeddings, which only ids lead to.
+        needs_ids=view.needs_ids or any(s.is_front for needs in view.beside for s in needs.values()),
+        beside=tuple(view.beside),
     )
 
 
@@ -103,6 +126,11 @@ def _input_embedding(model: Any) -> Any:
         with suppress(NotImplementedError):
             return part.get_input_embeddings()
     return None
+
+
+def _tied_weights(model: Any) -> Mapping[str, str]:
+    """By the names of tied parameters, those that they share a tensor with."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def _cannot_cut(name: str, why: str) -> NoReturn:
@@ -137,6 +165,33 @@ def take_hidden(inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, 
     return options.pop(next(floats, "hidden_states"), None), ()
 
 
+def returned(hidden: Any, num_returned: int, *beside: object) -> Any:
+    """What a block returns, as ``Anatomy.num_returned`` says; ``beside`` may be left out."""
+    others = beside or (None,) * (num_returned - 1)
+    return (hidden, *others) if num_returned else hidden
+
+
+def shaped_like(module: nn.Module, inputs: Any, options: Any, hidden_btd: Tensor) -> Tensor:
+    """Zeros of the shape of what ``module``, all on the meta device, returns; else of the hidden state's."""
+    try:
+        with torch.no_grad():
+            inputs, options = tree_map(
+                lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, (inputs, options)
+            )
+            shape = module(*inputs, **options).shape
+    except Exception:  # noqa: BLE001 - the model's own code, which may read values
+        shape = hidden_btd.shape
+    return hidden_btd.new_zeros(shape)
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy of a module that computes shapes alone."""
+    memo: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in module.buffers()}
+    for tensor in module.parameters():
+        memo[id(tensor)] = nn.Parameter(tensor.to("meta"), requires_grad=False)
+    return copy.deepcopy(module, memo)
+
+
 def forward_without_cache(model: Any, inputs: Mapping[str, Tensor]) -> Any:
     """The output of a transformers model, without keys and values for generation, and without losses."""
     options = {name: False for name in ("use_cache", "output_router_logits") if hasattr(model.config, name)}
@@ -147,21 +202,40 @@ class _NotTheBlocks(Exception):  # noqa: N818 - an answer
     pass
 
 
+class _NoChain(_NotTheBlocks):  # says least: a block that returns another form is wrongly read
+    pass
+
+
+@dataclass
+class _FromBlock:
+    """What a stand-in for a block returns beside the hidden state; to pytrees a leaf."""
+
+    index: int
+    place: int
+
+
 class _View:
     """One look at a model's forward, with the members of ``blocks`` as its blocks."""
 
-    def __init__(self, model: Any, blocks: str, returns_tuple: bool) -> None:
-        self.blocks, self.returns_tuple = blocks, returns_tuple
+    def __init__(self, model: Any, blocks: str, unembedding: str | None, num_returned: int) -> None:
+        self.blocks, self.num_returned = blocks, num_returned
         self.front: set[str] = set()
         self.num_calls = 0
-        self._parts = list(_parts_with_weights(model, blocks))
+        self.is_plain, self.needs_ids = True, False
+        self.beside: list[dict[int, Source]] = []
+        self._made_by_front: list[Tensor] = []
+        self._from_front: list[Tensor] = []  # what modules have returned: all that depends on them shows it
+        self._from_blocks: list[Tensor] = []
+        self._ids_bt = torch.ones((_BATCH, _POSITIONS), dtype=torch.int64)
+        parts = _parts_with_weights(model, blocks, unembedding)
+        self._parts = {path: on_meta(model.get_submodule(path)) for path in parts}
         self._num_blocks = len(model.get_submodule(blocks))
         width, like = model.config.get_text_config().hidden_size, next(model.parameters())
         shape = (_BATCH, _POSITIONS, width)
-        self._hidden_btd = torch.zeros(shape, dtype=like.dtype, requires_grad=True)
+        self._hidden_btd = torch.zeros(shape, dtype=like.dtype)
         self._last: Any = None  # what the block before returned
 
-    def part(self, path: str, *inputs: Any, **_: Any) -> Tensor:
+    def part(self, path: str, *inputs: Any, **options: Any) -> Tensor:
         """Called for a module beside the blocks."""
         if self.num_calls == 0:
             self.front.add(path)
@@ -169,7 +243,11 @@ class _View:
             raise _NotTheBlocks(f"{path} is called between or on both sides of the blocks of {self.blocks}")
         elif self._num_blocks == 1:  # no second block shows what one returned
             self._check_shape(inputs[0] if inputs else None, path)
-        return self._hidden_btd.clone()
+        if self.num_calls:
+            self._check_end(path, [inputs, options])
+        shaped = shaped_like(self._parts[path], inputs, options, self._hidden_btd).requires_grad_()
+        self._from_front += [shaped] if self.num_calls == 0 else []
+        return shaped.clone()  # may be changed in place
 
     def block(self, index: int, *inputs: Any, **options: Any) -> Any:
         """Called for a block."""
@@ -178,29 +256,68 @@ class _View:
         if index != self.num_calls:
             raise _NotTheBlocks(f"{where} is called {index and 'out of order or '}more than once")
         if index and hidden_btd is not self._last:
-            raise _NotTheBlocks(f"{where} does not get what the block before it returned")
+            raise _NoChain(f"{where} does not get what the block before it returned")
         self._check_shape(hidden_btd, where)
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves([others, options])):
-            raise _NotTheBlocks(f"{where} gets more that is computed from weights than a hidden state")
+        leaves = tree_leaves([others, options])
+        sources = ((number, self._source(leaf, index)) for number, leaf in enumerate(leaves))
+        self.beside.append({number: source for number, source in sources if source is not None})
+        self.needs_ids |= any(
+            isinstance(leaf, Tensor) and leaf.data_ptr() == self._ids_bt.data_ptr() for leaf in leaves
+        )
         self.num_calls += 1
-        self._last = hidden_btd.clone()
-        return (self._last,) if self.returns_tuple else self._last
+        self._from_blocks.append(torch.zeros_like(hidden_btd, requires_grad=True))
+        self._last = self._from_blocks[-1].clone()
+        others = tuple(_FromBlock(index, place) for place in range(1, self.num_returned))
+        return returned(self._last, self.num_returned, *others)
+
+    def _source(self, leaf: Any, index: int) -> Source | None:
+        """Where an argument of block ``index`` comes from; None if every stage can compute it."""
+        fault = f"{self.blocks}.{index} gets what blocks before the last one have made"
+        if isinstance(leaf, _FromBlock):
+            if leaf.index != index - 1:
+                raise _NotTheBlocks(fault)
+            return Source(False, leaf.place)
+        if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+            return None
+        if _depends_on(leaf, self._from_blocks):
+            raise _NotTheBlocks(fault)
+        same = (number for number, tensor in enumerate(self._made_by_front) if tensor is leaf)
+        number = next(same, len(self._made_by_front))
+        self._made_by_front[number:] = self._made_by_front[number:] or [leaf]
+        return Source(True, number)
+
+    def _check_end(self, where: str, inputs: Any) -> None:
+        """After the blocks only what the last one has returned may be read."""
+        for leaf in tree_leaves(inputs):
+            if isinstance(leaf, Tensor) and _depends_on(leaf, self._from_front + self._from_blocks[:-1]):
+                raise _NotTheBlocks(f"{where} gets more than what the last block of {self.blocks} returned")
 
     def _check_shape(self, hidden_btd: Any, where: str) -> None:
-        if not isinstance(hidden_btd, Tensor) or hidden_btd.shape != self._hidden_btd.shape:
+        shape = hidden_btd.shape if isinstance(hidden_btd, Tensor) else torch.Size()
+        rows, width = self._hidden_btd.shape[:2], self._hidden_btd.shape[2]
+        # There may be several, [b, t, n, d] or [b, t, nd].
+        if shape[:2] != rows or len(shape) < 3 or shape[-1] % width:
             got = list(hidden_btd.shape) if isinstance(hidden_btd, Tensor) else type(hidden_btd).__name__
             raise _NotTheBlocks(f"{where} takes {got}, no hidden state [batch, position, width]")
+        self.is_plain &= shape == self._hidden_btd.shape
 
     def look(self, model: Any) -> None:
         """Runs the forward; _NotTheBlocks with the reason if these are not the blocks."""
         calls: dict[str, Callable[..., Any]] = {path: partial(self.part, path) for path in self._parts}
         calls |= {f"{self.blocks}.{i}": partial(self.block, i) for i in range(self._num_blocks)}
-        ids_bt = torch.ones((_BATCH, _POSITIONS), dtype=torch.int64)
-        with _replaced(model, calls):
-            forward_without_cache(base_of(model), {"input_ids": ids_bt})
+        with _replaced(model, calls), torch.enable_grad():
+            outputs = forward_without_cache(base_of(model), {"input_ids": self._ids_bt})
+            self._check_end("its end", outputs[0])
         if self.num_calls != self._num_blocks:
             called = f"{self.num_calls} of the {self._num_blocks} modules"
             raise _NotTheBlocks(f"{called} of {self.blocks} are called")
+
+
+def _depends_on(tensor: Tensor, sources: list[Tensor]) -> bool:
+    if not tensor.requires_grad or not sources:
+        return False
+    gradients = torch.autograd.grad(tensor.sum(), sources, allow_unused=True, retain_graph=True)
+    return any(gradient is not None for gradient in gradients)
 
 
 @contextmanager
@@ -215,21 +332,25 @@ def _replaced(model: nn.Module, calls: Mapping[str, Callable[..., Any]]) -> Iter
             model.set_submodule(path, module)
 
 
-def _find_blocks(model: Any) -> _View:
+def _find_blocks(model: Any, unembedding: str | None) -> _View:
     lists = sorted(_lists_with_weights(model), key=lambda path: -_num_numbers(model.get_submodule(path)))
     reasons = []
     for blocks in lists:
-        for returns_tuple in (False, True):
-            view = _View(model, blocks, returns_tuple)
+        for num_returned in range(_MOST_RETURNED + 1):
+            view = _View(model, blocks, unembedding, num_returned)
             try:
                 view.look(model)
             except _NotTheBlocks as reason:
-                reasons.append((view.num_calls, str(reason)))
+                reasons.append(((view.num_calls, not isinstance(reason, _NoChain)), str(reason)))
             except Exception as error:  # noqa: BLE001 - the model's own code, with what it does not expect
-                reasons.append((0, f"its forward stops at stand-ins for {blocks} ({first_line(error)})"))
+                reasons.append(
+                    ((0, True), f"its forward stops at stand-ins for {blocks} ({first_line(error)})")
+                )
             else:
                 return view
     # The list that was followed farthest tells most.
+    for blocks in lists[:1]:
+        _refuse_other_weights(model, blocks, unembedding)
     why = max(reasons, key=lambda reason: reason[0])[1] if reasons else "it has none"
     _cannot_cut(type(model).__name__, f"no list of modules is called one after the other: {why}")
 
@@ -248,17 +369,31 @@ def _lists_with_weights(model: nn.Module, name: str = "") -> Iterator[str]:
             yield path
 
 
-def _parts_with_weights(model: nn.Module, blocks: str) -> Iterator[str]:
-    """The largest modules with weights that do not contain the blocks, in the order of their definition."""
-    pending = [("", model)]
-    while pending:
-        name, module = pending.pop(0)
-        own = ", ".join(key for key, _ in module.named_parameters(recurse=False))
-        if own:
-            _cannot_cut(type(model).__name__, f"{name or 'the model'} has weights of its own: {own}")
+def _parts_with_weights(model: nn.Module, blocks: str, unembedding: str | None) -> Iterator[str]:
+    """The largest modules with weights that contain neither blocks nor unembedding, in their order."""
+    for name, module in _containers(model, blocks, unembedding):
         for key, child in module.named_children():
             path = f"{name}.{key}".lstrip(".")
-            if blocks.startswith(f"{path}."):
-                pending.append((path, child))
-            elif path != blocks and next(child.parameters(), None) is not None:
+            is_container = any(f"{inside}".startswith(f"{path}.") for inside in (blocks, unembedding))
+            if path != blocks and not is_container and next(child.parameters(), None) is not None:
                 yield path
+
+
+def _containers(model: nn.Module, blocks: str, unembedding: str | None) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that contain blocks or unembedding, the larger ones first."""
+    for name, module in model.named_modules():
+        if not name or any(f"{inside}".startswith(f"{name}.") for inside in (blocks, unembedding)):
+            yield name, module
+
+
+def _refuse_other_weights(model: nn.Module, blocks: str, unembedding: str | None) -> None:
+    """Raises ConfigError for weights that would be of no layer, or of several."""
+    tied = _tied_weights(model)
+    of_unembedding = {source for target, source in tied.items() if target.startswith(f"{unembedding}.")}
+    for name, module in _containers(model, blocks, unembedding):
+        names = [f"{name}.{key}".lstrip(".") for key, _ in module.named_parameters(recurse=False)]
+        own = ", ".join(path.rpartition(".")[2] for path in names if path not in of_unembedding)
+        if own:
+            _cannot_cut(type(model).__name__, f"{name or 'the model'} has weights of its own: {own}")
+    if any(all(name.startswith(f"{blocks}.") for name in pair) for pair in tied.items()):
+        _cannot_cut(type(model).__name__, f"members of {blocks} share weights")

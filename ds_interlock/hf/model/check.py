@@ -18,12 +18,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.heads.lm_loss import lm_loss
 from ds_interlock.heads.output_layers import first_tensor
-from ds_interlock.hf.model.anatomy import Anatomy, find_anatomy, forward_without_cache, take_hidden
+from ds_interlock.hf.model.anatomy import Anatomy, find_anatomy, forward_without_cache
 from ds_interlock.hf.model.cut import TIE, HFLayer, Values
 from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.transport.agreement import gather
@@ -136,17 +137,17 @@ class _Weights(NamedTuple):
         seed = torch.zeros((), requires_grad=True)
 
         def call(*inputs: Any, **options: Any) -> Any:
-            options = dict(options)
-            hidden, others = take_hidden(inputs, options)
-            first = () if hidden is None else (hidden,)
+            # Each tensor is an argument by itself: checkpoint sees no others.
+            leaves, form = tree_flatten((inputs, options))
 
-            def compute(_: Tensor, *first: Any) -> Any:
+            def compute(_: Tensor, *leaves: Any) -> Any:
                 self._fill(path, module)
-                outputs = forward(*first, *others, **options)
+                inputs, options = tree_unflatten(leaves, form)
+                outputs = forward(*inputs, **options)
                 _drop(module)
                 return tuple(outputs) if isinstance(outputs, list) else outputs  # autograd looks into tuples
 
-            return checkpoint(compute, seed, *first, use_reentrant=True, preserve_rng_state=False)
+            return checkpoint(compute, seed, *leaves, use_reentrant=True, preserve_rng_state=False)
 
         return call
 

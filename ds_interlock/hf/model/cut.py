@@ -4,12 +4,13 @@
     layer 1..      Block         hidden_btd   -> hidden_btd
     then           End           hidden_btd   -> hidden_btd, or a classifier's logits_bc
     then           Unembedding   hidden_btd   -> logits_btv
+    perhaps        Bias          logits_btv   -> logits_btv      beside a tied weight
     perhaps        Logits        logits_btv   -> logits_btv      soft-capped or scaled, where a model does it
 
-Masks and positions travel beside the hidden state, as integers, where the data has them; behind them what the
-balance of experts needs (``routing.py``), where it is learned. Parameters have
-their full Hugging Face names (``7.model.layers.6.mlp.up_proj.weight``): the files of a pipeline checkpoint
-together are the state dict of the model.
+Masks and positions travel beside the hidden state, as integers, where the data has them; behind them what a
+block needs of the front or of the block before it (``Anatomy.beside``), and of the balance of experts
+(``routing.py``). Parameters have their full Hugging Face names (``7.model.layers.6.mlp.up_proj.weight``): the
+files of a pipeline checkpoint together are the state dict of the model.
 
 Shape suffixes: b batch, t position, d hidden width, v vocabulary, c class.
 """
@@ -19,16 +20,18 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ds_interlock.errors import ConfigError
+from ds_interlock.hf.model.anatomy import Source
 from ds_interlock.hf.model.routing import Routing
-from ds_interlock.hf.model.surgery import Skeleton
+from ds_interlock.hf.model.surgery import Arguments, Skeleton
 
 TIE = "embedding"  # key of the tied weights, as ``TiedLayerSpec`` has it
 _TRAVELS = ("attention_mask", "position_ids")
@@ -58,7 +61,8 @@ class Blueprint:
     @property
     def context(self) -> tuple[str, ...]:
         """What travels beside the hidden state."""
-        return tuple(name for name in self.inputs if name in _TRAVELS)
+        needed = ("input_ids",) if self.skeleton.anatomy.needs_ids else ()
+        return tuple(name for name in self.inputs if name in (*_TRAVELS, *needed))
 
     @cached_property
     def outline(self) -> list[nn.Module]:
@@ -83,6 +87,8 @@ class Blueprint:
             tied = partial(TiedLayerSpec, TIE, tied_weight_attr=weight)
             specs[0] = tied(Front, self)
             specs.append(tied(Embedding, self, forward_fn=partial(unembed, weight)))
+            if self.skeleton.original(f"{anatomy.unembedding}").bias is not None:
+                specs.append(LayerSpec(Bias, self))
         else:
             specs.append(LayerSpec(Unembedding, self))
         if self.skeleton.changes_logits():
@@ -134,16 +140,19 @@ class HFLayer(nn.Module):
                 if part not in owner._modules:
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
-            owner.add_module(name, copy.deepcopy(blueprint.skeleton.original(path)))
+            owner.add_module(name, self._copy(blueprint.skeleton.original(path)))
         if torch.get_default_device().type != "meta":
             self._fill()
+
+    def _copy(self, original: nn.Module) -> nn.Module:
+        return copy.deepcopy(original)
 
     def parts(self) -> dict[str, nn.Module]:
         """The modules by name."""
         return {path: self.get_submodule(path) for path in self.paths}
 
     def split(self, hidden: Hidden) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
-        """The hidden state; masks and positions by name; and the sums of the routers, if there are any."""
+        """The hidden state; masks and positions by name; and what else travels."""
         if isinstance(hidden, Tensor):
             return hidden, {}, ()
         names = self.blueprint.context
@@ -171,10 +180,10 @@ class Front(HFLayer):
     def forward(self, inputs: Hidden) -> Hidden:
         tensors = inputs if isinstance(inputs, tuple) else (inputs,)
         by_name = dict(zip(self.blueprint.inputs, tensors, strict=True))
-        hidden_btd = self.blueprint.skeleton.front(self.parts(), by_name)
+        hidden_btd, *beside = self.blueprint.skeleton.front(self.parts(), by_name)
         context = tuple(by_name[name] for name in self.blueprint.context)
         routing = self.blueprint.routing
-        return joined(hidden_btd, *context, *([routing.begin(hidden_btd)] if routing else []))
+        return joined(hidden_btd, *context, *beside, *([routing.begin(hidden_btd)] if routing else []))
 
 
 class Block(HFLayer):
@@ -185,8 +194,10 @@ class Block(HFLayer):
         super().__init__(blueprint, [f"{blueprint.skeleton.anatomy.blocks}.{index}"])
 
     def forward(self, hidden: Hidden) -> Hidden:
-        hidden_btd, context, sums = self.split(hidden)
-        inputs, options = self.blueprint.skeleton.arguments(self.index, hidden_btd, context)
+        hidden_btd, context, others = self.split(hidden)
+        sources = self.blueprint.skeleton.anatomy.travels_into(self.index)
+        beside, sums = dict(zip(sources, others, strict=False)), others[len(sources) :]
+        inputs, options = self._arguments(hidden_btd, context, beside)
         (block,) = self.parts().values()
         routing, logits = self.blueprint.routing, list[Tensor]()
         with routing.watch(block) if routing else nullcontext(logits) as logits:
@@ -195,7 +206,27 @@ class Block(HFLayer):
         if routing and sums:
             batch, mask_bt = len(hidden_btd), context.get("attention_mask")
             sums = (sum((routing.share(each, batch, mask_bt) for each in logits), start=sums[0]),)
-        return joined(hidden_btd, *context.values(), *sums)
+        return joined(hidden_btd, *context.values(), *self._next(beside, result), *sums)
+
+    def _arguments(
+        self, hidden_btd: Tensor, context: Mapping[str, Tensor], beside: Mapping[Source, Tensor]
+    ) -> Arguments:
+        skeleton = self.blueprint.skeleton
+        arguments = skeleton.arguments(self.index, hidden_btd, context)
+        if not beside:
+            return arguments
+        leaves, form = tree_flatten(arguments)
+        for number, source in skeleton.anatomy.beside[self.index].items():
+            leaves[number] = beside[source]
+        return cast(Arguments, tree_unflatten(leaves, form))
+
+    def _next(self, beside: Mapping[Source, Tensor], result: Any) -> list[Tensor]:
+        """What the blocks after this one need beside the hidden state."""
+        sources = self.blueprint.skeleton.anatomy.travels_into(self.index + 1)
+        values = [beside[source] if source.is_front else result[source.number] for source in sources]
+        if not all(isinstance(value, Tensor) for value in values):
+            raise ConfigError(f"--model: {self.paths[0]} returns less than the next block expects of it")
+        return values
 
 
 class End(HFLayer):
@@ -217,6 +248,22 @@ class Unembedding(HFLayer):
         hidden_btd, *sums = in_parts(hidden)
         (unembedding,) = self.parts().values()
         return joined(unembedding(hidden_btd), *sums)
+
+
+class Bias(HFLayer):
+    """The bias of an unembedding whose weight is the token embedding's."""
+
+    part = "unembedding"
+
+    def _copy(self, original: nn.Module) -> nn.Module:
+        module = super()._copy(original)
+        del module.weight
+        return module
+
+    def forward(self, outputs: Hidden) -> Hidden:
+        logits_btv, *sums = in_parts(outputs)
+        (unembedding,) = self.parts().values()
+        return joined(logits_btv + cast(Tensor, unembedding.bias), *sums)
 
 
 class Embedding(HFLayer):

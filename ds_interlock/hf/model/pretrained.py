@@ -105,6 +105,7 @@ class _Values:
     def __init__(self, pretrained: Pretrained, skeleton: Skeleton) -> None:
         anatomy, model = skeleton.anatomy, skeleton.model
         same = {f"{anatomy.unembedding}.weight": f"{anatomy.embedding}.weight"} if anatomy.tied else {}
+        same |= {f"{anatomy.unembedding}.bias": anatomy.stored_bias} if anatomy.stored_bias else {}
         self.weights = Weights(pretrained.folder, pretrained.dtype, model.base_model_prefix, same)
         self._may_be_new = tuple(f"{part}." for part in anatomy.end if anatomy.unembedding is None)
         self._std = getattr(pretrained.config, "initializer_range", 0.02)

@@ -11,14 +11,25 @@ left to the model's own, run on a ``Skeleton``, in which a *guest* takes the pla
 Shape suffixes: b batch, t position, d hidden width, v vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from ds_interlock.hf.model.anatomy import StandIn, base_of, find_anatomy, forward_without_cache, take_hidden
+from ds_interlock.hf.model.anatomy import (
+    Source,
+    StandIn,
+    base_of,
+    find_anatomy,
+    forward_without_cache,
+    on_meta,
+    returned,
+    shaped_like,
+    take_hidden,
+)
 
 
 class _Captured(Exception):  # noqa: N818 - not an error: ends a forward early, with its result so far
@@ -32,6 +43,10 @@ Visit = Callable[[int, Any, tuple[Any, ...], dict[str, Any]], Any]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 Inputs = Mapping[str, Tensor]
+
+
+def _of_front(needs: Mapping[int, Source]) -> dict[int, Source]:
+    return {number: source for number, source in needs.items() if source.is_front}
 
 
 class Skeleton:
@@ -48,10 +63,13 @@ class Skeleton:
         self._visit: Visit = lambda *_: None
         self._arguments: dict[int, Arguments] = {}
         self._arguments_are_for: Any = None
-        self._context: Sequence[Tensor] = ()
+        self._context: list[tuple[Tensor, int]] = []  # what they are for, and its version
         self._device = torch.device("cpu")
         for path in self.anatomy.parts:
             self._replace(path, lambda *_, **__: self._hidden)
+        if self.anatomy.travels_into(0):
+            for path in self.anatomy.front:
+                self.model.get_submodule(path).call = partial(self._shaped, on_meta(self._originals[path]))
         for index in range(self.anatomy.num_blocks):
             self._replace(f"{self.anatomy.blocks}.{index}", partial(self._call_block, index))
 
@@ -59,10 +77,12 @@ class Skeleton:
         self._originals[path] = self.model.get_submodule(path)
         self.model.set_submodule(path, StandIn(self._originals[path], call))
 
+    def _shaped(self, part: nn.Module, *inputs: Any, **options: Any) -> Tensor:
+        return shaped_like(part, inputs, options, self._hidden)
+
     def _call_block(self, index: int, *inputs: Any, **options: Any) -> Any:
         hidden, others = take_hidden(inputs, options)
-        hidden = self._visit(index, hidden, others, options)
-        return (hidden,) if self.anatomy.returns_tuple else hidden
+        return returned(self._visit(index, hidden, others, options), self.anatomy.num_returned)
 
     def __deepcopy__(self, memo: object) -> "Skeleton":
         return self  # layers that are copied share it; it has no weights
@@ -72,29 +92,50 @@ class Skeleton:
         part = next(part for part in self._originals if f"{path}.".startswith(f"{part}."))
         return self._originals[part].get_submodule(path[len(part) + 1 :])
 
-    def front(self, parts: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> Tensor:
+    def front(self, parts: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The hidden state for the first block, hidden_btd, from the model's arguments, ``[b, t]`` each.
 
-        ``parts`` are the modules before the blocks, by name, with their weights.
+        And what travels into the first block beside it. ``parts`` are the modules before the blocks, by name,
+        with their weights.
         """
+        needs = self.anatomy.beside
+        last = max((index for index, own in enumerate(needs) if _of_front(own)), default=0)
+        start: list[Any] = []
+        beside: dict[Source, Tensor] = {}
 
-        def stop(index: int, hidden: Any, *_: Any) -> NoReturn:
-            raise _Captured(hidden)
+        def visit(index: int, hidden: Any, others: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            start.append(hidden)
+            leaves = tree_leaves([others, options])
+            for number, source in _of_front(needs[index]).items():
+                beside.setdefault(source, leaves[number])
+            if index == last:
+                raise _Captured((start[0], *(beside[source] for source in sorted(beside))))
+            return hidden
 
         training = any(part.training for part in parts.values())
-        return cast(Tensor, self._run(base_of(self.model), inputs, stop, parts, training))
+        return cast(tuple[Tensor, ...], self._run(base_of(self.model), inputs, visit, parts, training))
 
     def arguments(self, index: int, hidden_btd: Tensor, context: Mapping[str, Tensor]) -> Arguments:
         """The arguments of block ``index`` besides the hidden state, positional and by name.
 
-        ``context`` is ``attention_mask`` and ``position_ids``, ``[b, t]``, if the data has them.
+        Those in ``Anatomy.beside`` are for the caller to replace.
+
+        ``context`` is ``attention_mask`` and ``position_ids``, ``[b, t]``, if the data has them, and
+        ``input_ids`` if the blocks need them.
         """
-        key = (*map(id, context.values()), hidden_btd.shape, hidden_btd.dtype, hidden_btd.device)
-        if key != self._arguments_are_for:
+        key = (hidden_btd.shape, hidden_btd.dtype, hidden_btd.device)
+        if key != self._arguments_are_for or not self._is_known(context):
             self._arguments = self._arguments_of_all(hidden_btd, context)
             self._arguments_are_for = key
-            self._context = tuple(context.values())  # kept, so that no other tensor gets their ids
+            self._context = [(tensor, tensor._version) for tensor in context.values()]
         return self._arguments[index]
+
+    def _is_known(self, context: Mapping[str, Tensor]) -> bool:
+        """Whether the last arguments are for these values: a recomputation of each block brings copies."""
+        return len(context) == len(self._context) and all(
+            kept._version == version and (kept is tensor or torch.equal(kept, tensor))
+            for (kept, version), tensor in zip(self._context, context.values(), strict=True)
+        )
 
     @torch.no_grad()
     def _arguments_of_all(self, hidden_btd: Tensor, context: Mapping[str, Tensor]) -> dict[int, Arguments]:
@@ -106,10 +147,15 @@ class Skeleton:
                 raise _Captured(None)
             return hidden
 
-        self._hidden = hidden_btd.detach()
-        inputs = {"inputs_embeds": self._hidden, **context}
+        inputs = self._inputs(hidden_btd, context)
         self._run(base_of(self.model), inputs, note, {}, training=False)
         return arguments
+
+    def _inputs(self, hidden: Tensor, context: Mapping[str, Tensor]) -> Inputs:
+        """The model's arguments past its front, for a block's hidden state; nothing reads their values."""
+        width = self.model.config.get_text_config().hidden_size
+        self._hidden = hidden.new_zeros(*hidden.shape[:2], width)
+        return context if "input_ids" in context else {"inputs_embeds": self._hidden, **context}
 
     def end(
         self, parts: Mapping[str, nn.Module], hidden_btd: Tensor, context: Inputs, training: bool
@@ -119,21 +165,24 @@ class Skeleton:
         ``parts`` are the modules after the blocks, by name, with their weights; ``hidden_btd`` is the last
         block's output. In ``training``, dropout without weights is on.
         """
-        self._hidden = hidden_btd
-        is_language_model = self.anatomy.unembedding is not None
-        model = base_of(self.model) if is_language_model else self.model
-        inputs = {"inputs_embeds": hidden_btd, **context}
-        outputs = self._run(model, inputs, lambda *_: hidden_btd, parts, training)
-        return cast(Tensor, outputs.last_hidden_state if is_language_model else outputs.logits)
+
+        def stop(hidden: Tensor) -> NoReturn:
+            raise _Captured(hidden)
+
+        inputs = self._inputs(hidden_btd, context)
+        unembedding = self.anatomy.unembedding
+        if unembedding is None:
+            return cast(Tensor, self._run(self.model, inputs, lambda *_: hidden_btd, parts, training).logits)
+        parts = {**parts, unembedding: StandIn(self._originals[unembedding], stop)}
+        return cast(Tensor, self._run(self.model, inputs, lambda *_: hidden_btd, parts, training))
 
     def logits(self, unembedded_btv: Tensor) -> Tensor:
         """The model's logits, scaled or soft-capped, from its unembedding's output."""
         assert self.anatomy.unembedding is not None
-        width = self.model.config.get_text_config().hidden_size  # a norm without weights insists on it
-        self._hidden = unembedded_btv.new_zeros(()).expand(*unembedded_btv.shape[:-1], width)
+        ids_bt = torch.zeros(unembedded_btv.shape[:2], dtype=torch.int64, device=unembedded_btv.device)
+        inputs = self._inputs(unembedded_btv, {"input_ids": ids_bt} if self.anatomy.needs_ids else {})
         original = self._originals[self.anatomy.unembedding]
         parts = {self.anatomy.unembedding: StandIn(original, lambda *_: unembedded_btv)}
-        inputs = {"inputs_embeds": self._hidden}
         outputs = self._run(self.model, inputs, lambda *_: self._hidden, parts, training=False)
         return cast(Tensor, outputs.logits)
 

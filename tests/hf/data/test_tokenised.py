@@ -66,4 +66,14 @@ def test_nothing_to_learn(tmp_path: Path, records: Records) -> None:
     one = read_records([write(tmp_path / "one.jsonl", [{"prompt": "abcd", "completion": "a"}])])
     with pytest.raises(DataError, match="none of the 1 records has anything to learn within --seq_length"):
         tokenise(one, ENCODE, [1])
+    turns = [[("user", "abcd"), ("assistant", answer)] for answer in ("", "d")]
+    chats = [{"messages": [{"role": who, "content": what} for who, what in chat]} for chat in turns]
+    tokenizer = letters(chat_template="{% for message in messages %}{{ message.content }}{% endfor %}")
+    encode = partial(encode_records, tokenizer=tokenizer, seq_length=9)
+    with pytest.raises(DataError, match="none of the 1 records has anything to learn"):
+        tokenise(read_records([write(tmp_path / "empty.jsonl", chats[:1])]), encode, [1])
+    samples = tokenise(read_records([write(tmp_path / "chats.jsonl", chats)]), encode, [1])
+    assert samples.summary(2).endswith(
+        "1 labels; 1 have nothing to learn within --seq_length and are left out"
+    )
     assert list(Samples.of(list(tokenise(records, ENCODE, [1])))) == list(tokenise(records, ENCODE, [1]))

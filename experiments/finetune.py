@@ -1,7 +1,7 @@
 """Fine-tunes SmolLM2-135M-Instruct: in every mode with warm and cold heads; and with what heads learn from.
 
     python -m experiments.run finetune                  # half an hour on 2 cores
-    python -m experiments.run objectives --resume       # a run HOURS; --seeds 0 --modes local, ... for some
+    python -m experiments.run objectives --resume       # 21 runs of some 20 minutes, by 30 steps of each
 
 Every run is the job that a user starts, ``launcher/finetune.py`` under the ``deepspeed`` launcher, followed
 by a new process that loads the exported model, generates text with it, and reads another text than the one

@@ -1,11 +1,14 @@
 """What reaches DeepSpeed's monitor, and that it is about the right batch."""
 
 import csv
+import json
 import math
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -100,11 +103,54 @@ def test_every_stage_reports_every_batch_in_its_place(ranks4: RankPool, tmp_path
     }
 
 
-def test_tensorboard_has_the_same(ranks4: RankPool, tmp_path: Path):
+STAND_INS = {
+    "wandb": """
+def init(**about): note(about, None)
+def log(data, step, commit): note(data, step)
+""",
+    "comet_ml": """
+__version__ = "3.50.0"
+class Experiment:
+    def __internal_api__log_metric__(self, name, value, step): note({name: value}, step)
+def start(**about):
+    note(about, None)
+    return Experiment()
+""",
+}
+NOTE = """
+import json, pathlib
+def note(values, step):
+    with pathlib.Path(__file__).with_suffix(".jsonl").open("a") as file:
+        file.write(json.dumps([values, step]) + "\\n")
+"""
+
+
+def train_with_stand_ins(job: Job, folder: Path) -> dict[str, Any]:
+    with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+        return train_and_report(job)
+
+
+def test_other_monitors_have_the_same(ranks4: RankPool, tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    for name, code in STAND_INS.items():
+        (tmp_path / f"{name}.py").write_text(NOTE + code)
     job = monitored(Job({"mode": "local"}, num_micro_batches=1, num_batches=3), tmp_path)
-    result = ranks4.run(train_and_report, job=job)[0]
+    others = {
+        "wandb": {"enabled": True, "project": "some"},
+        "comet": {"enabled": True, "project": "some", "samples_log_interval": 1},
+    }
+    job = job.but(extra={**job.extra, **others})
+    result = ranks4.run(train_with_stand_ins, job=job, folder=tmp_path)[0]
+    by_sample = {name: list(values.items()) for name, values in read(tmp_path).items()}
+    for module in STAND_INS:
+        (about, _), *logged = map(json.loads, (tmp_path / f"{module}.jsonl").read_text().splitlines())
+        assert about["project"] == "some"
+        own: dict[str, list[tuple[int, float]]] = {}
+        for values, step in logged:
+            for name, value in values.items():
+                own.setdefault(name.replace("/", "_"), []).append((step, value))
+        assert own == by_sample
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     final = events.Scalars("Train/Samples/train_loss")

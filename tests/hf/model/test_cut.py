@@ -141,6 +141,16 @@ def test_dropout_is_the_models_own_in_training_and_off_in_evaluation() -> None:
     assert torch.equal(front(ids), front(ids))
 
 
+def test_a_mask_is_made_once_for_the_same_values() -> None:
+    skeleton = blueprint_of(tiny_model("llama"), PADDED).skeleton
+    hidden, mask = torch.zeros(2, 12, 32), batch(PADDED)["attention_mask"]
+    first = skeleton.arguments(0, hidden, {"attention_mask": mask})
+    assert skeleton.arguments(0, hidden, {"attention_mask": mask}) is first
+    assert skeleton.arguments(0, hidden, {"attention_mask": mask.clone()}) is first
+    mask[0, -1] = 0
+    assert skeleton.arguments(0, hidden, {"attention_mask": mask}) is not first
+
+
 CHECKED = [
     *((family, PADDED) for family in ("llama", "gpt2", "gemma2", "opt, projected", "bert")),
     *((family, PACKED) for family in ("llama", "gpt2", "gemma2")),

@@ -62,14 +62,20 @@ def read_prompts(file: Path, tokenizer: Any) -> list[Tensor]:
         record = json.loads(line)
         if "messages" in record:
             turns = [turn for turn in record["messages"] if turn["role"] == "user"][:1]
-            how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-            prompts.append(tokenizer.apply_chat_template(turns, **how)["input_ids"])
+            prompts.append(chat_prompt(tokenizer, turns))
         elif "text" in record:
             words = " ".join(record["text"].split()[:_WORDS_OF_TEXT])
             prompts.append(tokenizer(words, return_tensors="pt")["input_ids"])
         else:
             raise DataError(f'{file}, line {number}: no prompt; expected "messages" or "text"')
     return prompts
+
+
+def chat_prompt(tokenizer: Any, turns: Sequence[dict[str, str]]) -> Tensor:
+    """The ids that the assistant's answer to ``turns`` goes on from, ``[1, t]``."""
+    how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    ids: Tensor = tokenizer.apply_chat_template(turns, **how)["input_ids"]
+    return ids
 
 
 def measure(model: Any, draft: Any, prompts: Sequence[Tensor], new_tokens: int) -> dict[str, float]:

@@ -26,6 +26,7 @@ from pydantic import BaseModel
 from ds_interlock.errors import DataError
 from ds_interlock.hf.data.loading import sotu_folder
 from ds_interlock.hf.model.pretrained import open_pretrained
+from experiments.assisted import answer, chat_prompt
 from experiments.comparison import NOTHING, PerSeed, cell
 from experiments.prose import shakespeare
 from measuring.results import markdown, versions
@@ -163,10 +164,7 @@ def look_at(folder: str, base: str) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model, before = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (folder, base))
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-    inputs = tokenizer.apply_chat_template(chat, **how)
-    ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-    text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    text = tokenizer.decode(answer(model, chat_prompt(tokenizer, chat), 24), skip_special_tokens=True)
     pieces = [tokenizer(work[20_000:21_000])["input_ids"][:OTHER_TOKENS] for work in shakespeare()]
     rows = [torch.tensor([ids]) for ids in pieces if len(ids) == OTHER_TOKENS]
     with torch.no_grad():

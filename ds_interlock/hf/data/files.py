@@ -97,7 +97,11 @@ def _lines(file: str) -> Iterator[tuple[int, str]]:
         where = f"{file} line {number}"
         raise DataError(f"{where}: not UTF-8 ({error.reason}); convert the file, as with iconv") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: str, error: Exception) -> DataError:
+    return DataError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
 def _split(lines: Iterable[str], separator: str | None) -> Iterator[str]:
@@ -162,7 +166,7 @@ def _parquet_rows(file: str, columns: Sequence[str]) -> Iterator[tuple[int, str]
             batches = table.iter_batches(_READ_TOGETHER, columns=names)
             yield from enumerate(_json(row) for batch in batches for row in batch.to_pylist())
     except (OSError, ArrowException) as error:
-        raise DataError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise _unreadable(file, error) from error
 
 
 def _json(row: Any) -> str:

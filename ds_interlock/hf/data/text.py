@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ds_interlock.errors import DataError
 from ds_interlock.hf.data.records import Document
+from ds_interlock.hf.data.resident import release_pages
 from ds_interlock.hf.data.sources import Records, records_in
 from ds_interlock.hf.data.tokenised import identity, map_once
 from ds_interlock.hf.data.tokenizer import end_token_id
@@ -91,6 +92,7 @@ def tokenise_documents(
 def _map_documents(
     rows: Mapping[str, list[Any]], _numbers: Sequence[int], sources: Any, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[Ids]]:
+    release_pages()
     end, tokens = end_token_id(tokenizer), []
     texts = [record.text for record in records_in(rows, sources, "text") if isinstance(record, Document)]
     for start in range(0, len(texts), _ENCODED_TOGETHER):
@@ -121,6 +123,7 @@ class TokenBlocks:
 
     def stack(self, numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
         """The blocks ``numbers`` as one micro-batch (input_bt, label_bt)."""
+        release_pages()
         starts = [number * self.seq_length for number in numbers]
         blocks = torch.stack([self.tokens[start : start + self.seq_length + 1] for start in starts])
         return blocks[:, :-1].contiguous(), blocks[:, 1:].contiguous()
@@ -165,6 +168,7 @@ def unigram_perplexity(train: Iterable[Ids], validation_tokens: Tensor, vocab_si
     """Perplexity on ``validation_tokens`` of the token frequencies in all of ``train``, plus one each."""
     counts = torch.ones(vocab_size, dtype=torch.float64)
     for piece in train:
+        release_pages()
         counts += torch.from_numpy(np.bincount(piece, minlength=vocab_size))
     log_probabilities = (counts / counts.sum()).log()
     return math.exp(-log_probabilities[validation_tokens].mean().item())

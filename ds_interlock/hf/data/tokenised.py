@@ -20,6 +20,7 @@ from ds_interlock.errors import DataError
 from ds_interlock.heads.labels import IGNORED_LABEL
 from ds_interlock.hf.data.loading import cache_errors
 from ds_interlock.hf.data.records import Record, Task
+from ds_interlock.hf.data.resident import release_pages
 from ds_interlock.hf.data.samples import Encoded, Sample
 from ds_interlock.hf.data.sources import Records, Source, records_in
 
@@ -28,6 +29,7 @@ Encode: TypeAlias = Callable[[Sequence[Record]], Iterable[Encoded]]
 
 _FORM = 2  # of the file; another one makes other files
 _OF_SAMPLE = ["tokens", "learned", "token_type_ids", "segments"]  # columns
+_READ_TOGETHER = 100_000  # numbers
 _ROWS_OF_ONE_PROCESS = 50_000  # with fewer, starting others takes longer
 
 
@@ -72,6 +74,7 @@ class Samples(Sequence[Sample]):
         """The samples of these indices."""
         if not len(numbers):
             return []
+        release_pages()
         table = self.data[self.rows[list(numbers)].tolist()].select(_OF_SAMPLE)
         return [sample_in(row) for row in table.to_pylist()]
 
@@ -99,7 +102,11 @@ class Samples(Sequence[Sample]):
         return int(self._numbers("largest_id").max(initial=-1))
 
     def _numbers(self, column: str) -> Numbers:
-        of_all: Numbers = self.data.select_columns(column)[:][column].to_numpy()
+        values, parts = self.data.select_columns(column), []
+        for start in range(0, max(len(values), 1), _READ_TOGETHER):
+            release_pages()
+            parts.append(values[start : start + _READ_TOGETHER][column].to_numpy())
+        of_all: Numbers = np.concatenate(parts)
         return of_all[self.rows]
 
 
@@ -245,4 +252,5 @@ def _map_rows(
     task: Task,
     encode: Encode,
 ) -> dict[str, list[Any]]:
+    release_pages()
     return columns(zip(numbers, encode(records_in(rows, sources, task)), strict=True))

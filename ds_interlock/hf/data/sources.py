@@ -170,11 +170,11 @@ def read_records(paths: Sequence[str], task: Task = "causal") -> Records:
     return Records(rows, sources, task)
 
 
-def stream_of_files(paths: Sequence[str]) -> tuple[Any, list[Source]]:
-    """The rows of ``read_records``, for a language model, one after the other; and their sources."""
+def stream_of_files(paths: Sequence[str], task: Task = "causal") -> tuple[Any, list[Source]]:
+    """The rows of ``read_records``, one after the other; and their sources."""
     from datasets import IterableDataset
 
-    files, sources = _files_and_sources(paths, "causal")
+    files, sources = _files_and_sources(paths, task)
     stream = IterableDataset.from_generator(_rows, features=_features(), gen_kwargs={"files": files})
     return stream, sources
 

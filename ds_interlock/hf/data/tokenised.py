@@ -170,24 +170,31 @@ def map_once(
 
 
 def mix(parts: Sequence[Samples], weights: Sequence[float] | None, seed: int) -> Samples:
-    """All samples of the parts; with weights, the probabilities of parts, as often as they say.
-
-    Then each part is taken in its own order, and again from its start, until each has been taken once.
-    """
-    from datasets import Dataset, concatenate_datasets, interleave_datasets
+    """All samples of the parts, as ``mixed``."""
+    from datasets import concatenate_datasets
 
     if len(parts) == 1:
         return parts[0]
     starts = np.cumsum([0, *(len(part.data) for part in parts)])
     rows = [part.rows + start for part, start in zip(parts, starts[:-1], strict=True)]
-    data, rows_of_all = concatenate_datasets([part.data for part in parts]), np.concatenate(rows)
+    return Samples(concatenate_datasets([part.data for part in parts]), mixed(rows, weights, seed))
+
+
+def mixed(parts: Sequence[Numbers], weights: Sequence[float] | None, seed: int) -> Numbers:
+    """The numbers of all parts; with weights, the probabilities of parts, as often as they say.
+
+    Then each part is taken in its own order, and again from its start, until each has been taken once.
+    """
+    from datasets import Dataset, interleave_datasets
+
+    of_all = np.concatenate(parts)
     if weights is None:
-        return Samples(data, rows_of_all)
-    numbers = [Dataset.from_dict({"row": of_part}) for of_part in rows]
+        return of_all
+    numbers = [Dataset.from_dict({"row": of_part}) for of_part in parts]
     how: Any = {"probabilities": list(weights), "seed": seed, "stopping_strategy": "all_exhausted"}
     # Read from the data set itself, they would take minutes for millions.
-    indices = interleave_datasets(numbers, **how)._indices.column(0).to_numpy()
-    return Samples(data, rows_of_all[indices])
+    order: Numbers = interleave_datasets(numbers, **how)._indices.column(0).to_numpy()
+    return of_all[order]
 
 
 def identity(tokenizer: Any) -> list[Any]:

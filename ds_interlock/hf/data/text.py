@@ -87,8 +87,11 @@ def tokenise_documents(
         sources=records.sources,
         tokenizer=tokenizer,
     )
-    column = data.with_format("arrow")[:]["tokens"]
-    return Tokens([lists.flatten().to_numpy() for lists in column.chunks])
+    pieces = []
+    for lists in data.with_format("arrow")[:]["tokens"].chunks:
+        release_pages()
+        pieces.append(lists.flatten().to_numpy())
+    return Tokens(pieces)
 
 
 def _map_documents(

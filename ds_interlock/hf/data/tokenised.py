@@ -155,8 +155,9 @@ def map_once(
 
     if num_processes is None:
         num_processes = os.cpu_count() if len(rows) > _ROWS_OF_ONE_PROCESS else None
+    release_pages()  # opening a file reads a page of each thousand rows
     with cache_errors():
-        return rows.map(
+        result = rows.map(
             function,
             batched=True,
             with_indices=True,
@@ -167,6 +168,8 @@ def map_once(
             new_fingerprint=Hasher.hash([_FORM, rows._fingerprint, sources, *options]),
             desc="tokens",
         )
+    release_pages()
+    return result
 
 
 def mix(parts: Sequence[Samples], weights: Sequence[float] | None, seed: int) -> Samples:

@@ -60,8 +60,12 @@ class ImageModel(_Section):
     width: int = Field(16, ge=1)
     head_channels: tuple[int, ...] = ()
     """Convolutions of an auxiliary head; none: global pooling and a linear layer."""
+    head_size: int | None = Field(None, ge=1)
+    """Rows and columns that a head averages its input to before the convolutions; all by default."""
     num_train_images: int | None = Field(None, ge=1)
     """The first so many training images; all by default."""
+    num_validation_images: int = Field(0, ge=0)
+    """The last so many training images are scored in place of the test set, as for choosing a rate."""
 
 
 class Training(_Section):

@@ -89,6 +89,8 @@ def empty_model(config: Any, kind: str, dtype: torch.dtype | None = None) -> Any
             "the model was fine-tuned with"
         )
     build = automatic.from_config if automatic else model_class._from_config
+    if not automatic and model_class.config_class is config.sub_configs.get("text_config"):
+        config = config.get_text_config()  # as from_config does
     try:
         with init_empty_weights(include_buffers=False):
             options = {"trust_remote_code": True} if own_code else {}

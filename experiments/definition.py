@@ -45,6 +45,9 @@ class ProseModel(_Section):
     num_heads: int = Field(2, ge=1)
     init_std: float = Field(0.08, gt=0)
     """Of the initial matrices. With GPT-2's 0.02, at this width, global learns little in the first steps."""
+    embedding_std: float | None = Field(None, gt=0)
+    """Of the initial token embedding, if not ``init_std``. Where many blocks add to a small embedding, little
+    of the token is left at the end of the model."""
     border_norm: bool = False
     """A LayerNorm on the residual stream at every stage border."""
 

@@ -48,9 +48,12 @@ class Prose:
     def __init__(self, run: Run, model: ProseModel) -> None:
         self.run, self.seq_length = run, model.seq_length
         self.train, self.validation = prose(model.vocab_size)
-        sizes = model.model_dump(exclude={"kind", "border_norm", "vocab_size"})
+        sizes = model.model_dump(exclude={"kind", "border_norm", "vocab_size", "embedding_std"})
         config = LMConfig(vocab_size=model.vocab_size or VOCAB_SIZE, seed=run.seed, **sizes)
         self.layers, self.stage_bounds = _cut_into_halves(config, run.num_stages, model.border_norm)
+        if model.embedding_std:
+            with torch.no_grad():
+                next(self.layers[0].parameters()).mul_(model.embedding_std / model.init_std)
         self.loss_fn = lm_loss()
 
     def heads(self, section: InterlockConfig) -> HeadFactory:

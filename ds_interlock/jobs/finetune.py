@@ -10,6 +10,7 @@ LoRA adapters in peft's format), ``checkpoints/`` to resume from, ``metrics.json
 """
 
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,9 +26,11 @@ from ds_interlock.hf.model.adapt import add_lora, freeze, lora_config, scale_lea
 from ds_interlock.hf.model.balance import default_bounds, describe, parse_bounds
 from ds_interlock.hf.model.check import check_layers
 from ds_interlock.hf.model.cut import Blueprint, End
+from ds_interlock.hf.model.four_bits import FourBits
 from ds_interlock.hf.model.pretrained import Pretrained, open_pretrained
+from ds_interlock.jobs.data import read_data
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
-from ds_interlock.jobs.finetune_data import encode, read_data
+from ds_interlock.jobs.finetune_data import encode
 from ds_interlock.jobs.finetune_task import FinetuneTask
 from ds_interlock.jobs.hugging_face import (
     build_language_model,
@@ -36,7 +39,15 @@ from ds_interlock.jobs.hugging_face import (
     describe_for_export,
 )
 from ds_interlock.jobs.loop import Loop, Metrics
-from ds_interlock.jobs.process import Config, Job, in_turns, propagate_errors, run_command, start
+from ds_interlock.jobs.process import (
+    Config,
+    Job,
+    broadcast_from_rank_0,
+    in_turns,
+    propagate_errors,
+    run_command,
+    start,
+)
 from ds_interlock.models.lm import lm_loss
 
 _OPTIMIZERS = {  # by transformers' names: those of torch, then those of bitsandbytes
@@ -63,7 +74,8 @@ def run(args: FinetuneArguments) -> Metrics:
             "model soon forgets what it knew: --learning_rate 5e-5 is usual when all weights train",
             file=sys.stderr,
         )
-    opened, classes = read_data(args, has_data=job.has_data)
+    opened = read_data(args, args.task, args.seed, args.max_eval_samples, has_data=job.has_data)
+    classes = broadcast_from_rank_0(opened.parts[0].classes if opened and opened.parts else ())
     dtype = torch.bfloat16 if job.config.get("bf16", {}).get("enabled") else torch.float32
     pretrained = in_turns(lambda: open_model(args, dtype, classes))
     data, inputs = encode(args, opened, pretrained)
@@ -141,7 +153,9 @@ def open_model(args: FinetuneArguments, dtype: torch.dtype, classes: tuple[str, 
     if args.output_router_logits:
         pretrained.config.output_router_logits = True
     check_seq_length(pretrained, args.seq_length)
-    return pretrained
+    if not args.load_in_4bit:
+        return pretrained
+    return replace(pretrained, four_bits=FourBits(args.bnb_4bit_quant_type, args.use_bnb_nested_quant))
 
 
 def prepare(

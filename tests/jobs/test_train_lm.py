@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from finetuning import log_of, refusal
+from finetuning import log_of, refusal, tiny_tokenizer
 from ranks import RankPool
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
@@ -95,8 +95,10 @@ def call_from_python(**values: Any) -> dict[str, Any]:
 
 
 def test_a_program_calls_the_job(ranks2: RankPool, text: Path, tmp_path: Path) -> None:
-    sizes = {"vocab_size": 300, "seq_length": 16, "width": 16, "num_blocks": 4, "num_heads": 2}
-    run_of = {"train_file": [str(text)], "max_steps": 1, "max_eval_samples": 32, "generate": 0}
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    sizes = {"seq_length": 16, "width": 16, "num_blocks": 4, "num_heads": 2, "max_eval_samples": 32}
+    run_of = {"tokenizer": str(tmp_path / "tokenizer"), "streaming": True, "max_steps": 1, "generate": 0}
+    run_of |= {"train_file": [f"{text}:0.7", f"{text / '01.txt'}:0.3"], "validation_file": [str(text)]}
     config = str(ROOT / "configs/local.json")
     results = ranks2.run(
         call_from_python, **sizes, **run_of, deepspeed_config=config, output_dir=str(tmp_path)

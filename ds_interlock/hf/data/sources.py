@@ -23,6 +23,7 @@ from ds_interlock.errors import DataError
 from ds_interlock.hf.data.files import is_table, iter_documents, iter_rows, text_files, unit_of
 from ds_interlock.hf.data.loading import cache_errors, load_splits, sotu_folder
 from ds_interlock.hf.data.records import KEYS, Classified, Keys, Record, Task, format_of, kind_of, record_of
+from ds_interlock.hf.data.resident import release_pages
 from ds_interlock.sampling import split_indices
 
 VALIDATION_SHARE = 0.05  # of the records, if there is no validation data
@@ -54,6 +55,7 @@ class Records(Sequence[Record]):
 
     def __iter__(self) -> Iterator[Record]:
         for start in range(0, len(self), _READ_TOGETHER):
+            release_pages()
             some: Any = range(start, min(start + _READ_TOGETHER, len(self)))
             if self.numbers is not None:
                 some = self.numbers[start : some.stop].tolist()
@@ -168,11 +170,11 @@ def read_records(paths: Sequence[str], task: Task = "causal") -> Records:
     return Records(rows, sources, task)
 
 
-def stream_of_files(paths: Sequence[str]) -> tuple[Any, list[Source]]:
-    """The rows of ``read_records``, for a language model, one after the other; and their sources."""
+def stream_of_files(paths: Sequence[str], task: Task = "causal") -> tuple[Any, list[Source]]:
+    """The rows of ``read_records``, one after the other; and their sources."""
     from datasets import IterableDataset
 
-    files, sources = _files_and_sources(paths, "causal")
+    files, sources = _files_and_sources(paths, task)
     stream = IterableDataset.from_generator(_rows, features=_features(), gen_kwargs={"files": files})
     return stream, sources
 

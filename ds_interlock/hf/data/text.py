@@ -13,7 +13,7 @@ Shape suffixes: b micro-batch, t position.
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,9 +23,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ds_interlock.errors import DataError
-from ds_interlock.hf.data.records import Document
+from ds_interlock.hf.data.records import Document, Record
+from ds_interlock.hf.data.resident import release_pages
+from ds_interlock.hf.data.rows import Rows
+from ds_interlock.hf.data.samples import Encoded, Sample
 from ds_interlock.hf.data.sources import Records, records_in
-from ds_interlock.hf.data.tokenised import identity, map_once
+from ds_interlock.hf.data.tokenised import Numbers, identity, map_once, mixed
 from ds_interlock.hf.data.tokenizer import end_token_id
 from ds_interlock.sampling import EpochIterator
 
@@ -37,16 +40,16 @@ _ENCODED_TOGETHER = 16  # documents: enough for all cores, and what comes back i
 class Documents(Iterable[str]):
     """The texts of records, one by one, each time anew."""
 
-    def __init__(self, records: Records) -> None:
-        self.records = records
+    def __init__(self, *parts: Records) -> None:
+        self.parts = parts
 
     @property
     def key(self) -> str:
         """What tells them from others."""
-        return f"{self.records.sources} {self.records.own_rows()._fingerprint}"
+        return " ".join(f"{part.sources} {part.own_rows()._fingerprint}" for part in self.parts)
 
     def __iter__(self) -> Iterator[str]:
-        return (record.text for record in self.records if isinstance(record, Document))
+        return (record.text for record in chain(*self.parts) if isinstance(record, Document))
 
 
 class Tokens:
@@ -91,12 +94,29 @@ def tokenise_documents(
 def _map_documents(
     rows: Mapping[str, list[Any]], _numbers: Sequence[int], sources: Any, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[Ids]]:
-    end, tokens = end_token_id(tokenizer), []
-    texts = [record.text for record in records_in(rows, sources, "text") if isinstance(record, Document)]
+    release_pages()
+    return {"tokens": list(_tokens_of(records_in(rows, sources, "text"), tokenizer))}
+
+
+def encode_blocks(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, seq_length: int
+) -> Iterator[Encoded]:
+    """As ``TokenBlocks``, for a stream: the blocks of all records are those of the last one."""
+    ids = [token for ids in _tokens_of(records, tokenizer) for token in ids.tolist()]
+    ends = range(seq_length, len(ids), seq_length)
+    yield from (Encoded([], False) for _ in records[1:])
+    yield Encoded(
+        [Sample(ids[end - seq_length : end], ids[end + 1 - seq_length : end + 1]) for end in ends], False
+    )
+
+
+def _tokens_of(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[Ids]:
+    """Of each document, with an end token."""
+    end = end_token_id(tokenizer)
+    texts = [record.text for record in records if isinstance(record, Document)]
     for start in range(0, len(texts), _ENCODED_TOGETHER):
         encoded = _encode(texts[start : start + _ENCODED_TOGETHER], tokenizer)
-        tokens += [np.array([*ids, end], np.int32) for ids in encoded]
-    return {"tokens": tokens}
+        yield from (np.array([*ids, end], np.int32) for ids in encoded)
 
 
 def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
@@ -111,17 +131,23 @@ def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 class TokenBlocks:
-    """Tokens cut into blocks of inputs and labels; the last tokens, which fill no block, are left out."""
+    """Tokens cut into blocks of inputs and labels; the last tokens, which fill no block, are left out.
 
-    def __init__(self, tokens: Tokens, seq_length: int) -> None:
+    ``starts`` are the places where blocks begin, if not one after the other.
+    """
+
+    def __init__(self, tokens: Tokens, seq_length: int, starts: Numbers | None = None) -> None:
         self.tokens, self.seq_length = tokens, seq_length
+        in_turn = np.arange(max(0, (len(tokens) - 1) // seq_length), dtype=np.int64) * seq_length
+        self.starts, self.is_mixed = in_turn if starts is None else starts, starts is not None
 
     def __len__(self) -> int:
-        return max(0, (len(self.tokens) - 1) // self.seq_length)
+        return len(self.starts)
 
     def stack(self, numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
         """The blocks ``numbers`` as one micro-batch (input_bt, label_bt)."""
-        starts = [number * self.seq_length for number in numbers]
+        release_pages()
+        starts = self.starts[list(numbers)].tolist()
         blocks = torch.stack([self.tokens[start : start + self.seq_length + 1] for start in starts])
         return blocks[:, :-1].contiguous(), blocks[:, 1:].contiguous()
 
@@ -133,6 +159,26 @@ class TokenBlocks:
                 f"{num_blocks * self.seq_length + 1} ({num_blocks} blocks of {self.seq_length}, and one "
                 "more): give more text, a smaller --seq_length, or smaller batches in the DeepSpeed config"
             )
+
+
+def mix_blocks(parts: Sequence[TokenBlocks], weights: Sequence[float] | None, seed: int) -> TokenBlocks:
+    """The blocks of all parts, as ``mixed``; none holds tokens of two."""
+    if len(parts) == 1:
+        return parts[0]
+    firsts = accumulate((len(part.tokens) for part in parts), initial=0)
+    starts = [part.starts + first for part, first in zip(parts, firsts, strict=False)]
+    tokens = Tokens([piece for part in parts for piece in part.tokens.pieces])
+    return TokenBlocks(tokens, parts[0].seq_length, mixed(starts, weights, seed))
+
+
+class BlockRows(Rows):
+    """Rows of one whole block each."""
+
+    names = ("input_ids",)
+
+    def collate(self, rows: Sequence[Sequence[Sample]]) -> tuple[Tensor, Tensor]:
+        samples = list(chain.from_iterable(rows))
+        return torch.tensor([one.ids for one in samples]), torch.tensor([one.labels for one in samples])
 
 
 class BlockIterator(EpochIterator[tuple[Tensor, Tensor]]):
@@ -158,6 +204,8 @@ class BlockIterator(EpochIterator[tuple[Tensor, Tensor]]):
 
     def fingerprint(self) -> dict[str, int | str]:
         sizes = {"num_tokens": len(self.blocks.tokens), "seq_length": self.blocks.seq_length}
+        if self.blocks.is_mixed:
+            sizes["num_blocks"] = len(self.blocks)
         return {**sizes, **super().fingerprint()}
 
 
@@ -165,6 +213,7 @@ def unigram_perplexity(train: Iterable[Ids], validation_tokens: Tensor, vocab_si
     """Perplexity on ``validation_tokens`` of the token frequencies in all of ``train``, plus one each."""
     counts = torch.ones(vocab_size, dtype=torch.float64)
     for piece in train:
+        release_pages()
         counts += torch.from_numpy(np.bincount(piece, minlength=vocab_size))
     log_probabilities = (counts / counts.sum()).log()
     return math.exp(-log_probabilities[validation_tokens].mean().item())

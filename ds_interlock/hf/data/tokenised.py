@@ -20,6 +20,7 @@ from ds_interlock.errors import DataError
 from ds_interlock.heads.labels import IGNORED_LABEL
 from ds_interlock.hf.data.loading import cache_errors
 from ds_interlock.hf.data.records import Record, Task
+from ds_interlock.hf.data.resident import release_pages
 from ds_interlock.hf.data.samples import Encoded, Sample
 from ds_interlock.hf.data.sources import Records, Source, records_in
 
@@ -28,6 +29,7 @@ Encode: TypeAlias = Callable[[Sequence[Record]], Iterable[Encoded]]
 
 _FORM = 2  # of the file; another one makes other files
 _OF_SAMPLE = ["tokens", "learned", "token_type_ids", "segments"]  # columns
+_READ_TOGETHER = 100_000  # numbers
 _ROWS_OF_ONE_PROCESS = 50_000  # with fewer, starting others takes longer
 
 
@@ -72,6 +74,7 @@ class Samples(Sequence[Sample]):
         """The samples of these indices."""
         if not len(numbers):
             return []
+        release_pages()
         table = self.data[self.rows[list(numbers)].tolist()].select(_OF_SAMPLE)
         return [sample_in(row) for row in table.to_pylist()]
 
@@ -99,7 +102,11 @@ class Samples(Sequence[Sample]):
         return int(self._numbers("largest_id").max(initial=-1))
 
     def _numbers(self, column: str) -> Numbers:
-        of_all: Numbers = self.data.select_columns(column)[:][column].to_numpy()
+        values, parts = self.data.select_columns(column), []
+        for start in range(0, max(len(values), 1), _READ_TOGETHER):
+            release_pages()
+            parts.append(values[start : start + _READ_TOGETHER][column].to_numpy())
+        of_all: Numbers = np.concatenate(parts)
         return of_all[self.rows]
 
 
@@ -163,24 +170,31 @@ def map_once(
 
 
 def mix(parts: Sequence[Samples], weights: Sequence[float] | None, seed: int) -> Samples:
-    """All samples of the parts; with weights, the probabilities of parts, as often as they say.
-
-    Then each part is taken in its own order, and again from its start, until each has been taken once.
-    """
-    from datasets import Dataset, concatenate_datasets, interleave_datasets
+    """All samples of the parts, as ``mixed``."""
+    from datasets import concatenate_datasets
 
     if len(parts) == 1:
         return parts[0]
     starts = np.cumsum([0, *(len(part.data) for part in parts)])
     rows = [part.rows + start for part, start in zip(parts, starts[:-1], strict=True)]
-    data, rows_of_all = concatenate_datasets([part.data for part in parts]), np.concatenate(rows)
+    return Samples(concatenate_datasets([part.data for part in parts]), mixed(rows, weights, seed))
+
+
+def mixed(parts: Sequence[Numbers], weights: Sequence[float] | None, seed: int) -> Numbers:
+    """The numbers of all parts; with weights, the probabilities of parts, as often as they say.
+
+    Then each part is taken in its own order, and again from its start, until each has been taken once.
+    """
+    from datasets import Dataset, interleave_datasets
+
+    of_all = np.concatenate(parts)
     if weights is None:
-        return Samples(data, rows_of_all)
-    numbers = [Dataset.from_dict({"row": of_part}) for of_part in rows]
+        return of_all
+    numbers = [Dataset.from_dict({"row": of_part}) for of_part in parts]
     how: Any = {"probabilities": list(weights), "seed": seed, "stopping_strategy": "all_exhausted"}
     # Read from the data set itself, they would take minutes for millions.
-    indices = interleave_datasets(numbers, **how)._indices.column(0).to_numpy()
-    return Samples(data, rows_of_all[indices])
+    order: Numbers = interleave_datasets(numbers, **how)._indices.column(0).to_numpy()
+    return of_all[order]
 
 
 def identity(tokenizer: Any) -> list[Any]:
@@ -245,4 +259,5 @@ def _map_rows(
     task: Task,
     encode: Encode,
 ) -> dict[str, list[Any]]:
+    release_pages()
     return columns(zip(numbers, encode(records_in(rows, sources, task)), strict=True))

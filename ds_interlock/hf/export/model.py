@@ -60,8 +60,11 @@ def export_model(
         return export_adapter(source, output)
     tensors = merged_tensors(source) if merge_adapter else source.tensors()
     config = source.load_config()
-    notes = _settle_tied_weights(source, tensors, config)
+    notes = _settle_tied_weights(source, tensors, config.get_text_config())
     model = empty_model(config, source.description.architecture)
+    for alias, name in model.all_tied_weights_keys.items():
+        if alias in tensors and name not in tensors:  # the bias of BERT's unembedding, by its other name
+            tensors[name] = tensors.pop(alias)
     return write_model(
         output, source, model, tensors, dtype=dtype, max_shard_size=max_shard_size, heads=heads, notes=notes
     )
@@ -81,7 +84,7 @@ def _settle_tied_weights(source: FineTunedCheckpoint, tensors: dict[str, Tensor]
                 f"expected {embedding} among them"
             )
         tensors.setdefault(unembedding, copies[embedding])
-    if not config.tie_word_embeddings or unembedding not in tensors:
+    if not getattr(config, "tie_word_embeddings", False) or unembedding not in tensors:
         return []
     if torch.equal(tensors[unembedding], tensors[embedding]):
         del tensors[unembedding]

@@ -19,14 +19,25 @@ from ds_interlock.hf.data import streaming
 from ds_interlock.hf.data.batches import BatchShape
 from ds_interlock.hf.data.rows import PackedRows, PaddedRows
 from ds_interlock.hf.data.samples import Sample, encode_records
+from ds_interlock.hf.data.sources import read_records
 from ds_interlock.hf.data.streaming import StreamingBatches, open_stream, rows_of_stream, validation_records
+from ds_interlock.hf.data.text import (
+    BlockRows,
+    TokenBlocks,
+    Tokens,
+    encode_blocks,
+    mix_blocks,
+    tokenise_documents,
+)
 from ds_interlock.hf.data.tokenised import Samples, mix
 
 LENGTH = 12
 ENCODE = partial(encode_records, tokenizer=letters(), seq_length=LENGTH)
+BLOCKS = partial(encode_blocks, tokenizer=letters(), seq_length=LENGTH)
 FILLS: dict[str, Callable[..., Any]] = {
     "padded": partial(PaddedRows, seq_length=LENGTH),
     "packed": partial(PackedRows, seq_length=LENGTH),
+    "blocks": partial(BlockRows, seq_length=LENGTH),
 }
 
 
@@ -65,7 +76,8 @@ def batches(
 
     def of_epoch(epoch: int) -> Any:
         how = {"replica": replica, "num_replicas": num_replicas, "seed": 3 + epoch}
-        return rows_of_stream(parts, weights, ENCODE, FILLS[fill], **how)
+        encode = BLOCKS if fill == "blocks" else ENCODE
+        return rows_of_stream(parts, weights, encode, FILLS[fill], **how)
 
     shape = BatchShape(2, 2, num_replicas)
     how: dict[str, Any] = {"replica": replica, "add_up": lambda number: number, "seed": 3}
@@ -73,7 +85,7 @@ def batches(
 
 
 @pytest.mark.parametrize("weights", [None, (0.7, 0.3)], ids=["all", "weighted"])
-@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("fill", ["padded", "packed"])
 def test_a_resumed_stream_goes_on_as_an_undisturbed_one(fill: str, weights: Any, tmp_path: Path) -> None:
     files = [write(tmp_path / f"{letter}.jsonl", texts(letter, 23)) for letter in "ab"]
     parts = [open_stream([file], None, None) for file in files]
@@ -92,6 +104,25 @@ def test_a_resumed_stream_goes_on_as_an_undisturbed_one(fill: str, weights: Any,
         for _ in range(4):
             (inputs_a, labels_a), (inputs_b, labels_b) = next(undisturbed), next(resumed)
             assert all(map(torch.equal, (*inputs_a, *labels_a), (*inputs_b, *labels_b)))
+
+
+def test_blocks_of_a_stream_are_one_sequence_of_tokens(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", texts("a", 23))
+    records = read_records([file], "text")
+    blocks = TokenBlocks(tokenise_documents(records, letters()), LENGTH)
+    *others, last = BLOCKS(list(records))
+    inputs, labels = BlockRows(last.samples, LENGTH).stack([(number,) for number in range(len(blocks))])
+    expected = blocks.stack(range(len(blocks)))
+    assert torch.equal(inputs, expected[0])
+    assert torch.equal(labels, expected[1])
+    assert not any(one.samples for one in others)
+    undisturbed, resumed = (batches([open_stream([file], None, None, "text")], "blocks") for _ in "ab")
+    for _ in range(3):
+        next(undisturbed)
+    resumed.load_state_dict(undisturbed.state_dict())
+    (inputs, (labels, _)), (expected_inputs, (expected_labels, _)) = next(resumed), next(undisturbed)
+    assert torch.equal(inputs, expected_inputs)
+    assert torch.equal(labels, expected_labels)
 
 
 def test_replicas_share_the_records_out(tmp_path: Path) -> None:
@@ -141,4 +172,7 @@ def test_a_mixture_has_the_shares_of_its_weights() -> None:
     assert counts[1] / len(mixed) == pytest.approx(0.75, abs=0.08)
     assert {(*sample.ids,) for sample in mixed} == {(n, number) for n in (1, 2) for number in range(40)}
     assert list(mix(parts, None, seed=0)) == [*parts[0], *parts[1]]
+    blocks = [TokenBlocks(Tokens([np.full(40 * 3 + 2, n, np.int32)]), 3) for n in (1, 2)]
+    firsts = mix_blocks(blocks, (0.75, 0.25), seed=0).stack(range(len(mixed)))[0].unique(dim=1)[:, 0]
+    assert firsts.tolist() == [sample.ids[0] for sample in mixed], "none has tokens of both"
     assert samples_of([]) == []

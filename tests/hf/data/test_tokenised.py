@@ -8,13 +8,15 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, load_from_disk
 from encoded import samples_of
 from tiny_tokenizers import bert, letters
 
 from ds_interlock.errors import DataError
+from ds_interlock.hf.data import resident
 from ds_interlock.hf.data.samples import encode_records
 from ds_interlock.hf.data.sources import Records, read_records
-from ds_interlock.hf.data.tokenised import Samples, identity, tokenise
+from ds_interlock.hf.data.tokenised import Samples, features, identity, tokenise
 
 ENCODE = partial(encode_records, tokenizer=letters(), seq_length=4)
 
@@ -59,6 +61,21 @@ def test_two_processes_tokenise_as_one_does(records: Records, tmp_path: Path) ->
     faulty = read_records([write(tmp_path / "faulty.jsonl", [{"text": "a"}, {"text": 3}])])
     with pytest.raises(DataError, match=r"faulty.jsonl line 2: text: Input should be a valid string"):
         tokenise(faulty, ENCODE, [1], 2)
+
+
+def test_pages_of_the_file_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_all = {name: [None] * 5000 for name in features()}
+    of_all |= {"tokens": np.tile(np.arange(512), (5000, 1)), "learned": np.ones((5000, 511), bool)}
+    of_all["num_labels"] = list(range(5000))
+    Dataset.from_dict(of_all, features=features()).save_to_disk(tmp_path)
+    monkeypatch.setattr(resident, "_MOST", 2**20)
+    resident.release_pages()
+    samples, before, most = Samples(load_from_disk(tmp_path)), resident._mapped_bytes(), 0
+    for start in range(0, 5000, 50):
+        assert samples[start].ids == list(range(511))
+        most = max(most, resident._mapped_bytes() - before)
+    assert most < 2**22 < 5000 * 512 * 4
+    assert samples.num_labels.tolist() == list(range(5000))
 
 
 @pytest.mark.bad_input

@@ -1,12 +1,14 @@
-"""Every decoder that transformers can build: cut exactly, or refused for a known reason.
+"""Every decoder that transformers can build: cut exactly and exported, or refused for a known reason.
 
 The families are those of transformers' own mapping, tiny and random. `make slow` tries all of them.
 """
 
 import copy
 import re
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,10 +21,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ds_interlock import HeadConfig
 from ds_interlock.errors import ConfigError
+from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE
+from ds_interlock.hf.export.model import export_model
 from ds_interlock.hf.model.cut import Blueprint
 from ds_interlock.hf.model.pretrained import empty_model
 from ds_interlock.hf.model.surgery import Skeleton
-from ds_interlock.jobs.hugging_face import check_heads_fit
+from ds_interlock.jobs.hugging_face import check_heads_fit, describe_for_export
 
 DOCS = Path(__file__).parents[3] / "docs" / "finetune.md"
 
@@ -79,14 +83,14 @@ def loss_of(model: Any) -> torch.Tensor:
     return cross_entropy(model(**given, **options).logits, lm_labels(given))
 
 
-def cut(model: Any, config: Any) -> nn.Module:
+def cut(model: Any, config: Any) -> tuple[nn.Module, Blueprint]:
     tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     blueprint = Blueprint(
         Skeleton(empty_model(config, "causal", torch.float32)),
         lambda wanted: {name: tensors[name].clone() for name in wanted if name in tensors},
         PLAIN,
     )
-    return in_process(blueprint)
+    return in_process(blueprint), blueprint
 
 
 def step(net: Any) -> float:
@@ -96,11 +100,31 @@ def step(net: Any) -> float:
 
 def cut_and_step(family: str) -> None:
     Skeleton(empty_model(tiny(family), "causal", torch.float32))  # what cannot be cut need not be built
-    step(cut(*tiny_decoder(family)))
+    net, _ = cut(*tiny_decoder(family))
+    step(net)
+
+
+def export(net: nn.Module, blueprint: Blueprint, config: Any, folder: Path) -> Any:
+    """The weights of the stages, as transformers reads the model that is exported of their checkpoint."""
+    checkpoint, states = folder / "checkpoints" / "global_step1", defaultdict[int, dict[str, Any]](dict)
+    for name, tensor in net.state_dict().items():
+        number, _, own_name = name.partition(".")
+        states[int(number)][own_name] = tensor
+    checkpoint.mkdir(parents=True)
+    for number, state in states.items():
+        torch.save(state, checkpoint / f"layer_{number:02}-model_states.pt")
+    config.save_pretrained(checkpoint.parent / "hf")
+    description = describe_for_export(cast(Any, SimpleNamespace(name="base")), blueprint)
+    (checkpoint.parent / "hf" / DESCRIPTION_FILE).write_text(description.model_dump_json())
+    export_model(checkpoint, folder / "out")
+    load = getattr(transformers, description.architecture).from_pretrained
+    model, report = load(folder / "out", output_loading_info=True, dtype=torch.float32)
+    assert not any(report.values()), report
+    return model
 
 
 @pytest.mark.parametrize("family", tried)
-def test_a_decoder_is_cut_exactly_or_refused_for_a_known_reason(family: str) -> None:
+def test_a_decoder_is_cut_exactly_or_refused_for_a_known_reason(family: str, tmp_path: Path) -> None:
     if family in reason_of:
         with pytest.raises(ConfigError, match=re.escape(reason_of[family])):
             cut_and_step(family)
@@ -108,7 +132,10 @@ def test_a_decoder_is_cut_exactly_or_refused_for_a_known_reason(family: str) -> 
     model, config = tiny_decoder(family)
     loss = loss_of(model.train())
     loss.backward()
-    net = cut(model, config)
+    net, blueprint = cut(model, config)
+    exported, own = export(net, blueprint, config, tmp_path).state_dict(), model.state_dict()
+    assert exported.keys() == own.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in own.items())
     assert step(net) == loss.item()
     got = gradients_by_name(net)
     names: dict[nn.Parameter, list[str]] = {}
@@ -116,8 +143,8 @@ def test_a_decoder_is_cut_exactly_or_refused_for_a_known_reason(family: str) -> 
         names.setdefault(parameter, []).append(name)
     for parameter, same in names.items():
         if parameter.grad is not None:
-            own = next(got[name] for name in same if name in got)
-            torch.testing.assert_close(own, parameter.grad, rtol=1e-5, atol=1e-7)
+            gradient = next(got[name] for name in same if name in got)
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.bad_input

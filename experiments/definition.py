@@ -45,6 +45,9 @@ class ProseModel(_Section):
     num_heads: int = Field(2, ge=1)
     init_std: float = Field(0.08, gt=0)
     """Of the initial matrices. With GPT-2's 0.02, at this width, global learns little in the first steps."""
+    embedding_std: float | None = Field(None, gt=0)
+    """Of the initial token embedding, if not ``init_std``. Where many blocks add to a small embedding, little
+    of the token is left at the end of the model."""
     border_norm: bool = False
     """A LayerNorm on the residual stream at every stage border."""
 
@@ -57,8 +60,12 @@ class ImageModel(_Section):
     width: int = Field(16, ge=1)
     head_channels: tuple[int, ...] = ()
     """Convolutions of an auxiliary head; none: global pooling and a linear layer."""
+    head_size: int | None = Field(None, ge=1)
+    """Rows and columns that a head averages its input to before the convolutions; all by default."""
     num_train_images: int | None = Field(None, ge=1)
     """The first so many training images; all by default."""
+    num_validation_images: int = Field(0, ge=0)
+    """The last so many training images are scored in place of the test set, as for choosing a rate."""
 
 
 class Training(_Section):

@@ -48,9 +48,12 @@ class Prose:
     def __init__(self, run: Run, model: ProseModel) -> None:
         self.run, self.seq_length = run, model.seq_length
         self.train, self.validation = prose(model.vocab_size)
-        sizes = model.model_dump(exclude={"kind", "border_norm", "vocab_size"})
+        sizes = model.model_dump(exclude={"kind", "border_norm", "vocab_size", "embedding_std"})
         config = LMConfig(vocab_size=model.vocab_size or VOCAB_SIZE, seed=run.seed, **sizes)
         self.layers, self.stage_bounds = _cut_into_halves(config, run.num_stages, model.border_norm)
+        if model.embedding_std:
+            with torch.no_grad():
+                next(self.layers[0].parameters()).mul_(model.embedding_std / model.init_std)
         self.loss_fn = lm_loss()
 
     def heads(self, section: InterlockConfig) -> HeadFactory:
@@ -95,8 +98,9 @@ class Pictures:
 
     def __init__(self, run: Run, model: ImageModel) -> None:
         self.run, self.model, data = run, model, pictures()
-        self.test = data.test
-        train = data.train.first(model.num_train_images or len(data.train))
+        num_others = len(data.train) - model.num_validation_images
+        self.test = data.train.after(num_others) if model.num_validation_images else data.test
+        train = data.train.first(min(model.num_train_images or num_others, num_others))
         self.normalisation = Normalisation.of(train)
         self.iterator = ImageIterator(
             train, self.normalisation, run.training.micro_batch_size, seed=run.seed, augment=True
@@ -110,7 +114,7 @@ class Pictures:
         self.loss_fn = classification_loss
 
     def heads(self, section: InterlockConfig) -> HeadFactory:
-        return resnet_heads(self.config, self.model.head_channels)
+        return resnet_heads(self.config, self.model.head_channels, self.model.head_size)
 
     def batch(self, step: int) -> list[MicroBatch]:
         num_micro_batches = self.run.training.num_micro_batches

@@ -119,9 +119,7 @@ def test_what_is_imported_is_required() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     required = _projects(setup["options"]["install_requires"])
-    extras = _projects(setup["options.extras_require"]["lora"]) | {
-        "bitsandbytes"
-    }  # its error says to install it
+    extras = _projects(setup["options.extras_require"]["qlora"])
     for path in PACKAGE.rglob("*.py"):
         code = ast.parse(path.read_text(encoding="utf-8"))
         at_once = _third_party(_imports_in(code.body))

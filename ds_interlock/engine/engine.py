@@ -227,7 +227,7 @@ class InterlockEngine(PipelineEngine):
         """Frees threads and connections. All ranks must call it, after ``drain``."""
         atexit.unregister(self._at_exit)
         self.sections.log.close()
-        self._progress.reporter.close()  # threads first: they end even where the groups are gone
+        self._progress.close()  # threads first: they end even where the groups are gone
         if self._tracer:
             self._tracer.close()
         self._runner.links.close()

@@ -8,10 +8,14 @@ the last stage has got:
     stage k    ── post(batch 7, loss, norm, lr) ──►  "values/k/0": batches 5 to 7, a parcel
     rank 0     ◄─ collected() ──────────────────────  "values/0/0", "values/1/0", ... ──► the monitor
 
+The monitor gets what is of a step when every stage has reported it, so that steps never go down: Weights &
+Biases drops what is of an earlier step than the last.
+
 No stage waits for this: ``newest`` and ``collected`` are what has arrived. Only if a thread has stalled for
 a thousand batches does its stage wait, so that nothing is lost and memory has a bound.
 """
 
+import atexit
 import itertools
 import json
 import math
@@ -137,6 +141,38 @@ class Reporter:
                 self._num_collected[stage] += 1
 
 
+Event = tuple[str, Any, int]
+"""A name, a value, and the samples trained on so far, which are DeepSpeed's steps."""
+
+
+class OrderedMonitor:
+    """DeepSpeed's monitor, which gets its events in the order of their steps, whenever they come.
+
+    Those of the script and of DeepSpeed itself come this way, too.
+    """
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+        self._waiting: dict[int, list[Event]] = {}
+        self._complete = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._monitor, name)
+
+    def write_events(self, events: Sequence[Event]) -> None:
+        """Takes events; those of a step that is complete are written at once."""
+        for event in events:
+            self._waiting.setdefault(event[2], []).append(event)
+        self.write_up_to(self._complete)
+
+    def write_up_to(self, step: float) -> None:
+        """Writes what is of this step and those before it, of which no stage will report more."""
+        self._complete = step
+        steps = sorted(waiting for waiting in self._waiting if waiting <= step)
+        if steps:
+            self._monitor.write_events([event for each in steps for event in self._waiting.pop(each)])
+
+
 class Progress:
     """Reports this stage's batches, and shows what all stages have reported."""
 
@@ -149,6 +185,11 @@ class Progress:
         self.losses: dict[int, Tensor] = {}
         """Of the newest batch on this stage: the mean of each loss by its index in the plan."""
         self._stage_values: dict[int, dict[str, float]] = {}
+        self._samples = [0] * ranks.num_stages  # of each stage's newest report
+        self._monitor = OrderedMonitor(engine.monitor)
+        if ranks.global_rank == 0:  # the others' write nothing
+            engine.monitor = self._monitor
+        atexit.register(self._monitor.write_up_to, math.inf)
         self.cosines: dict[int, float] = {}
         """Every stage's newest gradient cosine that has arrived here."""
 
@@ -176,7 +217,7 @@ class Progress:
         """Writes the reports that have arrived to DeepSpeed's monitor."""
         monitor = self._engine.monitor
         for stage, values in self.reporter.collected():
-            samples = int(values.pop("samples"))
+            samples = self._samples[stage] = int(values.pop("samples"))
             self._stage_values[stage] = values
             if COSINE in values:
                 self.cosines[stage] = values[COSINE]
@@ -186,6 +227,13 @@ class Progress:
             if "final_loss" in values:
                 names["Train/Samples/train_loss"] = values["final_loss"]
             monitor.write_events([(name, value, samples) for name, value in names.items()])
+        self._monitor.write_up_to(min(self._samples))
+
+    def close(self) -> None:
+        """Ends the thread, and writes what is left."""
+        self.reporter.close()
+        self._monitor.write_up_to(math.inf)
+        atexit.unregister(self._monitor.write_up_to)
 
     def print_loss(self, batches_ago: int, loss: Tensor) -> None:
         """Prints the final loss of an earlier batch every ``steps_per_print`` batches."""

@@ -40,6 +40,10 @@ class Images:
         """All if there are fewer, or ``num_images`` is 0."""
         return type(self)(self.pixels_nchw[: num_images or None], self.labels_n[: num_images or None])
 
+    def after(self, num_images: int) -> Self:
+        """All but the first ``num_images``."""
+        return type(self)(self.pixels_nchw[num_images:], self.labels_n[num_images:])
+
     def to(self, device: torch.device | str) -> Self:
         """The images on ``device``, where micro-batches are then made."""
         return type(self)(self.pixels_nchw.to(device), self.labels_n.to(device))

@@ -10,6 +10,7 @@ LoRA adapters in peft's format), ``checkpoints/`` to resume from, ``metrics.json
 """
 
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from ds_interlock.hf.model.adapt import add_lora, freeze, lora_config, scale_lea
 from ds_interlock.hf.model.balance import default_bounds, describe, parse_bounds
 from ds_interlock.hf.model.check import check_layers
 from ds_interlock.hf.model.cut import Blueprint, End
+from ds_interlock.hf.model.four_bits import FourBits
 from ds_interlock.hf.model.pretrained import Pretrained, open_pretrained
 from ds_interlock.jobs.data import read_data
 from ds_interlock.jobs.finetune_arguments import FinetuneArguments
@@ -151,7 +153,9 @@ def open_model(args: FinetuneArguments, dtype: torch.dtype, classes: tuple[str, 
     if args.output_router_logits:
         pretrained.config.output_router_logits = True
     check_seq_length(pretrained, args.seq_length)
-    return pretrained
+    if not args.load_in_4bit:
+        return pretrained
+    return replace(pretrained, four_bits=FourBits(args.bnb_4bit_quant_type, args.use_bnb_nested_quant))
 
 
 def prepare(

@@ -70,6 +70,9 @@ class AdaptationArguments:
     lora_alpha: int | None = argument(None, "default: twice the rank")
     lora_dropout: float = argument(0.0)
     lora_target_modules: list[str] = argument(["all-linear"], metavar="NAME")
+    load_in_4bit: bool = argument(False, "QLoRA: linear weights of the blocks in 4 bits, by bitsandbytes")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = argument("nf4", "what the 4 bits stand for (%(default)s)")
+    use_bnb_nested_quant: bool = argument(False, "the scales of these weights in 8 bits")
 
 
 @dataclass(kw_only=True)
@@ -138,6 +141,8 @@ class FinetuneArguments(
             raise ConfigError("--packing is for language models: leave it out with --task classification")
         if self.merge_adapter and not self.lora_r:
             raise ConfigError("--merge_adapter: there is no adapter without --lora_r")
+        if self.load_in_4bit and not self.lora_r:
+            raise ConfigError("--load_in_4bit needs --lora_r: weights in 4 bits do not train, adapters do")
         if self.early_stopping_patience and not self.eval_steps:
             raise ConfigError("--early_stopping_patience needs --eval_steps: it counts these evaluations")
         if self.load_best_model_at_end and not self.eval_steps:

@@ -219,7 +219,15 @@ def resume(engine: Any, path: Path) -> int:
         if not is_parent and not path.is_dir():
             raise ConfigError(f"{flag}: there is no checkpoint, and no file named latest")
     with propagate_errors():  # of which all ranks have the same
-        loaded, _ = engine.load_checkpoint(folder, tag=tag)
+        try:
+            loaded, _ = engine.load_checkpoint(folder, tag=tag)
+        except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading state_dict"):
+                raise
+            raise ConfigError(
+                f"{flag}: its layers have other weights than this job's: resume with the model and the flags "
+                "(--lora_r, --load_in_4bit, ...) that it was saved with, or give another --output_dir"
+            ) from error
     if loaded is None:
         raise ConfigError(f"{flag}: DeepSpeed finds no checkpoint there")
     return int(engine.global_steps)

@@ -62,6 +62,7 @@ class NetArguments:
     head_channels: list[int] = argument(
         [*resnet.HEAD_CHANNELS], "of each convolution in a head; none: pooling, a linear layer (128 64)"
     )
+    head_size: int = argument(0, "rows and columns a head averages its input to first; 0: all (%(default)s)")
 
 
 @dataclass(kw_only=True)
@@ -78,7 +79,9 @@ class ResNetRunArguments(RunArguments):
 class ResNetArguments(ImageArguments, NetArguments, ResNetRunArguments):
     """All arguments of the job."""
 
-    _least: ClassVar[dict[str, int]] = {**RunArguments._least, "max_train_samples": 0, "max_eval_samples": 0}
+    _least: ClassVar[dict[str, int]] = {
+        **RunArguments._least, "max_train_samples": 0, "max_eval_samples": 0, "head_size": 0
+    }  # fmt: skip
     _example_config: ClassVar[str] = "configs/resnet/interlock.json"
     _may_be_empty: ClassVar[tuple[str, ...]] = ("head_channels",)
 
@@ -97,7 +100,7 @@ def run(args: ResNetArguments) -> Metrics:
         resnet.resnet_layers(config),
         loss_fn=resnet.classification_loss,
         partition_method="type:Block" if job.num_stages <= config.num_blocks else "uniform",
-        head=resnet.resnet_heads(config, args.head_channels),
+        head=resnet.resnet_heads(config, args.head_channels, args.head_size or None),
     )
     schedule = None if "scheduler" in job.config else step_schedule(args.max_steps)
     engine, *_ = ds_interlock.initialize(model=net, config=job.config, lr_scheduler=schedule)

@@ -141,7 +141,7 @@ def build_resnet(config: ResNetConfig) -> nn.Sequential:
 
 
 def resnet_heads(
-    config: ResNetConfig, channels: Sequence[int] = HEAD_CHANNELS
+    config: ResNetConfig, channels: Sequence[int] = HEAD_CHANNELS, size: int | None = None
 ) -> Callable[[LossHead], nn.Module]:
     """Auxiliary heads for ``InterlockPipelineModule(head=...)`` and ``InProcessPipeline(head=...)``.
 
@@ -149,20 +149,26 @@ def resnet_heads(
         config: The model they are for.
         channels: Of each 3x3 convolution of a head, which batch norm and ReLU follow. Without any, a head
             is a classifier like the model's own.
+        size: Rows and columns that a head averages its input to first, where it has more: convolutions
+            of the large images of early layers then cost little. None averages nothing.
 
     Returns:
         A function from a head position to a new head, with weights from the global generator.
 
     Raises:
-        ConfigError: If a convolution has no channels; from the function, if the position has no images.
+        ConfigError: If a convolution has no channels, or ``size`` is below 1; from the function, if the
+            position has no images.
     """
+    if size is not None and size < 1:
+        raise ConfigError(f"the hidden state that a head reads has size {size}: expected at least 1")
     if any(number < 1 for number in channels):
         raise ConfigError(f"convolutions of a head have {list(channels)} channels: expected at least 1 each")
 
     def make_head(head: LossHead) -> nn.Module:
         sizes = (config.channels_after(head.after_layer), *channels)
         convolutions = [_ConvolutionHead(*pair) for pair in zip(sizes, sizes[1:], strict=False)]
-        return nn.Sequential(*convolutions, Classifier(sizes[-1], config.num_classes))
+        smaller = [] if size is None else [_Smaller(size)]
+        return nn.Sequential(*smaller, *convolutions, Classifier(sizes[-1], config.num_classes))
 
     return make_head
 
@@ -248,6 +254,18 @@ class Classifier(nn.Module):
 
     def forward(self, hidden_bchw: Tensor) -> Tensor:
         return cast(Tensor, self.linear(hidden_bchw.mean(dim=(2, 3))))
+
+
+class _Smaller(nn.Module):
+    """Averages hidden_bchw to at most ``size`` rows and columns."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, hidden_bchw: Tensor) -> Tensor:
+        rows, columns = (min(self.size, number) for number in hidden_bchw.shape[2:])
+        return F.adaptive_avg_pool2d(hidden_bchw, (rows, columns))
 
 
 class _ConvolutionHead(nn.Sequential):

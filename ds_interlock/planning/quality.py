@@ -73,11 +73,6 @@ class Measurement(_Record):
         return InterlockConfig.from_deepspeed({"interlock": self.interlock})
 
     @property
-    def beats_local(self) -> bool | None:
-        """Whether it learned better than local by more than the deviation over the seeds; None for local."""
-        return None if self.gain is None else self.gain.mean > (self.gain.deviation or 0.0)
-
-    @property
     def phases(self) -> list[tuple[float, InterlockConfig]]:
         """Of a schedule: where each phase begins, over global's steps, and its setting."""
         return [(step / self.budget, section) for step, section in self.section.phases]
@@ -125,14 +120,28 @@ def schedules(num_stages: int) -> list[Measurement]:
 def beats_local(interlock: InterlockConfig, num_stages: int) -> bool | None:
     """Whether a setting learned better than local with such heads; None: not measured, local or global.
 
-    What was no better than local with plain heads is taken to be so with others until these are measured.
+    Better is by more than the deviation over the seeds, or with a single seed by more than the largest
+    deviation of any setting of such models (Transformers, ResNets). What was no better with plain heads is
+    taken to be so with others until these are measured.
     """
     if interlock.is_global or (interlock.window or 1) == 1:
         return None
     if with_its_heads := measurement(interlock, num_stages):
-        return with_its_heads.beats_local
+        return _is_better(with_its_heads)
     plain = measurement(interlock.model_copy(update={"head": _PLAIN}), num_stages)
-    return False if plain and plain.beats_local is False else None
+    return False if plain and _is_better(plain) is False else None
+
+
+def _is_better(measured: Measurement) -> bool | None:
+    """Than local; None for local itself."""
+    if measured.gain is None:
+        return None
+    deviation = measured.gain.deviation
+    if deviation is None:
+        every = [each for of_setting in _measurements(FILE).values() for each in of_setting]
+        alike = [each.gain for each in every if each.gain and each.is_language == measured.is_language]
+        deviation = max(each.deviation or 0.0 for each in alike)
+    return measured.gain.mean > deviation
 
 
 def setting_of(interlock: InterlockConfig) -> tuple[Any, ...]:

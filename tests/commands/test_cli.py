@@ -211,7 +211,7 @@ def test_layers_of_the_user_are_walked_back_twice_where_stages_relay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gradients_instead_of_processes(monkeypatch)
-    arguments = "--stages", "3", "--layers-from", f"kernels:{function}"
+    arguments = "--stages", "3", "--layers-from", f"overwriting_kernels:{function}"
     assert cli.main(["verify", write(tmp_path, section), *arguments]) == status
     lines = [line for line in capsys.readouterr().out.splitlines() if "gradients of another walk" in line]
     assert [line.split()[-1] for line in lines if "ScalesWhatItSaved" in line] == ["FAIL"] * status
@@ -219,7 +219,7 @@ def test_layers_of_the_user_are_walked_back_twice_where_stages_relay(
 
 
 def test_layers_from_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for function in ("kernels", "kernels:nothing", "nowhere:layers", ":layers"):
+    for function in ("overwriting_kernels", "overwriting_kernels:nothing", "nowhere:layers", ":layers"):
         assert cli.main(["verify", write(tmp_path, WINDOW_2), "--layers-from", function]) == 2
         assert f"--layers-from {function}: expected MODULE:FUNCTION" in capsys.readouterr().err
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import WIDTH, KernelLayer, ScalesWhatItSaved
+from overwriting_kernels import WIDTH, KernelLayer, ScalesWhatItSaved
 from ranks import RankPool
 from torch import nn
 

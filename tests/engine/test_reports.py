@@ -105,8 +105,12 @@ def test_every_stage_reports_every_batch_in_its_place(ranks4: RankPool, tmp_path
 
 STAND_INS = {
     "wandb": """
+steps = [0]
 def init(**about): note(about, None)
-def log(data, step, commit): note(data, step)
+def log(data, step, commit):
+    assert step >= steps[-1], "the real one drops it"
+    steps.append(step)
+    note(data, step)
 """,
     "comet_ml": """
 __version__ = "3.50.0"
@@ -126,8 +130,24 @@ def note(values, step):
 
 
 def train_with_stand_ins(job: Job, folder: Path) -> dict[str, Any]:
+    """An evaluation comes between two batches, with a report of one stage that is held up."""
     with mock.patch.object(sys, "path", [str(folder), *sys.path]):
-        return train_and_report(job)
+        engine = make_engine(job)
+        data = data_for(engine, job)
+        reporter = engine._progress.reporter
+        post, late = reporter.post, list[Any]()
+        if engine.stage_id == 1:
+            reporter.post = lambda *report: late.append(report)
+        for _ in range(job.num_batches - 1):
+            engine.train_batch(data)
+        engine.eval_batch(iter(micro_batches(1)), num_micro_batches=1)
+        for report in late:
+            post(*report)
+        reporter.post = post
+        engine.train_batch(data)
+        final = float(engine.drain())
+        engine.destroy()
+        return {"final": final}
 
 
 def test_other_monitors_have_the_same(ranks4: RankPool, tmp_path: Path):
@@ -153,6 +173,7 @@ def test_other_monitors_have_the_same(ranks4: RankPool, tmp_path: Path):
         assert own == by_sample
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
+    assert [event.step for event in events.Scalars("Train/Samples/eval_loss")] == [4]
     final = events.Scalars("Train/Samples/train_loss")
     assert [event.step for event in final] == [2, 4, 6]
     assert final[-1].value == pytest.approx(result["final"])

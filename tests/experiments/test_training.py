@@ -190,6 +190,15 @@ def test_a_missing_text_says_how_to_get_it(tmp_path: Path) -> None:
         prose.treasury(tmp_path)
 
 
+def test_validation_images_are_the_last_for_training_and_no_run_trains_on_them() -> None:
+    pictures = Training(tiny_run(model=IMAGES), "cpu").task.test
+    model = {**IMAGES, "num_train_images": None, "num_validation_images": 59_990}
+    task = Training(tiny_run(model=model), "cpu").task
+    assert len(pictures) == 10_000
+    assert len(task.test) == 59_990
+    assert len(task.iterator.images) == 10
+
+
 def test_missing_pictures_say_how_to_get_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

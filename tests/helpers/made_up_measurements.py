@@ -17,7 +17,7 @@ def measured(
     share: float,
     steps: float | None = None,
     gain: float | None = None,
-    deviation: float = 0.001,
+    deviation: float | None = 0.001,
     **values: Any,
 ) -> Measurement:
     """Three seeds of "prose", 8 blocks of width 64 in 8 stages; steps, share and gain have one deviation."""

@@ -62,6 +62,7 @@ WRONG: list[tuple[type[RunArguments], dict[str, Any], str]] = [
     (FinetuneArguments, {**FINETUNE, "packing": True, "task": "classification"}, "--packing is for language"),
     (FinetuneArguments, {**FINETUNE, "merge_adapter": True}, "there is no adapter without --lora_r"),
     (FinetuneArguments, {**FINETUNE, "lora_r": 2, "export_heads": True}, "it needs --merge_adapter"),
+    (FinetuneArguments, {**FINETUNE, "load_in_4bit": True}, "--load_in_4bit needs --lora_r: weights in 4"),
     (FinetuneArguments, {**FINETUNE, "load_best_model_at_end": True}, "needs --eval_steps"),
     (FinetuneArguments, {**FINETUNE, "streaming": True}, "--streaming needs --max_steps: a stream does not"),
     (LMArguments, {**LM, "streaming": True}, "--streaming needs --max_steps: a stream does not say"),

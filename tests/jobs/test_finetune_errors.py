@@ -18,7 +18,7 @@ from finetuning import (
     tiny_model,
     tiny_tokenizer,
 )
-from kernels import ScalesWhatItSaved
+from overwriting_kernels import ScalesWhatItSaved
 from ranks import RankPool
 from transformers import (
     CONFIG_MAPPING,
@@ -195,7 +195,6 @@ WORDS: list[tuple[str, str]] = [
         "--streaming does not know all samples .* --max_train_samples",
     ),
     ("--train_file a.jsonl:0.7 b.jsonl", "a.jsonl:0.7 b.jsonl: expected a weight above 0 for each"),
-    ("--optim adamw_8bit", "--optim: AdamW8bit needs bitsandbytes"),
     ("--push_to_hub", "--push_to_hub needs --hub_model_id"),
     ("--early_stopping_patience 2", "--early_stopping_patience needs --eval_steps"),
     ("--max_train_samples 3", "3 training samples may fill as few as 3 rows .* one batch takes 4"),

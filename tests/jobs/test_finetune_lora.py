@@ -21,14 +21,17 @@ from finetuning import (
 )
 from peft import PeftModel
 from ranks import RankPool
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
+from ds_interlock.errors import ConfigError
 from ds_interlock.hf.data.rows import ClassifiedRows
 from ds_interlock.hf.data.samples import encode_classified
 from ds_interlock.hf.data.sources import load_records
 from ds_interlock.hf.export.checkpoint import PipelineCheckpoint
 from ds_interlock.hf.export.model import export_model
-from ds_interlock.jobs import finetune
+from ds_interlock.hf.model.four_bits import FourBits
+from ds_interlock.jobs import finetune, process
 
 LORA = "--lora_r", 3, "--learning_rate", 2e-2, "--max_steps", 4
 
@@ -108,6 +111,33 @@ def test_adapters_start_the_same_however_the_model_is_cut(
     assert not any(torch.equal(two[name], other[name]) for name in starts)
 
 
+def test_adapters_of_weights_in_4_bits(ranks2: RankPool, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
+    save_tiny("llama, tied", tmp_path / "model")
+    qlora = *LORA, "--lora_dropout", 0.3, "--load_in_4bit", "--use_bnb_nested_quant"
+    metrics = run(ranks2, tmp_path, data, *qlora, "--save_steps", 2, section=LOCAL)
+    assert metrics["eval_loss"] < metrics["first_eval_loss"]
+    resume = "--resume_from_checkpoint", tmp_path / "out/checkpoints/global_step2"
+    more = "--gradient_checkpointing", "--no_eval_on_start"
+    run(ranks2, tmp_path, data, *qlora, *resume, *more, section=LOCAL, out="resumed")
+    after, resumed = (trained(tmp_path / out / "checkpoints") for out in ("out", "resumed"))
+    assert all(torch.equal(after[name], resumed[name]) for name in after)
+    in_4_bits = [name for name, tensor in after.items() if name.endswith("base_layer.weight")]
+    assert {after[name].dtype for name in in_4_bits} == {torch.uint8}
+    assert len(in_4_bits) == 4 * 7
+
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    options.bnb_4bit_compute_dtype = torch.float32
+    base: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=options)
+    for module in base.modules():
+        module.support_avx512bf16_for_cpu = False  # else some CPUs evaluate in bfloat16
+    adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+    export_model(tmp_path / "out/checkpoints", tmp_path / "merged", merge_adapter=True)
+    for model in (adapted, causal(tmp_path / "merged")):
+        loss = loss_of(model, rows_of(data / "valid.jsonl"))
+        assert loss == pytest.approx(metrics["eval_loss"], abs=1e-5)
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_a_classifier_with_adapters_is_exported_whole(
     family: str, ranks2: RankPool, data: Path, tmp_path: Path
@@ -175,3 +205,20 @@ def test_optimizers_of_bitsandbytes_get_what_the_config_says() -> None:
     with mock.patch.dict(sys.modules, {"bitsandbytes": mock.Mock(optim=optim)}):
         made = finetune._function_of(config)([torch.nn.Parameter(torch.zeros(1))])
     assert (made.defaults["lr"], made.defaults["eps"]) == (0.1, 1e-6)
+
+
+@pytest.mark.bad_input
+def test_a_package_that_is_missing_is_named() -> None:
+    with mock.patch.dict(sys.modules, {"bitsandbytes": None}):
+        with pytest.raises(ConfigError, match="--optim: AdamW8bit needs bitsandbytes: pip install"):
+            finetune._function_of(finetune._optimizer("adamw_8bit", {}))
+        with pytest.raises(ConfigError, match="--load_in_4bit needs bitsandbytes: pip install bitsandbytes"):
+            FourBits()
+
+
+@pytest.mark.bad_input
+def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
+    layer = nn.Linear(2, 2)
+    engine = mock.Mock(load_checkpoint=lambda *_, **__: layer.load_state_dict({"lora_A": torch.ones(2)}))
+    with pytest.raises(ConfigError, match=r"its layers have other weights .* flags .*--load_in_4bit"):
+        process.resume(engine, tmp_path)

@@ -179,6 +179,13 @@ def test_heads_fit_wherever_a_plan_may_put_them():
             assert sum(isinstance(part, nn.BatchNorm2d) for part in head.modules()) == len(channels)
 
 
+def test_a_head_may_average_its_input_to_fewer_rows_and_columns():
+    head = resnet_heads(SMALL, (5,), size=2)(LossHead(stage=0, after_layer=2))
+    hidden = torch.rand(3, SMALL.width, 8, 8)
+    means = hidden.unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean(dim=(3, 5))
+    assert torch.allclose(head(hidden), head(means))  # which has no more than two
+
+
 @pytest.mark.bad_input
 def test_a_head_behind_the_classifier_is_refused():
     with pytest.raises(ConfigError, match=r"no hidden state after layer 5 of a ResNet-8: expected 1 .* to 4"):
@@ -189,6 +196,8 @@ def test_a_head_behind_the_classifier_is_refused():
 def test_a_head_without_channels_is_refused():
     with pytest.raises(ConfigError, match=r"\[8, 0\] channels"):
         resnet_heads(SMALL, (8, 0))
+    with pytest.raises(ConfigError, match="has size 0: expected at least 1"):
+        resnet_heads(SMALL, size=0)
 
 
 @pytest.mark.bad_input

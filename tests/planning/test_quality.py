@@ -67,6 +67,15 @@ def test_better_than_local_is_by_more_than_the_deviation(
     assert beats_local(section(), 8) is None
 
 
+def test_a_single_seed_is_better_by_more_than_any_deviation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    three = measured(window(2), 0.7, gain=0.04, deviation=0.01)
+    ones = [measured(window(w), 0.7, seeds=(0,), gain=g, deviation=None) for w, g in ((3, 0.009), (4, 0.011))]
+    use(monkeypatch, tmp_path, three, *ones)
+    assert [beats_local(section(**window(w)), 8) for w in (2, 3, 4)] == [True, False, True]
+
+
 def test_which_experiment_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """From the last to the first: each has what comes earlier in the rule than what the next one has."""
     candidates = [

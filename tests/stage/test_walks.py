@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import WIDTH, Frees, KernelLayer, ReusesMemory, ScalesWhatItSaved
+from overwriting_kernels import WIDTH, Frees, KernelLayer, ReusesMemory, ScalesWhatItSaved
 
 from ds_interlock.schedule.dependency import num_backward_passes
 from ds_interlock.schedule.plan import GradientFlowPlan

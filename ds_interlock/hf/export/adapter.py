@@ -19,6 +19,7 @@ from ds_interlock.errors import ConfigError, first_names
 from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, FineTunedCheckpoint
 from ds_interlock.hf.export.model_folder import ExportReport, check_tensors, new_folder
 from ds_interlock.hf.model.anatomy import find_anatomy
+from ds_interlock.hf.model.four_bits import in_full
 from ds_interlock.hf.model.pretrained import empty_model
 
 _PREFIX = "base_model.model."
@@ -33,7 +34,8 @@ def export_adapter(source: FineTunedCheckpoint, output: str | PathLike[str]) -> 
     names: dict[str, str] = get_peft_model_state_dict(
         model, {name: name for name in model.state_dict()}, save_embedding_layers=False
     )
-    tensors = {_PREFIX + name: tensor for name, tensor in _peft_tensors(source, model).items()}
+    of_model = _peft_tensors(source.tensors(), model)
+    tensors = {_PREFIX + name: tensor for name, tensor in of_model.items()}
     missing = [name.removeprefix(_PREFIX) for name in names.values() if name not in tensors]
     if missing:
         raise ConfigError(f"{source.folder} lacks weights of its adapter: {first_names(missing)}")
@@ -52,7 +54,7 @@ def export_adapter(source: FineTunedCheckpoint, output: str | PathLike[str]) -> 
 def merged_tensors(source: FineTunedCheckpoint) -> dict[str, Tensor]:
     """The tensors of the plain model, adapters merged into it; a tied weight under one name or under both."""
     model = _peft_model(source)
-    tensors = _peft_tensors(source, model)
+    tensors = _peft_tensors(in_full(source.tensors()), model)
     check_tensors(model.get_base_model(), tensors, str(source.folder))
     model.get_base_model().load_state_dict(tensors, strict=False, assign=True)
     with warnings.catch_warnings():
@@ -70,10 +72,9 @@ def merged_name(name: str) -> str:
     return name
 
 
-def _peft_tensors(source: FineTunedCheckpoint, model: Any) -> dict[str, Tensor]:
-    """The checkpoint's tensors by their names within the peft model."""
+def _peft_tensors(saved: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """A checkpoint's tensors by their names within the peft model."""
     # It has a module trained as a whole, such as a new classifier, twice; the pipeline only as it is trained.
-    saved = source.tensors()
     tensors = dict(saved)
     for name in model.get_base_model().state_dict():
         plain = merged_name(name)

@@ -213,7 +213,10 @@ def check_layers(engine: Any, pretrained: Pretrained, num_positions: int, own_in
     layers = [module for module in engine.module.modules() if isinstance(module, HFLayer)]
     own = {name: tensor for layer in layers for name, tensor in layer.state_dict().items()}
     by_name = {name: tensor.to(engine.device) for name, tensor in by_name.items()}
-    expected, gradients = reference(pretrained, by_name, blueprint.values, own)
+    values = blueprint.values
+    if pretrained.four_bits is not None:
+        values, own = pretrained.four_bits.rounded(blueprint), {}
+    expected, gradients = reference(pretrained, by_name, values, own)
     compare(first_tensor(outputs[0]), expected, by_name, pretrained)
     known = blueprint.parameters().keys()  # adapters are not among them
     of_all: Fingerprints = {}

@@ -24,6 +24,7 @@ from ds_interlock.hf.data.tokenizer import default_cache_dir
 from ds_interlock.hf.model.anatomy import refuse_other_models
 from ds_interlock.hf.model.convert import converted
 from ds_interlock.hf.model.cut import Blueprint
+from ds_interlock.hf.model.four_bits import FourBits
 from ds_interlock.hf.model.routing import find_routing
 from ds_interlock.hf.model.surgery import Skeleton
 from ds_interlock.hf.model.weights import Weights, has_safetensors
@@ -45,6 +46,7 @@ class Pretrained:
     tokenizer: PreTrainedTokenizerBase
     task: Task
     dtype: torch.dtype  # what its weights are converted to
+    four_bits: FourBits | None = None  # how linear weights of its blocks are kept, if not in full
 
     def new_model(self) -> Any:
         """The transformers model with its parameters on the meta device and buffers in memory."""
@@ -53,7 +55,9 @@ class Pretrained:
     def blueprint(self, inputs: tuple[str, ...] = ("input_ids",), *, tie: bool = True) -> Blueprint:
         """The model as layers to build; see ``Blueprint``."""
         skeleton = Skeleton(self.new_model())
-        return Blueprint(skeleton, _Values(self, skeleton), inputs, tie, find_routing(skeleton.model))
+        routing = find_routing(skeleton.model)
+        prepare = [] if self.four_bits is None else [self.four_bits.replace]
+        return Blueprint(skeleton, _Values(self, skeleton), inputs, tie, routing, list(prepare))
 
     def num_positions(self) -> int | None:
         """The longest sequence that the model can take; None if there is no bound."""

@@ -7,6 +7,9 @@
     asynchronous = "pipedream"          instead of a section: a rival with stale gradients (asynchronous.py)
     training = {learning_rate = 1e-3}   its own optimizer, learning rate and betas
 
+With ``like = "resnet_32"`` a file has what that experiment's file has, except for what it says itself: it may
+change single keys of model, training and measurements, or else whole keys.
+
 A ``Run`` is the definition with one mode and one seed. The results file holds it beside the measurements, so
 that each line of it can be run again.
 """
@@ -221,13 +224,23 @@ def load(name: str) -> Definition:
     Raises:
         ConfigError: If there is no experiment of this name, or listing all faults of its file.
     """
+    return checked(_contents(name), str(FOLDER / f"{name}.toml"))
+
+
+def _contents(name: str) -> dict[str, Any]:
+    """Of an experiment's file, and of the one that it is like."""
     file = FOLDER / f"{name}.toml"
     if not file.is_file():
         raise ConfigError(f"there is no experiment {name!r}: expected one of {', '.join(names())}")
     try:
-        return checked(tomllib.loads(file.read_text(encoding="utf-8")), str(file))
+        own = tomllib.loads(file.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from error
+    if "like" not in own:
+        return own
+    other = _contents(own.pop("like"))
+    tables = {key: {**other[key], **own[key]} for key in ("model", "training", "measurements") if key in own}
+    return {**other, "conclusions": "", **own, **tables}
 
 
 def checked(contents: dict[str, Any], source: str) -> Definition:

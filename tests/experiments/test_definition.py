@@ -103,6 +103,19 @@ def test_a_run_survives_the_results_file(folder: Path) -> None:
     assert Run.model_validate_json(run.model_dump_json()) == run
 
 
+def test_a_definition_may_be_like_another(folder: Path) -> None:
+    write(folder, TINY)
+    (folder / "wide.toml").write_text('like = "tiny"\ntitle = "Wide"\n[model]\nwidth = 48\n')
+    tiny, wide = definition.load("tiny"), definition.load("wide")
+    assert (wide.title, wide.conclusions, wide.model.width) == ("Wide", "", 48)
+    changed = {"title", "conclusions", "model"}
+    assert wide.model_dump(exclude=changed) == tiny.model_dump(exclude=changed)
+    assert wide.model.model_copy(update={"width": 32}) == tiny.model
+    (folder / "wide.toml").write_text('like = "tinny"')
+    with pytest.raises(ConfigError, match=r"no experiment 'tinny'"):
+        definition.load("wide")
+
+
 def test_an_unknown_experiment_names_the_known_ones(folder: Path) -> None:
     write(folder, TINY)
     (folder / "other.toml").write_text(TINY)

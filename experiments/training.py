@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
@@ -200,7 +201,7 @@ class Training:
     def load(self, path: Path) -> None:
         """Restores the state at which ``save`` was called."""
         state = torch.load(path, weights_only=True, map_location=self.device)
-        if state["run"] != self.numbers()["run"]:
+        if not self._is_of(state["run"]):
             raise DataError(
                 f"{path} is of another run of mode {self.run.mode}, seed {self.run.seed}: the experiment's "
                 "file has changed since; remove the checkpoint to begin again"
@@ -215,6 +216,13 @@ class Training:
             torch.cuda.set_rng_state(state["device_random"].cpu(), self.device)
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve, self.final = state["curve"], state["final"]
+
+    def _is_of(self, run: dict[str, Any]) -> bool:
+        """Whether this is the run of a checkpoint; keys that came later have their defaults in it."""
+        try:
+            return Run.model_validate(run) == self.run
+        except ValidationError:
+            return False
 
     def _set_learning_rate(self) -> None:
         warmup = self.run.training.warmup_steps

@@ -90,6 +90,21 @@ def test_an_interrupted_run_ends_as_if_undisturbed(
     assert resumed["run"]["training"]["num_steps"] == 4  # the budget, at whose end "final" is
 
 
+def test_a_checkpoint_is_of_its_run_whatever_keys_came_later(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    Training(tiny_run(), "cpu").save(path)
+    state = torch.load(path, weights_only=True)
+    del state["run"]["model"]["embedding_std"]
+    torch.save(state, path)
+    Training(tiny_run(), "cpu").load(path)
+    with pytest.raises(DataError, match="of another run of mode window 2, seed 1"):
+        Training(tiny_run(seeds=[1]), "cpu").load(path)
+    state["run"]["model"]["depth"] = 3
+    torch.save(state, path)
+    with pytest.raises(DataError, match="the experiment's file has changed since"):
+        Training(tiny_run(), "cpu").load(path)
+
+
 def test_a_run_trains_as_torch_would(tmp_path: Path) -> None:
     """Global mode is plain backpropagation with clipping, AdamW and warm-up, step by step."""
     one_run = tiny_run("global", training={**TINY["training"], "weight_decay": 0.1})

@@ -60,9 +60,11 @@ class NetArguments:
     block: Literal["basic", "bottleneck"] = argument("basic", "(%(default)s)")
     shortcut: Literal["A", "B"] = argument("A", "see models/resnet.py (%(default)s)")
     head_channels: list[int] = argument(
-        [*resnet.HEAD_CHANNELS], "of each convolution in a head; none: pooling, a linear layer (128 64)"
+        [*resnet.HEAD_CHANNELS], "of each convolution in a head; none: pooling, a linear layer (64 64)"
     )
-    head_size: int = argument(0, "rows and columns a head averages its input to first; 0: all (%(default)s)")
+    head_size: int = argument(
+        resnet.HEAD_SIZE, "rows and columns a head averages its input to first; 0: all (%(default)s)"
+    )
 
 
 @dataclass(kw_only=True)

@@ -36,8 +36,9 @@ from ds_interlock.schedule.plan import LossHead
 Block = Literal["basic", "bottleneck"]
 Shortcut = Literal["A", "B"]
 
-HEAD_CHANNELS = (128, 64)
-"""Channels of the convolutions in an auxiliary head, as in the released code of the paper."""
+HEAD_CHANNELS, HEAD_SIZE = (64, 64), 7
+"""Of an auxiliary head: channels of its convolutions, four times the usual width as in the experiment
+``resnet``, and the size of what they read. The paper's code has 128 and 64 channels, and averages nothing."""
 
 _NUM_GROUPS = 3
 _CONVOLUTIONS = {"basic": 2, "bottleneck": 3}
@@ -141,7 +142,7 @@ def build_resnet(config: ResNetConfig) -> nn.Sequential:
 
 
 def resnet_heads(
-    config: ResNetConfig, channels: Sequence[int] = HEAD_CHANNELS, size: int | None = None
+    config: ResNetConfig, channels: Sequence[int] = HEAD_CHANNELS, size: int | None = HEAD_SIZE
 ) -> Callable[[LossHead], nn.Module]:
     """Auxiliary heads for ``InterlockPipelineModule(head=...)`` and ``InProcessPipeline(head=...)``.
 

@@ -27,7 +27,7 @@ def test_a_command_line_and_python_give_the_same() -> None:
         max_steps=3,
     )
     assert parse_arguments(ResNetArguments, None, words.split()) == expected
-    assert expected.head_channels == [128, 64]
+    assert (expected.head_channels, expected.head_size) == ([64, 64], 7)
     assert parse_arguments(ResNetArguments, None, [*words.split(), "--head_channels"]).head_channels == []
     lm = parse_arguments(
         LMArguments, None, ["--deepspeed_config", "x", "--train_file", "a", "b", "--dropout", "0.1"]

@@ -5,10 +5,8 @@ killed in a random step. Within a few seconds nothing may be left, and the same 
 weights of an undisturbed job, bit for bit; under a supervisor that is still there, by itself.
 """
 
-import os
 import random
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from measuring.launching import launch_command, start_process
+
 KINDS = {
     "SIGKILL of deepspeed": (False, 0),
     "SIGKILL of its launcher": (False, 1),
@@ -27,7 +27,6 @@ KINDS = {
     "SIGKILL of deepspeed, supervised": (True, 1),
 }
 """Whether there is a supervisor, and how many processes are above the one that is killed."""
-_ROOT = Path(__file__).parents[1]
 _STEPS, _SAVE_STEPS = 60, 7
 _SMALL = "--vocab_size 300 --seq_length 16 --width 16 --num_blocks 4 --num_heads 2 --max_eval_samples 32"
 _FEW_SECONDS = 10.0
@@ -45,7 +44,7 @@ def run_launched(seed: int) -> Row:
     problems = []
     with tempfile.TemporaryDirectory() as folder:
         command = _command(Path(folder), supervised=is_supervised)
-        job = _start(command)
+        job = start_process(command)
         output = _read_until(job, rf"step {step}/")
         if job.poll() is not None:
             raise RuntimeError(f"the job ended by itself: {output[-1000:]}")
@@ -59,7 +58,7 @@ def run_launched(seed: int) -> Row:
         problems += [f"left behind: {' '.join(process.cmdline())[:200]}" for process in left]
         if not restarts:
             _end(job)
-            job = _start(command)
+            job = start_process(command)
         output = _read_until(job, None)
         if status := job.wait():
             problems.append(f"the resumed job ended with status {status}: {output[-300:]}")
@@ -73,7 +72,7 @@ def run_launched(seed: int) -> Row:
 @cache
 def _undisturbed() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        job = _start(_command(Path(folder), supervised=False))
+        job = start_process(_command(Path(folder), supervised=False))
         output = _read_until(job, None)
         if job.wait():
             raise RuntimeError(f"the undisturbed job failed: {output[-1000:]}")
@@ -87,29 +86,11 @@ def _weights(folder: Path) -> bytes:
 def _command(folder: Path, *, supervised: bool) -> list[str]:
     text = folder / "text.txt"
     text.write_text("\n\n".join(f"Text {n}. " + "One and two, and so on. " * (40 + n % 7) for n in range(30)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    python = Path(sys.executable)
-    words = f"{python.parent / 'deepspeed'} --num_gpus 2 --master_port {port} --log_level error"
-    words += f" launcher/train_lm.py --deepspeed_config configs/local.json --train_file {text} {_SMALL}"
-    words += f" --output_dir {folder / 'output'} --max_steps {_STEPS} --save_steps {_SAVE_STEPS}"
-    words += " --save_total_limit 2 --logging_steps 1 --generate 0 --resume_from_checkpoint auto"
-    supervisor = f"{python} -m ds_interlock.jobs.supervise --min_seconds 0 " if supervised else ""
-    return (supervisor + words).split()
-
-
-def _start(command: Sequence[str]) -> "subprocess.Popen[str]":
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    settings = {"PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
-    return subprocess.Popen(
-        command,
-        cwd=_ROOT,
-        env=os.environ | settings,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    job = f"launcher/train_lm.py --deepspeed_config configs/local.json --train_file {text} {_SMALL}"
+    job += f" --output_dir {folder / 'output'} --max_steps {_STEPS} --save_steps {_SAVE_STEPS}"
+    job += " --save_total_limit 2 --logging_steps 1 --generate 0 --resume_from_checkpoint auto"
+    supervisor = f"{sys.executable} -m ds_interlock.jobs.supervise --min_seconds 0".split()
+    return [*(supervisor if supervised else ()), *launch_command(2, job)]
 
 
 def _read_until(job: "subprocess.Popen[str]", pattern: str | None) -> str:

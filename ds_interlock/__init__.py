@@ -2,9 +2,9 @@
 
     import ds_interlock
 
-    interlock = ds_interlock.InterlockConfig.from_deepspeed("configs/interlock.json")
+    interlock = ds_interlock.InterlockConfig.from_deepspeed("ds_config.json")
     net = ds_interlock.InterlockPipelineModule(layers, loss_fn=loss_fn, num_stages=4, interlock=interlock)
-    engine, *_ = ds_interlock.initialize(model=net, config="configs/interlock.json", training_data=data)
+    engine, *_ = ds_interlock.initialize(model=net, config="ds_config.json", training_data=data)
     loss = engine.train_batch()
 
 What needs torch and DeepSpeed is imported when it is first used: planning does without.

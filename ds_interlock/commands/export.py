@@ -1,4 +1,4 @@
-"""``ds-interlock export``: a fine-tuned model as a Hugging Face folder."""
+"""``ds-interlock export``: a trained model as a Hugging Face folder."""
 
 import argparse
 import re
@@ -10,7 +10,7 @@ from ds_interlock.errors import ConfigError
 _DTYPES = ("float32", "bfloat16", "float16")
 
 _EXPORT = """\
-Writes a model that launcher/finetune.py trained as a folder that transformers loads: safetensors,
+Writes a model that finetune or train_lm trained as a folder that transformers loads: safetensors,
 configuration, generation configuration and tokenizer, without the auxiliary heads. Of a model with
 adapters (LoRA) the adapters alone are written, in peft's format.
 
@@ -23,13 +23,18 @@ OUT appears when it is complete; a model that was there is replaced only then.
 
 def add_parser(commands: Any) -> None:
     """Adds ``export`` to the subcommands."""
-    summary = "write a fine-tuned model as a Hugging Face folder"
+    summary = "write a trained model as a Hugging Face folder"
     add = add_command(commands, "export", run, summary=summary, description=_EXPORT).add_argument
     where = "folder of one checkpoint (.../global_step100), or the one above it for the latest"
     add("checkpoint", metavar="CHECKPOINT", help=where)
     add("output", metavar="OUT", help="folder to write")
     add("--stages", type=at_least_one, metavar="N", help="export the first N stages with a head of theirs")
-    add("--head", type=_index, metavar="I", help="which head (default: the last one in stage N - 1)")
+    add(
+        "--head",
+        type=_index,
+        metavar="I",
+        help="index of its loss in the plan, from 0 (default: the last one in stage N - 1)",
+    )
     add("--heads", action="store_true", help="write the heads too, to heads.safetensors")
     add("--merge_adapter", action="store_true", help="merge adapters into the model")
     add("--dtype", choices=_DTYPES, help="of the weights written (default: as trained)")

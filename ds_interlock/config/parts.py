@@ -50,7 +50,7 @@ class PhaseConfig(Section):
         description=f"As the section's; {DEFAULT_WINDOW} if `mode` is `interlock` and this is not given.",
     )
     combine: Combine | None = None
-    """As the section's, whose value it is if not given."""
+    """As the section's; if not given, the section's value."""
 
     @field_validator("window", mode="after")
     @classmethod

@@ -183,8 +183,8 @@ class InterlockConfig(Section):
     head_stride: int = Field(1, ge=1)
     """Build a head only at every n-th stage, counted back from the last; at most `window`."""
     streaming: bool = True
-    """Let a stage start the next batch once its own work on this one is done. The numbers are the same
-    without; `train_batch` then returns the exact loss of its batch."""
+    """Let a stage start the next batch once its own work on this one is done. `false` changes no number,
+    but makes `train_batch` return the exact loss of its batch."""
     tied_weights: Literal["untie", "sync", "error"] = "untie"
     """What happens to weights tied between stages outside mode `global`. `untie`: each stage trains its own
     copy. `sync`: an all-reduce in every batch keeps them equal; no stage then streams. `error`: refuse the
@@ -193,8 +193,8 @@ class InterlockConfig(Section):
     """How tensors travel between GPUs. `auto`: over NCCL. `gloo`: through the host's memory, and so do
     DeepSpeed's collectives; slower, for machines without NCCL and ranks that share a GPU. CPUs use gloo."""
     timeout_seconds: float = Field(300, gt=0)
-    """How long a stage waits for a neighbour before it gives up with an error; all stages for each other as
-    many times as long as there are stages."""
+    """How long a stage waits for a neighbour before it gives up with an error; collectives
+    of all stages wait this time multiplied by the number of stages."""
     setup_timeout_seconds: float = Field(1800, gt=0)
     """How long a rank waits for the others while the engine is made."""
     checkpoint_timeout_seconds: float = Field(1800, gt=0)

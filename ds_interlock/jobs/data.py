@@ -31,7 +31,7 @@ class TextArguments:
     _argument_group_name: ClassVar[str] = "data"
 
     train_file: list[str] = argument(
-        [], "*.txt, folders of them; *.jsonl, *.csv, *.parquet; or FILE:WEIGHT each", metavar="FILE"
+        [], "text, folders of it; JSON lines, CSV, Parquet; or FILE:WEIGHT each", metavar="FILE"
     )
     validation_file: list[str] = argument([], "default: 5 %% of the training data", metavar="FILE")
     dataset: list[str] = argument(

@@ -39,7 +39,7 @@ class DataArguments(TextArguments):
 
     train_file: list[str] = argument(
         [],
-        "*.txt, folders of them; *.jsonl of {text}, {prompt, completion} or {messages}; or FILE:WEIGHT each",
+        "text, folders of it; JSON lines, CSV, Parquet: text, prompt and completion, or messages; or FILE:WEIGHT",
         metavar="FILE",
     )
     seq_length: int = argument(512, "tokens of a sample (%(default)s)")
@@ -69,7 +69,9 @@ class AdaptationArguments:
     lora_r: int = argument(0, "rank of LoRA adapters; 0: train all weights")
     lora_alpha: int | None = argument(None, "default: twice the rank")
     lora_dropout: float = argument(0.0)
-    lora_target_modules: list[str] = argument(["all-linear"], metavar="NAME")
+    lora_target_modules: list[str] = argument(
+        ["all-linear"], "names, or one regular expression (all-linear)", metavar="NAME"
+    )
     load_in_4bit: bool = argument(False, "QLoRA: linear weights of the blocks in 4 bits, by bitsandbytes")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = argument("nf4", "what the 4 bits stand for (%(default)s)")
     use_bnb_nested_quant: bool = argument(False, "the scales of these weights in 8 bits")
@@ -81,7 +83,7 @@ class FinetuneRunArguments(RunArguments):
 
     max_steps: int = argument(-1, f"optimizer steps ({_STEPS}; --streaming needs it)")
     eval_steps: int = argument(0, "0: at start and end only (%(default)s)")
-    eval_on_start: bool = argument(True, "evaluate before the first step (%(default)s)")
+    eval_on_start: bool = argument(True, "evaluate before the first step")
     early_stopping_patience: int | None = argument(
         None, "stop after so many evaluations in a row without a lower validation loss"
     )

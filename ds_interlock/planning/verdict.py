@@ -146,7 +146,8 @@ def _about_better_buys(comparison: Comparison, best: Forecast | None) -> str:
     schedule = best_schedule(comparison)
     exact = next(each for each in comparison.others if each.name == ZERO_BUBBLE)
     to_beat = max(worth(best) if best else 1.0, 1.0)
-    if schedule and worth(schedule) > max(to_beat, exact.speed) and to_beat >= _WORTHWHILE:
+    local = max((each.speed_to_loss or 0.0 for each in comparison.all if each.window == 1), default=0.0)
+    if schedule and worth(schedule) > max(to_beat, exact.speed, local) and to_beat >= _WORTHWHILE:
         return f". A schedule is the better buy: {_named_schedule(schedule)}"
     if exact.speed < (to_beat if best else _WORTHWHILE):
         return ""

@@ -39,7 +39,7 @@ class DataArguments(TextArguments):
 
     train_file: list[str] = argument(
         [],
-        "text, folders of it; JSON lines, CSV, Parquet: text, prompt and completion, messages; or FILE:WEIGHT",
+        "text, folders of it; JSON lines, CSV, Parquet: text, prompt + completion, messages; or FILE:WEIGHT",
         metavar="FILE",
     )
     seq_length: int = argument(512, "tokens of a sample (%(default)s)")

@@ -11,15 +11,15 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 300
 
 
-def launch(*words: object, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """Starts a job, and waits for it."""
+def launch(*words: object, ranks: int = 2, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Starts a job in ``folder``, and waits for it."""
     bin_folder = Path(sys.executable).parent
     command = [bin_folder / "deepspeed", "--num_gpus", ranks, "--master_port", free_port()]
     command += ["--log_level", "error", *words]
     path = os.pathsep.join([str(bin_folder), os.environ["PATH"]])
     return subprocess.run(
         [str(word) for word in command],
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path},
         capture_output=True,
         text=True,

@@ -234,7 +234,7 @@ def _schedules(played: Sequence[tuple[InterlockConfig, Forecast]]) -> Iterator[S
             steps = measured.steps.mean
             ends = [min(start, steps) for start in (*starts[1:], steps)]
             time = sum((end - start) / p.speed for start, end, p in zip(starts, ends, known, strict=True))
-            name = ", then ".join(phase.name for phase in known)
+            name = ", then ".join("global" if phase.is_exact else phase.name for phase in known)
             yield ScheduleForecast(name, tuple(zip(starts, known, strict=True)), measured, 1.0 / time)
 
 

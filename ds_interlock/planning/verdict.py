@@ -11,6 +11,7 @@ from ds_interlock.planning.forecast import ZERO_BUBBLE, Comparison, Forecast, Sc
 from ds_interlock.planning.quality import setting_of
 
 _WORTHWHILE = 1.05  # a smaller gain is within what a prediction is worth: inexact gradients do not pay
+_WHOLE = 0.97  # a share of the gap from which a setting learns as well as global
 _DEAR_HEADS = 0.15  # a share of the work from which cheaper heads are worth a word
 
 
@@ -157,6 +158,18 @@ def _about_better_buys(comparison: Comparison, best: Forecast | None) -> str:
     )
 
 
+def _about_end(comparison: Comparison, best: Forecast | None) -> str:
+    """Which schedule learns as well as global, and is still faster, unless the best setting does as well."""
+    if best and best.measured and best.measured.share.mean >= _WHOLE:
+        return ""
+    whole = [each for each in comparison.schedules if each.gap_recovered >= _WHOLE]
+    schedule = max(whole, key=worth, default=None)
+    if schedule is None or worth(schedule) < _WORTHWHILE:
+        return ""
+    closed = f"it made up for {schedule.gap_recovered:.0%} of what local loses"
+    return f". If the loss at the end counts most, take {_named_schedule(schedule)}: {closed}"
+
+
 def _about_heads(comparison: Comparison, best: Forecast | None) -> str:
     dearest = max((each.head_share for each in (best, comparison.configured) if each), default=0.0)
     if dearest < _DEAR_HEADS:
@@ -199,6 +212,7 @@ _REMARKS: tuple[_Remark, ...] = (
     _about_quality,
     _about_local,
     _about_better_buys,
+    _about_end,
     _about_heads,
     _about_copies,
     _about_configured,

@@ -88,6 +88,17 @@ def test_the_better_buy_is_named():
     assert "ZB-H1" not in verdict(compared(1, window=2))
 
 
+def test_a_schedule_that_learns_as_well_as_global_is_named(monkeypatch, tmp_path):
+    phases = [{"from_step": 0, "window": 2}, {"from_step": 500, "mode": "global"}]
+    use(monkeypatch, tmp_path, *PROSE, measured({"schedule": phases}, 1.08, steps=0.95, gain=0.06))
+    text = verdict(compared(1, window=2))
+    assert "If the loss at the end counts most, take window 2, then global (from 50% of global" in text
+    assert ": it made up for 108% of what local loses" in text
+    assert "If the loss" not in verdict(compared(32, window=2))
+    use(monkeypatch, tmp_path, *PROSE)
+    assert "If the loss" not in verdict(compared(1, window=2))
+
+
 def test_a_schedule_may_pay_alone(monkeypatch, tmp_path):
     slow = measured(window(2), 0.7, steps=2.0, gain=0.04)
     use(monkeypatch, tmp_path, slow, *PROSE[4:])

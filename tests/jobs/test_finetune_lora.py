@@ -28,7 +28,7 @@ from ds_interlock.errors import ConfigError
 from ds_interlock.hf.data.rows import ClassifiedRows
 from ds_interlock.hf.data.samples import encode_classified
 from ds_interlock.hf.data.sources import load_records
-from ds_interlock.hf.export.checkpoint import PipelineCheckpoint
+from ds_interlock.hf.export.checkpoint import FineTunedCheckpoint, PipelineCheckpoint
 from ds_interlock.hf.export.model import export_model
 from ds_interlock.hf.model.four_bits import FourBits
 from ds_interlock.jobs import finetune, process
@@ -72,7 +72,12 @@ def test_peft_reads_adapters_and_nothing_else_has_changed(
 
     adapted = PeftModel.from_pretrained(causal(tmp_path / "model"), tmp_path / "out" / "adapter")
     assert loss_of(adapted, rows_of(data / "valid.jsonl")) == pytest.approx(metrics["eval_loss"], abs=1e-5)
-    export_model(tmp_path / "out/checkpoints", tmp_path / "merged", merge_adapter=True)
+    if family == "gpt2":  # a later run may change what the exports read: not of checkpoints before it
+        later = "--lora_alpha", 800, "--max_steps", 5, "--resume_from_checkpoint", "auto"
+        run(ranks2, tmp_path, data, *LORA, *more, *later, section=LOCAL)
+        adapter = FineTunedCheckpoint(tmp_path / "out/checkpoints").description.peft or {}
+        assert adapter["lora_alpha"] == 800
+    export_model(tmp_path / "out/checkpoints/global_step4", tmp_path / "merged", merge_adapter=True)
     merged = causal(tmp_path / "merged")
     assert loss_of(merged, rows_of(data / "valid.jsonl")) == pytest.approx(metrics["eval_loss"], abs=1e-5)
     assert merged.config.tie_word_embeddings == base.config.tie_word_embeddings

@@ -147,6 +147,9 @@ class FinetuneTask(Task):
         metrics = {f"first_{name}": loss for name, loss in trained.first.items()} | trained.last
         assert self.data is not None, "rank 0 belongs to stage 0, which has the data"
         about = {"steps": trained.step, **metrics}
+        if args.load_best_model_at_end:
+            of_best = dict(trained.best)
+            about |= {"steps": of_best.pop("step"), **of_best}
         write_card(folder, args, self.config, self.data.describe(), about)
         if args.push_to_hub:
             print(f"pushed to {push(folder, args)}")

@@ -16,7 +16,7 @@ from ds_interlock.hf.data.batches import BatchShape, TrainingBatches
 from ds_interlock.hf.data.rows import ClassifiedRows, PackedRows, PaddedRows, Rows, padding_id
 from ds_interlock.hf.data.samples import encode_classified, encode_records, encode_wrapped
 from ds_interlock.hf.data.sources import Records
-from ds_interlock.hf.data.streaming import StreamingBatches, rows_of_stream
+from ds_interlock.hf.data.streaming import StreamingBatches, names_of_streams, rows_of_stream
 from ds_interlock.hf.data.tokenised import Encode, Samples, identity, mix, tokenise
 from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.jobs.data import Opened, stream
@@ -78,7 +78,8 @@ def _encode(args: FinetuneArguments, opened: Opened, pretrained: Pretrained) -> 
         return Data(train, validation, partial(_batches, train, args.seed))
 
     of_epoch = partial(rows_of_stream, opened.streams, args.weights, encode, fill)
-    return Data(None, validation, partial(stream, of_epoch, fill, args.seed))
+    sources = names_of_streams(opened.streams, args.weights)
+    return Data(None, validation, partial(stream, of_epoch, fill, args.seed, sources))
 
 
 def _tokenise(

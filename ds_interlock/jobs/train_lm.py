@@ -25,7 +25,7 @@ import ds_interlock
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.data.batches import BatchShape
 from ds_interlock.hf.data.sources import Records
-from ds_interlock.hf.data.streaming import StreamingBatches, rows_of_stream
+from ds_interlock.hf.data.streaming import StreamingBatches, names_of_streams, rows_of_stream
 from ds_interlock.hf.data.text import (
     BlockIterator,
     BlockRows,
@@ -200,7 +200,8 @@ def _cut(args: LMArguments, data: Opened, tokenizer: PreTrainedTokenizerBase) ->
         fill: Any = partial(BlockRows, seq_length=args.seq_length)
         encode = partial(encode_blocks, tokenizer=tokenizer, seq_length=args.seq_length)
         of_epoch = partial(rows_of_stream, data.streams, args.weights, encode, fill, "text")
-        return Text(None, validation, partial(stream, of_epoch, fill, args.seed))
+        sources = names_of_streams(data.streams, args.weights)
+        return Text(None, validation, partial(stream, of_epoch, fill, args.seed, sources))
     train = blocks_of([part.train for part in data.parts], args.weights)
 
     def batches(engine: Any, shape: BatchShape) -> BlockIterator:

@@ -43,7 +43,7 @@ def converted(
         there = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
         raise ConfigError(f"--gguf_file {gguf_file}: not in {folder}; GGUF files there: {there}")
     stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
-    kind = (auto_model.__name__,) if text_part is None else (auto_model.__name__, "text")
+    kind = (auto_model.__name__,) if text_part is None else (auto_model.__name__, "text part")
     key = hashlib.sha256(repr((stamps, *kind, transformers.__version__)).encode()).hexdigest()
     target = cache_dir / f"model-{Path(gguf_file or folder.name).stem}-{key[:16]}"
     if has_safetensors(target):
@@ -119,3 +119,4 @@ def _convert_text_part(config: Any, folder: Path, name: str, draft: Path) -> Non
         )
     model.save_pretrained(draft, state_dict=state, save_original_format=False)
     tokenizer.save_pretrained(draft)
+    copy_companions(folder, draft, own_code=False)

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    GenerationConfig,
 )
 
 from ds_interlock import cli
@@ -159,8 +160,11 @@ def test_the_text_part_of_a_model_with_eyes(tmp_path: Path) -> None:
     model = AutoModelForImageTextToText.from_config(config).eval()
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
+    GenerationConfig(eos_token_id=[1, 106], do_sample=True, top_k=64).save_pretrained(tmp_path / "model")
     how: Any = {"cache_dir": tmp_path / "cache", "text_model_only": True}
     pretrained = open_pretrained(str(tmp_path / "model"), **how)
+    generation = GenerationConfig.from_pretrained(pretrained.folder)
+    assert (generation.eos_token_id, generation.top_k) == ([1, 106], 64)
     assert type(pretrained.new_model()).__name__ == "Gemma3ForCausalLM"
     with torch.no_grad():
         torch.testing.assert_close(logits_of(pretrained), model(IDS).logits, rtol=1e-5, atol=1e-5)

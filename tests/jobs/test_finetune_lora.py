@@ -1,6 +1,7 @@
 """LoRA and frozen weights in the job ``finetune``: what must not train does not; peft reads what does."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,6 +33,7 @@ from ds_interlock.hf.export.checkpoint import FineTunedCheckpoint, PipelineCheck
 from ds_interlock.hf.export.model import export_model
 from ds_interlock.hf.model.four_bits import FourBits
 from ds_interlock.jobs import finetune, process
+from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 
 LORA = "--lora_r", 3, "--learning_rate", 2e-2, "--max_steps", 4
 
@@ -210,6 +212,18 @@ def test_optimizers_of_bitsandbytes_get_what_the_config_says() -> None:
     with mock.patch.dict(sys.modules, {"bitsandbytes": mock.Mock(optim=optim)}):
         made = finetune._function_of(config)([torch.nn.Parameter(torch.zeros(1))])
     assert (made.defaults["lr"], made.defaults["eps"]) == (0.1, 1e-6)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("own", [{"warmup_max_lr": 1e-3}, {"warmup_num_steps": 2}, {"warmup_max_lr": "auto"}])
+def test_a_scheduler_with_another_rate_is_refused(own: dict[str, Any]) -> None:
+    args = FinetuneArguments(deepspeed_config="x", model="m", learning_rate=5e-5)
+    config = {"scheduler": {"type": "WarmupLR", "params": own}}
+    why = r"--learning_rate is 5e-05, and scheduler\.params\.warmup_max_lr .* 0\.001: give the same"
+    with pytest.raises(ConfigError, match=why) if "auto" not in own.values() else nullcontext():
+        finetune._complete_config(config, args)
+    args.learning_rate = 1e-3
+    finetune._complete_config(config, args)
 
 
 @pytest.mark.bad_input

@@ -9,7 +9,7 @@ from deepspeed.utils import logger
 from torch import distributed as dist
 from torch import nn
 
-from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
+from ds_interlock.config import InterlockConfig, check_deepspeed, check_filled_in, read_deepspeed
 from ds_interlock.config.deepspeed import MAY_DIFFER, MUST_AGREE
 from ds_interlock.config.parts import SECTION
 from ds_interlock.engine.deepspeed_side import without_first_message
@@ -123,6 +123,7 @@ def _checked(
         raise ConfigError("no DeepSpeed config: pass config= (a path or a dict) or --deepspeed_config")
     config = dict(config) if isinstance(config, Mapping) else read_deepspeed(config)
     check_deepspeed(config)
+    check_filled_in(config)
     return model, config
 
 

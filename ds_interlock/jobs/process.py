@@ -17,7 +17,7 @@ from deepspeed.accelerator import get_accelerator
 
 import ds_interlock
 from ds_interlock import InterlockPipelineModule
-from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
+from ds_interlock.config import InterlockConfig, check_deepspeed, check_filled_in, read_deepspeed
 from ds_interlock.errors import ConfigError, DataError, NonfiniteError, PeerError, PlanError
 from ds_interlock.jobs.arguments import Arguments, RunArguments, parse_arguments
 from ds_interlock.jobs.orphans import end_with_launcher
@@ -89,6 +89,7 @@ def start(args: RunArguments, complete: Callable[[Config], Config] = lambda conf
     with propagate_errors():
         config = _resolve_auto(complete(read_deepspeed(str(args.deepspeed_config))), args.max_steps)
         check_deepspeed(config)
+        check_filled_in(config)
         interlock = InterlockConfig.from_deepspeed(config)
         if num_stages < 1 or world_size % num_stages:
             expected = f"a divisor of {world_size}, the number of processes"

@@ -64,7 +64,9 @@ def with_groups_of_heads(
         parts += [(number, k, of_kind[k]) for k in sorted(of_kind, key=lambda k: (k.scale != 1.0, k))]
     if all(kind == _Kind(apart=kind.apart) for _, kind, _ in parts) and len(parts) <= len(groups):
         return (groups if is_grouped else groups[0]["params"]), config
-    default = None if optimizer is not None else config.get("optimizer", {}).get("params", {}).get("lr", 1e-3)
+    default = getattr(optimizer, "keywords", {}).get("lr")  # of functools.partial
+    if optimizer is None:
+        default = config.get("optimizer", {}).get("params", {}).get("lr", 1e-3)
     listed = [_part_of(groups[number], kind, parameters, default) for number, kind, parameters in parts]
     return listed, _with_rates(config, len(groups), [(number, kind.scale) for number, kind, _ in parts])
 
@@ -145,7 +147,8 @@ def _part_of(group: Group, kind: _Kind, parameters: list[nn.Parameter], default_
         if rate is None:
             raise ConfigError(
                 "interlock.head.learning_rate_scale, or that of a parameter, needs a rate to multiply: with "
-                'a function that makes the optimizer, pass model_parameters as groups that have an "lr" each'
+                'a function that makes the optimizer, pass model_parameters as groups that have an "lr" '
+                "each, or make it functools.partial(function, lr=...)"
             )
         part["lr"] = rate * kind.scale
     if kind.unused_phases:

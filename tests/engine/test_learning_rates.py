@@ -1,14 +1,16 @@
 """Learning-rate groups: parameters say what their rate is multiplied with, stages may differ in that."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from engine_jobs import BF16, BF16_ZERO_1, WARMUP, Job, make_engine, make_module, micro_batches, parameters_of
 from ranks import RankPool, caught
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_interlock import ConfigError
+from ds_interlock.engine.parameter_groups import with_groups_of_heads
 
 HEAD = {"type": "norm_linear", "learning_rate_scale": 3.0}
 INTERLOCK = {"mode": "interlock", "window": 2, "head": HEAD}
@@ -137,6 +139,18 @@ def test_a_scale_that_is_no_number_above_0(ranks4: RankPool) -> None:
         assert [str(error).split(".learning_rate_scale is ")[1] for error in errors] == [
             f"{value}: expected a number above 0" for value in ("0.0", "-1.0", "nan", "'fast'")
         ]
+
+
+def test_a_rate_that_a_function_has_is_scaled_too() -> None:
+    net: Any = nn.Linear(2, 2)
+    net.heads, net.placeholder, net.keeps_ties = nn.ModuleDict(), None, False
+    net.head_parameters, net.layer_parameters = list, net.parameters
+    net.bias.learning_rate_scale = 0.1
+    groups, _ = with_groups_of_heads(net, partial(torch.optim.SGD, lr=0.5), None, {})
+    rates = {group.get("lr", 0.5): group["params"] for group in groups}
+    assert (rates[0.5], rates[0.05]) == ([net.weight], [net.bias])
+    with pytest.raises(ConfigError, match="needs a rate to multiply"):
+        with_groups_of_heads(net, torch.optim.SGD, None, {})
 
 
 def bring_an_optimizer() -> Exception | None:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -219,18 +220,25 @@ def resume(engine: Any, path: Path) -> int:
     with propagate_errors():
         if not is_parent and not path.is_dir():
             raise ConfigError(f"{flag}: there is no checkpoint, and no file named latest")
+    rates = [group["lr"] for group in engine.optimizer.param_groups]
     with propagate_errors():  # of which all ranks have the same
         try:
             loaded, _ = engine.load_checkpoint(folder, tag=tag)
-        except RuntimeError as error:
-            if not str(error).startswith("Error(s) in loading state_dict"):
+        except (RuntimeError, ConfigError) as error:
+            fault, *for_scripts = re.split(r"[.:;] [Uu]se .*load_\w+", str(error))
+            if str(error).startswith("Error(s) in loading state_dict"):
+                fault = "its layers have other weights than this job's"
+            elif not for_scripts:
                 raise
             raise ConfigError(
-                f"{flag}: its layers have other weights than this job's: resume with the model and the flags "
-                "(--lora_r, --load_in_4bit, ...) that it was saved with, or give another --output_dir"
+                f"{flag}: {fault}: resume with the model, data, config and flags (--lora_r, --load_in_4bit, "
+                "...) that it was saved with, or give another --output_dir"
             ) from error
     if loaded is None:
         raise ConfigError(f"{flag}: DeepSpeed finds no checkpoint there")
+    if engine.lr_scheduler is None:  # the checkpoint has rates too, and this job may have been given others
+        for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
     return int(engine.global_steps)
 
 

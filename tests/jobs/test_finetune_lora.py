@@ -238,6 +238,26 @@ def test_a_package_that_is_missing_is_named() -> None:
 @pytest.mark.bad_input
 def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
     layer = nn.Linear(2, 2)
-    engine = mock.Mock(load_checkpoint=lambda *_, **__: layer.load_state_dict({"lora_A": torch.ones(2)}))
+    engine = mock.MagicMock(load_checkpoint=lambda *_, **__: layer.load_state_dict({"lora_A": torch.ones(2)}))
     with pytest.raises(ConfigError, match=r"its layers have other weights .* flags .*--load_in_4bit"):
         process.resume(engine, tmp_path)
+    for fault in ("the state is for [4]. Use load_checkpoint(..., ", "seed was 0; use the same data, or "):
+        engine.load_checkpoint = mock.Mock(side_effect=ConfigError(f"{fault}load_module_only=True"))
+        with pytest.raises(ConfigError, match=r"(\[4\]|was 0): resume with the model, data, config and"):
+            process.resume(engine, tmp_path)
+
+
+def test_a_resumed_run_has_the_learning_rate_that_it_is_given(tmp_path: Path) -> None:
+    before, after = (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=rate) for rate in (0.1, 0.3))
+
+    def load(*_: Any, **__: Any) -> tuple[str, None]:
+        after.load_state_dict(before.state_dict())
+        return "", None
+
+    engine = mock.Mock(optimizer=after, load_checkpoint=load, global_steps=2)
+    process.resume(engine, tmp_path)
+    assert after.param_groups[0]["lr"] == 0.1, "the scheduler's"
+    after.param_groups[0]["lr"] = 0.3
+    engine.lr_scheduler = None
+    process.resume(engine, tmp_path)
+    assert after.param_groups[0]["lr"] == 0.3

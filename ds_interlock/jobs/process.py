@@ -225,8 +225,9 @@ def resume(engine: Any, path: Path) -> int:
         try:
             loaded, _ = engine.load_checkpoint(folder, tag=tag)
         except (RuntimeError, ConfigError) as error:
-            fault, *for_scripts = re.split(r"[.:;] [Uu]se .*load_\w+", str(error))
-            if str(error).startswith("Error(s) in loading state_dict"):
+            message = str(error).removeprefix(f"{path}: ")
+            fault, *for_scripts = re.split(r"[.:;] [Uu]se .*load_\w+", message)
+            if message.startswith("Error(s) in loading state_dict"):
                 fault = "its layers have other weights than this job's"
             elif not for_scripts:
                 raise

@@ -262,7 +262,7 @@ class InterlockEngine(PipelineEngine):
     ) -> bool:
         """Saves everything a resumed run needs. As DeepSpeed's; all ranks must call it."""
         self.drain()
-        tag = str(tag or f"global_step{self.global_steps}")
+        tag = self._checkpoints.agreed_tag(tag)
         writes = (self.local_rank if self.use_node_local_storage() else self.global_rank) == 0
         with self._checkpoints.new(Path(save_dir), tag, writes=writes, save_latest=save_latest) as unfinished:
             super().save_checkpoint(

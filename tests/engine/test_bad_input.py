@@ -223,8 +223,8 @@ def test_plans_that_do_not_exist(ranks4: RankPool, section, says):
     assert_all_say(ranks4.run(build, job=Job({**INTERLOCK, **section})), *says)
 
 
-def misuse() -> dict[str, Exception | None]:
-    """Ways to call ``initialize`` wrongly."""
+def misuse(folder: str) -> dict[str, Exception | None]:
+    """Ways to call ``initialize`` and the engine wrongly."""
     job = Job({**INTERLOCK, "head": {"learning_rate_scale": 2.0}})
     config = job.config()
     plain = make_module(job.but(section=None))
@@ -256,12 +256,14 @@ def misuse() -> dict[str, Exception | None]:
         "checkpoint": caught(make_module, job, activation_checkpoint_func=print),
         "no gradients": caught(train_without_gradients),
         "reduce": caught(engine.eval_batch, full_batch(), reduce_output="sum"),
+        "tags": caught(engine.save_checkpoint, folder, tag=f"loss {engine.stage_id}"),
     }
 
 
 @pytest.mark.bad_input
-def test_misuse(ranks4: RankPool):
-    results = ranks4.run(misuse)
+def test_misuse(ranks4: RankPool, tmp_path: Path):
+    results = ranks4.run(misuse, folder=str(tmp_path))
+    assert not any(tmp_path.iterdir())
     says = {
         "plain": (ConfigError, "needs a ds_interlock.InterlockPipelineModule, got PipelineModule"),
         "section": (ConfigError, "differs from the one that InterlockPipelineModule was built with"),
@@ -275,6 +277,7 @@ def test_misuse(ranks4: RankPool):
         "checkpoint": (ConfigError, "activation_checkpoint_func"),
         "no gradients": (RuntimeError, "use eval_batch"),
         "reduce": (NotImplementedError, "'sum'"),
+        "tags": (ConfigError, "the tag 'loss 0' on rank 0 and 'loss 1' on rank 1: expected the same"),
     }
     for name, (kind, text) in says.items():
         for result in results:

@@ -204,9 +204,8 @@ class StageRunner:
         """Does this stage's work under ``plan``, the one in force or another one for the same layers."""
         module, stage = self.engine.module, self.ranks.stage
         heads = module.heads.by_loss(plan, stage)
-        work = StageWork(
-            plan, stage, self._run_layers, module.layer_parameters(), heads, module.loss_fn, backward
-        )
+        parameters = module.layer_parameters(frozen=True)
+        work = StageWork(plan, stage, self._run_layers, parameters, heads, module.loss_fn, backward)
         if module.interlock.head.needs_base and all(h.stage <= stage for h in module.schedule.heads):
             work.num_label_parts = 2  # no later head reads the base model's states
         return Interpreter(

@@ -64,7 +64,7 @@ class StageWork:
     run_layers: Callable[[Hidden, int, int], Hidden]
     """``run_layers(hidden, start, stop)`` applies layers ``start .. stop - 1``, counted over the model."""
     parameters: list[nn.Parameter]
-    """The layers' trainable parameters; autograd finds those of heads."""
+    """The layers' parameters. Those that are not frozen when a batch begins learn; so do those of heads."""
     heads: Mapping[int, nn.Module]
     """Auxiliary heads of this stage by loss."""
     loss_fn: LossFn | None
@@ -81,12 +81,14 @@ class StageWork:
         self._num_passes = num_backward_passes(self.plan, self.stage)
         if self._num_passes > 1:  # or torch.compile's backward would free what the next pass needs
             functorch.donated_buffer = False
+        self._trainable: list[nn.Parameter] = []
         self._in_flight: dict[int, _InFlight] = {}
         self._loss_sums: dict[int, Tensor] = {}
 
     def begin_batch(self, num_micro_batches: int) -> None:
         """Losses are averaged over ``num_micro_batches`` from now on."""
         self.num_micro_batches = num_micro_batches
+        self._trainable = [parameter for parameter in self.parameters if parameter.requires_grad]
         self._in_flight.clear()
         self._loss_sums.clear()
 
@@ -195,7 +197,7 @@ class StageWork:
     def _layer_pass(self, action: Action) -> LayerPass:
         entry = self._in_flight[action.micro_batch]
         outputs, cotangents = self._cotangents(entry, self.plan.trained_by[self.stage])
-        return LayerPass(outputs, cotangents, self.parameters, self._pass_done(action))
+        return LayerPass(outputs, cotangents, self._trainable, self._pass_done(action))
 
     def _pass_done(self, action: Action) -> bool:
         """Counts a backward pass; whether another follows and needs the graph."""

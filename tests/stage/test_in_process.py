@@ -290,6 +290,18 @@ def test_frozen_layers(window, frozen):
 
 
 @pytest.mark.parametrize("window", [1, 1.5, 2, 4])
+def test_layers_that_are_frozen_and_unfrozen_between_batches(window):
+    plan = GradientFlowPlan.n_wise(window=window, stage_bounds=[0, 2, 4, 7, 9], head_weight=WEIGHT)
+    layers = make_layers(9)
+    layers[0].requires_grad_(False)
+    net = InProcessPipeline(layers, F.cross_entropy, plan, make_head)
+    layers[0].requires_grad_(True)
+    for number in (1, 2, 3):  # a part of a stage, and all of one
+        layers[number].requires_grad_(False)
+    assert_gradients_are_truncated(net, F.cross_entropy, make_batch(3))
+
+
+@pytest.mark.parametrize("window", [1, 1.5, 2, 4])
 def test_the_number_of_micro_batches_changes_nothing(window):
     plan = GradientFlowPlan.n_wise(window=window, stage_bounds=uneven_bounds(4), head_weight=WEIGHT)
     net = InProcessPipeline(make_layers(plan.num_layers), F.cross_entropy, plan, make_head)

@@ -123,8 +123,7 @@ class InterlockEngine(PipelineEngine):
             raise RuntimeError("train_batch() needs gradients enabled; use eval_batch() to evaluate")
         if data_iter is not None:
             self.set_dataiterator(data_iter)
-        if not self.module.training:
-            self.module.train()
+        self.module.train()
         self._runner.renew_copies()
         self._warmup.before_batch()
         self._myopia.before_batch()

@@ -87,6 +87,7 @@ class StageRunner:
 
     def run(self, schedule: InterlockSchedule) -> StageWork:
         """Runs a batch of ``schedule``; returns the work, which has the losses."""
+        self.interpreter.work.loss_fn = self.engine.module.loss_fn  # which scripts may replace
         self.links.expect(schedule.receive_ahead)
         self.interpreter.begin_batch(self._num_issued, schedule.micro_batches)
         self.engine._exec_schedule(schedule)
@@ -118,7 +119,6 @@ class StageRunner:
         finally:
             engine.data_iterator = training_data
             self.interpreter.outputs = None
-            engine.module.train()
         return outputs
 
     def mean_outputs(self, outputs: list[Hidden]) -> Any:
@@ -147,6 +147,7 @@ class StageRunner:
             self.evaluate(data_iter, 1, "none", keep_outputs=False)
         finally:
             work.run_layers = self._run_layers
+        self.engine.module.train()
         self.engine.module.check_walks(starts[0])
 
     def evaluated_losses(self) -> Tensor:

@@ -120,6 +120,7 @@ def _kinds(model: InterlockPipelineModule, *, apart: bool) -> dict[int, _Kind]:
         kind = _Kind(model.interlock.head.learning_rate_scale, model.unused_phases(int(number)), apart)
         of_heads |= {id(p): kind for p in head.parameters()}
         of_heads |= {id(p): kind._replace(scale=1.0) for p in block_parameters(head)}
+    of_layers = set(map(id, model.layer_parameters()))
     kinds = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -127,7 +128,7 @@ def _kinds(model: InterlockPipelineModule, *, apart: bool) -> dict[int, _Kind]:
         own = getattr(parameter, "learning_rate_scale", 1.0)
         if not isinstance(own, int | float) or not 0 < own < math.inf:
             raise ConfigError(f"{name}.learning_rate_scale is {own!r}: expected a number above 0")
-        kind = of_heads.get(id(parameter), _Kind())
+        kind = _Kind() if id(parameter) in of_layers else of_heads.get(id(parameter), _Kind())
         kinds[id(parameter)] = kind._replace(scale=own * kind.scale)
     return kinds
 
@@ -175,6 +176,7 @@ class UnusedHeads:
     def __init__(self, module: InterlockPipelineModule, optimizer: Any, device: torch.device) -> None:
         self._module = module
         self._device = device
+        self._of_layers = set(map(id, module.layer_parameters(frozen=True)))
         if optimizer is None or not has_unused_heads(module):
             return
         inner = optimizer.optimizer if isinstance(optimizer, ZeROOptimizer) else optimizer
@@ -186,7 +188,9 @@ class UnusedHeads:
         """Takes away the gradients of zero that DeepSpeed gives them."""
         for number, head in self._module.heads.items():
             if self._module.schedule.is_idle(int(number), self._module.phase):
-                head.zero_grad()
+                for parameter in head.parameters():
+                    if id(parameter) not in self._of_layers:
+                        parameter.grad = None
 
     def _is_unused(self, group: dict[str, Any]) -> bool:
         return self._module.phase in group.get(UNUSED_PHASES, ())

@@ -110,6 +110,20 @@ class StageWork:
 
     def run(self, action: Action) -> Gradients | None:
         """Does one compute action. Under ``I`` and ``B`` returns gradients for the previous stage."""
+        try:
+            return self._run(action)
+        except RuntimeError as error:
+            if "use_reentrant=True" not in str(error):
+                raise
+            first, end = self.plan.stage_bounds[self.stage : self.stage + 2]
+            raise ConfigError(
+                f"one of the layers {first} to {end - 1} (stage {self.stage}) calls torch.utils.checkpoint "
+                "with use_reentrant=True, which allows no gradient of some inputs alone, as relays and "
+                "interlock.myopia need it: set use_reentrant=False there, or use mode "
+                '"local" or "global" without myopia'
+            ) from error
+
+    def _run(self, action: Action) -> Gradients | None:
         match action.kind:
             case Kind.FORWARD:
                 self._forward(action)
@@ -118,7 +132,9 @@ class StageWork:
             case Kind.INPUT_GRADIENT:
                 return self._relay(action)
             case Kind.WEIGHT_GRADIENT:
-                self.backward.walk_back(self._layer_pass(action))
+                # The only pass there is may go to all leaves: layers that checkpoint re-entrantly need that.
+                is_only = self._num_passes == 1 and not self.plan.bundles(self.stage)
+                self.backward.walk_back(self._layer_pass(action), () if is_only else None)
             case Kind.BACKWARD:
                 inputs = floats(self._in_flight[action.micro_batch].inputs)
                 return self.backward.walk_back(self._layer_pass(action), inputs)

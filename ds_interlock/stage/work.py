@@ -208,6 +208,8 @@ class StageWork:
         inputs = floats(entry.inputs)
         outputs, cotangents = self._cotangents(entry, frozenset(action.losses))
         more = self._pass_done(action)
+        if not inputs:  # integers only
+            return ()
         return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=more, materialize_grads=True)
 
     def _layer_pass(self, action: Action) -> LayerPass:

@@ -184,7 +184,7 @@ class StageWork:
                 value = outputs if self.loss_fn is None else self.loss_fn(outputs, labels)
             if beside := getattr(self.loss_fn, "beside", None):
                 value = value + beside(hidden)
-        except ConfigError:
+        except (ConfigError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(

@@ -427,3 +427,12 @@ def test_a_head_whose_output_does_not_fit_the_loss():
     wide = InProcessPipeline(make_layers(3), lambda outputs, labels: outputs, GradientFlowPlan.end_to_end(3))
     with pytest.raises(ConfigError, match=r"final loss \(stage 2\) gave \(4, 3\): expected one number"):
         wide.accumulate_gradients(batch)
+
+
+def test_a_device_without_memory_left_is_not_the_fault_of_a_head():
+    def allocate(outputs: Tensor, labels: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    net = InProcessPipeline(make_layers(3), allocate, GradientFlowPlan.end_to_end(3))
+    with pytest.raises(torch.OutOfMemoryError, match="2 GiB"):
+        net.accumulate_gradients(make_batch(1))

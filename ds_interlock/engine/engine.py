@@ -136,7 +136,7 @@ class InterlockEngine(PipelineEngine):
 
     @section("step")
     def fit_heads(self, data_iter: Iterator[Any] | None = None, num_steps: int = 1) -> dict[str, list[float]]:
-        """Fits the auxiliary heads, of all phases, for some batches; layers and optimizer do not change.
+        """Fits the auxiliary heads, of all phases, for some batches; weights and optimizer do not change.
 
         ``interlock.head.warmup_steps`` does this before the first training batch, unless it has been
         done by hand. All ranks must call it. Without auxiliary heads it does nothing, and reads no data.

@@ -49,7 +49,11 @@ def initialize(
     Raises:
         ConfigError: If the config, the model or the ranks of the job do not fit together.
     """
-    config = config or config_params or getattr(args, "deepspeed_config", None)
+    config = config or config_params
+    if (of_args := getattr(args, "deepspeed_config", None)) is not None:
+        if config is not None:
+            raise ConfigError("got two DeepSpeed configs, config= and --deepspeed_config: leave out one")
+        config = of_args
     model, config = _checked(model, mpu, mesh_param, config)
     unchecked = config.get(SECTION)  # ranks meet first: others would wait for one that fails now
     unchecked = unchecked if isinstance(unchecked, Mapping) else {}

@@ -273,6 +273,9 @@ def misuse(folder: str) -> dict[str, Exception | None]:
         "plain": initialize(model=plain, config=config),
         "section": initialize(model=other_section, config=config),
         "no config": initialize(model=make_module(job)),
+        "two configs": initialize(
+            model=make_module(job), config=config, args=SimpleNamespace(deepspeed_config="other.json")
+        ),
         "no such file": initialize(model=make_module(job), config="missing.json"),
         "mpu": initialize(model=make_module(job), config=config, mpu=object()),
         "mesh": initialize(model=make_module(job), config=config, mesh_param=(1, 4)),
@@ -294,6 +297,7 @@ def test_misuse(ranks4: RankPool, tmp_path: Path):
         "plain": (ConfigError, "needs a ds_interlock.InterlockPipelineModule, got PipelineModule"),
         "section": (ConfigError, "differs from the one that InterlockPipelineModule was built with"),
         "no config": (ConfigError, "no DeepSpeed config"),
+        "two configs": (ConfigError, "got two DeepSpeed configs, config= and --deepspeed_config"),
         "no such file": (ConfigError, "missing.json: cannot read"),
         "mpu": (ConfigError, "mpu must be None"),
         "mesh": (ConfigError, "mesh_param is not supported"),

@@ -1,6 +1,6 @@
 """What DeepSpeed's optimizers need where a stage clips and steps on its own."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -79,8 +79,13 @@ class StageOptimizer:
             self.ranks.sum_over_slices(squared)
             self._norm = squared.sqrt()
 
-    def clip(self) -> None:
-        """Clips by the norm that was measured."""
+    def clip(self, as_deepspeed: Callable[[], None]) -> None:
+        """Clips by the norm that was measured, or ``as_deepspeed`` if stages step together."""
+        if getattr(self.engine.optimizer, "overflow", False):
+            return  # this step is left out: there are no gradients
+        if not self.engine.module.steps_alone:
+            as_deepspeed()
+            return
         assert self._norm is not None
         parameters = list(self.engine.module.parameters())
         torch.nn.utils.clip_grads_with_norm_(parameters, self.engine.gradient_clipping(), self._norm)

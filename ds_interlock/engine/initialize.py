@@ -15,7 +15,12 @@ from ds_interlock.config.parts import SECTION
 from ds_interlock.engine.deepspeed_side import without_first_message
 from ds_interlock.engine.engine import InterlockEngine
 from ds_interlock.engine.module import InterlockPipelineModule
-from ds_interlock.engine.parameter_groups import check_unused_heads, has_one_rate, with_groups_of_heads
+from ds_interlock.engine.parameter_groups import (
+    check_equal_groups,
+    check_unused_heads,
+    has_one_rate,
+    with_groups_of_heads,
+)
 from ds_interlock.engine.reports import job_store
 from ds_interlock.errors import ConfigError
 from ds_interlock.transport.agreement import agree, raised_by_all
@@ -95,6 +100,7 @@ def initialize(
             )
         model.let_heads_return_what_the_model_does()
         check_unused_heads(model, engine.optimizer, own=own, zero=engine.zero_optimization())
+        check_equal_groups(model, engine.optimizer)
         engine._configure_python_gc()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.errors import ConfigError
 from ds_interlock.heads.factory import block_parameters
+from ds_interlock.transport.agreement import gather
 
 UNUSED_PHASES = "idle_phases"
 """Key of a parameter group of the optimizer, also in checkpoints: the phases that do not use it."""
@@ -223,6 +224,26 @@ def check_unused_heads(module: InterlockPipelineModule, optimizer: Any, *, own: 
             'interlock.tied_weights: "sync" cannot be combined with ZeRO and a schedule whose phases use '
             'different heads; use "untie", or zero_optimization.stage 0'
         )
+
+
+def check_equal_groups(module: InterlockPipelineModule, optimizer: Any) -> None:
+    """Refuses on every rank what would wait for ever: ZeRO's norm has a collective for each group."""
+    if not hasattr(optimizer, "get_grad_norm_direct"):
+        return
+    for number, phase in enumerate(module.schedule.phases):
+        if not module.interlock.steps_alone(phase.plan, tied=module.keeps_ties):
+            groups = [g for g in optimizer.param_groups if number not in g.get(UNUSED_PHASES, ())]
+            numbers = gather((module.stage_id, len(groups)))
+            if len({num_groups for _, num_groups in numbers}) > 1:
+                told = ", ".join(
+                    f"stage {stage} has {num_groups}" for stage, num_groups in sorted(set(numbers))
+                )
+                raise ConfigError(
+                    "under ZeRO all stages that step together must have equally many groups of parameters: "
+                    f"{told}; give parameters on every stage the same values of learning_rate_scale "
+                    "(those of heads have interlock.head.learning_rate_scale), or use "
+                    "zero_optimization.stage 0"
+                )
 
 
 def has_unused_heads(module: InterlockPipelineModule) -> bool:

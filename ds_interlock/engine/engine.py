@@ -343,7 +343,7 @@ class InterlockEngine(PipelineEngine):
         self._progress.post(self._recorder.batch, values)
 
     def clip_fp32_gradients(self) -> None:
-        """Clips by the norm of this stage's gradients, or of the whole model's if stages step together."""
+        """Clips by the norm of this stage's gradients, or of all that step together."""
         self._steps.clip(super().clip_fp32_gradients)
 
     def _reduce_non_expert_gradients(self, grads: Sequence[Tensor], elements_per_buffer: int) -> None:

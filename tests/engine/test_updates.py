@@ -30,8 +30,8 @@ LOCAL = {"mode": "local"}
 # Clipping.
 
 
-def start_and_train(job: Job) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    engine = make_engine(job)
+def start_and_train(job: Job, **module: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    engine = make_engine(job, **module)
     before = parameters_of(engine)
     for _ in range(job.num_batches):
         engine.train_batch(data_for(engine, job))
@@ -65,6 +65,36 @@ def test_each_stage_clips_by_the_norm_of_its_own_gradients(ranks4: RankPool, num
             )
     assert min(norms) > limit, "clipping must be active everywhere"
     assert len({round(norm, 3) for norm in norms}) == num_stages, "stages have norms of their own"
+
+
+def free_and_clipped_steps(job: Job, limit: float, slices: int = 1) -> list[dict[str, Tensor]]:
+    """The steps of this rank, without and with clipping, of plain SGD with rate 1: the gradients."""
+    from deepspeed.pipe import PipelineModule  # noqa: F401 - DeepSpeed's topologies come with it
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    topology = PipeModelDataParallelTopology(num_pp=job.num_stages, num_mp=slices, num_dp=1)
+    steps = []
+    for clipping in (0.0, limit):
+        extra = {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "gradient_clipping": clipping}
+        before, after = start_and_train(job.but(extra=extra), topology=topology, num_stages=None)
+        steps.append({name: after[name] - before[name] for name in before})
+    return steps
+
+
+def norm_of(steps: list[dict[str, Tensor]]) -> float:
+    return float(
+        torch.stack([step.square().sum() for of_rank in steps for step in of_rank.values()]).sum().sqrt()
+    )
+
+
+def test_stages_that_keep_ties_clip_by_one_norm(ranks4: RankPool):
+    job = Job({**LOCAL, "tied_weights": "sync"}, tied=True, num_batches=1)
+    limit = 0.2
+    by_rank = ranks4.run(free_and_clipped_steps, job=job, limit=limit)
+    del by_rank[-1][0][TIED], by_rank[-1][1][TIED]  # the copies have one gradient
+    free, clipped = zip(*by_rank, strict=True)
+    assert norm_of(free) > limit
+    assert norm_of(clipped) == pytest.approx(limit, rel=1e-4)
 
 
 # Tied weights.

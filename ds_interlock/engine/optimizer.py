@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
@@ -70,17 +71,19 @@ class StageOptimizer:
     def _measure_norm(self) -> None:
         """Computes the norm of the gradients that ``clip`` clips by; not of those that bf16 and ZeRO keep.
 
-        Those of this stage; of the whole model with ``"tied_weights": "sync"``. What tied layers
-        have copies of counts once.
+        Those of this stage; of the whole model with ``"tied_weights": "sync"``. What tensor-parallel ranks
+        or tied layers have copies of counts once.
         """
         engine, self._norm = self.engine, None
         if hasattr(engine.optimizer, "_global_grad_norm") or isinstance(engine.optimizer, ZeROOptimizer):
             return  # keeps gradients to itself, and has a norm after the step
-        of_model = self._clips_together
+        of_model, of_all_slices = self._clips_together, self.ranks.slice == 0
         gradients = [
             p.grad
             for p in engine.module.parameters()
-            if p.grad is not None and not (of_model and getattr(p, "ds_pipe_replicated", False))
+            if p.grad is not None
+            and not (of_model and getattr(p, "ds_pipe_replicated", False))
+            and (of_all_slices or is_model_parallel_parameter(p))
         ]
         self._norm = torch.nn.utils.get_total_norm(gradients)
         if self.ranks.num_slices > 1 or of_model:

@@ -97,6 +97,12 @@ def test_stages_that_keep_ties_clip_by_one_norm(ranks4: RankPool):
     assert norm_of(clipped) == pytest.approx(limit, rel=1e-4)
 
 
+def test_what_tensor_parallel_ranks_replicate_counts_once(ranks4: RankPool):
+    job = Job(LOCAL, num_stages=2, num_batches=1)
+    for _, clipped in ranks4.run(free_and_clipped_steps, job=job, limit=0.2, slices=2):
+        assert norm_of([clipped]) == pytest.approx(0.2, rel=1e-4)
+
+
 # Tied weights.
 
 TIED = "tied_modules.embedding.weight"

@@ -79,7 +79,7 @@ class StageOptimizer:
             return  # keeps gradients to itself, and has a norm after the step
         of_model, of_all_slices = self._clips_together, self.ranks.slice == 0
         gradients = [
-            p.grad
+            p.grad.coalesce().values() if p.grad.is_sparse else p.grad
             for p in engine.module.parameters()
             if p.grad is not None
             and not (of_model and getattr(p, "ds_pipe_replicated", False))

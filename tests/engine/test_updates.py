@@ -103,6 +103,33 @@ def test_what_tensor_parallel_ranks_replicate_counts_once(ranks4: RankPool):
         assert norm_of([clipped]) == pytest.approx(0.2, rel=1e-4)
 
 
+# Sparse gradients.
+
+
+def train_a_sparse_embedding(job: Job) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters with and without ``sparse``."""
+    from deepspeed.pipe import LayerSpec
+
+    specs: list[Any] = layers()
+    results = []
+    for sparse in (False, True):
+        specs[0] = LayerSpec(nn.Embedding, VOCABULARY, WIDTH, sparse=sparse)
+        engine = make_engine(job, layers=specs)
+        engine.train_batch(data_for(engine, job))
+        results.append(parameters_of(engine))
+        engine.drain()
+        engine.destroy()
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.2])
+def test_sparse_gradients(ranks4: RankPool, limit: float):
+    extra = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "gradient_clipping": limit}
+    job = Job(LOCAL, num_batches=1, extra=extra)
+    for dense, sparse in ranks4.run(train_a_sparse_embedding, job=job):
+        torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-6)
+
+
 # Tied weights.
 
 TIED = "tied_modules.embedding.weight"

@@ -25,6 +25,12 @@ from ds_interlock.transport.agreement import gather
 UNUSED_PHASES = "idle_phases"
 """Key of a parameter group of the optimizer, also in checkpoints: the phases that do not use it."""
 
+_DEFAULT_RATES: dict[str, dict[str, Any]] = {
+    "WarmupDecayLR": {"warmup_max_lr": 1e-3},
+    "LRRangeTest": {"lr_range_test_min_lr": 1e-3},
+}
+"""Of DeepSpeed's schedulers that give every group one rate; the others take the optimizer's, or need it."""
+
 Config = dict[str, Any]
 Group = dict[str, Any]
 
@@ -157,7 +163,10 @@ def _part_of(group: Group, kind: _Kind, parameters: list[nn.Parameter], default_
 def _with_rates(config: Config, num_groups: int, parts: Iterable[tuple[int, float]]) -> Config:
     """The config with a scheduler's rates for each part of a group: its number, and its scale."""
     config = copy.deepcopy(config)
-    params = config.get("scheduler", {}).get("params", {})
+    scheduler = config.get("scheduler") or {}
+    params = scheduler["params"] = _DEFAULT_RATES.get(str(scheduler.get("type")), {}) | scheduler.get(
+        "params", {}
+    )
     for name, value in params.items():
         rates = value if isinstance(value, list) else [value] * num_groups
         if name.endswith("_lr") and len(rates) == num_groups and isinstance(rates[0], int | float):

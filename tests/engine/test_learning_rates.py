@@ -95,6 +95,23 @@ def test_schedules_keep_the_ratios(ranks4: RankPool) -> None:
             assert now == pytest.approx([of_base * scale for scale in scales])
 
 
+@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "LRRangeTest"])
+def test_schedules_keep_the_ratios_in_deepspeeds_defaults(kind: str) -> None:
+    from deepspeed.runtime import lr_schedules
+
+    from ds_interlock.engine.parameter_groups import _with_rates
+
+    config = {"scheduler": {"type": kind, "params": {"total_num_steps": 100} if "Decay" in kind else {}}}
+    params = _with_rates(config, 1, [(0, 1.0), (0, 3.0)])["scheduler"]["params"]
+    groups = [{"params": [torch.zeros(1)], "lr": rate} for rate in (0.1, 0.3)]
+    scheduler = getattr(lr_schedules, kind)(torch.optim.SGD(groups), **params)
+    for _ in range(3):
+        scheduler.step()
+    one, other = scheduler.get_lr()
+    assert other == pytest.approx(3 * one)
+    assert one > 0
+
+
 def resume(job: Job, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor], list[list[float]]]:
     engine = scaled_engine(job)
     engine.train_batch(iter(micro_batches(job.num_micro_batches)))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
+from deepspeed import set_optimizer_flags
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import logger
 from torch import distributed as dist
@@ -84,6 +85,8 @@ def initialize(
             else:
                 model_parameters, config = with_groups_of_heads(model, optimizer, model_parameters, config)
         grid = model.mpu()
+        config_class = DeepSpeedConfig(config, grid)
+        set_optimizer_flags(config_class, model)
         with without_first_message():
             engine = InterlockEngine(
                 args=args,
@@ -96,7 +99,7 @@ def initialize(
                 dist_init_required=False,
                 collate_fn=collate_fn,
                 config=config,
-                config_class=DeepSpeedConfig(config, grid),
+                config_class=config_class,
             )
         model.let_heads_return_what_the_model_does()
         check_unused_heads(model, engine.optimizer, own=own, zero=engine.zero_optimization())

@@ -71,7 +71,13 @@ def with_groups_of_heads(
         parts += [(number, k, of_kind[k]) for k in sorted(of_kind, key=lambda k: (k.scale != 1.0, k))]
     if all(kind == _Kind(apart=kind.apart) for _, kind, _ in parts) and len(parts) <= len(groups):
         return (groups if is_grouped else groups[0]["params"]), config
-    default = None if optimizer is not None else config.get("optimizer", {}).get("params", {}).get("lr", 1e-3)
+    settings = {} if optimizer is not None else config.get("optimizer") or {}
+    if str(settings.get("type")).lower() == "muon" and any(k != _Kind(apart=k.apart) for _, k, _ in parts):
+        raise ConfigError(
+            'optimizer.type "Muon" makes groups of its own: leave out learning_rate_scale (of parameters, or '
+            "interlock.head) and phases of interlock.schedule that do not use all heads"
+        )
+    default = None if optimizer is not None else settings.get("params", {}).get("lr", 1e-3)
     listed = [_part_of(groups[number], kind, parameters, default) for number, kind, parameters in parts]
     return listed, _with_rates(config, len(groups), [(number, kind.scale) for number, kind, _ in parts])
 
@@ -161,13 +167,19 @@ def _part_of(group: Group, kind: _Kind, parameters: list[nn.Parameter], default_
 
 
 def _with_rates(config: Config, num_groups: int, parts: Iterable[tuple[int, float]]) -> Config:
-    """The config with a scheduler's rates for each part of a group: its number, and its scale."""
+    """The config with a scheduler's rates for each part of a group: its number, and its scale.
+
+    One rate for all stays one: Muon's groups are not these.
+    """
+    parts = list(parts)
     config = copy.deepcopy(config)
     scheduler = config.get("scheduler") or {}
     params = scheduler["params"] = _DEFAULT_RATES.get(str(scheduler.get("type")), {}) | scheduler.get(
         "params", {}
     )
     for name, value in params.items():
+        if not isinstance(value, list) and all(scale == 1.0 for _, scale in parts):
+            continue
         rates = value if isinstance(value, list) else [value] * num_groups
         if name.endswith("_lr") and len(rates) == num_groups and isinstance(rates[0], int | float):
             params[name] = [rates[number] * scale for number, scale in parts]

@@ -342,11 +342,8 @@ class InterlockEngine(PipelineEngine):
         self._progress.post(self._recorder.batch, values)
 
     def clip_fp32_gradients(self) -> None:
-        """Clips by the norm of this stage's gradients, or of the whole model's if stages step together."""
-        if self.module.steps_alone:
-            self._steps.clip()
-        else:
-            super().clip_fp32_gradients()
+        """Clips by the norm of this stage's gradients, or of all that step together."""
+        self._steps.clip(super().clip_fp32_gradients)
 
     def _reduce_non_expert_gradients(self, grads: Sequence[Tensor], elements_per_buffer: int) -> None:
         # One replica's are copied into a buffer and back: only another type, or a division, rounds them.

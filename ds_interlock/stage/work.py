@@ -31,12 +31,14 @@ from ds_interlock.stage.backward import Backward, HeadLoss, LayerPass
 from ds_interlock.stage.hidden import (
     Gradients,
     Hidden,
+    apart,
     check_travels,
     copied,
     detached,
     floats,
     leaves,
     owned,
+    settled,
 )
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -147,7 +149,7 @@ class StageWork:
         labels = entry.labels
         if isinstance(labels, tuple) and self.num_label_parts is not None:
             labels = labels[: self.num_label_parts]
-        return detached(entry.hidden[end]), labels
+        return settled(entry.hidden[end], entry.inputs), labels
 
     def mean_losses(self) -> dict[int, Tensor]:
         """The mean of every loss of this stage over the micro-batches since ``begin_batch``."""
@@ -210,7 +212,10 @@ class StageWork:
         more = self._pass_done(action)
         if not inputs:  # integers only
             return ()
-        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=more, materialize_grads=True)
+        gradients = torch.autograd.grad(
+            outputs, inputs, cotangents, retain_graph=more, materialize_grads=True
+        )
+        return apart(gradients, cotangents)
 
     def _layer_pass(self, action: Action) -> LayerPass:
         entry = self._in_flight[action.micro_batch]

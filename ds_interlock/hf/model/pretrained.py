@@ -174,11 +174,19 @@ def open_pretrained(
         folder = converted(auto_model, folder, name, gguf_file, cache_dir)
     config = load_config(name, folder, classes, trust_remote_code=trust_remote_code)
     own_code = has_own_code(config)
+    quantization = getattr(config, "quantization_config", None)
     if text_model_only:
+        if quantization:
+            fault = f"the weights of {name} are quantised (quantization_config in its config.json)"
+            raise ConfigError(f"--text_model_only: {fault}: give the model in full precision")
         text_config = _text_config(name, config, task)
         folder = converted(auto_model, folder, name, None, cache_dir, text_part=text_config)
         config = load_config(name, folder)
     skeleton = Skeleton(empty_model(config, task, dtype))  # refuses what cannot be cut, before anything else
+    if quantization:
+        how: Any = {"own_code": own_code, "quantization": quantization}
+        folder = converted(auto_model, folder, name, None, cache_dir, **how)
+        config = load_config(name, folder, classes, trust_remote_code=trust_remote_code)
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
         try:

@@ -151,6 +151,33 @@ def test_a_gguf_file_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     assert opened.tokenizer("capital").input_ids == tiny_tokenizer()("capital").input_ids
 
 
+def quantise(folder: Path, method: str) -> None:
+    """Writes the projections of a saved model in 8 bits, with their scales; config.json says ``method``."""
+    stored = load_file(folder / "model.safetensors")
+    for name, weight in [pair for pair in stored.items() if pair[0].endswith("_proj.weight")]:
+        scale = weight.float().abs().max() / 448
+        stored[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scale.reshape(1, 1)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_quantised_weights_are_read_as_the_numbers_they_stand_for_or_refused(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    quantise(tmp_path / "model", "fp8")
+    pretrained = open_pretrained(str(tmp_path / "model"), cache_dir=tmp_path / "cache")
+    assert not hasattr(pretrained.config, "quantization_config")
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(pretrained), model(IDS).logits, rtol=0, atol=0.05)
+    quantise(tmp_path / "model", "gptq")
+    with pytest.raises(ConfigError, match=r"--model .* says gptq\), and only fp8 and mxfp4 can be undone"):
+        open_pretrained(str(tmp_path / "model"), cache_dir=tmp_path / "cache")
+    with pytest.raises(ConfigError, match=r"--text_model_only: the weights of .* are quantised"):
+        open_pretrained(str(tmp_path / "model"), text_model_only=True)
+
+
 def test_the_text_part_of_a_model_with_eyes(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     text = {**sizes, "vocab_size": 131, "head_dim": 8, "num_key_value_heads": 2}

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ds_interlock.errors import ConfigError, first_line, first_names
 from ds_interlock.hf.data.records import Task
+from ds_interlock.hf.data.rows import padding_id
 from ds_interlock.hf.data.tokenizer import default_cache_dir
 from ds_interlock.hf.model.anatomy import refuse_other_models
 from ds_interlock.hf.model.convert import converted
@@ -195,6 +196,8 @@ def open_pretrained(
             why = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
             raise ConfigError(f"--attn_implementation {attn_implementation}: {why}") from error
     tokenizer = _load_tokenizer(name, folder, trust_remote_code)
+    if task == "classification":
+        _set_padding(config.get_text_config(), tokenizer)
     if not has_safetensors(folder):
         folder = converted(auto_model, folder, name, None, cache_dir, own_code=own_code)
     pretrained = Pretrained(name, folder, config, tokenizer, task, dtype)
@@ -207,6 +210,12 @@ def open_pretrained(
         values = _Values(pretrained, skeleton)
     _check_weights(pretrained, values, parameters)
     return pretrained
+
+
+def _set_padding(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A decoder that classifies knows padding by its id."""
+    if config.pad_token_id not in range(config.vocab_size):
+        config.pad_token_id = padding_id(tokenizer, config.vocab_size)
 
 
 def _check_weights(pretrained: Pretrained, values: _Values, parameters: Mapping[str, Tensor]) -> None:

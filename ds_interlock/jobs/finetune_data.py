@@ -59,8 +59,9 @@ def _encode(args: FinetuneArguments, opened: Opened, pretrained: Pretrained) -> 
     how: dict[str, Any] = {"tokenizer": tokenizer, "seq_length": args.seq_length}
     joins = args.packing and args.packing_strategy == "wrapped"
     encode: Encode = partial(encode_wrapped if joins else encode_records, **how)
-    label_ids = opened.parts[0].label_ids if opened.parts else {}
+    label_ids: dict[int | str, int] = {}
     if args.task == "classification":
+        label_ids = pretrained.class_ids(opened.parts[0].label_ids)
         kind, encode = ClassifiedRows, partial(encode_classified, **how, label_ids=label_ids)
         pad_id = model_config.pad_token_id  # as the model knows it
     options = [*identity(tokenizer), args.task, args.seq_length, joins, sorted(label_ids.items())]

@@ -60,6 +60,14 @@ class Pretrained:
         prepare = [] if self.four_bits is None else [self.four_bits.replace]
         return Blueprint(skeleton, _Values(self, skeleton), inputs, tie, routing, list(prepare))
 
+    def class_ids(self, label_ids: Mapping[int | str, int]) -> dict[int | str, int]:
+        """The ids of the data's classes in the model; ``label_ids`` are those of ``load_records``."""
+        own, known = self.config.label2id, _ids_by_name(self.config)
+        return {
+            label: own.get(label, known.get(label.lower(), number)) if isinstance(label, str) else number
+            for label, number in label_ids.items()
+        }
+
     def num_positions(self) -> int | None:
         """The longest sequence that the model can take; None if there is no bound."""
         known: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
@@ -159,7 +167,8 @@ def open_pretrained(
         task: What it will be used for.
         gguf_file: Name of a GGUF file in it, which then has configuration and tokenizer too.
         dtype: What its weights are converted to.
-        classes: Names of the classes by id, for classification.
+        classes: Names of the data's classes by id, for classification. A model that was trained for all of
+            them, whatever their case, keeps its ids, and one with names keeps them if the data have numbers.
         attn_implementation: Transformers' name of an attention kernel; default: transformers' choice.
         cache_dir: Where converted weights are kept; default ``default_cache_dir()``.
         text_model_only: Take the text part of a model that also sees or hears.
@@ -289,9 +298,23 @@ def load_config(
             "folder with the config.json of a model that transformers knows, or a model's name on the hub"
         ) from error
     if classes:
+        _set_classes(config, classes)
+    return config
+
+
+def _set_classes(config: Any, classes: Sequence[str]) -> None:
+    """Gives a classifier the names of the data's classes; one that was trained for these keeps its own."""
+    own, wanted = _ids_by_name(config), {name.lower() for name in classes}
+    is_named = any(name != f"label_{number}" for name, number in own.items())
+    has_numbers = all(name in (str(number), f"LABEL_{number}") for number, name in enumerate(classes))
+    is_the_same = own.keys() >= wanted and len(wanted) == len(classes)
+    if not (is_the_same or (is_named and has_numbers and len(classes) <= config.num_labels)):
         config.id2label = dict(enumerate(classes))
         config.label2id = {label: number for number, label in enumerate(classes)}
-    return config
+
+
+def _ids_by_name(config: Any) -> dict[str, int]:
+    return {name.lower(): number for number, name in config.id2label.items()}
 
 
 def _load_tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:

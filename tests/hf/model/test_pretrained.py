@@ -127,6 +127,27 @@ def test_a_new_classifier_is_drawn_from_its_name_for_the_datas_classes(
         open_pretrained(str(tmp_path / "model"), "classification", classes=("a", "b", "c"))
 
 
+def test_a_classifier_keeps_the_classes_that_it_was_trained_for(tmp_path: Path) -> None:
+    names = {0: "contradiction", 1: "neutral", 2: "ENTAILMENT"}
+    ids = {name: number for number, name in names.items()}
+    model = tiny_model("roberta", num_labels=3)
+    model.config.update({"id2label": names, "label2id": ids})
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+
+    def opened(*classes: str) -> Pretrained:
+        return open_pretrained(str(tmp_path), "classification", classes=classes)
+
+    known = opened("contradiction", "entailment", "neutral")
+    assert known.config.id2label == names
+    expected = {"contradiction": 0, "entailment": 2, "neutral": 1}
+    assert known.class_ids({"contradiction": 0, "entailment": 1, "neutral": 2}) == expected
+    numbers = opened("0", "LABEL_1", "2")
+    assert (numbers.config.id2label, numbers.class_ids({0: 0, 2: 2})) == (names, {0: 0, 2: 2})
+    others = opened("bad", "good", "neutral")
+    assert others.config.label2id == others.class_ids({"bad": 0, "good": 1, "neutral": 2})
+
+
 def test_positions(tmp_path: Path) -> None:
     expected = {"llama": 64, "gpt2": 64, "opt": 64, "bloom": None}
     for family, number in expected.items():

@@ -172,12 +172,20 @@ def test_a_faulty_line_is_named(line, message, tmp_path):
         ({"messages": "hello"}, "messages: Input should be a valid list, got a string"),
         ({"messages": []}, "messages: List should have at least 1 item"),
         ({"messages": ["hello"]}, "messages[0]: Input should be a valid dictionary, got a string"),
-        ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content: Field required"),
+        (
+            {"messages": [USER, {"role": "assistant"}]},
+            'messages[1]: "content" is null or missing, which it may be beside "tool_calls" only',
+        ),
         ({"messages": [{"content": "a"}]}, "messages[0].role: Field required"),
         (
             {"messages": [USER, {"role": "assistant", "content": None}]},
-            "messages[1].content: Input should be a valid string, got null",
+            'messages[1]: "content" is null or missing',
         ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": 3}]},
+            "messages[1].content: Input should be a valid string, got a number",
+        ),
+        ({"messages": [USER, ASSISTANT], "tools": "["}, "tools: malformed JSON (Expecting value)"),
         ({"messages": [{"role": "", "content": "a"}]}, "messages[0].role: empty"),
         ({"messages": [USER]}, "messages: no message is the assistant's"),
     ],
@@ -231,6 +239,30 @@ def test_a_table_with_other_columns_or_nulls(tmp_path):
         read_records(paths_of(tmp_path, "empty.parquet"))
     with pytest.raises(DataError, match=r"holds no \*\.txt"):
         read_records([str(tmp_path)])
+
+
+def test_tools_and_what_they_are_called_with(tmp_path):
+    arguments = {"city": "Rome", "unit": None}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"default": None}}}]
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": None, "function": {"arguments": arguments}}],
+    }
+    chat = {"messages": [USER, call], "tools": tools}
+    bare = {"messages": [USER, {**call, "content": ""}], "tools": json.dumps(tools)}
+    of_lines = list(read_records([write(tmp_path / "chats.jsonl", chat, bare)]))
+    assert [record.tools for record in of_lines] == [tools, tools]
+    expected = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": arguments}}]}
+    assert of_lines[0].messages == [USER, expected]
+    parquet.write_table(pa.Table.from_pylist([chat]), tmp_path / "chats.parquet")
+    with pytest.raises(DataError, match=r"chats.parquet row 0: messages: arguments of a tool call are null"):
+        list(read_records(paths_of(tmp_path, "chats.parquet")))
+    arguments["unit"] = "C"
+    parquet.write_table(pa.Table.from_pylist([chat]), tmp_path / "chats.parquet")
+    (of_table,) = read_records(paths_of(tmp_path, "chats.parquet"))
+    assert of_table.messages == [USER, expected]
+    assert of_table.tools == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 
 
 def test_validation_is_given_or_a_seeded_share(tmp_path):

@@ -47,6 +47,7 @@ class Pretrained:
     tokenizer: PreTrainedTokenizerBase
     task: Task
     dtype: torch.dtype  # what its weights are converted to
+    seed: int = 0  # of a new classifier's weights
     four_bits: FourBits | None = None  # how linear weights of its blocks are kept, if not in full
 
     def new_model(self) -> Any:
@@ -123,6 +124,7 @@ class _Values:
         same |= {f"{anatomy.unembedding}.bias": anatomy.stored_bias} if anatomy.stored_bias else {}
         self.weights = Weights(pretrained.folder, pretrained.dtype, model.base_model_prefix, same)
         self._may_be_new = tuple(f"{part}." for part in anatomy.end if anatomy.unembedding is None)
+        self._seed = pretrained.seed
         self._std = getattr(pretrained.config, "initializer_range", 0.02)
 
     def lacking(self, names: Iterable[str]) -> list[str]:
@@ -141,7 +143,7 @@ class _Values:
         if like.dim() < 2:
             is_norm = name.lower().endswith("norm.weight")
             return torch.full(like.shape, float(is_norm), dtype=like.dtype, device="cpu")
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(self._seed + zlib.crc32(name.encode()))
         values = torch.empty(like.shape, dtype=like.dtype, device="cpu")
         return nn.init.normal_(values, std=self._std, generator=generator)
 
@@ -157,6 +159,7 @@ def open_pretrained(
     cache_dir: Path | None = None,
     text_model_only: bool = False,
     trust_remote_code: bool = False,
+    seed: int = 0,
 ) -> Pretrained:
     """Finds a model's files, converting them if they are no safetensors.
 
@@ -173,6 +176,7 @@ def open_pretrained(
         cache_dir: Where converted weights are kept; default ``default_cache_dir()``.
         text_model_only: Take the text part of a model that also sees or hears.
         trust_remote_code: Run code that comes with the model.
+        seed: Of the weights of a classifier that it lacks.
 
     Raises:
         ConfigError: If the model or its tokenizer is not found, it cannot be converted, or it cannot use the
@@ -209,7 +213,7 @@ def open_pretrained(
         _set_padding(config.get_text_config(), tokenizer)
     if not has_safetensors(folder):
         folder = converted(auto_model, folder, name, None, cache_dir, own_code=own_code)
-    pretrained = Pretrained(name, folder, config, tokenizer, task, dtype)
+    pretrained = Pretrained(name, folder, config, tokenizer, task, dtype, seed)
     values = _Values(pretrained, skeleton)
     parameters = Blueprint(skeleton, values).parameters()
     if values.lacking(parameters):

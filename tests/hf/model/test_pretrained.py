@@ -99,7 +99,7 @@ def test_experts_in_tensors_of_their_own_are_merged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("converts", [False, True], ids=["safetensors", "bin"])
-def test_a_new_classifier_is_drawn_from_its_name_for_the_datas_classes(
+def test_a_new_classifier_is_drawn_from_its_name_and_the_seed_for_the_datas_classes(
     converts: bool, tmp_path: Path
 ) -> None:
     model = tiny_model("bert", num_labels=2)
@@ -110,9 +110,13 @@ def test_a_new_classifier_is_drawn_from_its_name_for_the_datas_classes(
         (tmp_path / "model" / "pytorch_model.bin").unlink()
         save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     drawn = []
-    for cache in ("one", "two"):
+    for cache, seed in (("one", 0), ("two", 0), ("one", 1)):
         opened = open_pretrained(
-            str(tmp_path / "model"), "classification", classes=("a", "b", "c"), cache_dir=tmp_path / cache
+            str(tmp_path / "model"),
+            "classification",
+            classes=("a", "b", "c"),
+            cache_dir=tmp_path / cache,
+            seed=seed,
         )
         end: Any = build_all(opened.blueprint().layers())[-1]
         drawn.append(end.state_dict())
@@ -120,6 +124,7 @@ def test_a_new_classifier_is_drawn_from_its_name_for_the_datas_classes(
     assert drawn[0]["classifier.weight"].shape == (3, 32)
     assert drawn[0]["classifier.weight"].std() > 0
     assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+    assert not torch.equal(drawn[0]["classifier.weight"], drawn[2]["classifier.weight"])
     assert torch.equal(drawn[0]["bert.pooler.dense.weight"], state["bert.pooler.dense.weight"])
     shutil.rmtree(tmp_path / "model")
     save_tiny("bert", tmp_path / "model", num_labels=2)

@@ -33,7 +33,7 @@ def test_every_format_is_recognised_by_its_first_object(tmp_path):
         write(tmp_path / "chat.jsonl", {"messages": [USER, ASSISTANT], "text": "rendered"}),
         write(tmp_path / "pairs.json", {"prompt": "p", "completion": "c", "id": 7}),
         str(tmp_path / "texts.txt"),
-        write(tmp_path / "more.jsonl", {"text": "three"}, {"text": "four", "prompt": "p"}),
+        write(tmp_path / "more.jsonlines", {"text": "three"}, {"text": "four", "prompt": "p"}),
     ]
     records = list(read_records(paths))
     assert [type(record) for record in records] == [*[Document] * 2, Chat, Completion, *[Document] * 2]
@@ -206,6 +206,7 @@ def test_a_faulty_first_object_is_named(value, message, tmp_path):
         ("empty.csv", "text\n", "empty.csv is empty: expected names of columns, then rows"),
         ("empty.txt", " \n\n ", "no text"),
         ("absent.txt", None, "absent.txt does not exist"),
+        ("lines.json.txt", '\n{"text": "a"}\n', "first line is a JSON object: name the file .*jsonl"),
         ("utf16.txt", "a\n\nb".encode("utf-16"), "utf16.txt line 1: not UTF-8"),
         ("utf16.csv", "text\na".encode("utf-16-le"), "utf16.csv line 1: not UTF-8 .it has NUL characters"),
         ("latin.txt", "a\n\né".encode("latin-1"), "latin.txt line 3: not UTF-8"),

@@ -269,7 +269,7 @@ def _local_folder(name: str, gguf_file: str | None, with_code: bool) -> Path:
             "its folder, and the file with --gguf_file), or a model's name on the hub"
         )
     patterns = [gguf_file] if gguf_file else ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    patterns += ["*.py"] if with_code else []
+    patterns += ["*.py", "*.tiktoken", "*.bpe"] if with_code else []  # vocabularies that tokenizers read
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns))
         if gguf_file is None and not has_safetensors(folder):

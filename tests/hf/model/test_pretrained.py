@@ -248,6 +248,15 @@ def test_code_that_comes_with_a_model_runs_if_it_is_trusted(
         open_pretrained(str(folder))
     pretrained = open_pretrained(str(folder), trust_remote_code=True)
     assert type(pretrained.new_model()).__name__ == "QuokkaForCausalLM"
+    fetched: list[str] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        fetched.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("ds_interlock.hf.model.pretrained.snapshot_download", download)
+    open_pretrained("zoo/quokka", trust_remote_code=True)
+    assert {"*.py", "*.tiktoken", "*.bpe"} <= set(fetched)  # its tokenizer may read them
     assert type(empty_model(pretrained.config, "QuokkaForCausalLM")).__name__ == "QuokkaForCausalLM"
     with torch.no_grad():
         torch.testing.assert_close(logits_of(pretrained), model(IDS).logits)

@@ -161,6 +161,7 @@ def open_model(args: FinetuneArguments, dtype: torch.dtype, classes: tuple[str, 
         dtype=dtype,
         classes=classes,
         attn_implementation=args.attn_implementation,
+        seed=args.seed,
         **how,
     )
     if args.output_router_logits:

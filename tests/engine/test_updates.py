@@ -122,9 +122,8 @@ def train_a_sparse_embedding(job: Job) -> tuple[dict[str, Tensor], dict[str, Ten
     return results[0], results[1]
 
 
-@pytest.mark.parametrize("limit", [0.0, 0.2])
-def test_sparse_gradients(ranks4: RankPool, limit: float):
-    extra = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "gradient_clipping": limit}
+def test_sparse_gradients(ranks4: RankPool):
+    extra = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "gradient_clipping": 0.2}
     job = Job(LOCAL, num_batches=1, extra=extra)
     for dense, sparse in ranks4.run(train_a_sparse_embedding, job=job):
         torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-6)

@@ -66,7 +66,7 @@ def _source_of(stream: Stream, name: str, task: Task) -> Source:
         first = next((row for row in stream if has_text(row)), None)
     if first is None:
         raise DataError(f"{name} is empty: it holds no text")
-    return Source(f"{name} row ", "", format_of(first, f"{name} row 0", task))
+    return Source(f"{name} row ", "", format_of(first, f"{name} row 0", task), is_table=True)
 
 
 def names_of_streams(

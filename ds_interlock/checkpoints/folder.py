@@ -3,7 +3,7 @@
     checkpoints/
       latest                     the tag of the newest complete checkpoint
       global_step100/
-        interlock_files.json     the step, and the size of every other file
+        interlock_files.json     its number in the order of saving, the step, the size of every other file
         layer_00-model_states.pt ...
 
 torch writes its files as zip archives with a checksum (CRC-32) for each part, which it does not compare when
@@ -47,17 +47,23 @@ def latest_folder(save_dir: Path) -> Path | None:
 
 
 def write_list(folder: Path, step: int) -> None:
-    """Writes down what is in ``folder``, which is complete."""
+    """Writes down what is in ``folder``, which is complete, and that no other there is newer."""
+    number = 1 + max((_read_list(other)[0][0] for other in newest_first(folder.parent)), default=-1)
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != LIST_FILE
     }
-    (folder / LIST_FILE).write_text(json.dumps({"step": step, "files": files}, indent=0), encoding="utf-8")
+    listed = {"number": number, "step": step, "files": files}
+    (folder / LIST_FILE).write_text(json.dumps(listed, indent=0), encoding="utf-8")
 
 
 def newest_first(save_dir: Path, prefix: str = "") -> list[Path]:
-    """The checkpoints whose tags begin with ``prefix`` and that have a list of their files, whole or not."""
+    """The checkpoints whose tags begin with ``prefix`` and that have a list of their files, whole or not.
+
+    The last saved is first, whatever its step: a run may have gone back to an earlier one, or begun anew.
+    Those of earlier versions have no number and go by their steps.
+    """
     folders = [path.parent for path in save_dir.glob(f"{prefix}*/{LIST_FILE}")]
     complete = [folder for folder in folders if folder.suffix not in (UNFINISHED, REPLACED)]
     return sorted(complete, key=lambda folder: (_read_list(folder)[0], folder.name), reverse=True)
@@ -108,12 +114,12 @@ def _damage(path: Path) -> str | None:
     return f"{path} is damaged ({damaged} differs from its checksum)" if damaged else None
 
 
-def _read_list(folder: Path) -> tuple[int, dict[str, int]]:
-    """The step, -1 if it is not known, and the sizes of the files in bytes, by name."""
+def _read_list(folder: Path) -> tuple[tuple[int, int], dict[str, int]]:
+    """Its number and its step, -1 if they are not known; and the sizes of the files in bytes, by name."""
     try:
         listed = json.loads((folder / LIST_FILE).read_text(encoding="utf-8"))
-        return int(listed["step"]), dict(listed["files"])
+        return (int(listed.get("number", -1)), int(listed["step"])), dict(listed["files"])
     except FileNotFoundError:
-        return -1, {}
+        return (-1, -1), {}
     except (ValueError, KeyError, OSError):
-        return -1, {LIST_FILE: 0}  # as it cannot be read
+        return (-1, -1), {LIST_FILE: 0}  # as it cannot be read

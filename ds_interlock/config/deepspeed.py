@@ -93,6 +93,16 @@ MAY_DIFFER = (  # the exceptions in these sections
 )
 
 
+_FILLED_IN = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16.enabled",
+)
+"""Where transformers' Trainer takes "auto" and DeepSpeed does not. (Elsewhere it stands for the default.)"""
+
+
 def check_deepspeed(config: Mapping[str, Any]) -> None:
     """Raises ConfigError for DeepSpeed settings that this engine cannot work with, in any mode."""
     faults = []
@@ -102,6 +112,20 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
             faults.append(f"{refusal.key}: {shown_as_json(value)} is not supported: {refusal.reason}")
     if faults:
         raise ConfigError(list_faults("DeepSpeed config", faults))
+
+
+def check_filled_in(config: Mapping[str, Any]) -> None:
+    """Raises ConfigError if something is "auto" that has no such value in DeepSpeed; names all of it."""
+    unknown = [key for key in _FILLED_IN if _value(config, key) == "auto"]
+    for section in ("optimizer", "scheduler"):
+        params = _value(config, f"{section}.params")
+        if isinstance(params, Mapping):
+            unknown += [f"{section}.params.{key}" for key, value in params.items() if value == "auto"]
+    if unknown:
+        raise ConfigError(
+            f'DeepSpeed config: {", ".join(unknown)}: "auto" is for transformers\' Trainer to fill in; give '
+            "values"
+        )
 
 
 def _value(config: Mapping[str, Any], path: str) -> Any:

@@ -74,6 +74,18 @@ class Checkpoints:
         """Whether DeepSpeed writes only the first replica's part of the optimizer: bf16 without ZeRO."""
         return self.engine.using_bf16_optimizer and not self.engine.zero_optimization()
 
+    def agreed_tag(self, tag: str | None) -> str:
+        """``tag``, by default that of the step; ConfigError on all ranks if theirs differ."""
+        tags = gather(f"global_step{self.engine.global_steps}" if tag is None else str(tag))
+        for rank, other in enumerate(tags):
+            if other != tags[0]:
+                raise ConfigError(
+                    f"save_checkpoint got the tag {tags[0]!r} on rank 0 and {other!r} on rank {rank}: "
+                    "expected the same on all ranks. If it has the loss in it: what train_batch returns "
+                    "while stages stream differs between ranks, what engine.drain() returns does not"
+                )
+        return tags[0]
+
     @contextmanager
     def new(self, save_dir: Path, tag: str, *, writes: bool, save_latest: bool) -> Iterator[str]:
         """Gives the tag for DeepSpeed to save its files under. The checkpoint is complete after the block.

@@ -28,18 +28,18 @@ class TrainingData:
 
     def load(self, micro_batch: int) -> tuple[Any, Any]:
         """Inputs and labels of the next micro-batch, on this rank's device; a number becomes a tensor."""
-        pair = self._put_back.pop() if self._put_back else self.read()
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
+        pair = self._put_back.pop() if self._put_back else self.read(micro_batch)
+        if not isinstance(pair, tuple | list) or len(pair) < 2:
             raise DataError(
                 f"the data iterator gave {type(pair).__name__} where a pair (inputs, labels) was expected"
             )
-        inputs, labels = pair
+        inputs, labels, *_ = pair  # DeepSpeed reads no more
         if isinstance(labels, Number):
             labels = torch.tensor(labels, dtype=torch.float64 if isinstance(labels, float) else None)
         return _to_device(inputs, self.ranks.device), _to_device(labels, self.ranks.device)
 
-    def read(self) -> Any:
-        """What the iterator gives next."""
+    def read(self, micro_batch: int = 0) -> Any:
+        """What the iterator gives next, for this micro-batch of a batch."""
         engine, pair = self.engine, None
         if engine.data_iterator is None and engine.batch_fn is None:
             raise DataError("stage 0 has no data: pass data_iter, or training_data to initialize")
@@ -47,9 +47,10 @@ class TrainingData:
             if engine.data_iterator is not None:  # batch_fn may get it from another tensor-parallel rank
                 pair = next(engine.data_iterator)
         except StopIteration:
+            where = "in the middle of" if micro_batch else "before"
             raise DataError(
-                f"the data iterator ended in the middle of a batch, which takes {engine.micro_batches} micro-"
-                "batches (gradient_accumulation_steps): use deepspeed.utils.RepeatingLoader, or stop before"
+                f"the data iterator ended {where} a batch, which takes {engine.micro_batches} micro-batches "
+                "(gradient_accumulation_steps): use deepspeed.utils.RepeatingLoader, or stop before"
             ) from None
         self.consumed += 1 if engine.module.training else 0
         return engine.batch_fn(pair) if engine.batch_fn else pair
@@ -86,9 +87,12 @@ class TrainingData:
             for _ in range(position):
                 next(engine.data_iterator)
         elif self.consumed:
+            has_state = state["data_iterator"] is not None
             logger.warning(
-                f"the data iterator cannot be put back: skip {self.consumed} micro-batches on stage 0 "
-                "(engine.consumed_micro_batches) before the next train_batch"
+                "the data iterator cannot be put back: "
+                + ("call set_dataiterator before load_checkpoint, or " if has_state else "")
+                + f"skip {self.consumed} micro-batches on stage 0 (engine.consumed_micro_batches) before the "
+                "next train_batch"
             )
 
     @property

@@ -123,8 +123,7 @@ class InterlockEngine(PipelineEngine):
             raise RuntimeError("train_batch() needs gradients enabled; use eval_batch() to evaluate")
         if data_iter is not None:
             self.set_dataiterator(data_iter)
-        if not self.module.training:
-            self.module.train()
+        self.module.train()
         self._runner.renew_copies()
         self._warmup.before_batch()
         self._myopia.before_batch()
@@ -137,7 +136,7 @@ class InterlockEngine(PipelineEngine):
 
     @section("step")
     def fit_heads(self, data_iter: Iterator[Any] | None = None, num_steps: int = 1) -> dict[str, list[float]]:
-        """Fits the auxiliary heads, of all phases, for some batches; layers and optimizer do not change.
+        """Fits the auxiliary heads, of all phases, for some batches; weights and optimizer do not change.
 
         ``interlock.head.warmup_steps`` does this before the first training batch, unless it has been
         done by hand. All ranks must call it. Without auxiliary heads it does nothing, and reads no data.
@@ -262,7 +261,7 @@ class InterlockEngine(PipelineEngine):
     ) -> bool:
         """Saves everything a resumed run needs. As DeepSpeed's; all ranks must call it."""
         self.drain()
-        tag = str(tag or f"global_step{self.global_steps}")
+        tag = self._checkpoints.agreed_tag(tag)
         writes = (self.local_rank if self.use_node_local_storage() else self.global_rank) == 0
         with self._checkpoints.new(Path(save_dir), tag, writes=writes, save_latest=save_latest) as unfinished:
             super().save_checkpoint(
@@ -343,11 +342,8 @@ class InterlockEngine(PipelineEngine):
         self._progress.post(self._recorder.batch, values)
 
     def clip_fp32_gradients(self) -> None:
-        """Clips by the norm of this stage's gradients, or of the whole model's if stages step together."""
-        if self.module.steps_alone:
-            self._steps.clip()
-        else:
-            super().clip_fp32_gradients()
+        """Clips by the norm of this stage's gradients, or of all that step together."""
+        self._steps.clip(super().clip_fp32_gradients)
 
     def _reduce_non_expert_gradients(self, grads: Sequence[Tensor], elements_per_buffer: int) -> None:
         # One replica's are copied into a buffer and back: only another type, or a division, rounds them.

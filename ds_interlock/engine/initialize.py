@@ -4,18 +4,24 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
+from deepspeed import set_optimizer_flags
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import logger
 from torch import distributed as dist
 from torch import nn
 
-from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
+from ds_interlock.config import InterlockConfig, check_deepspeed, check_filled_in, read_deepspeed
 from ds_interlock.config.deepspeed import MAY_DIFFER, MUST_AGREE
 from ds_interlock.config.parts import SECTION
 from ds_interlock.engine.deepspeed_side import without_first_message
 from ds_interlock.engine.engine import InterlockEngine
 from ds_interlock.engine.module import InterlockPipelineModule
-from ds_interlock.engine.parameter_groups import check_unused_heads, has_one_rate, with_groups_of_heads
+from ds_interlock.engine.parameter_groups import (
+    check_equal_groups,
+    check_unused_heads,
+    has_one_rate,
+    with_groups_of_heads,
+)
 from ds_interlock.engine.reports import job_store
 from ds_interlock.errors import ConfigError
 from ds_interlock.transport.agreement import agree, raised_by_all
@@ -49,7 +55,11 @@ def initialize(
     Raises:
         ConfigError: If the config, the model or the ranks of the job do not fit together.
     """
-    config = config or config_params or getattr(args, "deepspeed_config", None)
+    config = config or config_params
+    if (of_args := getattr(args, "deepspeed_config", None)) is not None:
+        if config is not None:
+            raise ConfigError("got two DeepSpeed configs, config= and --deepspeed_config: leave out one")
+        config = of_args
     model, config = _checked(model, mpu, mesh_param, config)
     unchecked = config.get(SECTION)  # ranks meet first: others would wait for one that fails now
     unchecked = unchecked if isinstance(unchecked, Mapping) else {}
@@ -79,6 +89,8 @@ def initialize(
             else:
                 model_parameters, config = with_groups_of_heads(model, optimizer, model_parameters, config)
         grid = model.mpu()
+        config_class = DeepSpeedConfig(config, grid)
+        set_optimizer_flags(config_class, model)
         with without_first_message():
             engine = InterlockEngine(
                 args=args,
@@ -91,10 +103,11 @@ def initialize(
                 dist_init_required=False,
                 collate_fn=collate_fn,
                 config=config,
-                config_class=DeepSpeedConfig(config, grid),
+                config_class=config_class,
             )
         model.let_heads_return_what_the_model_does()
         check_unused_heads(model, engine.optimizer, own=own, zero=engine.zero_optimization())
+        check_equal_groups(model, engine.optimizer)
         engine._configure_python_gc()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
@@ -123,6 +136,7 @@ def _checked(
         raise ConfigError("no DeepSpeed config: pass config= (a path or a dict) or --deepspeed_config")
     config = dict(config) if isinstance(config, Mapping) else read_deepspeed(config)
     check_deepspeed(config)
+    check_filled_in(config)
     return model, config
 
 

@@ -177,13 +177,15 @@ class InterlockPipelineModule(PipelineModule):
         return tuple(phase for phase in phases if self.schedule.is_idle(head, phase))
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters of this stage's heads."""
-        return [parameter for parameter in self.heads.parameters() if parameter.requires_grad]
+        """The trainable parameters of this stage's heads that no layer has too."""
+        of_layers = set(map(id, self.layer_parameters()))
+        return [p for p in self.heads.parameters() if p.requires_grad and id(p) not in of_layers]
 
     def layer_parameters(self, *, frozen: bool = False) -> list[nn.Parameter]:
         """The trainable parameters of this stage's layers; the ``frozen`` ones too if asked for."""
-        others = {id(self.placeholder), *map(id, self.heads.parameters())}
-        return [p for p in self.parameters() if (p.requires_grad or frozen) and id(p) not in others]
+        layers = (child for child in self.children() if child is not self.heads)
+        parameters = dict.fromkeys(p for layer in layers for p in layer.parameters())
+        return [p for p in parameters if p.requires_grad or frozen]
 
     def tied_layers(self, key: str) -> list[int]:
         """The numbers of the layers that share the tied module ``key``."""

@@ -1,12 +1,13 @@
 """What DeepSpeed's optimizers need where a stage clips and steps on its own."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
 from ds_interlock.engine.deepspeed_side import DeepSpeedSide
@@ -68,19 +69,43 @@ class StageOptimizer:
         )
 
     def _measure_norm(self) -> None:
-        """Computes the norm of this stage's gradients; not of those that bf16 and ZeRO keep."""
+        """Computes the norm of the gradients that ``clip`` clips by; not of those that bf16 and ZeRO keep.
+
+        Those of this stage; of the whole model with ``"tied_weights": "sync"``. What tensor-parallel ranks
+        or tied layers have copies of counts once.
+        """
         engine, self._norm = self.engine, None
         if hasattr(engine.optimizer, "_global_grad_norm") or isinstance(engine.optimizer, ZeROOptimizer):
             return  # keeps gradients to itself, and has a norm after the step
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        of_model, of_all_slices = self._clips_together, self.ranks.slice == 0
+        gradients = [
+            p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+            for p in engine.module.parameters()
+            if p.grad is not None
+            and not (of_model and getattr(p, "ds_pipe_replicated", False))
+            and (of_all_slices or is_model_parallel_parameter(p))
+        ]
         self._norm = torch.nn.utils.get_total_norm(gradients)
-        if self.ranks.num_slices > 1:
-            squared = self._norm.square()
+        if self.ranks.num_slices > 1 or of_model:
+            squared = self._norm.square().to(self.ranks.device)
             self.ranks.sum_over_slices(squared)
+            if of_model:
+                self.ranks.sum_over_pipeline(squared)
             self._norm = squared.sqrt()
 
-    def clip(self) -> None:
-        """Clips by the norm that was measured."""
+    @property
+    def _clips_together(self) -> bool:
+        """Whether stages clip by one norm that DeepSpeed does not take: its own is that of stage 0 alone."""
+        module = self.engine.module
+        return not module.steps_alone and not module.plan.is_end_to_end
+
+    def clip(self, as_deepspeed: Callable[[], None]) -> None:
+        """Clips by the norm that was measured; under a global plan ``as_deepspeed``."""
+        if getattr(self.engine.optimizer, "overflow", False):
+            return  # this step is left out: there are no gradients
+        if self.engine.module.plan.is_end_to_end:
+            as_deepspeed()
+            return
         assert self._norm is not None
         parameters = list(self.engine.module.parameters())
         torch.nn.utils.clip_grads_with_norm_(parameters, self.engine.gradient_clipping(), self._norm)

@@ -20,9 +20,16 @@ from torch import Tensor, nn
 from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.errors import ConfigError
 from ds_interlock.heads.factory import block_parameters
+from ds_interlock.transport.agreement import gather
 
 UNUSED_PHASES = "idle_phases"
 """Key of a parameter group of the optimizer, also in checkpoints: the phases that do not use it."""
+
+_DEFAULT_RATES: dict[str, dict[str, Any]] = {
+    "WarmupDecayLR": {"warmup_max_lr": 1e-3},
+    "LRRangeTest": {"lr_range_test_min_lr": 1e-3},
+}
+"""Of DeepSpeed's schedulers that give every group one rate; the others take the optimizer's, or need it."""
 
 Config = dict[str, Any]
 Group = dict[str, Any]
@@ -64,7 +71,15 @@ def with_groups_of_heads(
         parts += [(number, k, of_kind[k]) for k in sorted(of_kind, key=lambda k: (k.scale != 1.0, k))]
     if all(kind == _Kind(apart=kind.apart) for _, kind, _ in parts) and len(parts) <= len(groups):
         return (groups if is_grouped else groups[0]["params"]), config
-    default = None if optimizer is not None else config.get("optimizer", {}).get("params", {}).get("lr", 1e-3)
+    settings = {} if optimizer is not None else config.get("optimizer") or {}
+    if str(settings.get("type")).lower() == "muon" and any(k != _Kind(apart=k.apart) for _, k, _ in parts):
+        raise ConfigError(
+            'optimizer.type "Muon" makes groups of its own: leave out learning_rate_scale (of parameters, or '
+            "interlock.head) and phases of interlock.schedule that do not use all heads"
+        )
+    default = getattr(optimizer, "keywords", {}).get("lr")  # of functools.partial
+    if optimizer is None:
+        default = settings.get("params", {}).get("lr", 1e-3)
     listed = [_part_of(groups[number], kind, parameters, default) for number, kind, parameters in parts]
     return listed, _with_rates(config, len(groups), [(number, kind.scale) for number, kind, _ in parts])
 
@@ -120,6 +135,7 @@ def _kinds(model: InterlockPipelineModule, *, apart: bool) -> dict[int, _Kind]:
         kind = _Kind(model.interlock.head.learning_rate_scale, model.unused_phases(int(number)), apart)
         of_heads |= {id(p): kind for p in head.parameters()}
         of_heads |= {id(p): kind._replace(scale=1.0) for p in block_parameters(head)}
+    of_layers = set(map(id, model.layer_parameters()))
     kinds = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -127,7 +143,7 @@ def _kinds(model: InterlockPipelineModule, *, apart: bool) -> dict[int, _Kind]:
         own = getattr(parameter, "learning_rate_scale", 1.0)
         if not isinstance(own, int | float) or not 0 < own < math.inf:
             raise ConfigError(f"{name}.learning_rate_scale is {own!r}: expected a number above 0")
-        kind = of_heads.get(id(parameter), _Kind())
+        kind = _Kind() if id(parameter) in of_layers else of_heads.get(id(parameter), _Kind())
         kinds[id(parameter)] = kind._replace(scale=own * kind.scale)
     return kinds
 
@@ -145,7 +161,8 @@ def _part_of(group: Group, kind: _Kind, parameters: list[nn.Parameter], default_
         if rate is None:
             raise ConfigError(
                 "interlock.head.learning_rate_scale, or that of a parameter, needs a rate to multiply: with "
-                'a function that makes the optimizer, pass model_parameters as groups that have an "lr" each'
+                'a function that makes the optimizer, pass model_parameters as groups that have an "lr" '
+                "each, or make it functools.partial(function, lr=...)"
             )
         part["lr"] = rate * kind.scale
     if kind.unused_phases:
@@ -154,10 +171,19 @@ def _part_of(group: Group, kind: _Kind, parameters: list[nn.Parameter], default_
 
 
 def _with_rates(config: Config, num_groups: int, parts: Iterable[tuple[int, float]]) -> Config:
-    """The config with a scheduler's rates for each part of a group: its number, and its scale."""
+    """The config with a scheduler's rates for each part of a group: its number, and its scale.
+
+    One rate for all stays one: Muon's groups are not these.
+    """
+    parts = list(parts)
     config = copy.deepcopy(config)
-    params = config.get("scheduler", {}).get("params", {})
+    scheduler = config.get("scheduler") or {}
+    params = scheduler["params"] = _DEFAULT_RATES.get(str(scheduler.get("type")), {}) | scheduler.get(
+        "params", {}
+    )
     for name, value in params.items():
+        if not isinstance(value, list) and all(scale == 1.0 for _, scale in parts):
+            continue
         rates = value if isinstance(value, list) else [value] * num_groups
         if name.endswith("_lr") and len(rates) == num_groups and isinstance(rates[0], int | float):
             params[name] = [rates[number] * scale for number, scale in parts]
@@ -175,6 +201,7 @@ class UnusedHeads:
     def __init__(self, module: InterlockPipelineModule, optimizer: Any, device: torch.device) -> None:
         self._module = module
         self._device = device
+        self._of_layers = set(map(id, module.layer_parameters(frozen=True)))
         if optimizer is None or not has_unused_heads(module):
             return
         inner = optimizer.optimizer if isinstance(optimizer, ZeROOptimizer) else optimizer
@@ -186,7 +213,9 @@ class UnusedHeads:
         """Takes away the gradients of zero that DeepSpeed gives them."""
         for number, head in self._module.heads.items():
             if self._module.schedule.is_idle(int(number), self._module.phase):
-                head.zero_grad()
+                for parameter in head.parameters():
+                    if id(parameter) not in self._of_layers:
+                        parameter.grad = None
 
     def _is_unused(self, group: dict[str, Any]) -> bool:
         return self._module.phase in group.get(UNUSED_PHASES, ())
@@ -223,6 +252,26 @@ def check_unused_heads(module: InterlockPipelineModule, optimizer: Any, *, own: 
             'interlock.tied_weights: "sync" cannot be combined with ZeRO and a schedule whose phases use '
             'different heads; use "untie", or zero_optimization.stage 0'
         )
+
+
+def check_equal_groups(module: InterlockPipelineModule, optimizer: Any) -> None:
+    """Refuses on every rank what would wait for ever: ZeRO's norm has a collective for each group."""
+    if not hasattr(optimizer, "get_grad_norm_direct"):
+        return
+    for number, phase in enumerate(module.schedule.phases):
+        if not module.interlock.steps_alone(phase.plan, tied=module.keeps_ties):
+            groups = [g for g in optimizer.param_groups if number not in g.get(UNUSED_PHASES, ())]
+            numbers = gather((module.stage_id, len(groups)))
+            if len({num_groups for _, num_groups in numbers}) > 1:
+                told = ", ".join(
+                    f"stage {stage} has {num_groups}" for stage, num_groups in sorted(set(numbers))
+                )
+                raise ConfigError(
+                    "under ZeRO all stages that step together must have equally many groups of parameters: "
+                    f"{told}; give parameters on every stage the same values of learning_rate_scale "
+                    "(those of heads have interlock.head.learning_rate_scale), or use "
+                    "zero_optimization.stage 0"
+                )
 
 
 def has_unused_heads(module: InterlockPipelineModule) -> bool:

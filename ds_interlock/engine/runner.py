@@ -87,6 +87,7 @@ class StageRunner:
 
     def run(self, schedule: InterlockSchedule) -> StageWork:
         """Runs a batch of ``schedule``; returns the work, which has the losses."""
+        self.interpreter.work.loss_fn = self.engine.module.loss_fn  # which scripts may replace
         self.links.expect(schedule.receive_ahead)
         self.interpreter.begin_batch(self._num_issued, schedule.micro_batches)
         self.engine._exec_schedule(schedule)
@@ -118,7 +119,6 @@ class StageRunner:
         finally:
             engine.data_iterator = training_data
             self.interpreter.outputs = None
-            engine.module.train()
         return outputs
 
     def mean_outputs(self, outputs: list[Hidden]) -> Any:
@@ -147,6 +147,7 @@ class StageRunner:
             self.evaluate(data_iter, 1, "none", keep_outputs=False)
         finally:
             work.run_layers = self._run_layers
+        self.engine.module.train()
         self.engine.module.check_walks(starts[0])
 
     def evaluated_losses(self) -> Tensor:
@@ -204,9 +205,8 @@ class StageRunner:
         """Does this stage's work under ``plan``, the one in force or another one for the same layers."""
         module, stage = self.engine.module, self.ranks.stage
         heads = module.heads.by_loss(plan, stage)
-        work = StageWork(
-            plan, stage, self._run_layers, module.layer_parameters(), heads, module.loss_fn, backward
-        )
+        parameters = module.layer_parameters(frozen=True)
+        work = StageWork(plan, stage, self._run_layers, parameters, heads, module.loss_fn, backward)
         if module.interlock.head.needs_base and all(h.stage <= stage for h in module.schedule.heads):
             work.num_label_parts = 2  # no later head reads the base model's states
         return Interpreter(

@@ -116,9 +116,12 @@ def _open(args: TextArguments, task: Task, seed: int, most: int | None) -> Opene
 
 
 def stream(
-    rows_of_epoch: Callable[..., Any], fill: Fill, seed: int, engine: Any, shape: BatchShape
+    rows_of_epoch: Callable[..., Any], fill: Fill, seed: int, sources: str, engine: Any, shape: BatchShape
 ) -> StreamingBatches:
-    """The batches for this replica of an engine; ``rows_of_epoch`` is ``rows_of_stream`` with its data."""
+    """The batches for this replica of an engine.
+
+    ``rows_of_epoch`` is ``rows_of_stream`` with its data, ``sources`` what ``names_of_streams`` says of them.
+    """
     replica, group = engine.grid.get_data_parallel_rank(), engine.grid.get_data_parallel_group()
 
     def add_up(number: int) -> int:
@@ -130,4 +133,5 @@ def stream(
     def of_epoch(epoch: int) -> Any:
         return rows_of_epoch(replica=replica, num_replicas=shape.num_replicas, seed=seed * 2**20 + epoch)
 
-    return StreamingBatches(of_epoch, fill, shape, replica=replica, add_up=add_up, seed=seed)
+    own: Any = {"replica": replica, "add_up": add_up, "seed": seed, "sources": sources}
+    return StreamingBatches(of_epoch, fill, shape, **own)

@@ -57,6 +57,11 @@ _OPTIMIZERS = {  # by transformers' names: those of torch, then those of bitsand
     "adamw_8bit": "AdamW8bit",
     "paged_adamw_8bit": "PagedAdamW8bit",
 }
+_HIGHEST_RATES = {  # of schedulers that set the rate by themselves; and what DeepSpeed takes without it
+    "WarmupLR": ("warmup_max_lr", 0.001),
+    "WarmupDecayLR": ("warmup_max_lr", 0.001),
+    "OneCycle": ("cycle_max_lr", None),
+}
 _HIGH_LEARNING_RATE = 5e-4  # for weights that are trained already
 
 
@@ -115,6 +120,14 @@ def _complete_config(config: Config, args: FinetuneArguments) -> Config:
             f"the learning rate is {'missing' if rate is None else repr(rate)}: give --learning_rate, such "
             "as 5e-5, or optimizer.params.lr in the DeepSpeed config"
         )
+    scheduler = config.get("scheduler", {})
+    key, default = _HIGHEST_RATES.get(scheduler.get("type", ""), ("", None))
+    highest = scheduler.get("params", {}).get(key, default)
+    if key and args.learning_rate is not None and highest not in ("auto", rate):
+        raise ConfigError(
+            f"--learning_rate is {rate:g}, and scheduler.params.{key} of the config, which decides, is "
+            f"{highest}: give the same rate in both"
+        )
     return config
 
 
@@ -148,6 +161,7 @@ def open_model(args: FinetuneArguments, dtype: torch.dtype, classes: tuple[str, 
         dtype=dtype,
         classes=classes,
         attn_implementation=args.attn_implementation,
+        seed=args.seed,
         **how,
     )
     if args.output_router_logits:

@@ -16,7 +16,7 @@ from ds_interlock.hf.data.batches import BatchShape, TrainingBatches
 from ds_interlock.hf.data.rows import ClassifiedRows, PackedRows, PaddedRows, Rows, padding_id
 from ds_interlock.hf.data.samples import encode_classified, encode_records, encode_wrapped
 from ds_interlock.hf.data.sources import Records
-from ds_interlock.hf.data.streaming import StreamingBatches, rows_of_stream
+from ds_interlock.hf.data.streaming import StreamingBatches, names_of_streams, rows_of_stream
 from ds_interlock.hf.data.tokenised import Encode, Samples, identity, mix, tokenise
 from ds_interlock.hf.model.pretrained import Pretrained
 from ds_interlock.jobs.data import Opened, stream
@@ -53,16 +53,19 @@ def encode(
 
 def _encode(args: FinetuneArguments, opened: Opened, pretrained: Pretrained) -> Data:
     tokenizer = pretrained.tokenizer
-    vocab_size = pretrained.config.get_text_config().vocab_size
+    model_config = pretrained.config.get_text_config()
+    vocab_size, pad_id = model_config.vocab_size, padding_id(tokenizer, model_config.vocab_size)
     kind: type[Rows] = PackedRows if args.packing else PaddedRows
     how: dict[str, Any] = {"tokenizer": tokenizer, "seq_length": args.seq_length}
     joins = args.packing and args.packing_strategy == "wrapped"
     encode: Encode = partial(encode_wrapped if joins else encode_records, **how)
-    label_ids = opened.parts[0].label_ids if opened.parts else {}
+    label_ids: dict[int | str, int] = {}
     if args.task == "classification":
+        label_ids = pretrained.class_ids(opened.parts[0].label_ids)
         kind, encode = ClassifiedRows, partial(encode_classified, **how, label_ids=label_ids)
+        pad_id = model_config.pad_token_id  # as the model knows it
     options = [*identity(tokenizer), args.task, args.seq_length, joins, sorted(label_ids.items())]
-    fill = partial(kind, seq_length=args.seq_length, pad_id=padding_id(tokenizer, vocab_size))
+    fill = partial(kind, seq_length=args.seq_length, pad_id=pad_id)
 
     def samples_of(parts: Sequence[Records], what: str) -> list[Samples]:
         return [_tokenise(part, encode, options, args, what, vocab_size) for part in parts]
@@ -78,7 +81,8 @@ def _encode(args: FinetuneArguments, opened: Opened, pretrained: Pretrained) -> 
         return Data(train, validation, partial(_batches, train, args.seed))
 
     of_epoch = partial(rows_of_stream, opened.streams, args.weights, encode, fill)
-    return Data(None, validation, partial(stream, of_epoch, fill, args.seed))
+    sources = names_of_streams(opened.streams, args.weights)
+    return Data(None, validation, partial(stream, of_epoch, fill, args.seed, sources))
 
 
 def _tokenise(

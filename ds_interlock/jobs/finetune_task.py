@@ -38,7 +38,7 @@ class FinetuneTask(Task):
     ) -> None:
         super().__init__(engine, args.output_dir)
         self.args, self.pretrained, replica = args, pretrained, self.replica
-        self.data, self.config = data, config
+        self.data, self.config, self.description = data, config, description
         self.evaluates_first, self.patience = args.eval_on_start, args.early_stopping_patience
         self.training: Training | None = None
         self.validation: EvaluationBatches | None = None
@@ -47,15 +47,17 @@ class FinetuneTask(Task):
                 self.training = data.batches(engine, self.shape)
                 engine.set_dataiterator(self.training)  # its position is saved and restored with the engine
                 self.validation = EvaluationBatches(data.validation, self.shape, replica=replica)
-            if dist.get_rank() == 0:
-                write_description(self.output, pretrained, description)
         self.num_eval_batches = broadcast_from_rank_0(self.validation.num_batches if self.validation else 0)
 
     def begin(self, step: int) -> None:
-        """If heads learn from the base model (``head.objective``), records its states for the heads.
+        """Writes what exports of the checkpoints need; and what heads need that learn from the base model.
 
-        A new run computes them; a resumed one must find them where the first part of it left them.
+        A new run records its states for them (``head.objective``); a resumed one must find them where the
+        first part of it left them.
         """
+        with propagate_errors(), writing(self.output):
+            if dist.get_rank() == 0:
+                write_description(self.output, self.pretrained, self.description)
         module, shares, batches = self.engine.module, list[Share](), None
         layers = base_states.recorded_layers(module)
         if not layers:
@@ -145,6 +147,9 @@ class FinetuneTask(Task):
         metrics = {f"first_{name}": loss for name, loss in trained.first.items()} | trained.last
         assert self.data is not None, "rank 0 belongs to stage 0, which has the data"
         about = {"steps": trained.step, **metrics}
+        if args.load_best_model_at_end:
+            of_best = dict(trained.best)
+            about |= {"steps": of_best.pop("step"), **of_best}
         write_card(folder, args, self.config, self.data.describe(), about)
         if args.push_to_hub:
             print(f"pushed to {push(folder, args)}")

@@ -1,5 +1,6 @@
 """What jobs that train a transformers model share: the pipeline of its layers, and what an export needs."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import torch
 
 from ds_interlock import HeadConfig, InterlockPipelineModule
+from ds_interlock.checkpoints.folder import newest_first
 from ds_interlock.errors import ConfigError
 from ds_interlock.files import replace_text, unfinished_folder
-from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, ModelDescription
+from ds_interlock.hf.export.checkpoint import DESCRIPTION_FILE, HF_FOLDER, ModelDescription
 from ds_interlock.hf.model.convert import copy_companions
 from ds_interlock.hf.model.cut import Bias, Block, Blueprint
 from ds_interlock.hf.model.pretrained import Pretrained, has_own_code
@@ -103,15 +105,34 @@ def describe_for_export(
         embedding=anatomy.embedding,
         norm=next(iter(anatomy.end), None) if anatomy.unembedding else None,
         unembedding=anatomy.unembedding,
-        peft=None if adapters is None else adapters.to_dict(),
+        peft=None if adapters is None else _without_sets(adapters.to_dict()),
         base_model=pretrained.name,
     )
 
 
+def _without_sets(settings: dict[str, Any]) -> dict[str, Any]:
+    """Lists in their place: the order of a set is another in each process."""
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+
+
 def write_description(output: Path, pretrained: Pretrained, description: ModelDescription) -> None:
-    """Writes ``checkpoints/hf/``: description, configuration, tokenizer."""
-    with unfinished_folder(output / "checkpoints" / "hf") as folder:
+    """Writes ``checkpoints/hf/``: description, configuration, tokenizer.
+
+    If another one is there, the checkpoints beside it keep it, each in a folder ``hf/`` of its own.
+    """
+    checkpoints, written = output / "checkpoints", output / "checkpoints" / HF_FOLDER
+    with unfinished_folder(written) as folder:
         pretrained.config.save_pretrained(folder)
         pretrained.tokenizer.save_pretrained(folder)
         copy_companions(pretrained.folder, folder, own_code=has_own_code(pretrained.config))
         replace_text(folder / DESCRIPTION_FILE, description.model_dump_json(indent=2) + "\n")
+        if not written.is_dir() or _contents(folder) == _contents(written):
+            return
+        for own in (checkpoint / HF_FOLDER for checkpoint in newest_first(checkpoints)):
+            if not own.is_dir():
+                with unfinished_folder(own) as copy:
+                    shutil.copytree(written, copy, dirs_exist_ok=True)
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -34,6 +34,7 @@ class Trained:
     best_checkpoint: Path  # the one with the lowest loss, if the task keeps it
     first: Losses  # before the first step; empty if the task does not evaluate then
     last: Losses
+    best: Losses  # of the best checkpoint, and its "step"; empty if there is none
 
 
 class Task(ABC):
@@ -98,7 +99,7 @@ class Loop:
         self.seconds = 0.0
         self.saved_step: int | None = None
         self.records = False  # a timeline
-        self.best = math.inf
+        self.best: Losses = {}  # the best evaluation, and its "step"
         self.num_worse = 0  # evaluations since the best
         self.last_evaluation: tuple[int, Losses] | None = None
 
@@ -133,7 +134,7 @@ class Loop:
                 self.log.begin(self.step)
                 if (self.checkpoints / _BEST).is_dir():
                     losses = {step: past[step][self.task.loss_name] for step in sorted(past) if step}
-                    self.best = min(losses.values(), default=math.inf)
+                    self.best = dict(past[min(losses, key=losses.__getitem__)]) if losses else {}
                     before = [loss for step, loss in losses.items() if step <= self.step]
                     self.num_worse = before[::-1].index(min(before)) if before else 0
         state = past.get(0, {}), self.best, self.num_worse
@@ -178,8 +179,8 @@ class Loop:
         self.last_evaluation = self.step, losses
         if self.task.keeps_best and self.args.eval_steps:
             self.num_worse += 1
-            if losses[self.task.loss_name] < self.best:
-                self.best, self.num_worse = losses[self.task.loss_name], 0
+            if losses[self.task.loss_name] < self.best.get(self.task.loss_name, math.inf):
+                self.best, self.num_worse = {"step": self.step, **losses}, 0
                 self._save(_BEST)
         return losses
 
@@ -218,9 +219,9 @@ class Loop:
             "train_loss": train_loss,
         }
         if self.task.keeps_best and self.args.eval_steps:
-            metrics[f"best_{self.task.loss_name}"] = self.best
-        speed = self._units_per_second()
-        trained = Trained(self.step, speed, self.checkpoints / tag, self.checkpoints / _BEST, first, last)
+            metrics[f"best_{self.task.loss_name}"] = self.best.get(self.task.loss_name, math.inf)
+        speed, best = self._units_per_second(), self.checkpoints / _BEST
+        trained = Trained(self.step, speed, self.checkpoints / tag, best, first, last, self.best)
         with propagate_errors(), writing(self.output):
             if self.is_rank_0:
                 metrics |= self.task.export(trained)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 
 import ds_interlock
 from ds_interlock import InterlockPipelineModule
-from ds_interlock.config import InterlockConfig, check_deepspeed, read_deepspeed
+from ds_interlock.config import InterlockConfig, check_deepspeed, check_filled_in, read_deepspeed
 from ds_interlock.errors import ConfigError, DataError, NonfiniteError, PeerError, PlanError
 from ds_interlock.jobs.arguments import Arguments, RunArguments, parse_arguments
 from ds_interlock.jobs.orphans import end_with_launcher
@@ -89,6 +90,7 @@ def start(args: RunArguments, complete: Callable[[Config], Config] = lambda conf
     with propagate_errors():
         config = _resolve_auto(complete(read_deepspeed(str(args.deepspeed_config))), args.max_steps)
         check_deepspeed(config)
+        check_filled_in(config)
         interlock = InterlockConfig.from_deepspeed(config)
         if num_stages < 1 or world_size % num_stages:
             expected = f"a divisor of {world_size}, the number of processes"
@@ -218,18 +220,26 @@ def resume(engine: Any, path: Path) -> int:
     with propagate_errors():
         if not is_parent and not path.is_dir():
             raise ConfigError(f"{flag}: there is no checkpoint, and no file named latest")
+    rates = [group["lr"] for group in engine.optimizer.param_groups]
     with propagate_errors():  # of which all ranks have the same
         try:
             loaded, _ = engine.load_checkpoint(folder, tag=tag)
-        except RuntimeError as error:
-            if not str(error).startswith("Error(s) in loading state_dict"):
+        except (RuntimeError, ConfigError) as error:
+            message = str(error).removeprefix(f"{path}: ")
+            fault, *for_scripts = re.split(r"[.:;] [Uu]se .*load_\w+", message)
+            if message.startswith("Error(s) in loading state_dict"):
+                fault = "its layers have other weights than this job's"
+            elif not for_scripts:
                 raise
             raise ConfigError(
-                f"{flag}: its layers have other weights than this job's: resume with the model and the flags "
-                "(--lora_r, --load_in_4bit, ...) that it was saved with, or give another --output_dir"
+                f"{flag}: {fault}: resume with the model, data, config and flags (--lora_r, --load_in_4bit, "
+                "...) that it was saved with, or give another --output_dir"
             ) from error
     if loaded is None:
         raise ConfigError(f"{flag}: DeepSpeed finds no checkpoint there")
+    if engine.lr_scheduler is None:  # the checkpoint has rates too, and this job may have been given others
+        for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
     return int(engine.global_steps)
 
 

@@ -25,7 +25,7 @@ import ds_interlock
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.data.batches import BatchShape
 from ds_interlock.hf.data.sources import Records
-from ds_interlock.hf.data.streaming import StreamingBatches, rows_of_stream
+from ds_interlock.hf.data.streaming import StreamingBatches, names_of_streams, rows_of_stream
 from ds_interlock.hf.data.text import (
     BlockIterator,
     BlockRows,
@@ -200,7 +200,8 @@ def _cut(args: LMArguments, data: Opened, tokenizer: PreTrainedTokenizerBase) ->
         fill: Any = partial(BlockRows, seq_length=args.seq_length)
         encode = partial(encode_blocks, tokenizer=tokenizer, seq_length=args.seq_length)
         of_epoch = partial(rows_of_stream, data.streams, args.weights, encode, fill, "text")
-        return Text(None, validation, partial(stream, of_epoch, fill, args.seed))
+        sources = names_of_streams(data.streams, args.weights)
+        return Text(None, validation, partial(stream, of_epoch, fill, args.seed, sources))
     train = blocks_of([part.train for part in data.parts], args.weights)
 
     def batches(engine: Any, shape: BatchShape) -> BlockIterator:
@@ -211,8 +212,14 @@ def _cut(args: LMArguments, data: Opened, tokenizer: PreTrainedTokenizerBase) ->
     return Text(train, validation, batches)
 
 
-Export = Callable[[Path, Path], None]
-"""From a checkpoint to a Hugging Face folder."""
+@dataclass(frozen=True)
+class Export:
+    """How the model is exported."""
+
+    write: Callable[[Path, Path], None]
+    """From a checkpoint to a Hugging Face folder."""
+    prepare: Callable[[], None] = lambda: None
+    """Called when training begins: writes what ``write`` needs beside the checkpoints."""
 
 
 def _own_model(args: LMArguments, job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Export]:
@@ -226,10 +233,10 @@ def _own_model(args: LMArguments, job: Job, tokenizer: PreTrainedTokenizerBase) 
         compile_blocks(net.forward_funcs, args)
     engine, *_ = ds_interlock.initialize(model=net, config=job.config)
 
-    def export(checkpoint: Path, folder: Path) -> None:
+    def write(checkpoint: Path, folder: Path) -> None:
         export_gpt2(read_layer_states(checkpoint), lm, folder, tokenizer)
 
-    return engine, export
+    return engine, Export(write)
 
 
 def _model_of_transformers(
@@ -248,17 +255,16 @@ def _model_of_transformers(
         compile_blocks(net.forward_funcs, args, blueprint.routing)
         if dist.get_rank() == 0:
             print(describe(blueprint, bounds))
-            with writing(Path(args.output_dir)):
-                write_description(Path(args.output_dir), model, describe_for_export(model, blueprint))
     engine, *_ = ds_interlock.initialize(model=net, config=job.config)
     with propagate_errors():
         check_layers(engine, model, args.seq_length, ("input_ids",))
     trust = args.trust_remote_code
 
-    def export(checkpoint: Path, folder: Path) -> None:
+    def write(checkpoint: Path, folder: Path) -> None:
         print(export_model(checkpoint, folder, trust_remote_code=trust))
 
-    return engine, export
+    description = describe_for_export(model, blueprint)
+    return engine, Export(write, partial(write_description, Path(args.output_dir), model, description))
 
 
 def _draw(args: LMArguments, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Pretrained:
@@ -299,6 +305,11 @@ class LMTask(Task):
                 num_blocks = min(len(text.validation), args.max_eval_samples or sys.maxsize)
         self.num_eval_batches = broadcast_from_rank_0(max(1, num_blocks // self.shape.num_rows))
 
+    def begin(self, step: int) -> None:
+        with propagate_errors(), writing(self.output):
+            if dist.get_rank() == 0:
+                self._export.prepare()
+
     def evaluate(self) -> Losses:
         data, size = None, self.shape.micro_batch_size
         if self.text is not None:
@@ -316,7 +327,7 @@ class LMTask(Task):
         assert self.text is not None, "rank 0 belongs to stage 0, which has the data"
         training, validation = self.text.train, self.text.validation
         folder = self.output / "hf"
-        self._export(trained.checkpoint, folder)
+        self._export.write(trained.checkpoint, folder)
         trust = {"trust_remote_code": self.args.trust_remote_code}
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **trust)
         num_blocks = self.num_eval_batches * self.shape.num_rows

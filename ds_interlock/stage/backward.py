@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ds_interlock.stage.hidden import Gradients, Hidden, detached, floats, leaves
+from ds_interlock.stage.hidden import Gradients, Hidden, detached, floats, leaves, unshared
 
 
 class HeadLoss(NamedTuple):
@@ -61,4 +61,4 @@ class Backward:
 
 
 def _gradients_of(tensors: tuple[Tensor, ...]) -> Gradients:
-    return tuple(torch.zeros_like(t) if t.grad is None else t.grad for t in tensors)
+    return tuple(torch.zeros_like(t) if t.grad is None else unshared(t.grad) for t in tensors)

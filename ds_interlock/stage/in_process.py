@@ -119,7 +119,7 @@ class InProcessPipeline(nn.Module):
                 plan,
                 stage,
                 self._run_layers,
-                self.layer_parameters(stage),
+                self.layer_parameters(stage, frozen=True),
                 self.heads.by_loss(plan, stage),
                 loss_fn,
                 backward[stage] if backward else Backward(),
@@ -127,11 +127,11 @@ class InProcessPipeline(nn.Module):
             for stage in range(plan.num_stages)
         ]
 
-    def layer_parameters(self, stage: int) -> list[nn.Parameter]:
-        """The trainable parameters of the layers of ``stage``."""
+    def layer_parameters(self, stage: int, *, frozen: bool = False) -> list[nn.Parameter]:
+        """The trainable parameters of the layers of ``stage``; the ``frozen`` ones too if asked for."""
         start, stop = self.schedule.stage_bounds[stage : stage + 2]
         modules = (layer for layer in self.layers_in_order[start:stop] if isinstance(layer, nn.Module))
-        return [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
+        return [p for p in nn.ModuleList(modules).parameters() if p.requires_grad or frozen]
 
     def _enter(self, plan: GradientFlowPlan) -> None:
         self.plan = plan

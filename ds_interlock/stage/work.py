@@ -31,12 +31,14 @@ from ds_interlock.stage.backward import Backward, HeadLoss, LayerPass
 from ds_interlock.stage.hidden import (
     Gradients,
     Hidden,
+    apart,
     check_travels,
     copied,
     detached,
     floats,
     leaves,
     owned,
+    settled,
 )
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -64,7 +66,7 @@ class StageWork:
     run_layers: Callable[[Hidden, int, int], Hidden]
     """``run_layers(hidden, start, stop)`` applies layers ``start .. stop - 1``, counted over the model."""
     parameters: list[nn.Parameter]
-    """The layers' trainable parameters; autograd finds those of heads."""
+    """The layers' parameters. Those that are not frozen when a batch begins learn; so do those of heads."""
     heads: Mapping[int, nn.Module]
     """Auxiliary heads of this stage by loss."""
     loss_fn: LossFn | None
@@ -81,12 +83,14 @@ class StageWork:
         self._num_passes = num_backward_passes(self.plan, self.stage)
         if self._num_passes > 1:  # or torch.compile's backward would free what the next pass needs
             functorch.donated_buffer = False
+        self._trainable: list[nn.Parameter] = []
         self._in_flight: dict[int, _InFlight] = {}
         self._loss_sums: dict[int, Tensor] = {}
 
     def begin_batch(self, num_micro_batches: int) -> None:
         """Losses are averaged over ``num_micro_batches`` from now on."""
         self.num_micro_batches = num_micro_batches
+        self._trainable = [parameter for parameter in self.parameters if parameter.requires_grad]
         self._in_flight.clear()
         self._loss_sums.clear()
 
@@ -108,6 +112,20 @@ class StageWork:
 
     def run(self, action: Action) -> Gradients | None:
         """Does one compute action. Under ``I`` and ``B`` returns gradients for the previous stage."""
+        try:
+            return self._run(action)
+        except RuntimeError as error:
+            if "use_reentrant=True" not in str(error):
+                raise
+            first, end = self.plan.stage_bounds[self.stage : self.stage + 2]
+            raise ConfigError(
+                f"one of the layers {first} to {end - 1} (stage {self.stage}) calls torch.utils.checkpoint "
+                "with use_reentrant=True, which allows no gradient of some inputs alone, as relays and "
+                "interlock.myopia need it: set use_reentrant=False there, or use mode "
+                '"local" or "global" without myopia'
+            ) from error
+
+    def _run(self, action: Action) -> Gradients | None:
         match action.kind:
             case Kind.FORWARD:
                 self._forward(action)
@@ -116,7 +134,9 @@ class StageWork:
             case Kind.INPUT_GRADIENT:
                 return self._relay(action)
             case Kind.WEIGHT_GRADIENT:
-                self.backward.walk_back(self._layer_pass(action))
+                # The only pass there is may go to all leaves: layers that checkpoint re-entrantly need that.
+                is_only = self._num_passes == 1 and not self.plan.bundles(self.stage)
+                self.backward.walk_back(self._layer_pass(action), () if is_only else None)
             case Kind.BACKWARD:
                 inputs = floats(self._in_flight[action.micro_batch].inputs)
                 return self.backward.walk_back(self._layer_pass(action), inputs)
@@ -129,7 +149,7 @@ class StageWork:
         labels = entry.labels
         if isinstance(labels, tuple) and self.num_label_parts is not None:
             labels = labels[: self.num_label_parts]
-        return detached(entry.hidden[end]), labels
+        return settled(entry.hidden[end], entry.inputs), labels
 
     def mean_losses(self) -> dict[int, Tensor]:
         """The mean of every loss of this stage over the micro-batches since ``begin_batch``."""
@@ -166,7 +186,7 @@ class StageWork:
                 value = outputs if self.loss_fn is None else self.loss_fn(outputs, labels)
             if beside := getattr(self.loss_fn, "beside", None):
                 value = value + beside(hidden)
-        except ConfigError:
+        except (ConfigError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(
@@ -190,12 +210,17 @@ class StageWork:
         inputs = floats(entry.inputs)
         outputs, cotangents = self._cotangents(entry, frozenset(action.losses))
         more = self._pass_done(action)
-        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=more, materialize_grads=True)
+        if not inputs:  # integers only
+            return ()
+        gradients = torch.autograd.grad(
+            outputs, inputs, cotangents, retain_graph=more, materialize_grads=True
+        )
+        return apart(gradients, cotangents)
 
     def _layer_pass(self, action: Action) -> LayerPass:
         entry = self._in_flight[action.micro_batch]
         outputs, cotangents = self._cotangents(entry, self.plan.trained_by[self.stage])
-        return LayerPass(outputs, cotangents, self.parameters, self._pass_done(action))
+        return LayerPass(outputs, cotangents, self._trainable, self._pass_done(action))
 
     def _pass_done(self, action: Action) -> bool:
         """Counts a backward pass; whether another follows and needs the graph."""

@@ -22,9 +22,10 @@ class StageRanks:
         """The ranks of this pipeline, by stage."""
         self.place = self.stage, self.replica, self.global_rank
         self.num_slices: int = grid.model_parallel_size
+        self.slice = int(grid.get_slice_parallel_rank())
         self.is_first_stage = self.stage == 0
         self.is_last_stage = self.stage == self.num_stages - 1
-        self.speaks_for_stage = self.replica == 0 and int(grid.get_slice_parallel_rank()) == 0
+        self.speaks_for_stage = self.replica == 0 and self.slice == 0
         """One of the replicas and tensor-parallel ranks of a stage reports for it."""
         self._grid = grid
 

@@ -1,5 +1,7 @@
 """Folders of checkpoints: tags, and damage of every kind that is found before anything is loaded."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from ds_interlock.checkpoints.folder import (
     find_fault,
     folder_of,
     latest_folder,
+    newest_complete,
     newest_first,
     remove_oldest,
     write_list,
@@ -91,7 +94,22 @@ def test_the_oldest_go_and_the_best_stays(tmp_path: Path) -> None:
     checkpoint(tmp_path, 200, "global_step200.unfinished")
     (tmp_path / "hf").mkdir()
     names = [folder.name for folder in newest_first(tmp_path)]
-    assert names == ["global_step100", "global_step10", "global_step9", "best"]
+    assert names == ["best", "global_step100", "global_step10", "global_step9"]
     remove_oldest(tmp_path, "global_step", 2)
-    assert [folder.name for folder in newest_first(tmp_path)] == ["global_step100", "global_step10", "best"]
+    assert [folder.name for folder in newest_first(tmp_path)] == ["best", "global_step100", "global_step10"]
     assert (tmp_path / "hf").is_dir()
+
+
+def test_what_a_run_saves_after_it_went_back_is_the_newest(tmp_path: Path) -> None:
+    for step in (100, 150, 200):
+        list_file = checkpoint(tmp_path, step) / LIST_FILE
+        listed = json.loads(list_file.read_text())
+        del listed["number"]  # as an earlier version wrote it
+        list_file.write_text(json.dumps(listed))
+    for step, kept in ((120, {120, 200}), (2, {2, 120}), (120, {2, 120}), (140, {120, 140})):
+        if step == 120:  # the engine replaces the one of this name
+            shutil.rmtree(tmp_path / "global_step120", ignore_errors=True)
+        newest = checkpoint(tmp_path, step)
+        assert newest_complete(tmp_path, "global_step") == newest
+        remove_oldest(tmp_path, "global_step", 2)
+        assert {path.name for path in tmp_path.iterdir()} == {f"global_step{step}" for step in kept}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ds_interlock.config import HeadConfig, InterlockConfig, check_deepspeed
+from ds_interlock.config import HeadConfig, InterlockConfig, check_deepspeed, check_filled_in
 from ds_interlock.config import reference as config_reference
 from ds_interlock.config.parts import MyopiaConfig, PhaseConfig, TraceConfig
 from ds_interlock.errors import ConfigError, PlanError
@@ -453,6 +453,19 @@ def test_deepspeed_settings_refused(config: dict[str, object], key: str) -> None
     with pytest.raises(ConfigError) as caught:
         check_deepspeed(config)
     assert key in str(caught.value)
+
+
+@pytest.mark.bad_input
+def test_what_only_the_trainer_of_transformers_fills_in_is_named() -> None:
+    config = {
+        "train_batch_size": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": "auto"}},
+    }
+    with pytest.raises(ConfigError, match=r': train_batch_size, bf16\.enabled, .*\.weight_decay: "auto"'):
+        check_filled_in(config)
+    check_filled_in({"zero_optimization": config["zero_optimization"], "optimizer": {}})
 
 
 @pytest.mark.bad_input

@@ -4,17 +4,20 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from deepspeed.runtime.pipe.engine import PipelineError
+from deepspeed.utils import logger
 from engine_jobs import VOCABULARY, WIDTH, Job, layers, make_engine, make_module, micro_batches
 from ranks import RankPool, caught
 from torch import nn
 
 import ds_interlock
 from ds_interlock import ConfigError, DataError, LossHead, PeerError
+from ds_interlock.engine.data import TrainingData
 
 TIMEOUT_SECONDS = 1.0
 SOON = 40.0
@@ -92,6 +95,29 @@ def test_data_that_runs_dry_within_a_batch(ranks4: RankPool, section):
 def test_batches_of_another_form(ranks4: RankPool, make_data, says):
     results = ranks4.run(train_badly, job=Job(INTERLOCK), make_data=make_data)
     assert_one_knows(results, 0, DataError, says)
+
+
+def test_what_data_says_and_reads(monkeypatch: pytest.MonkeyPatch):
+    triple = torch.ones(2), torch.zeros(2), "ignored, as by DeepSpeed"
+    labelled = torch.ones(2), {"ids": torch.zeros(2)}
+    engine = SimpleNamespace(batch_fn=None, micro_batches=4, data_iterator=iter([triple, labelled]))
+    engine.module, engine.training_dataloader = SimpleNamespace(training=True), None
+    engine.train_micro_batch_size_per_gpu = lambda: 2
+    ranks = SimpleNamespace(device=torch.device("cpu"), is_first_stage=True, num_replicas=1)
+    data = TrainingData(engine, ranks)  # type: ignore[arg-type]
+    assert [part.tolist() for part in data.load(0)] == [[1, 1], [0, 0]]
+    with pytest.raises(DataError, match="a tensor or a tuple of tensors, got dict"):
+        data.load(1)
+    with pytest.raises(DataError, match="ended in the middle of a batch"):
+        data.load(1)
+    with pytest.raises(DataError, match="ended before a batch, which takes 4"):
+        data.load(0)
+    warnings: list[str] = []
+    monkeypatch.setattr(logger, "warning", warnings.append)
+    data.restore({"consumed_micro_batches": 3, "data_iterator": {"position": 3}})
+    data.restore({"consumed_micro_batches": 3, "data_iterator": None})
+    assert ["set_dataiterator before load_checkpoint" in warning for warning in warnings] == [True, False]
+    assert all("skip 3 micro-batches" in warning for warning in warnings)
 
 
 def narrow_on_stage_1(head: LossHead) -> nn.Module:
@@ -223,8 +249,8 @@ def test_plans_that_do_not_exist(ranks4: RankPool, section, says):
     assert_all_say(ranks4.run(build, job=Job({**INTERLOCK, **section})), *says)
 
 
-def misuse() -> dict[str, Exception | None]:
-    """Ways to call ``initialize`` wrongly."""
+def misuse(folder: str) -> dict[str, Exception | None]:
+    """Ways to call ``initialize`` and the engine wrongly."""
     job = Job({**INTERLOCK, "head": {"learning_rate_scale": 2.0}})
     config = job.config()
     plain = make_module(job.but(section=None))
@@ -247,6 +273,9 @@ def misuse() -> dict[str, Exception | None]:
         "plain": initialize(model=plain, config=config),
         "section": initialize(model=other_section, config=config),
         "no config": initialize(model=make_module(job)),
+        "two configs": initialize(
+            model=make_module(job), config=config, args=SimpleNamespace(deepspeed_config="other.json")
+        ),
         "no such file": initialize(model=make_module(job), config="missing.json"),
         "mpu": initialize(model=make_module(job), config=config, mpu=object()),
         "mesh": initialize(model=make_module(job), config=config, mesh_param=(1, 4)),
@@ -256,16 +285,19 @@ def misuse() -> dict[str, Exception | None]:
         "checkpoint": caught(make_module, job, activation_checkpoint_func=print),
         "no gradients": caught(train_without_gradients),
         "reduce": caught(engine.eval_batch, full_batch(), reduce_output="sum"),
+        "tags": caught(engine.save_checkpoint, folder, tag=f"loss {engine.stage_id}"),
     }
 
 
 @pytest.mark.bad_input
-def test_misuse(ranks4: RankPool):
-    results = ranks4.run(misuse)
+def test_misuse(ranks4: RankPool, tmp_path: Path):
+    results = ranks4.run(misuse, folder=str(tmp_path))
+    assert not any(tmp_path.iterdir())
     says = {
         "plain": (ConfigError, "needs a ds_interlock.InterlockPipelineModule, got PipelineModule"),
         "section": (ConfigError, "differs from the one that InterlockPipelineModule was built with"),
         "no config": (ConfigError, "no DeepSpeed config"),
+        "two configs": (ConfigError, "got two DeepSpeed configs, config= and --deepspeed_config"),
         "no such file": (ConfigError, "missing.json: cannot read"),
         "mpu": (ConfigError, "mpu must be None"),
         "mesh": (ConfigError, "mesh_param is not supported"),
@@ -275,6 +307,7 @@ def test_misuse(ranks4: RankPool):
         "checkpoint": (ConfigError, "activation_checkpoint_func"),
         "no gradients": (RuntimeError, "use eval_batch"),
         "reduce": (NotImplementedError, "'sum'"),
+        "tags": (ConfigError, "the tag 'loss 0' on rank 0 and 'loss 1' on rank 1: expected the same"),
     }
     for name, (kind, text) in says.items():
         for result in results:

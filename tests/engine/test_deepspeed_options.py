@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from engine_jobs import (
+    BF16_ZERO_1,
     FP32_ZERO_1,
+    WARMUP,
     Block,
     Job,
+    Outcome,
     assert_same,
     data_for,
     is_same,
@@ -21,6 +24,7 @@ from engine_jobs import (
     micro_batches,
     outcomes,
     parameters_of,
+    train,
 )
 from ranks import RankPool, caught
 from torch import Tensor
@@ -196,3 +200,30 @@ def test_options_that_are_off_are_not_refused():
     off = {"torch_autocast": {"enabled": False, "dtype": "fp16"}, "flops_profiler": {"enabled": False}}
     check_deepspeed({**off, "wall_clock_breakdown": False})
     check_deepspeed({"wall_clock_breakdown": True, "steps_per_print": 10})
+
+
+# Muon, whose groups DeepSpeed makes by flags of parameters.
+
+MUON = {"optimizer": {"type": "Muon", "params": {"lr": 0.01, "torch_adam": True}}}
+
+
+def train_with_muon(jobs: Sequence[Job]) -> list[Outcome]:
+    with torch._dynamo.config.patch(disable=True):  # its kernels are to be compiled when it is imported
+        return [train(job) for job in jobs]
+
+
+def muon_with_scales() -> Exception | None:
+    return caught(make_engine, Job({"mode": "local", "head": {"learning_rate_scale": 2.0}}, 2, extra=MUON))
+
+
+def test_muon(ranks2: RankPool) -> None:
+    job = Job(None, 2, num_micro_batches=2, num_batches=2, extra={**MUON, **WARMUP})
+    local = job.but(section={"mode": "local"}, extra={**MUON, **WARMUP, **BF16_ZERO_1})
+    waiting = local.but(section={"mode": "local", "streaming": False})
+    by_rank = ranks2.run(train_with_muon, jobs=[job, job.but(section=GLOBAL), local, waiting])
+    theirs, ours, of_local, of_waiting = zip(*by_rank, strict=True)
+    assert_same(theirs, ours)
+    assert_same(of_local, of_waiting)
+    for error in ranks2.run(muon_with_scales):
+        assert isinstance(error, ConfigError)
+        assert 'optimizer.type "Muon" makes groups of its own' in str(error)

@@ -1,14 +1,26 @@
 """Learning-rate groups: parameters say what their rate is multiplied with, stages may differ in that."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from engine_jobs import BF16, BF16_ZERO_1, WARMUP, Job, make_engine, make_module, micro_batches, parameters_of
+from engine_jobs import (
+    BF16,
+    BF16_ZERO_1,
+    FP32_ZERO_1,
+    WARMUP,
+    Job,
+    make_engine,
+    make_module,
+    micro_batches,
+    parameters_of,
+)
 from ranks import RankPool, caught
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_interlock import ConfigError
+from ds_interlock.engine.parameter_groups import with_groups_of_heads
 
 HEAD = {"type": "norm_linear", "learning_rate_scale": 3.0}
 INTERLOCK = {"mode": "interlock", "window": 2, "head": HEAD}
@@ -85,6 +97,23 @@ def test_schedules_keep_the_ratios(ranks4: RankPool) -> None:
             assert now == pytest.approx([of_base * scale for scale in scales])
 
 
+@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "LRRangeTest"])
+def test_schedules_keep_the_ratios_in_deepspeeds_defaults(kind: str) -> None:
+    from deepspeed.runtime import lr_schedules
+
+    from ds_interlock.engine.parameter_groups import _with_rates
+
+    config = {"scheduler": {"type": kind, "params": {"total_num_steps": 100} if "Decay" in kind else {}}}
+    params = _with_rates(config, 1, [(0, 1.0), (0, 3.0)])["scheduler"]["params"]
+    groups = [{"params": [torch.zeros(1)], "lr": rate} for rate in (0.1, 0.3)]
+    scheduler = getattr(lr_schedules, kind)(torch.optim.SGD(groups), **params)
+    for _ in range(3):
+        scheduler.step()
+    one, other = scheduler.get_lr()
+    assert other == pytest.approx(3 * one)
+    assert one > 0
+
+
 def resume(job: Job, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor], list[list[float]]]:
     engine = scaled_engine(job)
     engine.train_batch(iter(micro_batches(job.num_micro_batches)))
@@ -137,6 +166,35 @@ def test_a_scale_that_is_no_number_above_0(ranks4: RankPool) -> None:
         assert [str(error).split(".learning_rate_scale is ")[1] for error in errors] == [
             f"{value}: expected a number above 0" for value in ("0.0", "-1.0", "nan", "'fast'")
         ]
+
+
+def test_a_rate_that_a_function_has_is_scaled_too() -> None:
+    net: Any = nn.Linear(2, 2)
+    net.heads, net.placeholder, net.keeps_ties = nn.ModuleDict(), None, False
+    net.head_parameters, net.layer_parameters = list, net.parameters
+    net.bias.learning_rate_scale = 0.1
+    groups, _ = with_groups_of_heads(net, partial(torch.optim.SGD, lr=0.5), None, {})
+    rates = {group.get("lr", 0.5): group["params"] for group in groups}
+    assert (rates[0.5], rates[0.05]) == ([net.weight], [net.bias])
+    with pytest.raises(ConfigError, match="needs a rate to multiply"):
+        with_groups_of_heads(net, torch.optim.SGD, None, {})
+
+
+def groups_of_unequal_number() -> list[Exception | None]:
+    together = {**INTERLOCK, "tied_weights": "sync"}
+    return [
+        caught(scaled_engine, Job({"mode": "global"}, extra=FP32_ZERO_1)),
+        caught(make_engine, Job(together, tied=True, extra=BF16_ZERO_1)),
+    ]
+
+
+@pytest.mark.bad_input
+def test_stages_that_step_together_need_equally_many_groups_under_zero(ranks4: RankPool) -> None:
+    for of_global, of_heads in ranks4.run(groups_of_unequal_number):
+        assert isinstance(of_global, ConfigError)
+        assert "stage 0 has 2, stage 1 has 1, stage 2 has 1, stage 3 has 2;" in str(of_global)
+        assert isinstance(of_heads, ConfigError)
+        assert "stage 0 has 1, stage 1 has 2, stage 2 has 2, stage 3 has 1;" in str(of_heads)
 
 
 def bring_an_optimizer() -> Exception | None:

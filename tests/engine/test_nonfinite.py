@@ -42,14 +42,17 @@ def run(pool: RankPool, section: dict[str, Any], **job: Any) -> list[Any]:
     return pool.run(train_with_nan, job=Job(section, 2, num_micro_batches=2, num_batches=3, **job))
 
 
-@pytest.mark.parametrize(
-    "extra", [{"gradient_clipping": 0.0}, FP32_ZERO_1, BF16_ZERO_1], ids=["fp32", "ZeRO 1", "bf16 ZeRO 1"]
-)
+@pytest.mark.parametrize("extra", [{}, FP32_ZERO_1, BF16_ZERO_1], ids=["fp32", "ZeRO 1", "bf16 ZeRO 1"])
 @pytest.mark.parametrize("mode", ["local", "global"])
 def test_steps_that_are_left_out(ranks2: RankPool, mode: str, extra: dict[str, Any]) -> None:
     upstream, downstream = run(ranks2, {"mode": mode, "nonfinite": "skip"}, extra=extra)
     assert downstream == (None, [True, False, True], 1)
     assert upstream == (downstream if mode == "global" else (None, [True, True, True], 0))
+
+
+def test_all_stages_leave_out_a_step_that_they_take_together(ranks2: RankPool) -> None:
+    section = {"mode": "local", "tied_weights": "sync", "nonfinite": "skip"}
+    assert run(ranks2, section, tied=True) == [(None, [True, False, True], 1)] * 2
 
 
 @pytest.mark.parametrize("extra", [{}, BF16_ZERO_1], ids=["fp32", "bf16 ZeRO 1"])

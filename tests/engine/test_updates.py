@@ -30,8 +30,8 @@ LOCAL = {"mode": "local"}
 # Clipping.
 
 
-def start_and_train(job: Job) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    engine = make_engine(job)
+def start_and_train(job: Job, **module: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    engine = make_engine(job, **module)
     before = parameters_of(engine)
     for _ in range(job.num_batches):
         engine.train_batch(data_for(engine, job))
@@ -65,6 +65,68 @@ def test_each_stage_clips_by_the_norm_of_its_own_gradients(ranks4: RankPool, num
             )
     assert min(norms) > limit, "clipping must be active everywhere"
     assert len({round(norm, 3) for norm in norms}) == num_stages, "stages have norms of their own"
+
+
+def free_and_clipped_steps(job: Job, limit: float, slices: int = 1) -> list[dict[str, Tensor]]:
+    """The steps of this rank, without and with clipping, of plain SGD with rate 1: the gradients."""
+    from deepspeed.pipe import PipelineModule  # noqa: F401 - DeepSpeed's topologies come with it
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    topology = PipeModelDataParallelTopology(num_pp=job.num_stages, num_mp=slices, num_dp=1)
+    steps = []
+    for clipping in (0.0, limit):
+        extra = {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "gradient_clipping": clipping}
+        before, after = start_and_train(job.but(extra=extra), topology=topology, num_stages=None)
+        steps.append({name: after[name] - before[name] for name in before})
+    return steps
+
+
+def norm_of(steps: list[dict[str, Tensor]]) -> float:
+    return float(
+        torch.stack([step.square().sum() for of_rank in steps for step in of_rank.values()]).sum().sqrt()
+    )
+
+
+def test_stages_that_keep_ties_clip_by_one_norm(ranks4: RankPool):
+    job = Job({**LOCAL, "tied_weights": "sync"}, tied=True, num_batches=1)
+    limit = 0.2
+    by_rank = ranks4.run(free_and_clipped_steps, job=job, limit=limit)
+    del by_rank[-1][0][TIED], by_rank[-1][1][TIED]  # the copies have one gradient
+    free, clipped = zip(*by_rank, strict=True)
+    assert norm_of(free) > limit
+    assert norm_of(clipped) == pytest.approx(limit, rel=1e-4)
+
+
+def test_what_tensor_parallel_ranks_replicate_counts_once(ranks4: RankPool):
+    job = Job(LOCAL, num_stages=2, num_batches=1)
+    for _, clipped in ranks4.run(free_and_clipped_steps, job=job, limit=0.2, slices=2):
+        assert norm_of([clipped]) == pytest.approx(0.2, rel=1e-4)
+
+
+# Sparse gradients.
+
+
+def train_a_sparse_embedding(job: Job) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters with and without ``sparse``."""
+    from deepspeed.pipe import LayerSpec
+
+    specs: list[Any] = layers()
+    results = []
+    for sparse in (False, True):
+        specs[0] = LayerSpec(nn.Embedding, VOCABULARY, WIDTH, sparse=sparse)
+        engine = make_engine(job, layers=specs)
+        engine.train_batch(data_for(engine, job))
+        results.append(parameters_of(engine))
+        engine.drain()
+        engine.destroy()
+    return results[0], results[1]
+
+
+def test_sparse_gradients(ranks4: RankPool):
+    extra = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "gradient_clipping": 0.2}
+    job = Job(LOCAL, num_batches=1, extra=extra)
+    for dense, sparse in ranks4.run(train_a_sparse_embedding, job=job):
+        torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-6)
 
 
 # Tied weights.

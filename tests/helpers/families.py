@@ -114,9 +114,9 @@ _NO_DROPOUT = dict.fromkeys(
 def tiny_config(family: str, **changes: Any) -> Any:
     """The configuration of a tiny model, without dropout."""
     name = family.partition(",")[0]
-    sizes = {**(DECODERS | ENCODERS)[family], **changes}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-    config = CONFIG_MAPPING[name](vocab_size=VOCABULARY, **tokens, **sizes)
+    sizes = {**tokens, **(DECODERS | ENCODERS)[family], **changes}
+    config = CONFIG_MAPPING[name](vocab_size=VOCABULARY, **sizes)
     for key, value in _NO_DROPOUT.items():
         if hasattr(config, key):
             setattr(config, key, value)
@@ -126,7 +126,8 @@ def tiny_config(family: str, **changes: Any) -> Any:
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random model, its biases and norms included, so that nothing is zero or one by chance."""
     torch.manual_seed(seed)
-    auto = AutoModelForCausalLM if family in DECODERS else AutoModelForSequenceClassification
+    is_causal = family in DECODERS and "num_labels" not in changes
+    auto = AutoModelForCausalLM if is_causal else AutoModelForSequenceClassification
     model = auto.from_config(tiny_config(family, **changes), dtype=dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,6 +1,7 @@
 """LoRA and frozen weights in the job ``finetune``: what must not train does not; peft reads what does."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,10 +29,11 @@ from ds_interlock.errors import ConfigError
 from ds_interlock.hf.data.rows import ClassifiedRows
 from ds_interlock.hf.data.samples import encode_classified
 from ds_interlock.hf.data.sources import load_records
-from ds_interlock.hf.export.checkpoint import PipelineCheckpoint
+from ds_interlock.hf.export.checkpoint import FineTunedCheckpoint, PipelineCheckpoint
 from ds_interlock.hf.export.model import export_model
 from ds_interlock.hf.model.four_bits import FourBits
 from ds_interlock.jobs import finetune, process
+from ds_interlock.jobs.finetune_arguments import FinetuneArguments
 
 LORA = "--lora_r", 3, "--learning_rate", 2e-2, "--max_steps", 4
 
@@ -72,7 +74,12 @@ def test_peft_reads_adapters_and_nothing_else_has_changed(
 
     adapted = PeftModel.from_pretrained(causal(tmp_path / "model"), tmp_path / "out" / "adapter")
     assert loss_of(adapted, rows_of(data / "valid.jsonl")) == pytest.approx(metrics["eval_loss"], abs=1e-5)
-    export_model(tmp_path / "out/checkpoints", tmp_path / "merged", merge_adapter=True)
+    if family == "gpt2":  # a later run may change what the exports read: not of checkpoints before it
+        later = "--lora_alpha", 800, "--max_steps", 5, "--resume_from_checkpoint", "auto"
+        run(ranks2, tmp_path, data, *LORA, *more, *later, section=LOCAL)
+        adapter = FineTunedCheckpoint(tmp_path / "out/checkpoints").description.peft or {}
+        assert adapter["lora_alpha"] == 800
+    export_model(tmp_path / "out/checkpoints/global_step4", tmp_path / "merged", merge_adapter=True)
     merged = causal(tmp_path / "merged")
     assert loss_of(merged, rows_of(data / "valid.jsonl")) == pytest.approx(metrics["eval_loss"], abs=1e-5)
     assert merged.config.tie_word_embeddings == base.config.tie_word_embeddings
@@ -208,6 +215,18 @@ def test_optimizers_of_bitsandbytes_get_what_the_config_says() -> None:
 
 
 @pytest.mark.bad_input
+@pytest.mark.parametrize("own", [{"warmup_max_lr": 1e-3}, {"warmup_num_steps": 2}, {"warmup_max_lr": "auto"}])
+def test_a_scheduler_with_another_rate_is_refused(own: dict[str, Any]) -> None:
+    args = FinetuneArguments(deepspeed_config="x", model="m", learning_rate=5e-5)
+    config = {"scheduler": {"type": "WarmupLR", "params": own}}
+    why = r"--learning_rate is 5e-05, and scheduler\.params\.warmup_max_lr .* 0\.001: give the same"
+    with pytest.raises(ConfigError, match=why) if "auto" not in own.values() else nullcontext():
+        finetune._complete_config(config, args)
+    args.learning_rate = 1e-3
+    finetune._complete_config(config, args)
+
+
+@pytest.mark.bad_input
 def test_a_package_that_is_missing_is_named() -> None:
     with mock.patch.dict(sys.modules, {"bitsandbytes": None}):
         with pytest.raises(ConfigError, match="--optim: AdamW8bit needs bitsandbytes: pip install"):
@@ -219,6 +238,26 @@ def test_a_package_that_is_missing_is_named() -> None:
 @pytest.mark.bad_input
 def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
     layer = nn.Linear(2, 2)
-    engine = mock.Mock(load_checkpoint=lambda *_, **__: layer.load_state_dict({"lora_A": torch.ones(2)}))
+    engine = mock.MagicMock(load_checkpoint=lambda *_, **__: layer.load_state_dict({"lora_A": torch.ones(2)}))
     with pytest.raises(ConfigError, match=r"its layers have other weights .* flags .*--load_in_4bit"):
         process.resume(engine, tmp_path)
+    for fault in ("the state is for [4]. Use load_checkpoint(..., ", "seed was 0; use the same data, or "):
+        engine.load_checkpoint = mock.Mock(side_effect=ConfigError(f"{fault}load_module_only=True"))
+        with pytest.raises(ConfigError, match=r"(\[4\]|was 0): resume with the model, data, config and"):
+            process.resume(engine, tmp_path)
+
+
+def test_a_resumed_run_has_the_learning_rate_that_it_is_given(tmp_path: Path) -> None:
+    before, after = (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=rate) for rate in (0.1, 0.3))
+
+    def load(*_: Any, **__: Any) -> tuple[str, None]:
+        after.load_state_dict(before.state_dict())
+        return "", None
+
+    engine = mock.Mock(optimizer=after, load_checkpoint=load, global_steps=2)
+    process.resume(engine, tmp_path)
+    assert after.param_groups[0]["lr"] == 0.1, "the scheduler's"
+    after.param_groups[0]["lr"] = 0.3
+    engine.lr_scheduler = None
+    process.resume(engine, tmp_path)
+    assert after.param_groups[0]["lr"] == 0.3

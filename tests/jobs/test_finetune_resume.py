@@ -99,6 +99,8 @@ def test_the_best_checkpoint_is_exported_even_if_a_resumed_run_gets_worse(
     assert losses[25] > best < losses[30]
     model = causal(tmp_path / "out" / "hf")
     assert loss_of(model, rows_of(other)) == pytest.approx(best, abs=1e-5)
+    about = json.loads((tmp_path / "out" / "hf" / "run.json").read_text())["metrics"]
+    assert (about["eval_loss"], losses[about["steps"]]) == (best, best)
 
 
 def test_a_run_stops_when_its_validation_loss_no_longer_falls(

@@ -79,6 +79,20 @@ def test_within_a_stage_and_at_the_end_anything_goes(plan: str) -> None:
     torch.testing.assert_close(train(wrapped, loss_fn, plan), plain, rtol=0, atol=0)
 
 
+def test_integers_alone_have_nothing_to_relay() -> None:
+    def embedded(x: Tensor) -> Tensor:
+        return embedding(x.clamp(0, 4)).mean(1)
+
+    torch.manual_seed(1)
+    embedding = nn.Embedding(5, 4)
+    layers = [nn.Linear(4, 4), lambda x: x.long(), _Calls(embedding, embedded), nn.Linear(4, 4)]
+    layers.append(nn.Linear(4, 4))
+    plan = GradientFlowPlan.n_wise(window=2, stage_bounds=[0, 2, 3, 4, 5])
+    net = InProcessPipeline(layers, nn.functional.mse_loss, plan, lambda _: nn.Identity())
+    net.accumulate_gradients([(torch.randn(3, 4), torch.randn(3, 4))] * 2)
+    assert [name for name, p in net.named_parameters() if p.grad is None] == ["0.weight", "0.bias"]
+
+
 class _Calls(nn.Module):
     def __init__(self, owner: nn.Module, function: Any) -> None:
         super().__init__()

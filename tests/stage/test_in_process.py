@@ -260,12 +260,12 @@ def test_a_tensor_that_only_passes_through(window):
 class Recomputed(nn.Module):
     """A layer that keeps no activations."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, *, use_reentrant: bool = False) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.use_reentrant = layer, use_reentrant
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return checkpoint(self.layer, hidden, use_reentrant=False)
+        return checkpoint(self.layer, hidden, use_reentrant=self.use_reentrant)
 
 
 @pytest.mark.parametrize("window", [1.5, 2, 3, 4])
@@ -274,6 +274,25 @@ def test_activation_checkpointing_with_several_passes(window):
     layers = [Recomputed(layer) for layer in make_layers(plan.num_layers)]
     net = InProcessPipeline(layers, F.cross_entropy, plan, make_head)
     assert_gradients_are_truncated(net, F.cross_entropy, make_batch(3))
+
+
+def test_re_entrant_checkpoints_in_layers():
+    batch, layers = make_batch(3), make_layers(6)
+
+    def gradients(window: int, use_reentrant: bool) -> list[Tensor]:
+        plan = GradientFlowPlan.n_wise(window=window, stage_bounds=[0, 2, 4, 6], head_weight=WEIGHT)
+        every = [Recomputed(layer, use_reentrant=use_reentrant) for layer in layers]
+        every[::2] = layers[::2]  # what is recomputed must have an input with a gradient
+        net = InProcessPipeline(every, F.cross_entropy, plan, make_head)
+        net.zero_grad()
+        net.accumulate_gradients(batch)
+        return [p.grad for p in net.parameters()]
+
+    for window in (1, 3):
+        torch.testing.assert_close(gradients(window, True), gradients(window, False), rtol=0, atol=0)
+    says = r"one of the layers \d to \d \(stage [12]\) calls torch.utils.checkpoint with use_reentrant=True"
+    with pytest.raises(ConfigError, match=says):
+        gradients(2, True)
 
 
 @pytest.mark.parametrize(
@@ -286,6 +305,18 @@ def test_frozen_layers(window, frozen):
     for number in frozen:
         layers[number].requires_grad_(False)
     net = InProcessPipeline(layers, F.cross_entropy, plan, make_head)
+    assert_gradients_are_truncated(net, F.cross_entropy, make_batch(3))
+
+
+@pytest.mark.parametrize("window", [1, 1.5, 2, 4])
+def test_layers_that_are_frozen_and_unfrozen_between_batches(window):
+    plan = GradientFlowPlan.n_wise(window=window, stage_bounds=[0, 2, 4, 7, 9], head_weight=WEIGHT)
+    layers = make_layers(9)
+    layers[0].requires_grad_(False)
+    net = InProcessPipeline(layers, F.cross_entropy, plan, make_head)
+    layers[0].requires_grad_(True)
+    for number in (1, 2, 3):  # a part of a stage, and all of one
+        layers[number].requires_grad_(False)
     assert_gradients_are_truncated(net, F.cross_entropy, make_batch(3))
 
 
@@ -396,3 +427,12 @@ def test_a_head_whose_output_does_not_fit_the_loss():
     wide = InProcessPipeline(make_layers(3), lambda outputs, labels: outputs, GradientFlowPlan.end_to_end(3))
     with pytest.raises(ConfigError, match=r"final loss \(stage 2\) gave \(4, 3\): expected one number"):
         wide.accumulate_gradients(batch)
+
+
+def test_a_device_without_memory_left_is_not_the_fault_of_a_head():
+    def allocate(outputs: Tensor, labels: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    net = InProcessPipeline(make_layers(3), allocate, GradientFlowPlan.end_to_end(3))
+    with pytest.raises(torch.OutOfMemoryError, match="2 GiB"):
+        net.accumulate_gradients(make_batch(1))

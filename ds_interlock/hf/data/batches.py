@@ -103,8 +103,10 @@ class TrainingBatches(ResumableIterator[MicroBatch]):
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
         super().load_state_dict(state)
-        is_same_shape = all(state[name] == size for name, size in vars(self.shape).items())
-        if is_same_shape and "epoch" in state:  # or __next__ looks for it from the first
+        if any(state[name] != size for name, size in vars(self.shape).items()):
+            # A normaliser is that of a whole batch, and epochs have whole batches; __next__ finds the epoch.
+            self.position -= self.position % self.shape.num_micro_batches
+        elif "epoch" in state:
             self._begin_epoch(int(state["epoch"]), int(state["first_position"]))
 
     def _begin_epoch(self, epoch: int, first_position: int) -> None:

@@ -66,6 +66,7 @@ def _render_with_tags(chat: Chat, template: str, tokenizer: Any) -> tuple[str, l
     render: Any = render_jinja_template  # its types say less than it takes and returns
     rendered, spans = render(
         conversations=[chat.messages],
+        tools=chat.tools,
         chat_template=template,
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
@@ -75,7 +76,8 @@ def _render_with_tags(chat: Chat, template: str, tokenizer: Any) -> tuple[str, l
 
 def _render_turn_by_turn(chat: Chat, tokenizer: Any) -> tuple[str, list[Span]]:
     def render(num_messages: int, **prompt: bool) -> str:
-        return str(tokenizer.apply_chat_template(chat.messages[:num_messages], tokenize=False, **prompt))
+        messages = chat.messages[:num_messages]
+        return str(tokenizer.apply_chat_template(messages, chat.tools, tokenize=False, **prompt))
 
     whole = render(len(chat.messages))
     spans = []

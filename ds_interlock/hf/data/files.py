@@ -1,9 +1,9 @@
 """Files in, texts and rows out; DataError names the file and the line of what cannot be read.
 
-    *.jsonl, *.ndjson, *.json    rows: a JSON object a line
-    *.csv, *.tsv                 rows; the first line names the columns
-    *.parquet                    rows
-    other files, and folders     documents of plain text
+    *.jsonl, *.jsonlines, *.ndjson, *.json    rows: a JSON object a line
+    *.csv, *.tsv                              rows; the first line names the columns
+    *.parquet                                 rows
+    other files, and folders                  documents of plain text
 
 Text is UTF-8, and may be compressed (``*.gz``). Byte-order marks are skipped; lines end in LF, CRLF or CR.
 """
@@ -14,6 +14,7 @@ import json
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,13 @@ def iter_documents(paths: Sequence[str]) -> Iterator[str]:
 
     Each file is a document. A single file is split at its form feeds or, without any, at blank lines, and at
     a line's end where ``_LONGEST`` characters have none. DataError if a path is missing, if it is not UTF-8
-    text, or if no document has any text.
+    text, if it begins with a JSON object, or if no document has any text.
     """
+    for path in filter(_begins_with_an_object, paths):
+        raise DataError(
+            f"{path} is read as plain text, but its first line is a JSON object: name the file *.jsonl if it "
+            "holds JSON lines"
+        )
     files = [file for path in paths for file in text_files(path)]
     separator = None
     if len(files) == 1:
@@ -76,6 +82,14 @@ def text_files(path: str) -> list[str]:
     if not files:
         raise DataError(f"folder {path} holds no *.txt file: expected a document in each")
     return files
+
+
+def _begins_with_an_object(path: str) -> bool:
+    lines = (text for _, text in _lines(path) if text.strip()) if Path(path).is_file() else iter(())
+    first = next(lines, "").strip()
+    with suppress(ValueError):
+        return first.startswith("{") and isinstance(json.loads(first), dict)
+    return False
 
 
 def _ending(file: str) -> str:
@@ -174,7 +188,7 @@ def _json(row: Any) -> str:
 
 
 _ROWS: dict[str, Any] = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _json_rows),
+    **dict.fromkeys((".jsonl", ".jsonlines", ".ndjson", ".json"), _json_rows),
     ".csv": partial(_csv_rows, delimiter=","),
     ".tsv": partial(_csv_rows, delimiter="\t"),
     ".parquet": _parquet_rows,

@@ -2,7 +2,7 @@
 
     Document     {"text"}
     Completion   {"prompt", "completion"}                      loss on the completion
-    Chat         {"messages": [{"role", "content"}, ...]}      loss on the assistant's turns
+    Chat         {"messages": [{"role", "content"}, ...]}      loss on the assistant's turns; perhaps "tools"
     Classified   {"text", "label"}, {"text", "text_pair", "label"}
 
 Where a column of a table is null, the row is of another format. Other keys are ignored. A record knows where
@@ -11,9 +11,9 @@ it came from, for error messages.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, NotRequired, TypeAlias
 
-from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
@@ -45,11 +45,26 @@ def _with_an_answer(messages: list[Any]) -> list[Any]:
     return messages
 
 
-def _without_nulls(value: Any) -> Any:
-    """Tables have every key in every message, and templates ask whether a key exists."""
+def _with_content(message: Any) -> Any:
+    if message.get("content") is None and not message.get("tool_calls"):
+        raise ValueError('"content" is null or missing, which it may be beside "tool_calls" only')
+    return message
+
+
+def _without_nulls(value: Any, kept: Sequence[str] = ("content", "arguments")) -> Any:
+    """Templates ask whether a key exists. What is ``kept`` may be null, or hold null, by itself."""
     if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        own = {key: inner for key, inner in value.items() if inner is not None or key in kept}
+        return {key: inner if key in kept else _without_nulls(inner, kept) for key, inner in own.items()}
+    return [_without_nulls(inner, kept) for inner in value] if isinstance(value, list) else value
+
+
+def _tools(value: Any) -> Any:
+    """As JSON text, too: a table has tools of different kinds as text."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"malformed JSON ({error.msg})") from error
 
 
 def _class(label: Any) -> int | str:
@@ -68,7 +83,7 @@ class Message(TypedDict):
     __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]
 
     role: Text
-    content: _Whole
+    content: NotRequired[_Whole | None]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -93,9 +108,13 @@ class Chat:
     """Messages; those of the assistant are to be learned."""
 
     messages: Annotated[
-        list[Message], Field(min_length=1), AfterValidator(_with_an_answer), AfterValidator(_without_nulls)
+        list[Annotated[Message, AfterValidator(_with_content)]],
+        Field(min_length=1),
+        AfterValidator(_with_an_answer),
+        AfterValidator(_without_nulls),
     ]
     where: str
+    tools: Annotated[list[dict[str, Any]] | None, BeforeValidator(_tools)] = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -119,7 +138,7 @@ _FORMATS: Mapping[Task, Mapping[tuple[str, ...], type[Record]]] = {
 
 Keys: TypeAlias = tuple[str, ...]
 
-KEYS = ("messages", "prompt", "completion", "text", "text_pair", "label")
+KEYS = ("messages", "tools", "prompt", "completion", "text", "text_pair", "label")
 """All that a record may need of a row."""
 
 
@@ -145,6 +164,25 @@ def record_of(value: Mapping[str, Any], where: str, task: Task, keys: Keys) -> R
         if missing not in value:
             raise DataError(f'{where}: "{missing}" is missing, {_keys(value)}; expected {_named(keys)}')
     return _record(_FORMATS[task][keys], value, where)
+
+
+def of_table(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """A table's row without the nulls that stand for keys of other rows; DataError if they may be meant."""
+    if _has_null_arguments(row.get("messages")):
+        raise DataError(
+            f"{where}: messages: arguments of a tool call are null, which in a table may mean that they are "
+            "those of another row: give arguments as JSON text, or the chats as JSON lines"
+        )
+    return {**row, "tools": _without_nulls(row["tools"], ())} if "tools" in row else row
+
+
+def _has_null_arguments(value: Any, is_within: bool = False) -> bool:
+    if isinstance(value, dict):
+        own = [(key, inner) for key, inner in value.items() if is_within or inner is not None]
+        return any(_has_null_arguments(inner, is_within or key == "arguments") for key, inner in own)
+    if isinstance(value, list):
+        return any(_has_null_arguments(inner, is_within) for inner in value)
+    return is_within and value is None
 
 
 def _fitting(value: Mapping[str, Any], task: Task) -> Keys | None:

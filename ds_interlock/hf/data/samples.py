@@ -106,8 +106,8 @@ def encode_classified(
 ) -> Iterator[Encoded]:
     """Of each record its sample for a classifier, with the special tokens that the tokenizer adds.
 
-    A sample has at most ``seq_length`` tokens; of a pair the longer text is cut. ``label_ids`` are those of
-    ``load_records``.
+    A sample has at most ``seq_length`` tokens; of a pair the longer text is cut. ``label_ids`` are the
+    model's.
     """
     for record in records:
         assert isinstance(record, Classified)

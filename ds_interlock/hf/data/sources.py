@@ -22,7 +22,17 @@ from torch import Tensor
 from ds_interlock.errors import DataError
 from ds_interlock.hf.data.files import is_table, iter_documents, iter_rows, text_files, unit_of
 from ds_interlock.hf.data.loading import cache_errors, load_splits, sotu_folder
-from ds_interlock.hf.data.records import KEYS, Classified, Keys, Record, Task, format_of, kind_of, record_of
+from ds_interlock.hf.data.records import (
+    KEYS,
+    Classified,
+    Keys,
+    Record,
+    Task,
+    format_of,
+    kind_of,
+    of_table,
+    record_of,
+)
 from ds_interlock.hf.data.resident import release_pages
 from ds_interlock.sampling import split_indices
 
@@ -39,6 +49,7 @@ class Source(NamedTuple):
     after: str
     format: Keys
     is_json: bool = False
+    is_table: bool = False  # all rows have the same keys, at every depth
 
 
 class Records(Sequence[Record]):
@@ -95,6 +106,7 @@ def record_in(row: Mapping[str, Any], sources: Sequence[Source], task: Task, num
     where = f"{source.before}{number}{source.after}"
     if value is None:
         value = _json_object(row["value"], where) if source.is_json else {"text": row["value"]}
+    value = of_table(value, where) if source.is_table else value
     return record_of(value, where, task, source.format)
 
 
@@ -198,7 +210,7 @@ def _files_and_sources(paths: Sequence[str], task: Task) -> tuple[list[Any], lis
         before = f"{file} {unit_of(file)} "
         number, row = next(iter_rows(file, KEYS))
         keys = format_of(_json_object(row, f"{before}{number}"), f"{before}{number}", task)
-        sources.append(Source(before, "", keys, is_json=True))
+        sources.append(Source(before, "", keys, is_json=True, is_table=unit_of(file) == "row"))
     parts = [*([tuple(texts)] if texts else []), *((file,) for file in tables)]
     versions = [[_version(file) for path in part for file in text_files(path)] for part in parts]
     is_json = [source.is_json for source in sources]
@@ -224,7 +236,7 @@ def _records_of_split(split: Any, name: str, task: Task) -> Records:
     if "text" in split.column_names:
         split = split.filter(has_text)
     keys = format_of(_own_columns(split[0]), f"{name} row {split[0][_ROW]}", task) if len(split) else ()
-    return Records(split, [Source(f"{name} row ", "", keys)], task)
+    return Records(split, [Source(f"{name} row ", "", keys, is_table=True)], task)
 
 
 def _own_columns(row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -5,12 +5,14 @@
 
 Nothing is shuffled over more than a block. The position is that of ``IterableDataset.state_dict``, so a run
 resumes with exactly the samples that an undisturbed one would have had next, though not with other batch
-sizes. A replica knows the labels of its own rows only: the replicas add them up at the start of each batch.
+sizes, files or weights. A replica knows the labels of its own rows only: the replicas add them up at the
+start of each batch.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -64,7 +66,16 @@ def _source_of(stream: Stream, name: str, task: Task) -> Source:
         first = next((row for row in stream if has_text(row)), None)
     if first is None:
         raise DataError(f"{name} is empty: it holds no text")
-    return Source(f"{name} row ", "", format_of(first, f"{name} row 0", task))
+    return Source(f"{name} row ", "", format_of(first, f"{name} row 0", task), is_table=True)
+
+
+def names_of_streams(
+    parts: Sequence[tuple[Stream, Sequence[Source]]], weights: Sequence[float] | None
+) -> str:
+    """What tells a stream from others: its files and data sets by name, wherever they lie, and weights."""
+    sources = [f"{one.before}{one.after}" for _, of_part in parts for one in of_part]
+    names = [Path(name).name.strip() for source in sources for name in source.split(", ")]
+    return ", ".join([*names, *(f"{weight:g}" for weight in weights or ())])
 
 
 def rows_of_stream(
@@ -150,8 +161,10 @@ class StreamingBatches(ResumableIterator[MicroBatch]):
         replica: int,
         add_up: Callable[[int], int],
         seed: int,
+        sources: str = "",
     ) -> None:
-        """``add_up`` returns the sum of its argument over the replicas, which all call it."""
+        """``add_up`` returns the sum of its argument over the replicas; ``sources``: ``names_of_streams``."""
+        self.sources = sources
         self.stream_of_epoch, self.shape, self.replica = stream_of_epoch, shape, replica
         self.add_up, self.seed, self.rows = add_up, seed, fill([])
         self._open(0, None)
@@ -168,7 +181,7 @@ class StreamingBatches(ResumableIterator[MicroBatch]):
     def fingerprint(self) -> dict[str, int | str]:
         names = {"inputs": ", ".join(self.rows.names), "seq_length": self.rows.seq_length}
         sizes = {f"streamed_{name}": size for name, size in vars(self.shape).items()}
-        return {**names, **sizes, "seed": self.seed, "replica": self.replica}
+        return {**names, **sizes, "seed": self.seed, "replica": self.replica, "sources": self.sources}
 
     def state_dict(self) -> dict[str, int | str]:
         at_batch = self.position % self.shape.num_micro_batches == 0
@@ -176,7 +189,7 @@ class StreamingBatches(ResumableIterator[MicroBatch]):
         return {**super().state_dict(), "epoch": epoch, "stream": json.dumps(state)}
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
-        super().load_state_dict(state)
+        super().load_state_dict({"sources": self.sources, **state})  # earlier versions did not save them
         self._open(int(state["epoch"]), json.loads(str(state["stream"])))
 
     def _open(self, epoch: int, state: Any) -> None:

@@ -5,7 +5,8 @@
       global_step100/
         layer_00-model_states.pt ...     {name: tensor}, one file per layer with weights
         interlock_stage_00.pt ...        heads, untied copies of tied modules, plan; one file per stage
-      hf/                                written once, by the job that fine-tunes a Hugging Face model
+        hf/                              as below, if a later job described its checkpoints otherwise
+      hf/                                of a Hugging Face model, by the job that trains it
         interlock.json                   ModelDescription
         config.json  generation_config.json  tokenizer files
 
@@ -31,6 +32,7 @@ from ds_interlock.files import read_record
 from ds_interlock.schedule.plan import GradientFlowPlan, LossHead
 
 DESCRIPTION_FILE = "interlock.json"
+HF_FOLDER = "hf"
 _LAYER_FILE = re.compile(r"layer_(\d+)-(.*)model_states\.pt")
 _STAGE_FILE = "interlock_stage_*.pt"
 
@@ -120,7 +122,8 @@ class FineTunedCheckpoint(PipelineCheckpoint):
     def __init__(self, path: str | Path, *, trust_remote_code: bool = False) -> None:
         super().__init__(path)
         self._trust_remote_code = trust_remote_code
-        self.hf_folder = self.folder.parent / "hf"
+        own = self.folder / HF_FOLDER
+        self.hf_folder = own if own.is_dir() else self.folder.parent / HF_FOLDER
         self.description = read_record(
             self.hf_folder / DESCRIPTION_FILE,
             ModelDescription,

@@ -77,15 +77,14 @@ def lora_config(
     except ImportError as error:
         raise ConfigError("--lora_r needs peft: pip install peft") from error
     anatomy = blueprint.skeleton.anatomy
-    block = blueprint.skeleton.original(f"{anatomy.blocks}.0")
-    linear = {name: part for name, part in block.named_modules() if isinstance(part, nn.Linear | Conv1D)}
+    paths = [f"{anatomy.blocks}.{number}" for number in range(anatomy.num_blocks)]  # in hybrids they differ
+    parts = (pair for path in paths for pair in blueprint.skeleton.original(path).named_modules(prefix=path))
+    linear = {name: part for name, part in parts if isinstance(part, nn.Linear | Conv1D)}
     names = sorted({name.rpartition(".")[2] for name in linear})
     targets: Any = names if list(target_modules) == [ALL_LINEAR] else list(target_modules)
     unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linear)]
-    if unknown and len(targets) == 1:
-        full = [f"{anatomy.blocks}.{n}.{name}" for n in range(anatomy.num_blocks) for name in linear]
-        if any(_fullmatch(unknown[0], name) for name in full):
-            targets, unknown = unknown[0], []
+    if unknown and len(targets) == 1 and any(_fullmatch(unknown[0], name) for name in linear):
+        targets, unknown = unknown[0], []
     if unknown:
         raise ConfigError(
             f"--lora_target_modules {unknown[0]}: no linear layer of a block has this name; expected "

@@ -69,11 +69,13 @@ def probe(pretrained: Pretrained, inputs: Sequence[str], num_positions: int) -> 
     """A small batch like the data, with padding or several samples in a row: int64 ``[2, t]`` each."""
     length = min(_POSITIONS, num_positions)
     split = max(1, length * 2 // 3)
-    vocab_size = pretrained.config.get_text_config().vocab_size
+    config = pretrained.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
-    ids_bt = torch.randint(vocab_size, (_ROWS, length), generator=generator)
+    ids_bt = torch.randint(config.vocab_size, (_ROWS, length), generator=generator)
     mask_bt = torch.ones_like(ids_bt)
     mask_bt[1, split:] = 0
+    if pretrained.task == "classification":
+        ids_bt[1, split:] = config.pad_token_id
     positions_bt = torch.arange(length).repeat(_ROWS, 1)
     positions_bt[1, split:] -= split
     known = {"input_ids": ids_bt, "attention_mask": mask_bt, "position_ids": positions_bt}

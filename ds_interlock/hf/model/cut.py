@@ -61,7 +61,9 @@ class Blueprint:
     @property
     def context(self) -> tuple[str, ...]:
         """What travels beside the hidden state."""
-        needed = ("input_ids",) if self.skeleton.anatomy.needs_ids else ()
+        anatomy = self.skeleton.anatomy
+        # A decoder that classifies looks for its last token that is no padding.
+        needed = ("input_ids",) if anatomy.needs_ids or anatomy.unembedding is None else ()
         return tuple(name for name in self.inputs if name in (*_TRAVELS, *needed))
 
     @cached_property

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ds_interlock.errors import ConfigError, first_line, first_names
 from ds_interlock.hf.data.records import Task
+from ds_interlock.hf.data.rows import padding_id
 from ds_interlock.hf.data.tokenizer import default_cache_dir
 from ds_interlock.hf.model.anatomy import refuse_other_models
 from ds_interlock.hf.model.convert import converted
@@ -46,6 +47,7 @@ class Pretrained:
     tokenizer: PreTrainedTokenizerBase
     task: Task
     dtype: torch.dtype  # what its weights are converted to
+    seed: int = 0  # of a new classifier's weights
     four_bits: FourBits | None = None  # how linear weights of its blocks are kept, if not in full
 
     def new_model(self) -> Any:
@@ -58,6 +60,14 @@ class Pretrained:
         routing = find_routing(skeleton.model)
         prepare = [] if self.four_bits is None else [self.four_bits.replace]
         return Blueprint(skeleton, _Values(self, skeleton), inputs, tie, routing, list(prepare))
+
+    def class_ids(self, label_ids: Mapping[int | str, int]) -> dict[int | str, int]:
+        """The ids of the data's classes in the model; ``label_ids`` are those of ``load_records``."""
+        own, known = self.config.label2id, _ids_by_name(self.config)
+        return {
+            label: own.get(label, known.get(label.lower(), number)) if isinstance(label, str) else number
+            for label, number in label_ids.items()
+        }
 
     def num_positions(self) -> int | None:
         """The longest sequence that the model can take; None if there is no bound."""
@@ -114,6 +124,7 @@ class _Values:
         same |= {f"{anatomy.unembedding}.bias": anatomy.stored_bias} if anatomy.stored_bias else {}
         self.weights = Weights(pretrained.folder, pretrained.dtype, model.base_model_prefix, same)
         self._may_be_new = tuple(f"{part}." for part in anatomy.end if anatomy.unembedding is None)
+        self._seed = pretrained.seed
         self._std = getattr(pretrained.config, "initializer_range", 0.02)
 
     def lacking(self, names: Iterable[str]) -> list[str]:
@@ -132,7 +143,7 @@ class _Values:
         if like.dim() < 2:
             is_norm = name.lower().endswith("norm.weight")
             return torch.full(like.shape, float(is_norm), dtype=like.dtype, device="cpu")
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(self._seed + zlib.crc32(name.encode()))
         values = torch.empty(like.shape, dtype=like.dtype, device="cpu")
         return nn.init.normal_(values, std=self._std, generator=generator)
 
@@ -148,6 +159,7 @@ def open_pretrained(
     cache_dir: Path | None = None,
     text_model_only: bool = False,
     trust_remote_code: bool = False,
+    seed: int = 0,
 ) -> Pretrained:
     """Finds a model's files, converting them if they are no safetensors.
 
@@ -158,11 +170,13 @@ def open_pretrained(
         task: What it will be used for.
         gguf_file: Name of a GGUF file in it, which then has configuration and tokenizer too.
         dtype: What its weights are converted to.
-        classes: Names of the classes by id, for classification.
+        classes: Names of the data's classes by id, for classification. A model that was trained for all of
+            them, whatever their case, keeps its ids, and one with names keeps them if the data have numbers.
         attn_implementation: Transformers' name of an attention kernel; default: transformers' choice.
         cache_dir: Where converted weights are kept; default ``default_cache_dir()``.
         text_model_only: Take the text part of a model that also sees or hears.
         trust_remote_code: Run code that comes with the model.
+        seed: Of the weights of a classifier that it lacks.
 
     Raises:
         ConfigError: If the model or its tokenizer is not found, it cannot be converted, or it cannot use the
@@ -174,11 +188,19 @@ def open_pretrained(
         folder = converted(auto_model, folder, name, gguf_file, cache_dir)
     config = load_config(name, folder, classes, trust_remote_code=trust_remote_code)
     own_code = has_own_code(config)
+    quantization = getattr(config, "quantization_config", None)
     if text_model_only:
+        if quantization:
+            fault = f"the weights of {name} are quantised (quantization_config in its config.json)"
+            raise ConfigError(f"--text_model_only: {fault}: give the model in full precision")
         text_config = _text_config(name, config, task)
         folder = converted(auto_model, folder, name, None, cache_dir, text_part=text_config)
         config = load_config(name, folder)
     skeleton = Skeleton(empty_model(config, task, dtype))  # refuses what cannot be cut, before anything else
+    if quantization:
+        how: Any = {"own_code": own_code, "quantization": quantization}
+        folder = converted(auto_model, folder, name, None, cache_dir, **how)
+        config = load_config(name, folder, classes, trust_remote_code=trust_remote_code)
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
         try:
@@ -187,9 +209,11 @@ def open_pretrained(
             why = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
             raise ConfigError(f"--attn_implementation {attn_implementation}: {why}") from error
     tokenizer = _load_tokenizer(name, folder, trust_remote_code)
+    if task == "classification":
+        _set_padding(config.get_text_config(), tokenizer)
     if not has_safetensors(folder):
         folder = converted(auto_model, folder, name, None, cache_dir, own_code=own_code)
-    pretrained = Pretrained(name, folder, config, tokenizer, task, dtype)
+    pretrained = Pretrained(name, folder, config, tokenizer, task, dtype, seed)
     values = _Values(pretrained, skeleton)
     parameters = Blueprint(skeleton, values).parameters()
     if values.lacking(parameters):
@@ -199,6 +223,12 @@ def open_pretrained(
         values = _Values(pretrained, skeleton)
     _check_weights(pretrained, values, parameters)
     return pretrained
+
+
+def _set_padding(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A decoder that classifies knows padding by its id."""
+    if config.pad_token_id not in range(config.vocab_size):
+        config.pad_token_id = padding_id(tokenizer, config.vocab_size)
 
 
 def _check_weights(pretrained: Pretrained, values: _Values, parameters: Mapping[str, Tensor]) -> None:
@@ -239,7 +269,7 @@ def _local_folder(name: str, gguf_file: str | None, with_code: bool) -> Path:
             "its folder, and the file with --gguf_file), or a model's name on the hub"
         )
     patterns = [gguf_file] if gguf_file else ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    patterns += ["*.py"] if with_code else []
+    patterns += ["*.py", "*.tiktoken", "*.bpe"] if with_code else []  # vocabularies that tokenizers read
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns))
         if gguf_file is None and not has_safetensors(folder):
@@ -272,9 +302,23 @@ def load_config(
             "folder with the config.json of a model that transformers knows, or a model's name on the hub"
         ) from error
     if classes:
+        _set_classes(config, classes)
+    return config
+
+
+def _set_classes(config: Any, classes: Sequence[str]) -> None:
+    """Gives a classifier the names of the data's classes; one that was trained for these keeps its own."""
+    own, wanted = _ids_by_name(config), {name.lower() for name in classes}
+    is_named = any(name != f"label_{number}" for name, number in own.items())
+    has_numbers = all(name in (str(number), f"LABEL_{number}") for number, name in enumerate(classes))
+    is_the_same = own.keys() >= wanted and len(wanted) == len(classes)
+    if not (is_the_same or (is_named and has_numbers and len(classes) <= config.num_labels)):
         config.id2label = dict(enumerate(classes))
         config.label2id = {label: number for number, label in enumerate(classes)}
-    return config
+
+
+def _ids_by_name(config: Any) -> dict[str, int]:
+    return {name.lower(): number for number, name in config.id2label.items()}
 
 
 def _load_tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -46,6 +46,7 @@ def configuration(
         config = transformers.CONFIG_MAPPING[name]()
     else:
         config = load_config(name, flag="--config_name", trust_remote_code=trust_remote_code)
+        vars(config).pop("quantization_config", None)  # new weights are plain numbers
     _set_tokens(config, tokenizer)
     if overrides:
         _override(config, overrides)

@@ -121,8 +121,10 @@ class Skeleton:
         Those in ``Anatomy.beside`` are for the caller to replace.
 
         ``context`` is ``attention_mask`` and ``position_ids``, ``[b, t]``, if the data has them, and
-        ``input_ids`` if the blocks need them.
+        ``input_ids``, which count if the blocks need them.
         """
+        if not self.anatomy.needs_ids:
+            context = {name: tensor for name, tensor in context.items() if name != "input_ids"}
         key = (hidden_btd.shape, hidden_btd.dtype, hidden_btd.device)
         if key != self._arguments_are_for or not self._is_known(context):
             self._arguments = self._arguments_of_all(hidden_btd, context)

@@ -343,6 +343,19 @@ def test_other_sizes_continue_after_as_many_rows():
             assert torch.equal(ids[row : row + 1, : part.shape[1]], part)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (2, 8), (3, 4), (1, 5)])
+def test_a_batch_of_another_size_is_the_mean_over_its_labels_too(shape):
+    rows = PaddedRows(random_samples(37, longest=20), 24)
+    before, after = (TrainingBatches(rows, BatchShape(*sizes), seed=6) for sizes in ((2, 4), shape))
+    for _ in range(4 * 7):
+        next(before)
+    after.load_state_dict(before.state_dict())
+    for _ in range(6):
+        micro_batches = [next(after)[1] for _ in range(shape[1])]
+        weights = [(labels != -100).sum() / normaliser for labels, normaliser in micro_batches]
+        assert sum(weights).item() == pytest.approx(shape[1])
+
+
 @pytest.mark.bad_input
 def test_too_few_samples_for_a_batch():
     message = (

@@ -57,6 +57,15 @@ def test_the_assistants_tokens_are_learned_and_no_others(answer, trim_offsets):
     assert learned_text(untagged, record) == "|".join([f"{answer}<|im_end|>\n"] * 2)
 
 
+@pytest.mark.parametrize("template", [CHATML, CHATML_WITH_TAGS])
+def test_templates_see_the_tools(template):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    record = Chat(chat("hello", "fine").messages, "train.jsonl line 7", tools)
+    text, spans = render_chat(record, byte_level("{{ tools[0].function.name + ':' }}" + template))
+    assert text.startswith("f:<|im_start|>user")
+    assert [text[first:end].rstrip() for first, end in spans] == ["fine<|im_end|>"]
+
+
 def test_the_whole_chat_is_tokenised_as_the_template_renders_it():
     tokenizer = byte_level(CHATML, bos_token="<|im_start|>")
     record = chat("hello", "fine")

@@ -33,7 +33,7 @@ def test_every_format_is_recognised_by_its_first_object(tmp_path):
         write(tmp_path / "chat.jsonl", {"messages": [USER, ASSISTANT], "text": "rendered"}),
         write(tmp_path / "pairs.json", {"prompt": "p", "completion": "c", "id": 7}),
         str(tmp_path / "texts.txt"),
-        write(tmp_path / "more.jsonl", {"text": "three"}, {"text": "four", "prompt": "p"}),
+        write(tmp_path / "more.jsonlines", {"text": "three"}, {"text": "four", "prompt": "p"}),
     ]
     records = list(read_records(paths))
     assert [type(record) for record in records] == [*[Document] * 2, Chat, Completion, *[Document] * 2]
@@ -172,12 +172,20 @@ def test_a_faulty_line_is_named(line, message, tmp_path):
         ({"messages": "hello"}, "messages: Input should be a valid list, got a string"),
         ({"messages": []}, "messages: List should have at least 1 item"),
         ({"messages": ["hello"]}, "messages[0]: Input should be a valid dictionary, got a string"),
-        ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content: Field required"),
+        (
+            {"messages": [USER, {"role": "assistant"}]},
+            'messages[1]: "content" is null or missing, which it may be beside "tool_calls" only',
+        ),
         ({"messages": [{"content": "a"}]}, "messages[0].role: Field required"),
         (
             {"messages": [USER, {"role": "assistant", "content": None}]},
-            "messages[1].content: Input should be a valid string, got null",
+            'messages[1]: "content" is null or missing',
         ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": 3}]},
+            "messages[1].content: Input should be a valid string, got a number",
+        ),
+        ({"messages": [USER, ASSISTANT], "tools": "["}, "tools: malformed JSON (Expecting value)"),
         ({"messages": [{"role": "", "content": "a"}]}, "messages[0].role: empty"),
         ({"messages": [USER]}, "messages: no message is the assistant's"),
     ],
@@ -198,6 +206,7 @@ def test_a_faulty_first_object_is_named(value, message, tmp_path):
         ("empty.csv", "text\n", "empty.csv is empty: expected names of columns, then rows"),
         ("empty.txt", " \n\n ", "no text"),
         ("absent.txt", None, "absent.txt does not exist"),
+        ("lines.json.txt", '\n{"text": "a"}\n', "first line is a JSON object: name the file .*jsonl"),
         ("utf16.txt", "a\n\nb".encode("utf-16"), "utf16.txt line 1: not UTF-8"),
         ("utf16.csv", "text\na".encode("utf-16-le"), "utf16.csv line 1: not UTF-8 .it has NUL characters"),
         ("latin.txt", "a\n\né".encode("latin-1"), "latin.txt line 3: not UTF-8"),
@@ -231,6 +240,30 @@ def test_a_table_with_other_columns_or_nulls(tmp_path):
         read_records(paths_of(tmp_path, "empty.parquet"))
     with pytest.raises(DataError, match=r"holds no \*\.txt"):
         read_records([str(tmp_path)])
+
+
+def test_tools_and_what_they_are_called_with(tmp_path):
+    arguments = {"city": "Rome", "unit": None}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"default": None}}}]
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": None, "function": {"arguments": arguments}}],
+    }
+    chat = {"messages": [USER, call], "tools": tools}
+    bare = {"messages": [USER, {**call, "content": ""}], "tools": json.dumps(tools)}
+    of_lines = list(read_records([write(tmp_path / "chats.jsonl", chat, bare)]))
+    assert [record.tools for record in of_lines] == [tools, tools]
+    expected = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": arguments}}]}
+    assert of_lines[0].messages == [USER, expected]
+    parquet.write_table(pa.Table.from_pylist([chat]), tmp_path / "chats.parquet")
+    with pytest.raises(DataError, match=r"chats.parquet row 0: messages: arguments of a tool call are null"):
+        list(read_records(paths_of(tmp_path, "chats.parquet")))
+    arguments["unit"] = "C"
+    parquet.write_table(pa.Table.from_pylist([chat]), tmp_path / "chats.parquet")
+    (of_table,) = read_records(paths_of(tmp_path, "chats.parquet"))
+    assert of_table.messages == [USER, expected]
+    assert of_table.tools == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 
 
 def test_validation_is_given_or_a_seeded_share(tmp_path):

@@ -20,7 +20,13 @@ from ds_interlock.hf.data.batches import BatchShape
 from ds_interlock.hf.data.rows import PackedRows, PaddedRows
 from ds_interlock.hf.data.samples import Sample, encode_records
 from ds_interlock.hf.data.sources import read_records
-from ds_interlock.hf.data.streaming import StreamingBatches, open_stream, rows_of_stream, validation_records
+from ds_interlock.hf.data.streaming import (
+    StreamingBatches,
+    names_of_streams,
+    open_stream,
+    rows_of_stream,
+    validation_records,
+)
 from ds_interlock.hf.data.text import (
     BlockRows,
     TokenBlocks,
@@ -81,7 +87,8 @@ def batches(
 
     shape = BatchShape(2, 2, num_replicas)
     how: dict[str, Any] = {"replica": replica, "add_up": lambda number: number, "seed": 3}
-    return StreamingBatches(of_epoch, FILLS[fill], shape, **how)
+    sources = names_of_streams(parts, weights)
+    return StreamingBatches(of_epoch, FILLS[fill], shape, **how, sources=sources)
 
 
 @pytest.mark.parametrize("weights", [None, (0.7, 0.3)], ids=["all", "weighted"])
@@ -104,6 +111,29 @@ def test_a_resumed_stream_goes_on_as_an_undisturbed_one(fill: str, weights: Any,
         for _ in range(4):
             (inputs_a, labels_a), (inputs_b, labels_b) = next(undisturbed), next(resumed)
             assert all(map(torch.equal, (*inputs_a, *labels_a), (*inputs_b, *labels_b)))
+
+
+@pytest.mark.bad_input
+def test_a_position_in_another_stream_is_refused(tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    folders = [(tmp_path, "a"), (tmp_path, "b"), (moved, "a")]
+    a, b, also_a = (
+        open_stream([write(folder / f"{letter}.jsonl", texts(letter, 23))], None, None)
+        for folder, letter in folders
+    )
+    state = batches([a], "padded").state_dict()
+    batches([also_a], "padded").load_state_dict(state)
+    batches([a], "padded").load_state_dict({k: v for k, v in state.items() if k != "sources"})  # as it was
+    others: list[tuple[Any, Any, str]] = [
+        ([b], None, "b.jsonl line"),
+        ([a, b], None, "a.jsonl line, b.jsonl line"),
+        ([a, b], (0.7, 0.3), "a.jsonl line, b.jsonl line, 0.7, 0.3"),
+    ]
+    for parts, weights, sources in others:
+        other = batches(parts, "padded", weights=weights)
+        with pytest.raises(DataError, match=f"sources was a.jsonl line and is {sources}$"):
+            other.load_state_dict(state)
 
 
 def test_blocks_of_a_stream_are_one_sequence_of_tokens(tmp_path: Path) -> None:

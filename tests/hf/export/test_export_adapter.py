@@ -120,11 +120,13 @@ def test_a_frozen_unembedding_of_its_own_stays_tied(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(exported), job.logits(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
 def test_a_new_classifier_goes_with_the_adapters(family: str, tmp_path: Path) -> None:
-    base = tiny_model(family)
+    base = tiny_model(family, num_labels=2)
     trained = copy.deepcopy(base)
-    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "dense"])
+    config = LoraConfig(
+        task_type="SEQ_CLS", r=2, target_modules=["query", "dense"] if family != "llama" else ["q_proj"]
+    )
     anatomy = find_anatomy(trained)
     for block in trained.get_submodule(anatomy.blocks):  # as the layers of a pipeline get them
         inject_adapter_in_model(config, block)

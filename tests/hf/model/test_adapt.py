@@ -68,5 +68,11 @@ def test_only_named_modules_are_adapted(tmp_path: Path) -> None:
     adapted = {name.partition(".lora_")[0] for name in parameters(some) if "lora_" in name}
     parts = "self_attn.q_proj", "mlp.down_proj"
     assert adapted == {f"model.layers.{n}.{part}" for n in (1, 3) for part in parts}
+    hybrid = blueprint(tmp_path / "hybrid", "lfm2")  # its blocks have convolutions or attention
+    config = lora_config(hybrid, rank=2)
+    assert {"in_proj", "q_proj", "k_proj", "v_proj", "w1"} <= config.target_modules
+    hybrid.prepare.append(add_lora(lora_config(hybrid, rank=2, target_modules=["q_proj"]), 0))
+    adapted = {name.partition(".lora_")[0] for name in parameters(hybrid) if "lora_" in name}
+    assert adapted == {f"model.layers.{n}.self_attn.q_proj" for n in (1, 3)}
     with pytest.raises(ConfigError, match=r"--lora_target_modules c_attn: no linear .* some of down_proj"):
         lora_config(net, rank=2, target_modules=["q_proj", "c_attn"])

@@ -29,7 +29,7 @@ CANNOT_PACK = {"opt", "opt, projected", "bloom"}  # their masks do not look at p
 
 def blueprint_of(model: Any, inputs: tuple[str, ...] = PLAIN) -> Blueprint:
     """A blueprint with the weights of a whole model."""
-    task = "classification" if hasattr(model, "classifier") else "causal"
+    task = "causal" if model.get_output_embeddings() else "classification"
     skeleton = Skeleton(empty_model(copy.deepcopy(model.config), task, model.dtype))
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     return Blueprint(skeleton, lambda names: {n: tensors[n].clone() for n in names if n in tensors}, inputs)
@@ -103,10 +103,11 @@ def test_a_decoder_in_three_stages_has_the_whole_models_loss_and_gradients(
         torch.testing.assert_close(got[name], parameter.grad, rtol=100 * tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("family", [*ENCODERS, "llama", "gpt2"])
 def test_a_classifier_in_three_stages_has_the_whole_models_loss_and_gradients(family: str) -> None:
     model = tiny_model(family, dtype=torch.float64, num_labels=3)
     given, labels = batch(PADDED), torch.tensor([2, 0])
+    given["input_ids"][given["attention_mask"] == 0] = model.config.pad_token_id
     expected = cross_entropy(model(**given).logits, labels)
     expected.backward()
     net = in_process(blueprint_of(model, PADDED))
@@ -152,7 +153,7 @@ def test_a_mask_is_made_once_for_the_same_values() -> None:
 
 
 CHECKED = [
-    *((family, PADDED) for family in ("llama", "gpt2", "gemma2", "opt, projected", "bert")),
+    *((family, PADDED) for family in ("llama", "gpt2", "gemma2", "opt, projected", "bert", "qwen3")),
     *((family, PACKED) for family in ("llama", "gpt2", "gemma2")),
 ]
 
@@ -161,8 +162,8 @@ CHECKED = [
     ("family", "inputs"), CHECKED, ids=lambda part: part if isinstance(part, str) else part[-1]
 )
 def test_the_check_at_load_agrees(family: str, inputs: tuple[str, ...], tmp_path: Path) -> None:
-    task = "classification" if family == "bert" else "causal"
-    save_tiny(family, tmp_path)
+    task = "classification" if family in ("bert", "qwen3") else "causal"
+    save_tiny(family, tmp_path, **({"num_labels": 2, "pad_token_id": None} if family == "qwen3" else {}))
     pretrained = open_pretrained(str(tmp_path), task)
     assert pipeline_error(pretrained, inputs) <= 1e-6
 

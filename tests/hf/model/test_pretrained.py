@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    GenerationConfig,
 )
 
 from ds_interlock import cli
@@ -99,7 +100,7 @@ def test_experts_in_tensors_of_their_own_are_merged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("converts", [False, True], ids=["safetensors", "bin"])
-def test_a_new_classifier_is_drawn_from_its_name_for_the_datas_classes(
+def test_a_new_classifier_is_drawn_from_its_name_and_the_seed_for_the_datas_classes(
     converts: bool, tmp_path: Path
 ) -> None:
     model = tiny_model("bert", num_labels=2)
@@ -110,9 +111,13 @@ def test_a_new_classifier_is_drawn_from_its_name_for_the_datas_classes(
         (tmp_path / "model" / "pytorch_model.bin").unlink()
         save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     drawn = []
-    for cache in ("one", "two"):
+    for cache, seed in (("one", 0), ("two", 0), ("one", 1)):
         opened = open_pretrained(
-            str(tmp_path / "model"), "classification", classes=("a", "b", "c"), cache_dir=tmp_path / cache
+            str(tmp_path / "model"),
+            "classification",
+            classes=("a", "b", "c"),
+            cache_dir=tmp_path / cache,
+            seed=seed,
         )
         end: Any = build_all(opened.blueprint().layers())[-1]
         drawn.append(end.state_dict())
@@ -120,11 +125,33 @@ def test_a_new_classifier_is_drawn_from_its_name_for_the_datas_classes(
     assert drawn[0]["classifier.weight"].shape == (3, 32)
     assert drawn[0]["classifier.weight"].std() > 0
     assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+    assert not torch.equal(drawn[0]["classifier.weight"], drawn[2]["classifier.weight"])
     assert torch.equal(drawn[0]["bert.pooler.dense.weight"], state["bert.pooler.dense.weight"])
     shutil.rmtree(tmp_path / "model")
     save_tiny("bert", tmp_path / "model", num_labels=2)
     with pytest.raises(ConfigError, match=r"classifier.weight is \[2, 32\] .* for 3 classes in the data"):
         open_pretrained(str(tmp_path / "model"), "classification", classes=("a", "b", "c"))
+
+
+def test_a_classifier_keeps_the_classes_that_it_was_trained_for(tmp_path: Path) -> None:
+    names = {0: "contradiction", 1: "neutral", 2: "ENTAILMENT"}
+    ids = {name: number for number, name in names.items()}
+    model = tiny_model("roberta", num_labels=3)
+    model.config.update({"id2label": names, "label2id": ids})
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+
+    def opened(*classes: str) -> Pretrained:
+        return open_pretrained(str(tmp_path), "classification", classes=classes)
+
+    known = opened("contradiction", "entailment", "neutral")
+    assert known.config.id2label == names
+    expected = {"contradiction": 0, "entailment": 2, "neutral": 1}
+    assert known.class_ids({"contradiction": 0, "entailment": 1, "neutral": 2}) == expected
+    numbers = opened("0", "LABEL_1", "2")
+    assert (numbers.config.id2label, numbers.class_ids({0: 0, 2: 2})) == (names, {0: 0, 2: 2})
+    others = opened("bad", "good", "neutral")
+    assert others.config.label2id == others.class_ids({"bad": 0, "good": 1, "neutral": 2})
 
 
 def test_positions(tmp_path: Path) -> None:
@@ -151,6 +178,33 @@ def test_a_gguf_file_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     assert opened.tokenizer("capital").input_ids == tiny_tokenizer()("capital").input_ids
 
 
+def quantise(folder: Path, method: str) -> None:
+    """Writes the projections of a saved model in 8 bits, with their scales; config.json says ``method``."""
+    stored = load_file(folder / "model.safetensors")
+    for name, weight in [pair for pair in stored.items() if pair[0].endswith("_proj.weight")]:
+        scale = weight.float().abs().max() / 448
+        stored[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scale.reshape(1, 1)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_quantised_weights_are_read_as_the_numbers_they_stand_for_or_refused(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    quantise(tmp_path / "model", "fp8")
+    pretrained = open_pretrained(str(tmp_path / "model"), cache_dir=tmp_path / "cache")
+    assert not hasattr(pretrained.config, "quantization_config")
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(pretrained), model(IDS).logits, rtol=0, atol=0.05)
+    quantise(tmp_path / "model", "gptq")
+    with pytest.raises(ConfigError, match=r"--model .* says gptq\), and only fp8 and mxfp4 can be undone"):
+        open_pretrained(str(tmp_path / "model"), cache_dir=tmp_path / "cache")
+    with pytest.raises(ConfigError, match=r"--text_model_only: the weights of .* are quantised"):
+        open_pretrained(str(tmp_path / "model"), text_model_only=True)
+
+
 def test_the_text_part_of_a_model_with_eyes(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     text = {**sizes, "vocab_size": 131, "head_dim": 8, "num_key_value_heads": 2}
@@ -159,8 +213,11 @@ def test_the_text_part_of_a_model_with_eyes(tmp_path: Path) -> None:
     model = AutoModelForImageTextToText.from_config(config).eval()
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
+    GenerationConfig(eos_token_id=[1, 106], do_sample=True, top_k=64).save_pretrained(tmp_path / "model")
     how: Any = {"cache_dir": tmp_path / "cache", "text_model_only": True}
     pretrained = open_pretrained(str(tmp_path / "model"), **how)
+    generation = GenerationConfig.from_pretrained(pretrained.folder)
+    assert (generation.eos_token_id, generation.top_k) == ([1, 106], 64)
     assert type(pretrained.new_model()).__name__ == "Gemma3ForCausalLM"
     with torch.no_grad():
         torch.testing.assert_close(logits_of(pretrained), model(IDS).logits, rtol=1e-5, atol=1e-5)
@@ -195,6 +252,15 @@ def test_code_that_comes_with_a_model_runs_if_it_is_trusted(
         open_pretrained(str(folder))
     pretrained = open_pretrained(str(folder), trust_remote_code=True)
     assert type(pretrained.new_model()).__name__ == "QuokkaForCausalLM"
+    fetched: list[str] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        fetched.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("ds_interlock.hf.model.pretrained.snapshot_download", download)
+    open_pretrained("zoo/quokka", trust_remote_code=True)
+    assert {"*.py", "*.tiktoken", "*.bpe"} <= set(fetched)  # its tokenizer may read them
     assert type(empty_model(pretrained.config, "QuokkaForCausalLM")).__name__ == "QuokkaForCausalLM"
     with torch.no_grad():
         torch.testing.assert_close(logits_of(pretrained), model(IDS).logits)

@@ -34,11 +34,13 @@ def test_initial_weights_are_transformers_own(family: str) -> None:
 
 
 def test_a_configuration_from_a_file(tmp_path: Path) -> None:
-    LlamaConfig(hidden_size=64, rms_norm_eps=0.5).save_pretrained(tmp_path)
+    quantised = {"quantization_config": {"quant_method": "fp8"}}
+    LlamaConfig(hidden_size=64, rms_norm_eps=0.5, **quantised).save_pretrained(tmp_path)
     for name in (tmp_path, tmp_path / "config.json"):
         config = configuration(str(name), "tie_word_embeddings=true,vocab_size=200", tiny_tokenizer())
         assert (config.hidden_size, config.rms_norm_eps, config.vocab_size) == (64, 0.5, 200)
         assert config.tie_word_embeddings
+        assert not hasattr(config, "quantization_config")  # that the new weights are not
         assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
 
 

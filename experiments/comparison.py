@@ -24,6 +24,8 @@ from measuring.results_file import Record
 NOTHING = "–"
 """In a table."""
 
+_LEAST_GAP = 1.005  # local's quality over global's: shares of less are noise
+
 _SCORES: dict[str, Callable[[dict[str, float]], float]] = {
     "error": lambda final: 100 * final["error"],  # %
     "loss": lambda final: final["loss"],  # nats
@@ -166,10 +168,10 @@ class Comparison:
         return PerSeed.of(one - of_local for one, of_local in self._qualities([mode, local]))
 
     def recovered(self, mode: str) -> PerSeed | None:
-        """Share of local's gap to global that the mode closes, by seed; None if a seed has no gap."""
+        """Share of local's gap to global that the mode closes, by seed; None if a seed has hardly a gap."""
         qualities = self._qualities([mode, LOCAL, GLOBAL])
         return PerSeed.of(
-            (local - one) / (local - of_global) if local > of_global else None
+            (local - one) / (local - of_global) if local > of_global * _LEAST_GAP else None
             for one, local, of_global in qualities
         )
 

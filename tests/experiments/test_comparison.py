@@ -43,6 +43,15 @@ def test_without_a_gap_no_share_of_it() -> None:
     )
 
 
+def test_hardly_a_gap_has_no_shares() -> None:
+    lines = records()
+    of_global = compared(lines).results["global"][0].record["final"]["loss"]
+    local = next(line for line in lines if line["run"]["mode"] == "local" and line["run"]["seed"] == 0)
+    for times, is_noise in ((1.004, True), (1.006, False)):
+        local["final"]["loss"] = times * of_global
+        assert (compared(lines).recovered("window 2") is None) == is_noise
+
+
 def test_a_target_that_some_seeds_miss_has_no_speed_up() -> None:
     lines = [line for line in records() if line["run"]["mode"] != "local"]
     lines[-1]["curve"][-1]["loss"] = 2.11  # of window 2, seed 1; its target is 2.1

@@ -7,8 +7,8 @@
 
 Local is the experiment's mode "local", whose heads have no blocks. An experiment counts only if local is
 behind global in all its seeds. Where several measured a setting, the first in this order does: language
-models before pictures, the number of stages nearest to the user's, most seeds, the largest model, the
-longest budget, the best share.
+models before pictures, several seeds before one, the number of stages nearest to the user's, most seeds,
+the largest model, the longest budget, the best share.
 """
 
 import math
@@ -178,6 +178,7 @@ def _first(measurements: Sequence[Measurement], num_stages: int) -> Measurement:
         measurements,
         key=lambda each: (
             not each.is_language,
+            len(each.seeds) == 1,
             abs(math.log(each.num_stages / num_stages)),
             -len(each.seeds),
             -each.model_size,

@@ -80,8 +80,8 @@ def test_which_experiment_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     """From the last to the first: each has what comes earlier in the rule than what the next one has."""
     candidates = [
         measured(window(2), 0.5, experiment="pictures", is_language=False, num_stages=4, model_size=10**9),
-        measured(window(2), 0.5, experiment="far", num_stages=32, seeds=tuple(range(9))),
         measured(window(2), 0.5, experiment="one seed", num_stages=4, seeds=(0,), model_size=10**9),
+        measured(window(2), 0.5, experiment="far", num_stages=32, seeds=tuple(range(9))),
         measured(window(2), 0.5, experiment="small", num_stages=4, model_size=64, budget=10**6),
         measured(window(2), 0.5, experiment="short", num_stages=4, budget=100),
         measured(window(2), 0.6, experiment="slow heads", num_stages=4),

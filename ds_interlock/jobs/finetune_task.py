@@ -55,9 +55,7 @@ class FinetuneTask(Task):
         A new run records its states for them (``head.objective``); a resumed one must find them where the
         first part of it left them.
         """
-        with propagate_errors(), writing(self.output):
-            if dist.get_rank() == 0:
-                write_description(self.output, self.pretrained, self.description)
+        write_description(self.output, self.pretrained, self.description)
         module, shares, batches = self.engine.module, list[Share](), None
         layers = base_states.recorded_layers(module)
         if not layers:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ds_interlock import HeadConfig, InterlockPipelineModule
 from ds_interlock.checkpoints.folder import newest_first
@@ -17,7 +18,7 @@ from ds_interlock.hf.model.cut import Bias, Block, Blueprint
 from ds_interlock.hf.model.pretrained import Pretrained, has_own_code
 from ds_interlock.hf.model.routing import BalancedLMLoss
 from ds_interlock.jobs.arguments import CompilationArguments
-from ds_interlock.jobs.process import Job
+from ds_interlock.jobs.process import Job, propagate_errors, writing
 from ds_interlock.models import lm
 from ds_interlock.models.lm import lm_loss
 
@@ -116,10 +117,16 @@ def _without_sets(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_description(output: Path, pretrained: Pretrained, description: ModelDescription) -> None:
-    """Writes ``checkpoints/hf/``: description, configuration, tokenizer.
+    """Writes ``checkpoints/hf/``: description, configuration, tokenizer. All ranks call it, rank 0 writes.
 
     If another one is there, the checkpoints beside it keep it, each in a folder ``hf/`` of its own.
     """
+    with propagate_errors(), writing(output):
+        if dist.get_rank() == 0:
+            _write_description(output, pretrained, description)
+
+
+def _write_description(output: Path, pretrained: Pretrained, description: ModelDescription) -> None:
     checkpoints, written = output / "checkpoints", output / "checkpoints" / HF_FOLDER
     with unfinished_folder(written) as folder:
         pretrained.config.save_pretrained(folder)

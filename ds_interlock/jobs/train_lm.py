@@ -61,7 +61,6 @@ from ds_interlock.jobs.process import (
     propagate_errors,
     run_command,
     start,
-    writing,
 )
 from ds_interlock.models.lm import LMConfig, lm_layers, lm_loss
 
@@ -219,7 +218,7 @@ class Export:
     write: Callable[[Path, Path], None]
     """From a checkpoint to a Hugging Face folder."""
     prepare: Callable[[], None] = lambda: None
-    """Called when training begins: writes what ``write`` needs beside the checkpoints."""
+    """Called on all ranks when training begins: writes what ``write`` needs beside the checkpoints."""
 
 
 def _own_model(args: LMArguments, job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Export]:
@@ -306,9 +305,7 @@ class LMTask(Task):
         self.num_eval_batches = broadcast_from_rank_0(max(1, num_blocks // self.shape.num_rows))
 
     def begin(self, step: int) -> None:
-        with propagate_errors(), writing(self.output):
-            if dist.get_rank() == 0:
-                self._export.prepare()
+        self._export.prepare()
 
     def evaluate(self) -> Losses:
         data, size = None, self.shape.micro_batch_size

@@ -48,7 +48,7 @@ def latest_folder(save_dir: Path) -> Path | None:
 
 def write_list(folder: Path, step: int) -> None:
     """Writes down what is in ``folder``, which is complete, and that no other there is newer."""
-    number = 1 + max((_read_list(other)[0][0] for other in newest_first(folder.parent)), default=-1)
+    number = 1 + next((_read_list(newest)[0][0] for newest in newest_first(folder.parent)), -1)
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))

@@ -193,8 +193,8 @@ class InterlockConfig(Section):
     """How tensors travel between GPUs. `auto`: over NCCL. `gloo`: through the host's memory, and so do
     DeepSpeed's collectives; slower, for machines without NCCL and ranks that share a GPU. CPUs use gloo."""
     timeout_seconds: float = Field(300, gt=0)
-    """How long a stage waits for a neighbour before it gives up with an error; collectives
-    of all stages wait this time multiplied by the number of stages."""
+    """How long a stage waits for a neighbour before it gives up with an error; collectives of all stages
+    wait this time multiplied by the number of stages."""
     setup_timeout_seconds: float = Field(1800, gt=0)
     """How long a rank waits for the others while the engine is made."""
     checkpoint_timeout_seconds: float = Field(1800, gt=0)

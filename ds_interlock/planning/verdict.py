@@ -4,6 +4,7 @@ A faster batch is worth what a step is worth. How many steps a setting needs is 
 (``quality.py``); what was measured to learn no better than local is not recommended, however fast it is.
 """
 
+import math
 from collections.abc import Callable
 
 from ds_interlock.config import InterlockConfig
@@ -42,9 +43,10 @@ def best_interlock(comparison: Comparison) -> Forecast | None:
     return max(reached or better or candidates, key=worth, default=None)
 
 
-def best_schedule(comparison: Comparison) -> ScheduleForecast | None:
-    """The measured schedule of windows that gets to global's loss first; None if there is none."""
-    return max(comparison.schedules, key=worth, default=None)
+def best_schedule(comparison: Comparison, least_share: float = -math.inf) -> ScheduleForecast | None:
+    """The measured schedule that gets to global's loss first, of those that closed so much of the gap."""
+    known = (each for each in comparison.schedules if each.gap_recovered >= least_share)
+    return max(known, key=worth, default=None)
 
 
 def pays(comparison: Comparison) -> bool:
@@ -162,8 +164,7 @@ def _about_end(comparison: Comparison, best: Forecast | None) -> str:
     """Which schedule learns as well as global, and is still faster, unless the best setting does as well."""
     if best and best.measured and best.measured.share.mean >= _WHOLE:
         return ""
-    whole = [each for each in comparison.schedules if each.gap_recovered >= _WHOLE]
-    schedule = max(whole, key=worth, default=None)
+    schedule = best_schedule(comparison, _WHOLE)
     if schedule is None or worth(schedule) < _WORTHWHILE:
         return ""
     closed = f"it made up for {schedule.gap_recovered:.0%} of what local loses"

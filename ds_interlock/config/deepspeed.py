@@ -11,6 +11,12 @@ import hjson
 from ds_interlock.config.faults import shown_as_json
 from ds_interlock.errors import ConfigError, list_faults
 
+DEFAULT_RATES: dict[str, dict[str, Any]] = {
+    "WarmupDecayLR": {"warmup_max_lr": 1e-3},
+    "LRRangeTest": {"lr_range_test_min_lr": 1e-3},
+}
+"""Of DeepSpeed's schedulers that give every group one rate; the others take the optimizer's, or need it."""
+
 
 @dataclass(frozen=True)
 class Refusal:

@@ -17,6 +17,7 @@ import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from torch import Tensor, nn
 
+from ds_interlock.config.deepspeed import DEFAULT_RATES
 from ds_interlock.engine.module import InterlockPipelineModule
 from ds_interlock.errors import ConfigError
 from ds_interlock.heads.factory import block_parameters
@@ -24,12 +25,6 @@ from ds_interlock.transport.agreement import gather
 
 UNUSED_PHASES = "idle_phases"
 """Key of a parameter group of the optimizer, also in checkpoints: the phases that do not use it."""
-
-_DEFAULT_RATES: dict[str, dict[str, Any]] = {
-    "WarmupDecayLR": {"warmup_max_lr": 1e-3},
-    "LRRangeTest": {"lr_range_test_min_lr": 1e-3},
-}
-"""Of DeepSpeed's schedulers that give every group one rate; the others take the optimizer's, or need it."""
 
 Config = dict[str, Any]
 Group = dict[str, Any]
@@ -178,7 +173,7 @@ def _with_rates(config: Config, num_groups: int, parts: Iterable[tuple[int, floa
     parts = list(parts)
     config = copy.deepcopy(config)
     scheduler = config.get("scheduler") or {}
-    params = scheduler["params"] = _DEFAULT_RATES.get(str(scheduler.get("type")), {}) | scheduler.get(
+    params = scheduler["params"] = DEFAULT_RATES.get(str(scheduler.get("type")), {}) | scheduler.get(
         "params", {}
     )
     for name, value in params.items():

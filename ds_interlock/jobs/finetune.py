@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 import ds_interlock
 from ds_interlock import HeadConfig, InterlockPipelineModule
+from ds_interlock.config.deepspeed import DEFAULT_RATES
 from ds_interlock.config.faults import shown_as_json
 from ds_interlock.errors import ConfigError
 from ds_interlock.hf.export.checkpoint import ModelDescription
@@ -57,11 +58,8 @@ _OPTIMIZERS = {  # by transformers' names: those of torch, then those of bitsand
     "adamw_8bit": "AdamW8bit",
     "paged_adamw_8bit": "PagedAdamW8bit",
 }
-_HIGHEST_RATES = {  # of schedulers that set the rate by themselves; and what DeepSpeed takes without it
-    "WarmupLR": ("warmup_max_lr", 0.001),
-    "WarmupDecayLR": ("warmup_max_lr", 0.001),
-    "OneCycle": ("cycle_max_lr", None),
-}
+_HIGHEST_RATES = {"WarmupLR": "warmup_max_lr", "WarmupDecayLR": "warmup_max_lr", "OneCycle": "cycle_max_lr"}
+"""Of schedulers that set the rate by themselves."""
 _HIGH_LEARNING_RATE = 5e-4  # for weights that are trained already
 
 
@@ -121,12 +119,13 @@ def _complete_config(config: Config, args: FinetuneArguments) -> Config:
             "as 5e-5, or optimizer.params.lr in the DeepSpeed config"
         )
     scheduler = config.get("scheduler", {})
-    key, default = _HIGHEST_RATES.get(scheduler.get("type", ""), ("", None))
-    highest = scheduler.get("params", {}).get(key, default)
-    if key and args.learning_rate is not None and highest not in ("auto", rate):
+    kind = scheduler.get("type", "")
+    key = _HIGHEST_RATES.get(kind, "")
+    params = DEFAULT_RATES.get(kind, {}) | scheduler.get("params", {})
+    if args.learning_rate is not None and params.get(key, rate) not in ("auto", rate):
         raise ConfigError(
             f"--learning_rate is {rate:g}, and scheduler.params.{key} of the config, which decides, is "
-            f"{highest}: give the same rate in both"
+            f"{params[key]}: give the same rate in both"
         )
     return config
 

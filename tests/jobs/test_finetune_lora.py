@@ -215,12 +215,22 @@ def test_optimizers_of_bitsandbytes_get_what_the_config_says() -> None:
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("own", [{"warmup_max_lr": 1e-3}, {"warmup_num_steps": 2}, {"warmup_max_lr": "auto"}])
-def test_a_scheduler_with_another_rate_is_refused(own: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "own", "is_refused"),
+    [
+        ("WarmupLR", {"warmup_max_lr": 1e-3}, True),
+        ("WarmupLR", {"warmup_max_lr": "auto"}, False),
+        ("WarmupLR", {"warmup_num_steps": 2}, False),  # takes the optimizer's
+        ("WarmupDecayLR", {"warmup_num_steps": 2}, True),  # takes 0.001
+        ("OneCycle", {"cycle_max_lr": 1e-3}, True),
+        ("WarmupCosineLR", {"warmup_num_steps": 2}, False),
+    ],
+)
+def test_a_scheduler_with_another_rate_is_refused(kind: str, own: dict[str, Any], is_refused: bool) -> None:
     args = FinetuneArguments(deepspeed_config="x", model="m", learning_rate=5e-5)
-    config = {"scheduler": {"type": "WarmupLR", "params": own}}
-    why = r"--learning_rate is 5e-05, and scheduler\.params\.warmup_max_lr .* 0\.001: give the same"
-    with pytest.raises(ConfigError, match=why) if "auto" not in own.values() else nullcontext():
+    config = {"scheduler": {"type": kind, "params": own}}
+    why = r"--learning_rate is 5e-05, and scheduler\.params\.\w+_max_lr .* 0\.001: give the same"
+    with pytest.raises(ConfigError, match=why) if is_refused else nullcontext():
         finetune._complete_config(config, args)
     args.learning_rate = 1e-3
     finetune._complete_config(config, args)

@@ -145,8 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", nargs="+", metavar="NAME", help="only those that begin so (all)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/gpu"), help="(%(default)s)")
     args = parser.parse_args(argv)
-    # Several ranks of a GPU are refused by NCCL unless they are meant.
-    environment = {**os.environ, "DS_ACCELERATOR": args.device, "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+    # Several ranks of a GPU are refused by NCCL unless they are meant; under MPS each would have few queues.
+    sharing = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    environment = {**sharing, **os.environ, "DS_ACCELERATOR": args.device}
     fault, rows = nccl_fault(args.device), []
     for step in steps(args.device, args.output_dir, not fault):
         if args.steps and not step.name.startswith(tuple(args.steps)):

@@ -32,6 +32,8 @@ from ds_interlock.transport.staging import Staged
 SENDER, RECEIVER = 0, 1
 """Their ranks in every communicator."""
 
+_QUEUES = 8  # CUDA's default
+
 _num_opened: Counter[str] = Counter()
 """By direction: how often this rank has opened it. Its members agree on that, whatever other ranks do."""
 
@@ -129,10 +131,23 @@ class Communicators:
                 f'there is no NCCL between {self.device.type} devices: set interlock.transport to "gloo", '
                 "which takes the host's memory"
             )
+        check_queues(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", ""))
         nccl: Any = dist.ProcessGroupNCCL
         options = nccl.Options()
         options._timeout = self._timeout
         return nccl(store, rank, 2, options)
+
+
+def check_queues(number: str) -> None:
+    """Refuses a CUDA with so few hardware queues that a send which waits holds up the stage's own work.
+
+    A stage has a stream for its work and up to six for messages; streams share queues, which run in order.
+    """
+    if number.isdecimal() and int(number) < _QUEUES:
+        raise ConfigError(
+            f"CUDA_DEVICE_MAX_CONNECTIONS is {number}: stages may stand still over NCCL; unset it or give at "
+            f'least {_QUEUES}, or set interlock.transport to "gloo"'
+        )
 
 
 def open_channels(

@@ -10,10 +10,11 @@ import pytest
 import torch
 from ranks import RankPool, caught
 
-from ds_interlock import PeerError
+from ds_interlock import ConfigError, PeerError
 from ds_interlock.schedule.action import Action
 from ds_interlock.schedule.simulate import SEND_AHEAD
 from ds_interlock.stage.hidden import DTYPES
+from ds_interlock.transport.communicator import check_queues
 from ds_interlock.transport.links import Links
 
 CPU = torch.device("cpu")
@@ -374,3 +375,12 @@ def test_a_neighbour_that_dies_is_noticed_at_once():
         assert isinstance(error, PeerError)
         assert f"{doing} stage 1 (rank 1) failed; it has most likely stopped" in str(error)
     assert seconds < SOON
+
+
+@pytest.mark.parametrize("number", ["1", "7"])
+def test_few_hardware_queues_are_refused(number: str) -> None:
+    """A send that waits for its receiver would hold up what shares its queue."""
+    for enough in ("", "8", "32"):
+        check_queues(enough)
+    with pytest.raises(ConfigError, match=f"CUDA_DEVICE_MAX_CONNECTIONS is {number}: .* at least 8"):
+        check_queues(number)

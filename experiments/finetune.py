@@ -117,8 +117,11 @@ def runs(name: str = NAME) -> list[Run]:
     ]
 
 
-def carry(run: Run) -> Record:
-    """One job, and the exported model in a process of its own; a line for the results file."""
+def carry(run: Run, keeps: bool = False) -> Record:
+    """One job, and the exported model in a process of its own; a line for the results file.
+
+    ``keeps`` the job's folder.
+    """
     gguf = _gguf_file()
     stages, steps = int(run.budget.get("num_stages", NUM_STAGES)), int(run.budget["max_steps"])
     name = f"{run.mode}-{run.heads}-{steps}-steps-{stages}-stages-{run.seed}"
@@ -150,7 +153,8 @@ def carry(run: Run) -> Record:
     look = [sys.executable, "-m", "experiments.finetune", str(output / "hf"), str(base)]
     seen = json.loads(subprocess.run(look, check=True, stdout=subprocess.PIPE, text=True).stdout)
     written, metrics = seen.pop("written"), json.loads((output / "metrics.json").read_text())
-    shutil.rmtree(output)
+    if not keeps:
+        shutil.rmtree(output)
     return {
         **run.model_dump(),
         "metrics": metrics | seen,

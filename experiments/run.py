@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = "end after so long: the run at work is evaluated, and goes to NAME_stopped.jsonl"
     parser.add_argument("--limit_seconds", type=float, default=math.inf, metavar="S", help=text)
     parser.add_argument("--no_checkpoints", action="store_true", help="save nothing to resume from")
+    text = "leave the folders of fine-tuning jobs, with their checkpoints, in runs/experiments/finetune"
+    parser.add_argument("--keep_jobs", action="store_true", help=text)
     args = parser.parse_args(argv)
     if args.set and not args.output:
         parser.error("--set: results of another definition need a file of their own, --output")
@@ -115,7 +117,7 @@ def _value(text: str) -> Any:
 def _finished(runs: list[AnyRun], args: argparse.Namespace) -> Iterator[str]:
     """Does the runs; says a line about each as it ends."""
     how = {"device": args.device, "deadline": args.deadline, "saves": not args.no_checkpoints}
-    do = partial(_do, output=args.output, **how)
+    do = partial(_do, output=args.output, keeps=args.keep_jobs, **how)
     if args.jobs == 1:
         yield from map(do, runs)
         return
@@ -127,12 +129,12 @@ def _finished(runs: list[AnyRun], args: argparse.Namespace) -> Iterator[str]:
             pool.shutdown(cancel_futures=True)
 
 
-def _do(run: AnyRun, output: Path, device: str, deadline: float, saves: bool) -> str:
+def _do(run: AnyRun, output: Path, device: str, deadline: float, saves: bool, keeps: bool) -> str:
     seconds_left = deadline - time.time()
     if seconds_left <= 0:
         return f"{run.mode}, seed {run.seed}: not begun, the time is up"
     if isinstance(run, finetune.Run):
-        results_file.append(output, finetune.carry(run))
+        results_file.append(output, finetune.carry(run, keeps))
         return f"{run.mode}, {run.heads} heads, seed {run.seed}"
     file_name = re.sub(r"[^a-z0-9.]+", "-", run.mode.lower())
     checkpoint = CHECKPOINTS / run.experiment / f"{file_name}-{run.seed}.pt" if saves else None

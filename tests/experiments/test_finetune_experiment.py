@@ -29,7 +29,7 @@ def test_the_documentation_quotes_the_results() -> None:
 
 
 def test_missing_runs_are_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune, "carry", lambda run: {**run.model_dump(), "metrics": METRICS})
+    monkeypatch.setattr(finetune, "carry", lambda run, keeps: {**run.model_dump(), "metrics": METRICS})
     arguments = ["finetune", "--output", str(tmp_path / "finetune.jsonl")]
     assert run.main([*arguments, "--modes", "global", "window 2"]) == 0
     assert run.main(arguments) == 1  # needs --resume

@@ -101,7 +101,7 @@ def runs(name: str = NAME) -> list[Run]:
         for kind, head in heads.items()
         for mode in modes[kind]
     ]
-    faster = {"fused": True} if name == OBJECTIVES else {}
+    faster = {"fused": True} if name == OBJECTIVES else {}  # later than the rows of NAME
     adamw = {"lr": budget["learning_rate"], "weight_decay": 0.01, "torch_adam": True, **faster}
     config = {
         "train_micro_batch_size_per_gpu": 2,

@@ -8,10 +8,12 @@
 Local is the experiment's mode "local", whose heads have no blocks. An experiment counts only if local is
 behind global in all its seeds. Where several measured a setting, the first in this order does: language
 models before pictures, several seeds before one, the number of stages nearest to the user's, most seeds,
-the largest model, the longest budget, the best share.
+most settings (so that one experiment answers for most of them), the largest model, the longest budget, the
+best share.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -101,10 +103,25 @@ def _measurements(file: Path) -> dict[tuple[Any, ...], list[Measurement]]:
     return by_setting
 
 
+def _every() -> list[Measurement]:
+    return [each for of_setting in _measurements(FILE).values() for each in of_setting]
+
+
 def measurement(interlock: InterlockConfig, num_stages: int) -> Measurement | None:
     """What was measured of a setting, or a schedule, with its heads; None if nothing, and for global."""
     of_setting = _measurements(FILE).get(setting_of(interlock))
     return _first(of_setting, num_stages) if of_setting else None
+
+
+def elsewhere(measured: Measurement) -> list[Measurement]:
+    """The same setting in other experiments, on data of the same kind and with several seeds."""
+    return [
+        each
+        for each in _measurements(FILE)[setting_of(measured.section)]
+        if each.experiment != measured.experiment
+        and each.is_language == measured.is_language
+        and len(each.seeds) > 1
+    ]
 
 
 def schedules(num_stages: int) -> list[Measurement]:
@@ -138,8 +155,7 @@ def _is_better(measured: Measurement) -> bool | None:
         return None
     deviation = measured.gain.deviation
     if deviation is None:
-        every = [each for of_setting in _measurements(FILE).values() for each in of_setting]
-        alike = [each.gain for each in every if each.gain and each.is_language == measured.is_language]
+        alike = [each.gain for each in _every() if each.gain and each.is_language == measured.is_language]
         deviation = max(each.deviation or 0.0 for each in alike)
     return measured.gain.mean > deviation
 
@@ -174,6 +190,7 @@ def _window(section: InterlockConfig) -> float:
 
 def _first(measurements: Sequence[Measurement], num_stages: int) -> Measurement:
     """By the rule above."""
+    num_settings = Counter(each.experiment for each in _every())
     return min(
         measurements,
         key=lambda each: (
@@ -181,6 +198,7 @@ def _first(measurements: Sequence[Measurement], num_stages: int) -> Measurement:
             len(each.seeds) == 1,
             abs(math.log(each.num_stages / num_stages)),
             -len(each.seeds),
+            -num_settings[each.experiment],
             -each.model_size,
             -each.budget,
             -each.share.mean,

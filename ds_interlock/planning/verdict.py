@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.planning.forecast import ZERO_BUBBLE, Comparison, Forecast, ScheduleForecast
-from ds_interlock.planning.quality import setting_of
+from ds_interlock.planning.quality import Measurement, elsewhere, setting_of
 
 _WORTHWHILE = 1.05  # a smaller gain is within what a prediction is worth: inexact gradients do not pay
 _WHOLE = 0.97  # a share of the gap from which a setting learns as well as global
@@ -118,7 +118,7 @@ def _about_quality(comparison: Comparison, best: Forecast | None) -> str:
     if best.measured is None:
         return f". How well {best.name} learns with these heads was not measured"
     text = f". In our experiment {best.measured.place} {best.name} "
-    text += f"made up for {best.measured.share.mean:.0%} of what local loses, and "
+    text += f"{_made_up_for(best.measured)}, and "
     if best.measured.steps:
         return f"{text}took {best.measured.steps.mean:.2f} times global's steps to its loss"
     return f"{text}did not reach global's loss in {best.measured.most_steps:.3g} times its steps"
@@ -167,8 +167,21 @@ def _about_end(comparison: Comparison, best: Forecast | None) -> str:
     schedule = best_schedule(comparison, _WHOLE)
     if schedule is None or worth(schedule) < _WORTHWHILE:
         return ""
-    closed = f"it made up for {schedule.gap_recovered:.0%} of what local loses"
-    return f". If the loss at the end counts most, take {_named_schedule(schedule)}: {closed}"
+    closed = _made_up_for(schedule.measured)
+    return f". If the loss at the end counts most, take {_named_schedule(schedule)}: it {closed}"
+
+
+def _made_up_for(measured: Measurement) -> str:
+    """The share of the gap that a setting closed, and the range of it in other experiments."""
+    text = f"made up for {measured.share.mean:.0%} of what local loses"
+    others = elsewhere(measured)
+    if not others:
+        return text
+    shares = [each.share.mean for each in others]
+    number = len({each.experiment for each in others})
+    if number == 1:
+        return f"{text} ({max(shares):.0%} in another)"
+    return f"{text} ({min(shares):.0%} to {max(shares):.0%} in {number} others)"
 
 
 def _about_heads(comparison: Comparison, best: Forecast | None) -> str:

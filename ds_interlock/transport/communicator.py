@@ -32,7 +32,7 @@ from ds_interlock.transport.staging import Staged
 SENDER, RECEIVER = 0, 1
 """Their ranks in every communicator."""
 
-_QUEUES = 8  # CUDA's default
+_QUEUES = 8  # CUDA's default without MPS
 
 _num_opened: Counter[str] = Counter()
 """By direction: how often this rank has opened it. Its members agree on that, whatever other ranks do."""

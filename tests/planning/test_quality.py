@@ -7,7 +7,7 @@ from made_up_measurements import LOCAL, PHASES, PROSE, measured, use, window
 
 from ds_interlock.config import InterlockConfig
 from ds_interlock.planning import quality
-from ds_interlock.planning.quality import Measurements, beats_local, measurement, schedules
+from ds_interlock.planning.quality import Measurements, beats_local, elsewhere, measurement, schedules
 
 
 def section(**keys: object) -> InterlockConfig:
@@ -91,6 +91,17 @@ def test_which_experiment_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         use(monkeypatch, tmp_path, *candidates)
         chosen = measurement(section(**window(2)), 4)
         assert chosen == candidates.pop()
+
+
+def test_one_experiment_answers_for_most_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Although a larger model was measured with one of them."""
+    large = measured(window(2), 0.5, experiment="large", model_size=10**9)
+    pictures = measured(window(2), 0.5, experiment="pictures", is_language=False)
+    one_seed = measured(window(2), 0.5, experiment="one seed", seeds=(0,))
+    use(monkeypatch, tmp_path, large, pictures, one_seed, *PROSE)
+    assert measurement(section(**window(2)), 8) == PROSE[2]
+    assert elsewhere(PROSE[2]) == [large]
+    assert elsewhere(pictures) == []
 
 
 def test_schedules_are_those_that_reached_globals_loss(

@@ -94,6 +94,11 @@ def test_a_schedule_that_learns_as_well_as_global_is_named(monkeypatch, tmp_path
     text = verdict(compared(1, window=2))
     assert "If the loss at the end counts most, take window 2, then global (from 50% of global" in text
     assert ": it made up for 108% of what local loses" in text
+    larger = [measured(window(2), share, experiment=f"{share:.0%}") for share in (0.5, 0.6)]
+    use(monkeypatch, tmp_path, *PROSE, larger[0])
+    assert "made up for 70% of what local loses (50% in another), and took" in verdict(compared(1, window=2))
+    use(monkeypatch, tmp_path, *PROSE, *larger)
+    assert "made up for 70% of what local loses (50% to 60% in 2 others)" in verdict(compared(1, window=2))
     assert "If the loss" not in verdict(compared(32, window=2))
     use(monkeypatch, tmp_path, *PROSE)
     assert "If the loss" not in verdict(compared(1, window=2))

@@ -1,7 +1,7 @@
 """Fine-tunes SmolLM2-135M-Instruct: in every mode with warm and cold heads; and with what heads learn from.
 
     python -m experiments.run finetune                  # half an hour on 2 cores
-    python -m experiments.run objectives --resume       # 15 runs of some 5 minutes each
+    python -m experiments.run objectives --resume       # 18 runs of 5 to 8 minutes
 
 Every run is the job that a user starts, ``launcher/finetune.py`` under the ``deepspeed`` launcher, followed
 by a new process that loads the exported model, generates text with it, and reads another text than the one
@@ -68,7 +68,7 @@ MODES: dict[str, dict[str, Any]] = {
 LEARNS_FROM: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("local", "window 2"),
     "kl": ("local",),
-    "reconstruction": ("local",),
+    "reconstruction": ("local", "window 2"),
 }
 """What warm heads learn from, and the modes that it is tried in beside global."""
 
@@ -208,10 +208,11 @@ def table(records: Sequence[Record]) -> str:
     items = ", ".join(f"{name} {value:g}" for name, value in budget.items())
     seeds = ", ".join(map(str, sorted({record["seed"] for record in records})))
     rows = [[*names, *_cells(of_row, others=len(header) > 6)] for names, of_row in metrics.items()]
-    return f"{stages} stages, {items}; seeds {seeds}\n\n{markdown([*header, 'peak GB per rank'], rows)}"
+    table = markdown([*header, "peak GB per rank", "seeds"], rows)
+    return f"{stages} stages, {items}; seeds {seeds}\n\n{table}"
 
 
-def _cells(metrics: Sequence[dict[str, Any]], *, others: bool) -> list[str]:
+def _cells(metrics: Sequence[dict[str, Any]], *, others: bool) -> list[str | int]:
     """Of one row, from the metrics of each seed."""
     names = sorted(name for name in metrics[0] if name.startswith("eval_loss_after_layer"))
 
@@ -221,7 +222,7 @@ def _cells(metrics: Sequence[dict[str, Any]], *, others: bool) -> list[str]:
     peaks = " / ".join(f"{size / 1e9:.2f}" for size in metrics[0].get("peak_memory_bytes", []))
     heads = [means(*(f"first_{name}" for name in names)), means(*names)]
     forgotten = [means("first_other_loss"), means("other_loss")] if others else []
-    return [means("first_eval_loss"), means("eval_loss"), *heads, *forgotten, peaks]
+    return [means("first_eval_loss"), means("eval_loss"), *heads, *forgotten, peaks, len(metrics)]
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ def test_the_table_has_means_over_seeds() -> None:
         {**warm, "metrics": {**METRICS, "eval_loss_after_layer_9": 4.0, "first_eval_loss_after_layer_9": 5.0}}
     ]
     table = finetune.table(records)
-    assert "| global | none | 2.000 ± 0.000 | 1.500 ± 0.707 | – | – | 1.00 / 2.00 |" in table
-    assert "| local | warm | 2.000 | 1.000 | 5.000 | 4.000 | 1.00 / 2.00 |" in table
+    assert "| global | none | 2.000 ± 0.000 | 1.500 ± 0.707 | – | – | 1.00 / 2.00 | 2 |" in table
+    assert "| local | warm | 2.000 | 1.000 | 5.000 | 4.000 | 1.00 / 2.00 | 1 |" in table
     assert "seeds 0, 1" in table
     assert finetune.table([]) == ""
 
@@ -58,7 +58,7 @@ def test_the_table_has_means_over_seeds() -> None:
 def test_objectives_are_compared_at_equal_budgets() -> None:
     """Also the loss on another text, in a table of its own."""
     rows = finetune.runs(finetune.OBJECTIVES)
-    assert len(rows) == 3 * 5
+    assert len(rows) == 3 * 6
     assert all(row.budget["max_steps"] >= 200 for row in rows)
     learned = [row.config["interlock"]["head"]["objective"] for row in rows if row.mode != "global"]
     assert sorted(set(learned)) == ["cross_entropy", "kl", "reconstruction"]
@@ -66,8 +66,8 @@ def test_objectives_are_compared_at_equal_budgets() -> None:
     records = [{**rows[0].model_dump(), "metrics": {**METRICS, **of_other_text}}]
     table = finetune.table(records)
     assert table.startswith("4 stages, max_steps 200, ")
-    assert "| after | Shakespeare before | after | peak GB per rank |" in table
-    assert "| global | none | 2.000 | 1.000 | – | – | 4.000 | 4.500 | 1.00 / 2.00 |" in table
+    assert "| after | Shakespeare before | after | peak GB per rank | seeds |" in table
+    assert "| global | none | 2.000 | 1.000 | – | – | 4.000 | 4.500 | 1.00 / 2.00 | 1 |" in table
 
 
 def test_every_mode_has_warm_and_cold_heads() -> None:

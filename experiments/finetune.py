@@ -9,7 +9,6 @@ that was learned, to see what it forgot. A job that is stopped goes on from its 
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ from ds_interlock.hf.model.pretrained import open_pretrained
 from experiments.assisted import answer, chat_prompt
 from experiments.comparison import NOTHING, PerSeed, cell
 from experiments.prose import shakespeare
+from measuring.launching import environment, launch_command
 from measuring.results import markdown, versions
 from measuring.results_file import Record
 
@@ -90,16 +90,16 @@ def runs(name: str = NAME) -> list[Run]:
     """All rows of the table of an experiment, for every seed."""
     limit, budget = {"timeout_seconds": 600}, LONG_BUDGET if name == OBJECTIVES else BUDGET
     fraction = {"token_fraction": budget["token_fraction"]}
-    heads: dict[str, dict[str, Any]] = {kind: {**head, **fraction} for kind, head in HEADS.items()}
-    modes: dict[str, Iterable[str]] = dict.fromkeys(HEADS, MODES)
+    kinds: dict[str, tuple[dict[str, Any], Iterable[str]]] = {
+        kind: (head, MODES) for kind, head in HEADS.items()
+    }
     if name == OBJECTIVES:
-        heads = {of: {**HEADS["warm"], "objective": of, **fraction} for of in LEARNS_FROM}
-        modes = {**LEARNS_FROM}
+        kinds = {of: ({**HEADS["warm"], "objective": of}, modes) for of, modes in LEARNS_FROM.items()}
     rows: list[tuple[str, str, dict[str, Any]]] = [("global", "none", {"mode": "global", **limit})]
     rows += [
-        (mode, kind, {**MODES[mode], "head": head, **limit})
-        for kind, head in heads.items()
-        for mode in modes[kind]
+        (mode, kind, {**MODES[mode], "head": {**head, **fraction}, **limit})
+        for kind, (head, modes) in kinds.items()
+        for mode in modes
     ]
     faster = {"fused": True} if name == OBJECTIVES else {}  # later than the rows of NAME
     adamw = {"lr": budget["learning_rate"], "weight_decay": 0.01, "torch_adam": True, **faster}
@@ -141,13 +141,11 @@ def carry(run: Run, keeps: bool = False) -> Record:
         "save_steps": 50,
         "save_total_limit": 1,
     }
-    launcher = Path(sys.executable).with_name("deepspeed")
-    words = [launcher, "--num_gpus", stages, "launcher/finetune.py"]
+    words: list[object] = ["launcher/finetune.py"]
     for argument, value in arguments.items():
         words += [f"--{argument}", *(value if isinstance(value, list) else [value])]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     started = time.time()
-    subprocess.run([str(word) for word in words], check=True, env=environment)
+    subprocess.run(launch_command(stages, *words), check=True, env=environment())
     seconds = time.time() - started
     base = open_pretrained(str(gguf.parent), gguf_file=gguf.name).folder
     look = [sys.executable, "-m", "experiments.finetune", str(output / "hf"), str(base)]
